@@ -1,0 +1,163 @@
+"""The page and the plot of benchmarks/convergence.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _report import markdown
+from _train import Settings
+from _variants import REFERENCE, VARIANTS
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def loss_or_inf(result: Mapping[str, Any]) -> float:
+    """Return the loss of a run; infinity if it diverged."""
+    return math.inf if result["loss"] is None else result["loss"]
+
+
+def best_runs(results: Results, variant: str) -> list[Mapping[str, Any]]:
+    """Return a variant's runs at the learning rate that was best with the first seed, in the order of seeds."""
+    mine = sorted((result for result in results if result["variant"] == variant), key=lambda result: result["seed"])
+    if not mine:
+        return []
+    lr = min((result for result in mine if result["seed"] == mine[0]["seed"]), key=loss_or_inf)["lr"]
+    return [result for result in mine if result["lr"] == lr]
+
+
+def table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of the main table, best mean first."""
+    found = {name: best_runs(results, name) for name in VARIANTS}
+    means = {name: statistics.fmean(map(loss_or_inf, runs)) for name, runs in found.items() if runs}
+    seeds = sorted({run["seed"] for runs in found.values() for run in runs})
+    head = ["optimizer", "betas", "lr", *(f"seed {seed}" for seed in seeds), "mean", "std", "to AdamW"]
+    rows = []
+    for name in sorted(means, key=lambda name: means[name]):
+        runs = {run["seed"]: run for run in found[name]}
+        first = found[name][0]
+        losses = [f"{loss_or_inf(runs[seed]):.3f}" if seed in runs else "" for seed in seeds]
+        spread = f"{statistics.stdev(map(loss_or_inf, runs.values())):.3f}" if _measurable(runs) else ""
+        other = f"{means[name] / means[REFERENCE] - 1:+.2%}" if REFERENCE in means else ""
+        momentum, state = (
+            2 * first["momentum_bytes"] / first["adamw_bytes"],
+            first["state_bytes"] / first["adamw_bytes"],
+        )
+        betas = "{}, {}".format(*VARIANTS[name].betas)
+        numbers = [f"{means[name]:.3f}", spread, other, f"{momentum:.1%}", f"{state:.1%}"]
+        rows.append([name, betas, f"{first['lr']:.3g}", *losses, *numbers])
+    return [*head, "momentum", "state"], rows
+
+
+def _measurable(runs: Mapping[int, Mapping[str, Any]]) -> bool:
+    return len(runs) > 1 and all(run["loss"] is not None for run in runs.values())
+
+
+def tuning(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the table of every learning rate tried with the first seed."""
+    head = ["optimizer", "lr x", "loss at each lr (seed of the tuning)"]
+    rows = []
+    for name, variant in VARIANTS.items():
+        seeds = [result["seed"] for result in results if result["variant"] == name]
+        mine = [result for result in results if result["variant"] == name and result["seed"] == min(seeds)]
+        tried = sorted((result["lr"], loss_or_inf(result)) for result in mine)
+        if tried:
+            cells = ", ".join(f"{lr:.3g}: {loss:.3f}" for lr, loss in tried)
+            rows.append([name, f"{variant.lr_multiplier:g}", cells])
+    return head, rows
+
+
+def page(results: Results, settings: Settings, grid: Sequence[float]) -> str:
+    """Return the markdown page."""
+    shape = (
+        f"{settings.layers} layers, width {settings.hidden}, {settings.heads} heads, vocabulary {settings.vocabulary}"
+    )
+    stated = ", ".join(f"{lr:g}" for lr in grid)
+    origins = {
+        title: "; ".join(sorted({f"`{run[key]}`" if key == "command" else run[key] for run in results}))
+        for title, key in (("date", "date"), ("machine", "machine"), ("commit", "commit"), ("command", "command"))
+    }
+    return f"""# Convergence
+
+A LLaMA ({shape}, untied head) trained from scratch on tokens of the {settings.data}: {settings.steps} steps of
+{settings.batch} x {settings.length} tokens, {settings.warmup:.0%} linear warm-up, then a cosine to
+{settings.final_lr:.0%} of the learning rate, weight decay {settings.weight_decay:g}, gradients clipped to norm
+{settings.clip:g}; the same initial weights and batches for every optimizer at a given seed. The learning rate is tuned
+for each with the first seed on the grid {stated} (times "lr x" below; extended by factors of two while the best is at
+its edge), then the other seeds run at the best. Loss: mean over {settings.validation_tokens:,} held-out tokens at the
+end; the curves use the first {settings.curve_tokens:,} of them. "momentum" and "state" are shares of AdamW's bytes.
+Differences under about 0.4% are ties. One small model and one corpus: read it as parity or not, no more.
+
+{markdown(*table(results))}
+
+![validation loss against tokens](convergence.png)
+
+## Tuning
+
+{markdown(*tuning(results))}
+
+{chr(10).join(f"- {title}: {value}" for title, value in origins.items())}
+"""
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw the mean validation loss of each variant against tokens, and its end enlarged with the names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {name: curve for name in VARIANTS if (curve := _mean_curve(best_runs(results, name)))}
+    if not curves:
+        return
+    order = sorted(curves, key=lambda name: curves[name][-1][1])
+    palette = pyplot.get_cmap("tab20").colors
+    styles = {name: (palette[(2 * i) % 20 + (i >= 10)], "--" if VARIANTS[name].recipe == "torch" else "-")
+              for i, name in enumerate(VARIANTS)}  # fmt: skip
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6.5), width_ratios=(1, 1.1), layout="constrained")
+    for name in order:
+        tokens = [seen / 1e6 for seen, _ in curves[name]]
+        losses = [loss for _, loss in curves[name]]
+        color, line = styles[name]
+        for axis in (left, right):
+            axis.plot(tokens, losses, line, color=color, linewidth=2.2 if line == "--" else 1.6, label=name)
+    for axis, title in ((left, "whole run"), (right, "the last quarter")):
+        axis.set(title=title, xlabel="tokens (millions)", ylabel="validation loss")
+        axis.grid(alpha=0.3)
+    _zoom(right, curves, order, styles)
+    figure.suptitle("Validation loss, learning rate tuned for each optimizer, mean of seeds")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _zoom(axis: Any, curves: Mapping[str, list[tuple[int, float]]], order: Sequence[str], styles: Any) -> None:
+    """Show the last quarter and write each name beside its line's end, moved apart where they would overlap."""
+    last = max(curve[-1][0] for curve in curves.values()) / 1e6
+    tail = [loss for curve in curves.values() for seen, loss in curve if seen / 1e6 >= 0.75 * last]
+    low, high = min(tail), max(tail)
+    pad = 0.04 * (high - low or 1)
+    axis.set(xlim=(0.75 * last, last), ylim=(low - pad, high + pad))
+    gap = (high - low + 2 * pad) / 24
+    place = -math.inf
+    for name in order:
+        end = curves[name][-1][1]
+        place = max(end, place + gap)
+        axis.annotate(
+            f"{name}  {end:.3f}",
+            xy=(last, end),
+            xytext=(1.04, place),
+            textcoords=("axes fraction", "data"),
+            color=styles[name][0],
+            va="center",
+            fontsize=9.5,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": styles[name][0], "linewidth": 0.7},
+        )
+
+
+def _mean_curve(runs: Results) -> list[tuple[int, float]]:
+    finished = [run["curve"] for run in runs if run["loss"] is not None]
+    return [(points[0][0], statistics.fmean(loss for _, loss in points)) for points in zip(*finished, strict=True)]

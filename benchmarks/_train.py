@@ -1,0 +1,157 @@
+"""One training run of benchmarks/convergence.py: a small LLaMA in a plain loop on one core."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from _report import ROOT
+from _variants import VARIANTS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Tokens = dict[str, Tensor]
+_tokens: Tokens = {}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of one comparison share."""
+
+    steps: int = 600
+    batch: int = 8
+    length: int = 128
+    warmup: float = 0.08
+    final_lr: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    hidden: int = 128
+    intermediate: int = 344
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1024
+    every: int = 50
+    validation_tokens: int = 65536
+    curve_tokens: int = 16384
+    data: str = "python standard library"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from the others."""
+
+    variant: str
+    lr: float
+    seed: int
+
+
+def load_tokens(settings: Settings, root: str | None) -> Tokens:
+    """Return the examples' tokens as two long vectors, ``train`` and ``validation``."""
+    if settings.data == "synthetic":
+        return {"train": _synthetic(settings, 200_000, 0), "validation": _synthetic(settings, 70_000, 1)}
+    sys.path.insert(0, str(ROOT / "examples"))
+    from text import TextDataModule
+
+    options = {} if root is None else {"root": root}
+    data = TextDataModule(vocab_size=settings.vocabulary, **options)
+    data.prepare_data()
+    data.setup("fit")
+    return {"train": data.train_tokens, "validation": data.val_tokens}
+
+
+def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:
+    """Return a random walk over the vocabulary: something to learn within seconds, to try the script."""
+    moves = torch.randint(1, 8, (length,), generator=torch.Generator().manual_seed(seed))
+    return moves.cumsum(0).remainder(settings.vocabulary)
+
+
+def start_worker(path: str) -> None:
+    """Prepare a worker process: one thread, and the tokens."""
+    torch.set_num_threads(1)
+    _tokens.update(torch.load(path, weights_only=True))
+
+
+def build_model(settings: Settings) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.length,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def lr_factor(step: int, settings: Settings) -> float:
+    """Return the linear warm-up and cosine decay of step 0, 1, ..."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, tokens: Tensor, settings: Settings, count: int) -> float:
+    """Return the mean loss of the first ``count`` held-out tokens, in windows that follow each other."""
+    length = settings.length
+    windows = min(count // length, (len(tokens) - 1) // length)
+    ids = torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(windows)]).long()
+    losses = [loss_of(model, chunk).item() * len(chunk) for chunk in ids.split(32)]
+    return sum(losses) / windows
+
+
+def batches(tokens: Tensor, seed: int, settings: Settings) -> Tensor:
+    """Return where the windows of every step start: the same for every optimizer."""
+    shape = (settings.steps, settings.batch)
+    return torch.randint(len(tokens) - settings.length - 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(run: Run, settings: Settings) -> dict[str, Any]:
+    """Train once and return what goes into the results; the loss of a run that diverged is None."""
+    started = time.perf_counter()
+    torch.manual_seed(run.seed)
+    model = build_model(settings)
+    optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay)
+    tokens, window = _tokens["train"], torch.arange(settings.length + 1)
+    curve: list[tuple[int, float]] = []
+    finite = True
+    for step, starts in enumerate(batches(tokens, run.seed, settings)):
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * lr_factor(step, settings)
+        loss_of(model, tokens[starts[:, None] + window].long()).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        finite = bool(torch.isfinite(norm))
+        if not finite:
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
+            seen = (step + 1) * settings.batch * settings.length
+            curve.append((seen, validate(model, _tokens["validation"], settings, settings.curve_tokens)))
+    loss = validate(model, _tokens["validation"], settings, settings.validation_tokens) if finite else math.nan
+    result = {"loss": loss if math.isfinite(loss) else None, "curve": curve, **_state(optimizer, model)}
+    return {**asdict(run), **result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, int]:
+    if not hasattr(optimizer, "snapshot"):
+        dense = sum(param.numel() * param.element_size() for param in model.parameters())
+        return {"momentum_bytes": dense, "state_bytes": 2 * dense, "adamw_bytes": 2 * dense}
+    facts = optimizer.snapshot()
+    return {key: getattr(facts, key) for key in ("momentum_bytes", "state_bytes", "adamw_bytes")}

@@ -1,0 +1,158 @@
+"""Train a small LLaMA with every recipe, each at its best learning rate, and compare validation losses.
+
+    python benchmarks/convergence.py --jobs 2        # everything, resumable: about 90 runs
+    python benchmarks/convergence.py --variants AdamW adapm_lean
+    python benchmarks/convergence.py --report        # only rewrite the page and the plot from the results
+    python benchmarks/convergence.py --synthetic --steps 40 --lrs 4e-3 --jobs 1 --output /tmp/convergence   # a trial
+
+Results are appended to ``convergence.jsonl`` as they come; a run that is in there with the same settings is not
+repeated. For each variant the learning rates of the grid (times the variant's multiplier) run with the first seed;
+while the best is at the edge, the grid grows by a factor of two; then the other seeds run at the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from _curves import loss_or_inf, page, plot, table
+from _report import OUTPUT, command, commit, date, machine, show
+from _train import Run, Settings, load_tokens, start_worker, train
+from _variants import DEFAULT, VARIANTS
+
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+MAX_EXTENSIONS = 6
+Result = dict[str, Any]
+
+
+def rounded(lr: float) -> float:
+    """Return a learning rate without the noise of the last bits, so that it can be looked up."""
+    return float(f"{lr:.4g}")
+
+
+def needed(variant: str, results: Sequence[Result], grid: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+    """Return the runs of a variant that can be started now, given what is finished."""
+    done = {(r["lr"], r["seed"]): loss_or_inf(r) for r in results if r["variant"] == variant}
+    stated = {rounded(lr * VARIANTS[variant].lr_multiplier) for lr in grid}
+    lrs = sorted(stated | {lr for lr, seed in done if seed == seeds[0]})
+    for _ in range(MAX_EXTENSIONS + 1):
+        if missing := [lr for lr in lrs if (lr, seeds[0]) not in done]:
+            return [Run(variant, lr, seeds[0]) for lr in missing]
+        best = min(lrs, key=lambda lr: done[lr, seeds[0]])
+        if len(lrs) == 1 or lrs[0] < best < lrs[-1]:
+            break
+        lrs = sorted([*lrs, rounded(best * 2 if best == lrs[-1] else best / 2)])
+    return [Run(variant, best, seed) for seed in seeds[1:] if (best, seed) not in done]
+
+
+def read(path: Path, settings: Settings) -> list[Result]:
+    """Return the finished runs that were made with these settings and the variants' betas of today."""
+    if not path.exists():
+        return []
+    results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    wanted = dataclasses.asdict(settings)
+    return [
+        result
+        for result in results
+        if result["settings"] == wanted
+        and result["variant"] in VARIANTS
+        and result["betas"] == list(VARIANTS[result["variant"]].betas)
+    ]
+
+
+def train_all(args: argparse.Namespace, settings: Settings) -> None:
+    """Run everything that is missing, several processes at a time."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"date": date(), "machine": machine(threads=1), "commit": commit(), "command": command()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "tokens.pt")
+        torch.save(load_tokens(settings, args.root), path)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, context, start_worker, (path,)) as pool:
+            for result in schedule(pool, args, settings):
+                betas = list(VARIANTS[result["variant"]].betas)
+                record = {**result, "betas": betas, "settings": dataclasses.asdict(settings), **facts}
+                with args.results.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+
+
+def schedule(pool: ProcessPoolExecutor, args: argparse.Namespace, settings: Settings) -> Iterator[Result]:
+    """Yield results as they come; which runs are started depends on them."""
+    results: list[Result] = read(args.results, settings)
+    running: dict[Future[Result], Run] = {}
+    started, finished = time.perf_counter(), 0
+    while True:
+        todo = [run for name in args.variants for run in needed(name, results, args.lrs, args.seeds)]
+        for run in [run for run in todo if run not in running.values()][: args.jobs - len(running)]:
+            running[pool.submit(train, run, settings)] = run
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            running.pop(future)
+            results.append(future.result())
+            finished += 1
+            report_progress(results, args, (time.perf_counter() - started) / finished)
+            yield results[-1]
+
+
+def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: float) -> None:
+    """Print the latest result and how long the rest takes, if no grid has to grow further."""
+    latest = results[-1]
+    remaining = 0
+    for name in args.variants:
+        ready = needed(name, results, args.lrs, args.seeds)
+        tuning_now = any(run.seed == args.seeds[0] for run in ready)
+        remaining += len(ready) + (len(args.seeds) - 1 if tuning_now else 0)
+    loss = "diverged" if latest["loss"] is None else f"loss {latest['loss']:.4f}"
+    name = f"{latest['variant']:16} lr {latest['lr']:<8g} seed {latest['seed']}"
+    left = f"{remaining} runs left, about {remaining * pace / 60:.0f} minutes"
+    print(f"{name}  {loss}  {latest['seconds']:.0f} s  ({left})", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=DEFAULT, choices=VARIANTS)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--batch", type=int, default=Settings.batch)
+    parser.add_argument("--weight-decay", type=float, default=Settings.weight_decay)
+    parser.add_argument("--lrs", type=float, nargs="+", default=GRID, help="grid before the variant's multiplier")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first tunes the learning rate")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--root", help="folder of text files to train on instead of Python's standard library")
+    parser.add_argument("--synthetic", action="store_true", help="train on made-up tokens, to try the script")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the page, the plot and the results")
+    parser.add_argument("--results", type=Path, help="the results; default: convergence.jsonl in --output")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the page and the plot")
+    args = parser.parse_args()
+    args.results = args.results or args.output / "convergence.jsonl"
+    return args
+
+
+def main() -> None:
+    args = parse()
+    data = "synthetic" if args.synthetic else args.root or Settings.data
+    settings = Settings(steps=args.steps, batch=args.batch, weight_decay=args.weight_decay, data=data)
+    if not args.report:
+        train_all(args, settings)
+    results = read(args.results, settings)
+    if not results:
+        raise SystemExit(f"{args.results} holds no run with these settings: {settings}")
+    show("validation loss", *table(results))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "convergence.md").write_text(page(results, settings, args.lrs))
+    plot(results, args.output / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data, models and the demo that the configs beside them use."""

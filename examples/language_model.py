@@ -1,0 +1,69 @@
+"""A LightningModule around a causal language model of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class LanguageModel(LightningModule):
+    """Train a causal language model on batches of tokens ``[batch, sequence]``.
+
+    It has no ``configure_optimizers``: the command line supplies the optimizer. In Python, assign one::
+
+        module.configure_optimizers = lambda: lightning_memopt.AdaPMLean(module.named_parameters(), lr=3e-3)
+
+    Args:
+        model: A model that returns a loss when it is given labels, such as ``LlamaForCausalLM``.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        # Modules of transformers are born in evaluation mode, and Lightning keeps the mode it finds.
+        self.model.train()
+
+    def setup(self, stage: str) -> None:
+        """Check that the tokens fit the model: an index out of range is a crash without a reason on a GPU.
+
+        Raises:
+            ValueError: If the vocabulary or the sequences are longer than the model's.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        for name, ours in (("vocab_size", "vocab_size"), ("seq_len", "max_position_embeddings")):
+            given, limit = getattr(data, name, None), getattr(self.model.config, ours)
+            if given is not None and given > limit:
+                raise ValueError(
+                    f"The data's `{name}` is {given}, the model's `{ours}` is {limit}: set the model's to at least {given}."
+                )
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood per predicted token, in nats."""
+        return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return and log the loss of a batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the mean over all tokens: all sequences have the same length, so batches are weighted by their size."""
+        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the mean over all tokens."""
+        self.log("test_loss", self.loss(batch), batch_size=len(batch), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the likeliest next token after every position."""
+        return self.model(input_ids=batch, use_cache=False).logits.argmax(-1)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Return how many numbers are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,67 @@
+"""Optimizers with compressed state for PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_memopt.momentum import MOMENTA, Direction, Momentum
+from lightning_memopt.optimizer import MemOpt
+from lightning_memopt.optimizers import (
+    Adafactor,
+    AdaGradSNSM,
+    AdamMini,
+    AdamSN,
+    AdamSNSM,
+    AdaPM,
+    AdaPMLean,
+    AdaPMMini,
+    RMSPropSN,
+)
+from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.recipes import load_plan, recipe_names
+from lightning_memopt.roles import NamingScheme, Rule, classify, register_naming_scheme
+from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
+from lightning_memopt.snapshot import BlockFacts, Snapshot
+
+if TYPE_CHECKING:
+    from lightning_memopt.cli import MemOptCLI
+
+# Need more than torch: imported when they are asked for.
+_LAZY = {"MemOptCLI": "lightning_memopt.cli"}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MOMENTA",
+    "SECOND_MOMENTS",
+    "AdaGradSNSM",
+    "AdaPM",
+    "AdaPMLean",
+    "AdaPMMini",
+    "Adafactor",
+    "AdamMini",
+    "AdamSN",
+    "AdamSNSM",
+    "BlockFacts",
+    "Denominator",
+    "Direction",
+    "MemOpt",
+    "MemOptCLI",
+    "Momentum",
+    "NamingScheme",
+    "Plan",
+    "RMSPropSN",
+    "Recipe",
+    "Rule",
+    "SecondMoment",
+    "Snapshot",
+    "classify",
+    "load_plan",
+    "recipe_names",
+    "register_naming_scheme",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

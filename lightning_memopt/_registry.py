@@ -1,0 +1,60 @@
+"""Name → implementation tables whose errors name the bad value and list what exists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def unknown(what: str, name: object, known: list[str]) -> str:
+    """Return the message for a name that is not in ``known``, with the closest one suggested."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {what} {name!r}.{hint} Available: {', '.join(known)}."
+
+
+class Registry(Generic[T]):
+    """A table of named things of one sort.
+
+    Args:
+        what: What the things are, in the singular; used in error messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that files its argument under ``name``.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"The {self.what} {name!r} is registered already; choose another name.")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return the entry filed under ``name``.
+
+        Raises:
+            ValueError: If there is none; the message lists the names that exist.
+        """
+        if not isinstance(name, str) or name not in self._entries:
+            raise ValueError(unknown(self.what, name, self.names()))
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """Return all names, in the order of registration."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries

@@ -1,0 +1,165 @@
+"""One block of a parameter: its recipe, its state, and the update of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.collectives import Task, together
+from lightning_memopt.kind import State
+from lightning_memopt.layout import Layout, local_tensor
+from lightning_memopt.linalg import chunks
+from lightning_memopt.momentum import MOMENTA, Direction
+from lightning_memopt.plan import Recipe
+from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator
+from lightning_memopt.snapshot import BlockFacts
+from lightning_memopt.tick import Tick
+
+
+@dataclass(frozen=True)
+class Block:
+    """A parameter, or a part of one, with its recipe.
+
+    Attributes:
+        name: The parameter's canonical name; with ``:role`` where the parameter holds several blocks.
+        role: Its role.
+        recipe: Its kinds, with ranks as numbers.
+        layout: Its shapes and placement.
+        prefix: What its state keys start with: empty, or the role and a dot in a fused parameter.
+        key: Its :func:`~lightning_memopt.tick.block_key`.
+        index: Its position in the optimizer.
+        itemsize: Bytes per element of the parameter.
+    """
+
+    name: str
+    role: str
+    recipe: Recipe
+    layout: Layout
+    prefix: str
+    key: int
+    index: int
+    itemsize: int
+
+    def __post_init__(self) -> None:
+        for kind in (self.recipe.momentum, self.recipe.second_moment):
+            if self.layout.vector and kind.needs_matrix:
+                raise ValueError(
+                    f"{kind.name!r} needs a matrix, but {self.name!r} has shape {self.layout.shape}; "
+                    "choose 'dense' or 'none' for it."
+                )
+
+    def init(self) -> State:
+        """Allocate the state of both kinds, under the block's prefix."""
+        kinds = (self.recipe.momentum, self.recipe.second_moment)
+        return {self.prefix + key: value for kind in kinds for key, value in kind.init(self.layout).items()}
+
+    def part(self, state: Mapping[str, Tensor], keys: tuple[str, ...]) -> State:
+        """Return this rank's part of some of the block's state."""
+        return {key: local_tensor(state[self.prefix + key]) for key in keys}
+
+    def keys(self, state: Mapping[str, Any]) -> set[str]:
+        """Return the keys in ``state`` that belong to this block, without the prefix."""
+        if self.prefix:
+            return {key.removeprefix(self.prefix) for key in state if key.startswith(self.prefix)}
+        return {key for key in state if "." not in key and key != "step"}
+
+    def infer(self, state: Mapping[str, Tensor]) -> Recipe:
+        """Return the recipe that the keys and shapes of saved state show.
+
+        Raises:
+            ValueError: If they show none, or one that does not fit the block.
+        """
+        keys = self.keys(state)
+        found: dict[str, Any] = {}
+        for axis, table in (("momentum", MOMENTA), ("second_moment", SECOND_MOMENTS)):
+            mine = getattr(self.recipe, axis)
+            names = [name for name in table.names() if table.get(name).keys and keys.issuperset(table.get(name).keys)]
+            name = names[0] if names else "none"
+            kind = mine if mine.name == name else table.get(name)()
+            found[axis] = kind.infer({key: state[self.prefix + key] for key in kind.keys}, self.layout)
+            keys -= set(kind.keys)
+        if keys:
+            raise ValueError(f"the state has unknown keys {sorted(keys)}")
+        return Recipe(**found)
+
+    def facts(self, state: Mapping[str, Tensor]) -> BlockFacts:
+        """Return what a snapshot says about the block."""
+        momentum, second_moment = self.recipe.momentum, self.recipe.second_moment
+        local = self.part(state, (*momentum.keys, *second_moment.keys)) if state else {}
+        return BlockFacts(
+            name=self.name,
+            role=self.role,
+            shape=self.layout.shape,
+            momentum=momentum.name,
+            rank=getattr(momentum, "rank", None),
+            second_moment=second_moment.name,
+            momentum_bytes=momentum.nbytes(self.layout),
+            second_moment_bytes=second_moment.nbytes(self.layout),
+            adamw_bytes=2 * torch.Size(self.layout.shape).numel() * self.itemsize,
+            local_bytes=sum(value.untyped_storage().nbytes() for value in local.values()),
+        )
+
+    def update(self, param: Tensor, grad: Tensor, state: State, group: Mapping[str, Any], step: int) -> Task:
+        """Absorb a gradient into the state and update the weights; a task for ``drive``."""
+        beta1, beta2 = group["betas"]
+        momentum, second_moment = self.recipe.momentum, self.recipe.second_moment
+        tick = Tick(step, self.key, self.index)
+        gradient = self.layout.take(grad)
+        if group["maximize"]:
+            gradient.neg_()
+        try:
+            direction, denominator = yield from together(
+                momentum.update(gradient, self.part(state, momentum.keys), self.layout, beta1=beta1, tick=tick),
+                second_moment.update(
+                    gradient,
+                    self.part(state, second_moment.keys),
+                    self.layout,
+                    beta2=beta2,
+                    eps=group["eps"],
+                    tick=tick,
+                ),
+            )
+            weights = self.layout.take(param)
+            apply_(
+                weights,
+                direction,
+                denominator,
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+                dtype=self.layout.dtype,
+            )
+        finally:
+            if group["maximize"]:
+                gradient.neg_()
+        target = local_tensor(param)
+        if weights.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+            # No view of the weights is a matrix (channels-last convolutions): a copy was updated.
+            target.copy_(weights.view(target.shape))
+
+
+def apply_(
+    weights: Tensor,
+    direction: Direction,
+    denominator: Denominator,
+    *,
+    lr: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+) -> None:
+    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, a chunk at a time. All shapes broadcast to ``[..., m, n]``."""
+    for index in chunks(weights):
+        part = weights[index].to(dtype)
+        if weight_decay:
+            part.mul_(1 - lr * weight_decay)
+        update, scale = direction.at(index, dtype)
+        divisor = denominator.at(index, dtype, weights.shape[-1])
+        if divisor is None:
+            part.add_(update, alpha=-lr * scale)
+        else:
+            part.addcdiv_(update, divisor, value=-lr * scale)
+        if part.dtype != weights.dtype:
+            weights[index] = part

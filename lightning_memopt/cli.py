@@ -1,0 +1,164 @@
+"""The command line: LightningCLI that gives our optimizers the names of the parameters.
+
+``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import SUPPRESS, Action
+from typing import Any
+
+from lightning_memopt.optimizer import MemOpt
+from lightning_memopt.roles import canonical_name
+
+try:
+    import jsonargparse
+    import omegaconf  # noqa: F401  the parser modes need it, and say so only in the middle of reading a file
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as error:
+    raise ImportError(
+        f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
+        'pip install "lightning-memopt[cli]"'
+    ) from error
+
+PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
+
+
+class BindNames(Callback):
+    """Give every ``MemOpt`` of the trainer the names of the module's parameters, before a checkpoint is restored.
+
+    It covers optimizers that the command line built and those that the module's ``configure_optimizers`` returned.
+    An optimizer that was given other names, such as those of an inner module, keeps them: its ``overrides`` were written
+    for them.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bind the optimizers."""
+        names = {canonical_name(name) for name, _ in pl_module.named_parameters()}
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, MemOpt) and _given_names(optimizer) <= names:
+                optimizer.bind(pl_module)
+
+
+def _given_names(optimizer: MemOpt) -> set[str]:
+    try:
+        return {block.name.partition(":")[0] for block in optimizer.snapshot().blocks}
+    except ValueError:  # no names yet
+        return set()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the config of a run beside its logs, under a name of its own.
+
+    Lightning refuses to start where a ``config.yaml`` exists, or overwrites it. Without a logger the directory is the
+    working directory, so the second ``fit`` would fail, or replace the file the user wrote. Here it becomes
+    ``config-v1.yaml``, as Lightning numbers checkpoints.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the file's name on rank 0 and save."""
+        if not (self.already_saved or self.overwrite) and trainer.log_dir is not None:
+            stem, suffix = os.path.splitext(self.config_filename)
+            name, version = self.config_filename, 0
+            while os.path.exists(os.path.join(trainer.log_dir, name)):
+                version += 1
+                name = f"{stem}-v{version}{suffix}"
+            self.config_filename = trainer.strategy.broadcast(name)
+        super().setup(trainer, pl_module, stage)
+
+
+class _SetParserMode(Action):
+    """``--parser_mode``: takes effect at once, so it has to come before the files it is about; stored nowhere."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values not in PARSER_MODES:
+            parser.error(f"{option_string} must be one of {', '.join(PARSER_MODES)}, got {values!r}.")
+        if namespace.get("config"):
+            parser.error(f"{option_string} {values} comes after a --config that was read without it; put it first.")
+        _set_parser_mode(getattr(parser, "parent_parser", parser), values)
+
+
+def _set_parser_mode(parser: Any, mode: str) -> None:
+    if mode == "omegaconf+":
+        # Or else ${data.seq_len} would have to be ${fit.data.seq_len}, and one file could not serve fit and validate.
+        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    parser.parser_mode = mode
+
+
+class MemOptCLI(LightningCLI):
+    """LightningCLI for this package's optimizers.
+
+    It differs from LightningCLI in four ways. Optimizers of this package learn the names of the parameters, whether
+    ``--optimizer=lightning_memopt.AdaPM`` asked for them or the module's ``configure_optimizers`` returned them.
+    ``--parser_mode`` chooses how files are read. A config is never overwritten by the next run. Missing optimizers are
+    reported with the option that gives one.
+
+    Parser modes: ``yaml`` (default) reads values as they are. ``omegaconf`` resolves interpolations such as
+    ``${data.init_args.seq_len}`` when the file is read, so an override on the command line changes that key and not
+    the ones that refer to it. ``omegaconf+`` resolves them at the end, so the others follow.
+
+    Args:
+        *args: As in LightningCLI.
+        parser_mode: The default of ``--parser_mode``.
+        **kwargs: As in LightningCLI.
+
+    Raises:
+        ValueError: If ``parser_mode`` is unknown.
+    """
+
+    def __init__(self, *args: Any, parser_mode: str = "yaml", **kwargs: Any) -> None:
+        if parser_mode not in PARSER_MODES:
+            raise ValueError(f"`parser_mode` must be one of {', '.join(PARSER_MODES)}, got {parser_mode!r}.")
+        self._parser_mode = parser_mode
+        kwargs.setdefault("save_config_callback", SaveConfig)
+        super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser that knows ``--parser_mode``."""
+        parser = super().init_parser(**kwargs)
+        parser.add_argument(
+            "--parser_mode",
+            action=_SetParserMode,
+            metavar="{" + ",".join(PARSER_MODES) + "}",
+            help="How to read the config files that follow. omegaconf: interpolations are resolved per file, overrides "
+            f"are not followed; omegaconf+: overrides are followed (default: {self._parser_mode}).",
+        )
+        return parser
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Set up the parsers, with the default mode unless ``parser_kwargs`` of LightningCLI say otherwise."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        if "parser_mode" not in main_kwargs:
+            _set_parser_mode(self.parser, self._parser_mode)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer, which binds optimizers when the fit starts."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, BindNames())  # type: ignore[attr-defined]
+        return trainer
+
+    def before_fit(self) -> None:
+        """Check that there is something to fit with."""
+        if not is_overridden("configure_optimizers", self.model):
+            raise MisconfigurationException(
+                f"There is no optimizer: {type(self.model).__name__} has no `configure_optimizers` and the command "
+                "names none. Add for example --optimizer=lightning_memopt.AdaPMLean --optimizer.lr=1e-3, or an "
+                "`optimizer:` section to the config."
+            )
+
+
+def main() -> None:
+    """Run the command line. Classes of modules in the working directory are found, as with ``python -m``."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    MemOptCLI()

@@ -1,0 +1,145 @@
+"""Parsing and checking of what a user hands to an optimizer: parameters, names, hyperparameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.plan import known_options
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
+# Written by lr schedulers, by Lightning's callbacks and by torch itself.
+FOREIGN_KEYS = ("initial_lr", "swa_lr", "name", "param_names")
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
+    """Return parameter groups of bare parameters, and the names that came with them.
+
+    Args:
+        params: Parameters, pairs of name and parameter, or group dicts whose ``params`` are either.
+
+    Raises:
+        TypeError: If an entry is neither.
+        ValueError: If a parameter or a name occurs twice, if only some have names, or if there are none.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
+    if isinstance(params, Mapping):
+        raise TypeError("`params` must be an iterable of parameters or of group dicts, got a dict: wrap it in a list.")
+    entries = list(params)
+    if not entries:
+        raise ValueError(
+            "The optimizer got an empty parameter list. Layers that a LightningModule makes in `configure_model` "
+            "do not exist before that: create the optimizer in `configure_optimizers`."
+        )
+    groups = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
+    names: dict[Tensor, str] = {}
+    return [_group(group, names) for group in groups], names
+
+
+def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise TypeError(f"A parameter group must be a dict with the key 'params', got {group!r}.")
+    entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    taken = set(names.values())
+    params: list[Tensor] = []
+    for entry in entries:
+        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+            name, param = entry
+            if name in taken:
+                raise ValueError(f"The name {name!r} is given to two parameters; names must be unique.")
+            taken.add(name)
+            names[_parameter(param, name)] = name
+        else:
+            param = _parameter(entry, None)
+        if any(param is other for other in params):
+            raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
+        params.append(param)
+    unnamed = [tuple(param.shape) for param in params if param not in names]
+    if names and unnamed:
+        raise ValueError(
+            f"{len(unnamed)} of the parameters have no name, the first of shape {unnamed[0]}, but others have: give "
+            "all as pairs of name and parameter (`named_parameters()`), or none and call `optimizer.bind(model)`."
+        )
+    return {**group, "params": params}
+
+
+def _parameter(param: Any, name: str | None) -> Tensor:
+    what = f" for {name!r}" if name else ""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"Expected a parameter{what}, got {type(param).__name__}: {param!r}.")
+    if param.is_complex():
+        raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
+    if not param.is_floating_point():
+        raise ValueError(f"Parameters must be floating point, got {param.dtype}{what}.")
+    return param
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the hyperparameters of one group.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, or a key is unknown.
+    """
+    known = ["params", "recipe", *HYPERPARAMETERS, *FOREIGN_KEYS, *known_options()]
+    for key in group:
+        if key not in known:
+            raise ValueError(f"In {where}: {unknown('key', key, known)}")
+    lr = group["lr"]
+    _number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
+    _number("eps", group["eps"], where)
+    _number("weight_decay", group["weight_decay"], where)
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"In {where}: `betas` must be two numbers, got {betas!r}.")
+    _number("betas[0]", betas[0], where, below=1.0)
+    _number("betas[1]", betas[1], where, at_most=1.0)
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"In {where}: `maximize` must be True or False, got {group['maximize']!r}.")
+
+
+def _number(name: str, value: Any, where: str, *, below: float = math.inf, at_most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"In {where}: `{name}` must be a number, got {value!r}.")
+    if not (0 <= value < below and value <= at_most):
+        top = f" and below {below:g}" if below < math.inf else f" and at most {at_most:g}" if at_most < math.inf else ""
+        raise ValueError(f"In {where}: `{name}` must be finite, at least 0{top}, got {value!r}.")
+
+
+def state_dtype(value: Any) -> torch.dtype | None:
+    """Return the dtype that the option ``state_dtype`` names; None stands for that of the arithmetic.
+
+    Raises:
+        ValueError: If it is not a dtype that state can be kept in.
+    """
+    if value is None:
+        return None
+    found = STATE_DTYPES.get(str(value).removeprefix("torch."))
+    if found is None:
+        raise ValueError(unknown("`state_dtype`", str(value), list(STATE_DTYPES)))
+    return found
+
+
+def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor, str]:
+    """Return the name of every parameter; where no names are known at all, vectors are called by their position.
+
+    Raises:
+        ValueError: If a parameter has no name though others have, or a matrix has none.
+    """
+    found = {}
+    for position, param in enumerate(params):
+        if param not in names and (names or param.ndim > 1):
+            raise ValueError(
+                f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the "
+                "model: create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` before "
+                "the first step."
+            )
+        found[param] = names.get(param, f"vector_{position}")
+    return found

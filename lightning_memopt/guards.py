@@ -1,0 +1,58 @@
+"""What stands between a gradient and a step: finite gradients, and arithmetic in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.collectives import Sum, Task, drive, request
+from lightning_memopt.layout import Layout, local_tensor
+
+
+def unusable(grads: Sequence[Tensor], layouts: Sequence[Layout]) -> list[int]:
+    """Return the positions of gradients that cannot be used, the same on every rank.
+
+    A gradient is of use if all its elements are finite and sums of their squares cannot overflow: up to about 1e16
+    in float32. One synchronisation with the device for all of them.
+    """
+    if not grads:
+        return []
+    flags = [_flag(grad, layout.dtype) for grad, layout in zip(grads, layouts, strict=True)]
+    if any(layout.mesh is not None for layout in layouts):
+        drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
+    home = flags[0].device
+    counts = torch.stack([flag.to(home) for flag in flags]).tolist()
+    return [position for position, count in enumerate(counts) if count]
+
+
+def _flag(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    local = local_tensor(grad)
+    if local.numel() == 0:
+        return torch.zeros((), device=local.device)
+    low, high = torch.aminmax(local)
+    limit = torch.finfo(dtype).max ** 0.5 / 1e3
+    return 1.0 - ((low > -limit) & (high < limit)).float()
+
+
+def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:
+    for dim in range(-len(layout.matrix), 0):
+        (flags[position],) = yield from request(Sum(flags[position], layout, dim))
+
+
+@contextmanager
+def exact_arithmetic(device: str) -> Iterator[None]:
+    """Switch off autocast and reduced-precision matrix products, whatever the training loop has chosen.
+
+    The coefficients of low-rank momentum nearly cancel; TF32 or bfloat16 products would leave noise.
+    """
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = (cuda.fp32_precision, mkldnn.fp32_precision)
+    cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        cuda.fp32_precision, mkldnn.fp32_precision = before

@@ -1,0 +1,157 @@
+"""Pure tensor functions that the kinds are made of; everything works on ``[..., m, n]``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Index = tuple[slice, ...]
+
+# A chunk of rows stays in the cache of a CPU core, and bounds the temporary memory everywhere.
+CPU_CHUNK = 1 << 17
+GPU_CHUNK = 1 << 24
+
+# Squared singular values below this, relative to the largest after equilibration, count as zero. A float64 Gram
+# matrix resolves 1e-16, so what is kept is orthonormal to 1e-16 / 1e-10.
+GRAM_CUTOFF = 1e-10
+
+
+def chunks(tensor: Tensor) -> Iterator[Index]:
+    """Yield indices that cut ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
+    *stack, m, n = tensor.shape
+    limit = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+    rows = max(1, limit // max(1, n))
+    if rows < m:
+        for position in itertools.product(*(range(size) for size in stack)):
+            for start in range(0, m, rows):
+                yield (*(slice(i, i + 1) for i in position), slice(start, min(start + rows, m)))
+    elif stack:
+        outer = max(1, stack[0])
+        count = max(1, limit // max(1, tensor.numel() // outer))
+        for start in range(0, stack[0], count):
+            yield (slice(start, min(start + count, stack[0])),)
+    else:
+        yield (slice(0, m),)
+
+
+def take(tensor: Tensor, index: Index) -> Tensor:
+    """Return the part of ``tensor``, which broadcasts against the chunked one, that belongs to a chunk."""
+    return tensor[tuple(slice(None) if size == 1 else part for size, part in zip(tensor.shape, index, strict=False))]
+
+
+def take_stack(tensor: Tensor, index: Index) -> Tensor:
+    """Return the matrices of ``tensor`` that belong to a chunk, with all their rows."""
+    return tensor[index[: tensor.ndim - 2]]
+
+
+def matmul(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return ``matrix @ right`` in the dtype of ``right``, converting at most a chunk of ``matrix`` at a time.
+
+    Shapes: ``[..., m, n]``, ``[..., n, r]`` → ``[..., m, r]``.
+    """
+    if matrix.dtype == right.dtype:
+        return matrix @ right
+    out = right.new_empty((*matrix.shape[:-1], right.shape[-1]))
+    for index in chunks(matrix):
+        out[index] = matrix[index].to(right.dtype) @ take_stack(right, index)
+    return out
+
+
+def rmatmul(left: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``leftᵀ @ matrix`` in the dtype of ``left``, converting at most a chunk of ``matrix`` at a time.
+
+    Shapes: ``[..., m, r]``, ``[..., m, n]`` → ``[..., r, n]``.
+    """
+    if matrix.dtype == left.dtype:
+        return left.mT @ matrix
+    out = left.new_zeros((*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
+    for index in chunks(matrix):
+        take_stack(out, index).add_(left[index].mT @ matrix[index].to(left.dtype))
+    return out
+
+
+def square_sums(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the sums of squares of every row, ``[..., m, 1]``, and of every column, ``[..., 1, n]``, in one pass."""
+    *stack, m, n = matrix.shape
+    rows = matrix.new_zeros((*stack, m, 1), dtype=dtype)
+    columns = matrix.new_zeros((*stack, 1, n), dtype=dtype)
+    for index in chunks(matrix):
+        square = matrix[index].to(dtype).square()
+        rows[index] = square.sum(-1, keepdim=True)
+        take_stack(columns, index).add_(square.sum(-2, keepdim=True))
+    return rows, columns
+
+
+def row_square_sums(matrix: Tensor, dtype: torch.dtype, run: int | None = None) -> Tensor:
+    """Return the sum of squares of every row, or of every ``run`` consecutive elements of a row.
+
+    Shapes: ``[..., m, n]`` → ``[..., m, ceil(n / run)]``; the last run of a row may be shorter.
+    """
+    n = matrix.shape[-1]
+    run = n if run is None else min(run, n)
+    whole = n // run if run else 0
+    out = matrix.new_zeros((*matrix.shape[:-1], -(-n // run) if run else 1), dtype=dtype)
+    for index in chunks(matrix):
+        square = matrix[index].to(dtype).square()
+        if whole:
+            out[index][..., :whole] = square[..., : whole * run].unflatten(-1, (whole, run)).sum(-1)
+        if whole * run < n:
+            out[index][..., whole] = square[..., whole * run :].sum(-1)
+    return out
+
+
+def column_square_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of squares of every column: ``[..., m, n]`` → ``[..., 1, n]``."""
+    out = matrix.new_zeros((*matrix.shape[:-2], 1, matrix.shape[-1]), dtype=dtype)
+    for index in chunks(matrix):
+        take_stack(out, index).add_(matrix[index].to(dtype).square().sum(-2, keepdim=True))
+    return out
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Return ``matrixᵀ matrix`` in float64: ``[..., m, r]`` → ``[..., r, r]``."""
+    wide = matrix.double()
+    return wide.mT @ wide
+
+
+def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
+    """Return orthonormal columns that span those of ``matrix``; zero columns where its rank falls short.
+
+    Works through the Gram matrix, so that rows may live on different ranks: the caller sums it.
+
+    Args:
+        matrix: ``[..., m, r]``; the rows at hand.
+        gram: ``[..., r, r]`` float64, ``matrixᵀ matrix`` over *all* rows.
+
+    Returns:
+        ``[..., m, r]`` in the dtype of ``matrix``.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    alive = diagonal > 0
+    scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
+    # Columns of very different length (singular values enter squared) would drown in the cut-off: equilibrate first.
+    values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
+    keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
+    inverse = torch.where(keep, values, 1.0).rsqrt() * keep
+    transform = scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
+    return (matrix.double() @ transform).to(matrix.dtype)
+
+
+def store_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
+    """Write ``value`` into ``target`` of another dtype or the same; bfloat16 is rounded stochastically.
+
+    Rounding to nearest would stop an average whose increments are below the last bit (2⁻⁸ relative): with β₂ = 0.999
+    they always are. Rounding up with the probability of the remainder keeps the average unbiased.
+    """
+    if value.data_ptr() == target.data_ptr() and value.dtype == target.dtype:
+        return
+    if target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
+        target.copy_(value)
+        return
+    single = value.float().contiguous()
+    noise = torch.randint(0, 1 << 16, single.shape, generator=generator, device=single.device, dtype=torch.int32)
+    rounded = ((single.view(torch.int32) + noise) & -65536).view(torch.float32)
+    target.copy_(torch.where(single.isfinite(), rounded, single))

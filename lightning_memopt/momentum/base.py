@@ -1,0 +1,62 @@
+"""The protocol of a momentum kind: gradient in, direction out, state in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt._registry import Registry
+from lightning_memopt.kind import Kind, State
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import Index, take, take_stack
+from lightning_memopt.tick import Tick
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction ``scale · base + left @ right``, formed a chunk at a time.
+
+    Attributes:
+        base: ``[..., m, n]``; the gradient or a momentum, never a copy of one.
+        scale: A number.
+        left: ``[..., m, r]``, already scaled, or None.
+        right: ``[..., r, n]``, or None.
+    """
+
+    base: Tensor
+    scale: float = 1.0
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def at(self, index: Index, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Return one chunk of the direction, and the number it still has to be multiplied with."""
+        base = self.base[index].to(dtype)
+        if self.left is None or self.right is None:
+            return base, self.scale
+        return (take(self.left, index) @ take_stack(self.right, index)).add_(base, alpha=self.scale), 1.0
+
+
+@dataclass(frozen=True)
+class Momentum(Kind):
+    """A momentum kind: turns gradients into directions. Its dense statistic is the average M of the gradients."""
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+    ) -> Generator[Any, Any, Direction]:
+        """Absorb a gradient and return the direction.
+
+        Args:
+            grad: ``[..., m, n]``, this rank's part, any floating dtype; not modified.
+            state: The local tensors of :meth:`init`; updated in place.
+            layout: The block's layout.
+            beta1: Decay of the average, in [0, 1).
+            tick: The step being taken.
+        """
+        raise NotImplementedError
+
+
+MOMENTA: Registry[type[Momentum]] = Registry("momentum kind")

@@ -1,0 +1,90 @@
+"""How Subspace-Momentum chooses its subspace, and what becomes of the momentum when it changes.
+
+All functions see the block tall, ``[..., m, n]`` with m ≥ n; ``long`` and ``short`` name the block's own dimensions
+that play the parts of m and n, so that sums go over the right ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt._registry import Registry
+from lightning_memopt.collectives import Sum, request
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import column_square_sums, gram, matmul, orthonormalize, rmatmul
+from lightning_memopt.tick import Tick
+
+Basis = Generator[Any, Any, Tensor]
+PROJECTIONS: Registry[Callable[..., Basis]] = Registry("projection")
+HANDOVERS: Registry[Callable[..., Basis]] = Registry("handover")
+
+
+def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
+    shape = (*layout.matrix[:-2], layout.matrix[short], basis.shape[-1])
+    return layout.cut(tick.normal(shape, basis), at=-2, dim=short)
+
+
+@PROJECTIONS.register("power")
+def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+    """Take one block power iteration from the basis at hand; from random columns where there is none."""
+    (lengths,) = yield from request(Sum(basis.double().square().sum(-2, keepdim=True), layout, short))
+    alive = lengths > 0
+    if not bool(alive.all()):
+        basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
+    (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
+    (lengths,) = yield from request(Sum(image.double().square().sum(-2, keepdim=True), layout, long))
+    image = (image * torch.where(lengths > 0, lengths, 1.0).rsqrt()).to(image.dtype)
+    (back,) = yield from request(Sum(rmatmul(image, grad), layout, long))
+    back = back.mT
+    (square,) = yield from request(Sum(gram(back), layout, short))
+    return orthonormalize(back, square)
+
+
+@PROJECTIONS.register("svd")
+def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+    """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
+    layout.require_whole(short, "The projection 'svd'")
+    (square,) = yield from request(Sum(gram(grad), layout, long))
+    return torch.linalg.eigh(square).eigenvectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)
+
+
+@PROJECTIONS.register("random")
+def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+    """Draw a uniformly distributed subspace."""
+    draw = _draw(basis, layout, short, tick)
+    (square,) = yield from request(Sum(gram(draw), layout, short))
+    return orthonormalize(draw, square)
+
+
+@PROJECTIONS.register("topk")
+def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+    """Select the coordinates of the short side whose slices of the gradient have the largest norm."""
+    layout.require_whole(short, "The projection 'topk'")
+    (norms,) = yield from request(Sum(column_square_sums(grad, layout.dtype), layout, long))
+    chosen = norms.squeeze(-2).topk(basis.shape[-1], dim=-1).indices
+    return torch.zeros_like(basis).scatter_(-2, chosen.unsqueeze(-2), 1.0)
+
+
+@HANDOVERS.register("reset")
+def reset(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
+    """Start again from zero."""
+    yield from ()
+    return torch.zeros_like(momentum)
+
+
+@HANDOVERS.register("rotate")
+def rotate(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
+    """Keep the part of the momentum that the new subspace can hold: X ← X (P₋ᵀ P)."""
+    (turn,) = yield from request(Sum(old.mT @ new, layout, short))
+    return momentum @ turn
+
+
+@HANDOVERS.register("keep")
+def keep(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
+    """Keep the numbers, which now mean other directions."""
+    yield from ()
+    return momentum

@@ -1,0 +1,120 @@
+"""Subspace-Momentum: momentum inside a low-dimensional subspace, plain SGD outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.collectives import Sum, request
+from lightning_memopt.kind import Kind, rounding
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import matmul, store_
+from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
+from lightning_memopt.momentum.projections import HANDOVERS, PROJECTIONS
+from lightning_memopt.momentum.rank import check_rank, resolve_rank
+from lightning_memopt.tick import Tick
+
+
+@MOMENTA.register("subspace")
+@dataclass(frozen=True)
+class SubspaceMomentum(Momentum):
+    """Momentum in a subspace of the short side (SNSM, arXiv 2411.07120).
+
+    For a tall block, m ≥ n (a wide one is its transpose)::
+
+        every `gap` steps:  P ← `projection`(G),  X ← `handover`(X)
+        X ← β₁ X + (1−β₁) G P
+        U = X Pᵀ / (1−β₁ᵗ) + (G − G P Pᵀ)
+
+    State: ``subspace_p`` ``[..., n, k]`` with orthonormal (or zero) columns, ``subspace_x`` ``[..., m, k]``.
+
+    Attributes:
+        rank: k: an integer, or a fraction of the short side (then at least 4).
+        gap: Steps between two choices of the subspace; blocks take turns.
+        projection: ``power`` (warm-started power iteration), ``svd`` (exact), ``random``, ``topk`` (coordinates).
+        handover: ``reset``, ``rotate`` or ``keep``: what becomes of the momentum in a new subspace.
+        bias_correction: Divide the momentum by 1−β₁ᵗ.
+        correct_complement: Divide the complement by it, too, as the authors' code does.
+    """
+
+    name: ClassVar[str] = "subspace"
+    keys: ClassVar[tuple[str, ...]] = ("subspace_p", "subspace_x")
+
+    rank: int | float = 1 / 8
+    gap: int = 10
+    projection: str = "power"
+    handover: str = "reset"
+    bias_correction: bool = True
+    correct_complement: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.rank)
+        if isinstance(self.gap, bool) or not isinstance(self.gap, int) or self.gap < 1:
+            raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {self.gap!r}.")
+        PROJECTIONS.get(self.projection)
+        HANDOVERS.get(self.handover)
+
+    def resolve(self, layout: Layout) -> SubspaceMomentum:
+        """Turn a fraction into a number for this block."""
+        return replace(self, rank=resolve_rank(self.rank, layout))
+
+    def init(self, layout: Layout) -> State:
+        """Allocate the basis and the momentum's coordinates in it."""
+        rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
+        return {"subspace_p": layout.zeros(short, rank), "subspace_x": layout.zeros(long, rank)}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+    ) -> Generator[Any, Any, Direction]:
+        """Refresh the subspace when due, average the projected gradient in."""
+        long, short = _sides(layout)
+        tall = grad if long == -2 else grad.mT
+        basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
+        if tick.due(self.gap):
+            old = basis
+            basis = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
+            momentum = yield from HANDOVERS.get(self.handover)(momentum, old, basis, layout, short)
+        (projected,) = yield from request(Sum(matmul(tall, basis), layout, short))
+        momentum = momentum.lerp(projected, 1 - beta1)
+        generator = rounding(layout, tick)
+        store_(state["subspace_p"], basis, generator)
+        store_(state["subspace_x"], momentum, generator)
+        inside = 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0
+        outside = inside if self.correct_complement else 1.0
+        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), basis.mT
+        return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
+
+    def keeps_state_of(self, other: Kind) -> bool:
+        """Return whether ``other`` is a subspace of the same rank; how it was chosen does not matter."""
+        return isinstance(other, SubspaceMomentum) and other.rank == self.rank
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return X Pᵀ, or its transpose for a wide block."""
+        tall = state["subspace_x"].to(layout.dtype) @ state["subspace_p"].to(layout.dtype).mT
+        return tall if _sides(layout)[0] == -2 else tall.mT
+
+    def from_dense(self, momentum: Tensor, layout: Layout) -> State:
+        """Keep what the leading singular vectors of the momentum span."""
+        state = self.init(layout)
+        tall = momentum if _sides(layout)[0] == -2 else momentum.mT
+        basis = torch.linalg.svd(tall.to(torch.float64), full_matrices=False).Vh.mT
+        basis = basis[..., : state["subspace_p"].shape[-1]].to(layout.dtype)
+        store_(state["subspace_p"], basis)
+        store_(state["subspace_x"], tall.to(layout.dtype) @ basis)
+        return state
+
+    def infer(self, state: Mapping[str, Tensor], layout: Layout) -> SubspaceMomentum:
+        """Read the rank off the basis."""
+        kind = replace(self, rank=max(1, int(state["subspace_p"].shape[-1])))
+        return Momentum.infer(kind, state, layout)
+
+
+def _sides(layout: Layout) -> tuple[int, int]:
+    """Return the long and the short dimension of the block."""
+    m, n = layout.matrix[-2:]
+    return (-2, -1) if m >= n else (-1, -2)

@@ -1,0 +1,451 @@
+"""MemOpt: one optimizer for every recipe."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt import groups as parsing
+from lightning_memopt._registry import unknown
+from lightning_memopt.block import Block
+from lightning_memopt.checkpoint import loaded_blocks, loaded_groups, placed
+from lightning_memopt.collectives import Task, drive
+from lightning_memopt.guards import exact_arithmetic, unusable
+from lightning_memopt.kind import Kind
+from lightning_memopt.layout import Layout
+from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.recipes import load_plan
+from lightning_memopt.roles import Part, canonical_name, classify
+from lightning_memopt.snapshot import Snapshot
+from lightning_memopt.tick import block_key
+
+NONFINITE = ("raise", "skip")
+ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class MemOpt(torch.optim.Optimizer):
+    """Optimizer whose state is compressed per block: a momentum kind × a second-moment kind for every role.
+
+    With U the direction of the block's momentum kind and D the denominator of its second-moment kind::
+
+        W ← (1 − lr · weight_decay) W − lr · U / D
+
+    Args:
+        params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. With bare parameters the
+            names come from :meth:`bind`. A group may have its own values of ``lr``, ``betas``, ``eps``,
+            ``weight_decay``, ``maximize``, ``recipe`` and of any option of a kind.
+        recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
+        lr: Learning rate.
+        betas: Decay of the momentum, in [0, 1), and of the second moment, in [0, 1]; a second value of 1 adds
+            squares up instead of averaging them, as AdaGrad does. None takes those of the recipe.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        rank: Rank of compressed momentum: an integer, or a fraction of each block's short side.
+        overrides: Changes by role or by name pattern, for instance
+            ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``.
+        maximize: Ascend instead of descend.
+        nonfinite: What to do with a gradient that has an infinite or undefined element, or one so large that sums of
+            squares overflow: ``raise``, naming the blocks, or ``skip`` the step and count it.
+        state_dtype: ``float32`` or ``bfloat16``, which is rounded stochastically. None keeps state in float32, and in
+            float64 for float64 parameters.
+        seed: Seed of all random draws; they do not touch torch's generator.
+        head_dim: Outputs per attention head, for the blockwise second moment, where no model tells.
+        gap: Steps between two choices of a subspace.
+        projection: How a subspace is chosen: ``power``, ``svd``, ``random`` or ``topk``.
+        handover: What becomes of momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
+        reduction: How a subset's squares are reduced: ``mean`` or ``sum``.
+        subset_size: Elements per subset of a subset norm.
+        options: Options of kinds that were registered from outside.
+
+    Raises:
+        ValueError: If any name, pattern or value is not valid; the message says what is.
+        TypeError: If a value has the wrong type.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        recipe: str | Plan | Mapping[str, Any] = "adapm_lean",
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | float | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        maximize: bool = False,
+        nonfinite: str = "raise",
+        state_dtype: str | torch.dtype | None = None,
+        seed: int = 0,
+        head_dim: int | None = None,
+        gap: int | None = None,
+        projection: str | None = None,
+        handover: str | None = None,
+        reduction: str | None = None,
+        subset_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(unknown("value of `nonfinite`", nonfinite, list(NONFINITE)))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+        options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
+        options |= {"reduction": reduction, "subset_size": subset_size}
+        self._plan = load_plan(recipe).updated(overrides=overrides, options=options)
+        self._overrides, self._options, self._betas = overrides, options, betas
+        self._state_dtype = parsing.state_dtype(state_dtype)
+        self._nonfinite, self._seed, self._head_dim = nonfinite, seed, head_dim
+        self._skipped = 0
+        self._names: dict[Tensor, str] = {}
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._plans: list[Plan] = []
+        self._blocks: dict[Tensor, tuple[Block, ...]] = {}
+        self._complete = False
+        groups, self._names = parsing.split_names(params)
+        defaults = {
+            "lr": lr,
+            "betas": self._plan.betas if betas is None else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "recipe": self._plan.name,
+        }
+        parsing.check_group(defaults, "the defaults")
+        super().__init__(groups, defaults)
+        self._complete = True
+        if self._names or not any(param.ndim > 1 for param in self._all_params()):
+            self._parts = self._classify(None)
+            self._build(self._all_blocks())
+
+    # ------------------------------------------------------------------ parameters, names, plans
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with the hyperparameters and the recipe of their own.
+
+        Raises:
+            ValueError: If the optimizer knows names and these parameters have none; nothing is added then.
+        """
+        (group,), names = parsing.split_names([param_group]) if self._complete else ([param_group], {})
+        recipe = group.get("recipe")
+        plan = self._plan
+        if recipe is not None and recipe != self._plan.name:
+            plan = load_plan(recipe).updated(overrides=self._overrides, options=self._shared_options(recipe))
+        own = {key: group[key] for key in group if key not in (*self.defaults, *parsing.FOREIGN_KEYS, "params")}
+        parsing.check_group({**self.defaults, **group}, f"parameter group {len(self.param_groups)}")
+        plan = plan.updated(options=own)
+        group = {key: value for key, value in group.items() if key not in own and key != "param_names"}
+        group["recipe"] = plan.name
+        if recipe is not None and "betas" not in group and self._betas is None:
+            group["betas"] = plan.betas
+        if not self._complete:
+            super().add_param_group(group)
+            self._plans.append(plan)
+            return
+        self._extend(group, plan, names)
+
+    def _shared_options(self, recipe: Any) -> dict[str, Any]:
+        """Return those of the optimizer's options that mean something to a group's own recipe."""
+        known = {key for entry in load_plan(recipe).roles.values() for key in entry.options()}
+        return {key: value for key, value in self._options.items() if key in known}
+
+    def _extend(self, group: dict[str, Any], plan: Plan, names: dict[Tensor, str]) -> None:
+        """Add a group to a complete optimizer, or leave it as it was."""
+        before = (self._names, self._parts)
+        super().add_param_group(group)
+        self._plans.append(plan)
+        try:
+            if self._names or names:
+                self._names = {**self._names, **names}
+                if any(name not in self._parts for name in map(canonical_name, self._names.values())):
+                    self._parts = self._classify(None)
+                fresh = {param: blocks for param, blocks in self._all_blocks().items() if param not in self._blocks}
+                self._build(fresh)
+        except Exception:
+            self.param_groups.pop()
+            self._plans.pop()
+            self._names, self._parts = before
+            raise
+
+    def bind(self, model: Any) -> None:
+        """Take names, and the size of attention heads, from the model whose parameters these are.
+
+        Raises:
+            ValueError: If a parameter is not the model's, or if steps were taken and the model's names would change
+                what a block gets.
+        """
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        for param in self._all_params():
+            if param not in names:
+                raise ValueError(
+                    f"The parameter {self._names.get(param, 'without a name')!r} of shape {tuple(param.shape)} is not "
+                    f"a parameter of the given {type(model).__name__}: bind the model that the optimizer trains."
+                )
+        before = (self._names, self._parts, self._blocks)
+        self._names, self._parts = names, self._classify(model, names)
+        try:
+            blocks = self._all_blocks()
+            if before[2] == blocks:
+                return
+            if any(float(state["step"]) > 0 for state in self.state.values() if state):
+                raise ValueError(
+                    "bind(model) would change the names or head sizes of blocks that have taken steps already; "
+                    "call it before the first step."
+                )
+            self._blocks = {}
+            self._build(blocks)
+        except Exception:
+            self._names, self._parts, self._blocks = before
+            raise
+
+    def _classify(self, model: Any, names: Mapping[Tensor, str] | None = None) -> dict[str, tuple[Part, ...]]:
+        if model is not None:
+            return classify(model, head_dim=self._head_dim)
+        pairs = [(name, param.shape) for param, name in (names or self._names).items()]
+        fresh = classify(pairs, head_dim=self._head_dim)
+        return {**fresh, **self._parts}
+
+    def _require_names(self) -> None:
+        """Raise the error that tells how to give names, if there are none."""
+        if not self._blocks:
+            parsing.named(self._names, self._all_params())
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _all_blocks(self) -> dict[Tensor, tuple[Block, ...]]:
+        """Return the blocks of all parameters, as names, parts and plans are now."""
+        blocks: dict[Tensor, tuple[Block, ...]] = {}
+        known: list[tuple[str, str, Recipe]] = []
+        names = parsing.named(self._names, self._all_params())
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            for param in group["params"]:
+                name = canonical_name(names[param])
+                parts = self._parts.get(name, (Part("vector"),))
+                blocks[param] = tuple(
+                    self._block(param, name, part, plan, len(known) + offset, fused=len(parts) > 1)
+                    for offset, part in enumerate(parts)
+                )
+                known += [(block.name, block.role, block.recipe) for block in blocks[param]]
+        for plan in self._plans:
+            plan.check_overrides(known)
+        return blocks
+
+    def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:
+        layout = Layout.of(
+            param,
+            slot=part.slot,
+            state_dtype=self._state_dtype,
+            output_dim=part.output_dim,
+            head_dim=part.head_dim,
+        )
+        full_name = f"{name}:{part.role}" if fused else name
+        return Block(
+            name=full_name,
+            role=part.role,
+            recipe=plan.recipe(full_name, part.role).resolve(layout),
+            layout=layout,
+            prefix=f"{part.role}." if fused else "",
+            key=block_key(self._seed, full_name),
+            index=index,
+            itemsize=param.element_size(),
+        )
+
+    def _build(self, blocks: Mapping[Tensor, tuple[Block, ...]]) -> None:
+        """Adopt blocks and allocate the state of those that train.
+
+        State is complete before the first step: every checkpoint has it all, and nothing has to take a dummy step
+        to find out what the state will look like.
+        """
+        fresh = {param: self._init(entries) for param, entries in blocks.items() if param.requires_grad}
+        self._blocks.update(blocks)
+        self.state.update(fresh)
+
+    def _init(self, blocks: tuple[Block, ...]) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(0.0, dtype=torch.float32)}
+        for block in blocks:
+            state.update(block.init())
+        return state
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluated first, with gradients enabled; its value is returned.
+
+        Raises:
+            ValueError: If names are not known yet, or a gradient is sparse or complex; nothing has changed then.
+            FloatingPointError: If a gradient is not finite and ``nonfinite="raise"``; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._active()
+        blocks = [self._blocks[param][0] for _, param in active]
+        positions = unusable([param.grad for _, param in active], [block.layout for block in blocks])  # type: ignore[misc]
+        bad = [blocks[position].name for position in positions]
+        if bad and self._nonfinite == "raise":
+            raise FloatingPointError(
+                f"Gradients with non-finite or overflowing elements in: {', '.join(bad)}. Weights and state are "
+                "unchanged. Lower the learning rate, clip gradients, or skip such steps with nonfinite='skip'."
+            )
+        if bad:
+            self._skipped += 1
+            return loss
+        with exact_arithmetic(active[0][1].device.type if active else "cpu"):
+            drive(task for group, param in active for task in self._tasks(group, param))
+        return loss
+
+    def _active(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Return all parameters with a gradient, checked."""
+        active = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if active:
+            self._require_names()
+        for _, param in active:
+            name = self._blocks[param][0].name
+            if param.grad.is_sparse or param.grad.layout is not torch.strided:
+                raise ValueError(f"The gradient of {name!r} is sparse; create the layer with sparse=False.")
+            if param.grad.is_complex():
+                raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
+        return active
+
+    def _tasks(self, group: dict[str, Any], param: Tensor) -> Iterator[Task]:
+        if not self.state[param]:  # frozen when the optimizer was made
+            self.state[param] = self._init(self._blocks[param])
+        state = self.state[param]
+        state["step"] += 1
+        step = int(state["step"].item())
+        for block in self._blocks[param]:
+            yield block.update(param, param.grad, state, group, step)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ changing and reading the plan
+
+    @torch.no_grad()
+    def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]]) -> None:
+        """Change kinds or ranks of blocks between two steps, converting their state one block at a time.
+
+        Args:
+            changes: Block name → a :class:`Recipe`, or a mapping such as ``{"momentum": "low_rank", "rank": 7}``.
+
+        Raises:
+            ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
+            NotImplementedError: If a block is sharded.
+        """
+        places = {block.name: (param, block) for param, blocks in self._blocks.items() for block in blocks}
+        converted = []
+        for name, change in changes.items():
+            if name not in places:
+                raise ValueError(unknown("block", name, list(places)))
+            param, block = places[name]
+            if block.layout.mesh is not None:
+                raise NotImplementedError(
+                    f"The block {name!r} is sharded with placements {block.layout.placements}; only blocks that are "
+                    "whole on one process can be reformatted."
+                )
+            new = replace(block, recipe=block.recipe.changed(change).resolve(block.layout))
+            for old_kind, new_kind in _axes(block, new):
+                if not old_kind.restorable and not new_kind.keeps_state_of(old_kind):
+                    raise ValueError(
+                        f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
+                        f"{new_kind.name!r} could go on from; build a new optimizer instead."
+                    )
+            converted.append((param, block, new))
+        for param, block, new in converted:
+            self._convert(param, block, new)
+
+    def _convert(self, param: Tensor, block: Block, new: Block) -> None:
+        state = self.state[param]
+        self._blocks[param] = tuple(new if entry is block else entry for entry in self._blocks[param])
+        for old_kind, new_kind in _axes(block, new):
+            if new_kind.keeps_state_of(old_kind) or not state:
+                continue
+            dense = old_kind.to_dense(block.part(state, old_kind.keys), block.layout)
+            for key in old_kind.keys:
+                del state[block.prefix + key]
+            state.update({block.prefix + key: value for key, value in new_kind.from_dense(dense, new.layout).items()})
+
+    def snapshot(self) -> Snapshot:
+        """Return frozen facts about all blocks.
+
+        Raises:
+            ValueError: If names are not known yet.
+        """
+        self._require_names()
+        states = [state for state in self.state.values() if state]
+        return Snapshot(
+            blocks=tuple(
+                block.facts(self.state[param])
+                for param in self._all_params()
+                if param.requires_grad or self.state[param]
+                for block in self._blocks[param]
+            ),
+            step=max((int(state["step"].item()) for state in states), default=0),
+            counter_bytes=sum(state["step"].untyped_storage().nbytes() for state in states),
+            skipped=self._skipped,
+        )
+
+    def plan_table(self) -> str:
+        """Return a table of all blocks: name, role, shape, kinds, rank, bytes, bytes under AdamW."""
+        return self.snapshot().table()
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{type(self).__name__}(recipe={group['recipe']!r}, lr={float(group['lr']):g}, betas={group['betas']}, "
+            f"eps={group['eps']:g}, weight_decay={group['weight_decay']:g}, {len(group['params'])} parameters)"
+            for group in self.param_groups
+        ]
+        table = self.plan_table() if self._blocks else "Names are not known yet: call bind(model)."
+        return "\n".join([*lines, table])
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
+        return {**super().__getstate__(), **own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, with every dtype kept.
+
+        Keys and shapes of the state decide kinds and ranks, so that a checkpoint from after a :meth:`reformat` loads
+        into an optimizer that was made without it. A state dict of ``torch.optim.AdamW`` loads into the recipe
+        ``adamw``.
+
+        Raises:
+            ValueError: If it belongs to another model or another recipe; nothing has changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups = loaded_groups(state_dict["param_groups"], self.param_groups)
+        self._require_names()
+        blocks, states = dict(self._blocks), {}
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, param in zip(indices, self._all_params(), strict=True):
+            saved = state_dict["state"].get(index)
+            if saved:
+                blocks[param] = loaded_blocks(blocks[param], saved)
+                states[param] = placed(saved, param)
+            elif param.requires_grad:
+                states[param] = self._init(blocks[param])
+        self._blocks = blocks
+        self.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+_OWN_ATTRIBUTES = (
+    "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_skipped",
+    "_names", "_parts", "_plans", "_blocks", "_complete",
+)  # fmt: skip
+
+
+def _axes(old: Block, new: Block) -> list[tuple[Kind, Kind]]:
+    return [(old.recipe.momentum, new.recipe.momentum), (old.recipe.second_moment, new.recipe.second_moment)]

@@ -1,0 +1,140 @@
+"""The named recipes, and recipe files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_memopt._registry import Registry, unknown
+from lightning_memopt.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
+from lightning_memopt.plan import Plan, Recipe, known_options
+from lightning_memopt.roles import ROLES
+from lightning_memopt.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
+
+PLANS: Registry[Plan] = Registry("recipe")
+
+_ADAM = Recipe("dense", "dense")
+_FILE_KEYS = ("name", "base", "betas", "roles", "overrides", "options")
+_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head")
+
+
+def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999), **roles: Recipe) -> Plan:
+    """File a plan in which every role that is not mentioned gets ``default``; vectors get Adam's kinds."""
+    plan = Plan(name, {"vector": _ADAM, **{role: default for role in ROLES if role != "vector"}, **roles}, betas)
+    return PLANS.register(name)(plan)
+
+
+def _adapm(name: str, second_moment: str) -> Plan:
+    """AdaPM's roles: no momentum for embeddings and attention output, full for values, low rank for the rest."""
+    low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
+    roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
+    return _named(name, low, (0.9, 0.95), **roles)
+
+
+def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, float], **roles: Recipe) -> Plan:
+    """File a plan that treats linear weights apart from everything else."""
+    return _named(name, default, betas, **dict.fromkeys(_LINEAR, linear), **roles)
+
+
+ADAMW = _named("adamw", _ADAM)
+ADAPM = _adapm("adapm", "dense")
+ADAPM_MINI = _adapm("adapm_mini", "blockwise")
+ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95))
+ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
+ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
+# The authors run AdaGrad and RMSProp without any bias correction, and with sums over the subsets.
+_SUMS = SubsetNormSecondMoment(reduction="sum", bias_correction=False)
+_RAW: SecondMoment = DenseSecondMoment(bias_correction=False)
+_ADAGRAD = Recipe(DenseMomentum(bias_correction=False), _RAW)
+ADAGRAD_SNSM = _on_linear(
+    "adagrad_snsm", _ADAGRAD, Recipe(SubspaceMomentum(bias_correction=False), _SUMS), (0.9, 1.0), vector=_ADAGRAD
+)
+_RMSPROP = Recipe("none", _RAW)
+RMSPROP_SN = _on_linear("rmsprop_sn", _RMSPROP, Recipe("none", _SUMS), (0.0, 0.999), vector=_RMSPROP)
+ADAM_MINI = _named("adam_mini", Recipe("dense", "blockwise"))
+ADAFACTOR = _named("adafactor", Recipe("none", "factored"))
+
+
+def recipe_names() -> list[str]:
+    """Return the names that ``recipe=`` accepts."""
+    return PLANS.names()
+
+
+def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan:
+    """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
+
+    A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
+    (role → kinds and options), ``overrides`` (role or name pattern → kinds and options) and ``options``.
+
+    Raises:
+        TypeError: If ``recipe`` is something else, or an entry of a file has the wrong type.
+        ValueError: If a name, key, kind, role or option is unknown.
+        FileNotFoundError: If it looks like a path and no file is there.
+    """
+    if isinstance(recipe, Plan):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _from_mapping(recipe, "custom")
+    if not isinstance(recipe, str | os.PathLike):
+        raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
+    path = Path(recipe)
+    if isinstance(recipe, str) and recipe in PLANS:
+        return PLANS.get(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return _from_mapping(_read(path), path.stem)
+    raise ValueError(
+        f"{unknown('recipe', str(recipe), recipe_names())} Or give the path of a recipe file that ends in .yaml."
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe file {str(path)!r} (working directory: {os.getcwd()}).")
+    try:
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise ImportError(
+            f"Reading the recipe file {str(path)!r} needs omegaconf: pip install 'lightning-memopt[cli]'."
+        ) from error
+    data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    if not isinstance(data, Mapping):
+        raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {type(data).__name__}.")
+    return {str(key): value for key, value in data.items()}
+
+
+def _from_mapping(data: Mapping[str, Any], fallback_name: str) -> Plan:
+    for key in data:
+        if key not in _FILE_KEYS:
+            raise ValueError(unknown("key of a recipe file", key, list(_FILE_KEYS)))
+    base = load_plan(data.get("base", "adamw"))
+    roles = dict(base.roles)
+    for role, change in _section(data, "roles").items():
+        if role not in ROLES:
+            raise ValueError(unknown("role", role, list(ROLES)))
+        roles[role] = roles[role].with_options(base.options).changed(change)
+    for key in _section(data, "options"):
+        if key not in known_options():
+            raise ValueError(unknown("option", key, known_options()))
+    plan = Plan(
+        name=str(data.get("name", fallback_name)),
+        roles=roles,
+        betas=_betas(data.get("betas", base.betas)),
+        overrides=base.overrides,
+        options=base.options,
+    )
+    return plan.updated(overrides=_section(data, "overrides"), options=_section(data, "options"))
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = data.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise TypeError(f"{key!r} of a recipe file must be a mapping, got {section!r}.")
+    return section
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"'betas' of a recipe file must be two numbers, got {value!r}.")
+    return (float(value[0]), float(value[1]))

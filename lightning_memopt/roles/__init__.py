@@ -1,0 +1,28 @@
+"""Roles of weights; importing this package registers the built-in model families."""
+
+from lightning_memopt.roles import gpt2, llama, nanogpt, torch_attention
+from lightning_memopt.roles.base import (
+    NAMING_SCHEMES,
+    ROLES,
+    NamingScheme,
+    Part,
+    Rule,
+    canonical_name,
+    classify,
+    register_naming_scheme,
+)
+
+__all__ = [
+    "NAMING_SCHEMES",
+    "ROLES",
+    "NamingScheme",
+    "Part",
+    "Rule",
+    "canonical_name",
+    "classify",
+    "gpt2",
+    "llama",
+    "nanogpt",
+    "register_naming_scheme",
+    "torch_attention",
+]

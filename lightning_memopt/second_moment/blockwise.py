@@ -1,0 +1,100 @@
+"""Adam-mini's second moment: one number per block of the Hessian's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_memopt.collectives import Sum, request
+from lightning_memopt.kind import rounding
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
+from lightning_memopt.second_moment.base import (
+    SECOND_MOMENTS,
+    Denominator,
+    SecondMoment,
+    State,
+    accumulate_,
+)
+from lightning_memopt.tick import Tick
+
+
+@SECOND_MOMENTS.register("blockwise")
+@dataclass(frozen=True)
+class BlockwiseSecondMoment(SecondMoment):
+    """V ← β₂ V + (1−β₂) mean(G²) over each head or output, D = √(V / (1−β₂ᵗ)) + ε (Adam-mini, arXiv 2406.16793).
+
+    Query and key weights have one number per attention head where the size of a head is known, everything else one per
+    output (per token for an embedding). State: ``blockwise_sq``, one number per head or output.
+
+    Attributes:
+        head_dim: Outputs that share a number; None takes the size of a head for queries and keys, 1 elsewhere.
+    """
+
+    name: ClassVar[str] = "blockwise"
+    keys: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
+
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.head_dim
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs) or None, got {size!r}.")
+
+    def resolve(self, layout: Layout) -> BlockwiseSecondMoment:
+        """Take the size of a head from the layout where none was given."""
+        return replace(self, head_dim=self._head_dim(layout))
+
+    def init(self, layout: Layout) -> State:
+        """Allocate one number per head or output."""
+        size, count = self._head_dim(layout), layout.output_dim
+        if size > 1:
+            layout.require_whole(layout.output_dim, "A second moment per attention head")
+            if layout.matrix[count] % size:
+                raise ValueError(f"`head_dim` {size} does not divide the outputs of a block of shape {layout.shape}.")
+            count = layout.matrix[count] // size
+        return {"blockwise_sq": layout.zeros(count, 1) if layout.output_dim == -2 else layout.zeros(1, count)}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+    ) -> Generator[Any, Any, Denominator]:
+        """Average the mean squares of every head or output in."""
+        rows = layout.output_dim == -2
+        sums, over = (row_square_sums, -1) if rows else (column_square_sums, -2)
+        (value,) = yield from request(Sum(sums(grad, layout.dtype), layout, over))
+        value = self._per_head(value / layout.matrix[over], layout)
+        square = accumulate_(state["blockwise_sq"], value, beta2=beta2, layout=layout, generator=rounding(layout, tick))
+        return Denominator((self._spread(square, layout),), self.correction(beta2, tick), eps)
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Spread each mean over its head or output."""
+        return self._spread(state["blockwise_sq"].to(layout.dtype), layout).expand(layout.local).contiguous()
+
+    def from_dense(self, value: Tensor, layout: Layout) -> State:
+        """Keep the mean over each head or output."""
+        state = self.init(layout)
+        mean = value.mean(-1 if layout.output_dim == -2 else -2, keepdim=True)
+        store_(state["blockwise_sq"], self._per_head(mean, layout))
+        return state
+
+    def infer(self, state: Mapping[str, Tensor], layout: Layout) -> BlockwiseSecondMoment:
+        """Read the size of a head off the number of means."""
+        count = max(1, int(state["blockwise_sq"].shape[layout.output_dim]))
+        kind = replace(self, head_dim=max(1, layout.matrix[layout.output_dim] // count))
+        return SecondMoment.infer(kind, state, layout)
+
+    def _head_dim(self, layout: Layout) -> int:
+        return self.head_dim or layout.head_dim or 1
+
+    def _per_head(self, value: Tensor, layout: Layout) -> Tensor:
+        """Average the outputs of each head."""
+        size, dim = self._head_dim(layout), layout.output_dim
+        return value if size == 1 else value.unflatten(dim, (-1, size)).mean(dim)
+
+    def _spread(self, value: Tensor, layout: Layout) -> Tensor:
+        """Repeat the number of each head for its outputs."""
+        size = self._head_dim(layout)
+        return value if size == 1 else value.repeat_interleave(size, dim=layout.output_dim)

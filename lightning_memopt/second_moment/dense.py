@@ -1,0 +1,53 @@
+"""Adam's second moment: one number per element."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_memopt.kind import rounding
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import chunks, store_
+from lightning_memopt.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
+from lightning_memopt.tick import Tick
+
+
+@SECOND_MOMENTS.register("dense")
+@dataclass(frozen=True)
+class DenseSecondMoment(SecondMoment):
+    """V ← β₂ V + (1−β₂) G²,  D = √(V / (1−β₂ᵗ)) + ε.  State: ``exp_avg_sq``, m·n numbers, as in torch's AdamW."""
+
+    name: ClassVar[str] = "dense"
+    keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+    needs_matrix: ClassVar[bool] = False
+
+    def init(self, layout: Layout) -> State:
+        """Allocate ``exp_avg_sq`` with the shape of the block."""
+        return {"exp_avg_sq": layout.zeros_elementwise()}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+    ) -> Generator[Any, Any, Denominator]:
+        """Average the squares in."""
+        yield from ()
+        average = state["exp_avg_sq"].view(layout.local)
+        generator = rounding(layout, tick)
+        weight = 1 - beta2 if beta2 < 1 else 1.0
+        for index in chunks(average):
+            part = grad[index].to(layout.dtype)
+            new = average[index].to(layout.dtype).mul_(beta2).addcmul_(part, part, value=weight)
+            store_(average[index], new, generator)
+        return Denominator((average,), self.correction(beta2, tick), eps)
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return ``exp_avg_sq``."""
+        return state["exp_avg_sq"].view(layout.local).to(layout.dtype)
+
+    def from_dense(self, square: Tensor, layout: Layout) -> State:
+        """Keep the second moment as it is."""
+        state = self.init(layout)
+        store_(state["exp_avg_sq"].view(layout.local), square)
+        return state

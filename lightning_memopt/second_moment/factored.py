@@ -1,0 +1,72 @@
+"""Adafactor's factored second moment."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.collectives import Sum, request
+from lightning_memopt.kind import rounding
+from lightning_memopt.layout import Layout
+from lightning_memopt.linalg import square_sums, store_
+from lightning_memopt.second_moment.base import (
+    SECOND_MOMENTS,
+    Denominator,
+    SecondMoment,
+    State,
+    accumulate_,
+)
+from lightning_memopt.tick import Tick
+
+
+@SECOND_MOMENTS.register("factored")
+@dataclass(frozen=True)
+class FactoredSecondMoment(SecondMoment):
+    """Row and column means of the squares (Adafactor, arXiv 1804.04235, without its schedule and clipping).
+
+    a ← β₂ a + (1−β₂) mean_n(G²),  c ← β₂ c + (1−β₂) mean_m(G²),  V = a cᵀ / mean(a),  D = √(V / (1−β₂ᵗ)) + ε.
+
+    State: ``factored_row`` ``[..., m, 1]`` and ``factored_col`` ``[..., 1, n]``.
+    """
+
+    name: ClassVar[str] = "factored"
+    keys: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
+
+    def init(self, layout: Layout) -> State:
+        """Allocate both means."""
+        return {"factored_row": layout.zeros(-2, 1), "factored_col": layout.zeros(1, -1)}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+    ) -> Generator[Any, Any, Denominator]:
+        """Average the squares of rows and of columns in."""
+        m, n = layout.matrix[-2:]
+        rows, columns = yield from request(
+            *(Sum(value, layout, over) for value, over in zip(square_sums(grad, layout.dtype), (-1, -2), strict=True))
+        )
+        generator = rounding(layout, tick)
+        row = accumulate_(state["factored_row"], rows.div_(n), beta2=beta2, layout=layout, generator=generator)
+        column = accumulate_(state["factored_col"], columns.div_(m), beta2=beta2, layout=layout, generator=generator)
+        (total,) = yield from request(Sum(row.sum(-2, keepdim=True), layout, -2))
+        return Denominator((row / _mean(total, m), column), self.correction(beta2, tick), eps)
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return a cᵀ / mean(a)."""
+        row, column = (state[key].to(layout.dtype) for key in self.keys)
+        return row / _mean(row.sum(-2, keepdim=True), layout.matrix[-2]) * column
+
+    def from_dense(self, square: Tensor, layout: Layout) -> State:
+        """Keep the means over rows and columns."""
+        state = self.init(layout)
+        store_(state["factored_row"], square.mean(-1, keepdim=True))
+        store_(state["factored_col"], square.mean(-2, keepdim=True))
+        return state
+
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    """Return a mean that can be divided by, also when all gradients so far were zero."""
+    return (total / count).clamp(min=torch.finfo(total.dtype).tiny)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def restored_world() -> Iterator[None]:
+    """Leave the process as it was: environment, default dtype, random numbers, threads, no process group."""
+    environment, dtype, threads = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()
+    random_state = torch.get_rng_state()
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(random_state)
+    assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), (
+        "the test left a process group behind; run it in `run_ranks`"
+    )
+
+
+def pytest_configure() -> None:
+    """Small matrices are quicker on one thread, and two cores are shared with everybody's tests."""
+    torch.set_num_threads(1)

@@ -1,0 +1,89 @@
+"""What the contract is checked on: every registered kind × values of its options, and shapes of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.kind import Kind
+from lightning_memopt.layout import Layout
+from lightning_memopt.momentum import MOMENTA
+from lightning_memopt.momentum.projections import HANDOVERS, PROJECTIONS
+from lightning_memopt.second_moment import SECOND_MOMENTS
+from lightning_memopt.second_moment.subset_norm import REDUCTIONS
+from lightning_memopt.tick import Tick, block_key
+
+# Options have one meaning each, whatever the kind: values to try are listed by option. Options that are true or false
+# need no entry; an option that is not listed is tried at its default.
+OPTION_VALUES: dict[str, list[Any]] = {
+    "rank": [2, 1, 0.5, 1000],
+    "gap": [3, 1],
+    "projection": PROJECTIONS.names(),
+    "handover": HANDOVERS.names(),
+    "reduction": list(REDUCTIONS),
+    "subset_size": [None, 5, 1, 1000],
+}
+BAD_OPTION_VALUES: dict[str, list[Any]] = {
+    "rank": [0, -1, 1.5, 0.0, float("nan"), True, "4", None],
+    "gap": [0, -3, 2.5, True, "10", None],
+    "projection": ["pca", "", None, 3],
+    "handover": ["forget", None],
+    "reduction": ["max", None, 2],
+    "subset_size": [0, -1, 2.5, True, "128"],
+}
+
+SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]
+VECTOR_SHAPES: list[tuple[int, ...]] = [(9,), (1,), ()]
+BETAS = (0.9, 0.99)
+EPS = 1e-8
+
+
+def variants(cls: type[Kind]) -> list[Kind]:
+    """Return a small basic instance of a kind and, one option at a time, its other values."""
+    basic = cls(**{name: OPTION_VALUES[name][0] for name in ("rank", "gap") if name in cls.options()})
+    found = [basic]
+    for entry in fields(cls):
+        values = OPTION_VALUES.get(entry.name, [])
+        if isinstance(getattr(basic, entry.name), bool):
+            values = [True, False]
+        found += [replace(basic, **{entry.name: value}) for value in values if value != getattr(basic, entry.name)]
+    return found
+
+
+def all_momenta() -> list[Kind]:
+    return [kind for name in MOMENTA.names() for kind in variants(MOMENTA.get(name))]
+
+
+def all_second_moments() -> list[Kind]:
+    return [kind for name in SECOND_MOMENTS.names() for kind in variants(SECOND_MOMENTS.get(name))]
+
+
+def label(case: object) -> str | None:
+    """Return the name of a case in pytest's output."""
+    if isinstance(case, Kind):
+        changed = [f"{e.name}={getattr(case, e.name)}" for e in fields(case) if getattr(case, e.name) != e.default]
+        return "-".join([case.name, *changed])
+    if isinstance(case, tuple):
+        return "x".join(map(str, case)) or "scalar"
+    return getattr(case, "__name__", None)
+
+
+def shapes_for(kind: Kind) -> list[tuple[int, ...]]:
+    return SHAPES if kind.needs_matrix else SHAPES + VECTOR_SHAPES
+
+
+def layout_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **facts: Any) -> Layout:
+    return Layout.of(torch.empty(shape, dtype=dtype), **facts)
+
+
+def gradient(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Return a gradient that depends on the seed only."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def tick_at(step: int, name: str = "block", index: int = 0) -> Tick:
+    return Tick(step, block_key(0, name), index)

@@ -1,0 +1,22 @@
+"""Every registered momentum kind × every property, without a line per kind."""
+
+from __future__ import annotations
+
+import pytest
+from contract.cases import all_momenta, label, shapes_for
+from contract.checks import CHECKS, check_registry
+
+from lightning_memopt.momentum import MOMENTA
+from lightning_memopt.second_moment import SECOND_MOMENTS
+
+CASES = [(kind, shape) for kind in all_momenta() for shape in shapes_for(kind)]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=label)
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=label)
+def test_contract(kind, shape, check):
+    check(kind, shape)
+
+
+def test_registry_and_keys():
+    check_registry(MOMENTA, {key: name for name in SECOND_MOMENTS.names() for key in SECOND_MOMENTS.get(name).keys})
