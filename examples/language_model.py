@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,7 +37,7 @@ class LanguageModel(LightningModule):
             given, limit = getattr(data, name, None), getattr(self.model.config, ours)
             if given is not None and given > limit:
                 raise ValueError(
-                    f"The data's `{name}` is {given}, the model's `{ours}` is {limit}: set the model's to at least {given}."
+                    f"The data's `{name}` is {given}, the model's `{ours}` only {limit}: raise the model's to {given}."
                 )
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -62,8 +61,3 @@ class LanguageModel(LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the likeliest next token after every position."""
         return self.model(input_ids=batch, use_cache=False).logits.argmax(-1)
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Return how many numbers are trained."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -56,7 +56,11 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         # 256 bytes and the end of the text are in every vocabulary.
-        for name, value, least in (("vocab_size", vocab_size, 257), ("seq_len", seq_len, 2), ("batch_size", batch_size, 1)):
+        for name, value, least in (
+            ("vocab_size", vocab_size, 257),
+            ("seq_len", seq_len, 2),
+            ("batch_size", batch_size, 1),
+        ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if not 0 < val_fraction < 1:
@@ -74,6 +78,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise the text unless the cache holds it; runs in one process per machine."""
+        if self.tokens:
+            return
         texts, skipped = read_texts(self.root, self.pattern, self.val_fraction, self.max_chars)
         settings = (self.vocab_size, tokenizers.__version__)
         key = hashlib.sha256(repr((settings, texts)).encode()).hexdigest()[:16]
@@ -101,8 +107,8 @@ class TextDataModule(LightningDataModule):
             if sequences < needed:
                 raise ValueError(
                     f"The {split} files of {self.root} make {len(stored[split]):,} tokens, which is less than "
-                    f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more text, "
-                    "or a smaller `seq_len`, `batch_size` or `vocab_size`."
+                    f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more "
+                    "text, or a smaller `seq_len`, `batch_size` or `vocab_size`."
                 )
             self.tokens[split] = stored[split][: sequences * self.seq_len].view(sequences, self.seq_len).long()
 

@@ -33,8 +33,8 @@ class BindNames(Callback):
     """Give every ``MemOpt`` of the trainer the names of the module's parameters, before a checkpoint is restored.
 
     It covers optimizers that the command line built and those that the module's ``configure_optimizers`` returned.
-    An optimizer that was given other names, such as those of an inner module, keeps them: its ``overrides`` were written
-    for them.
+    An optimizer that was given other names, such as those of an inner module, keeps them: its ``overrides`` were
+    written for them.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,4 +161,4 @@ def main() -> None:
     """Run the command line. Classes of modules in the working directory are found, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    MemOptCLI()
+    MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})

@@ -50,16 +50,15 @@ def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     taken = set(names.values())
     params: list[Tensor] = []
     for entry in entries:
-        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
-            name, param = entry
+        name, param = entry if _is_pair(entry) else (None, entry)
+        _check_parameter(param, name)
+        if any(param is other for other in params):
+            raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
+        if name is not None:
             if name in taken:
                 raise ValueError(f"The name {name!r} is given to two parameters; names must be unique.")
             taken.add(name)
-            names[_parameter(param, name)] = name
-        else:
-            param = _parameter(entry, None)
-        if any(param is other for other in params):
-            raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
+            names[param] = name
         params.append(param)
     unnamed = [tuple(param.shape) for param in params if param not in names]
     if names and unnamed:
@@ -70,7 +69,11 @@ def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     return {**group, "params": params}
 
 
-def _parameter(param: Any, name: str | None) -> Tensor:
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _check_parameter(param: Any, name: str | None) -> None:
     what = f" for {name!r}" if name else ""
     if not isinstance(param, Tensor):
         raise TypeError(f"Expected a parameter{what}, got {type(param).__name__}: {param!r}.")
@@ -78,7 +81,6 @@ def _parameter(param: Any, name: str | None) -> Tensor:
         raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
     if not param.is_floating_point():
         raise ValueError(f"Parameters must be floating point, got {param.dtype}{what}.")
-    return param
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:

@@ -91,6 +91,10 @@ class Kind:
         return sum(torch.Size(shape).numel() * size for shape in self.shapes(layout).values())
 
 
-def rounding(layout: Layout, tick: Tick) -> torch.Generator | None:
-    """Return the randomness for stochastic rounding where state is stored in less than it is computed in."""
-    return tick.generator(layout.device) if layout.state_dtype != layout.dtype else None
+def rounding(layout: Layout, tick: Tick, key: str) -> torch.Generator | None:
+    """Return the randomness for stochastic rounding where state is stored in less than it is computed in.
+
+    Every state tensor, named by ``key``, has its own: one that all ranks hold must be rounded alike on all of them,
+    although they round parts of different sizes of one that is sharded.
+    """
+    return tick.generator(layout.device, f"rounding {key}") if layout.state_dtype != layout.dtype else None

@@ -9,14 +9,14 @@ from typing import Any
 
 from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
-from lightning_memopt.plan import Plan, Recipe, known_options
+from lightning_memopt.plan import Plan, Recipe
 from lightning_memopt.roles import ROLES
 from lightning_memopt.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
 
 PLANS: Registry[Plan] = Registry("recipe")
 
 _ADAM = Recipe("dense", "dense")
-_FILE_KEYS = ("name", "base", "betas", "roles", "overrides", "options")
+_FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
 _LINEAR = ("query", "key", "value", "attention_output", "mlp", "head")
 
 
@@ -66,7 +66,7 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
 
     A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
-    (role → kinds and options), ``overrides`` (role or name pattern → kinds and options) and ``options``.
+    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options).
 
     Raises:
         TypeError: If ``recipe`` is something else, or an entry of a file has the wrong type.
@@ -114,9 +114,6 @@ def _from_mapping(data: Mapping[str, Any], fallback_name: str) -> Plan:
         if role not in ROLES:
             raise ValueError(unknown("role", role, list(ROLES)))
         roles[role] = roles[role].with_options(base.options).changed(change)
-    for key in _section(data, "options"):
-        if key not in known_options():
-            raise ValueError(unknown("option", key, known_options()))
     plan = Plan(
         name=str(data.get("name", fallback_name)),
         roles=roles,
@@ -124,7 +121,7 @@ def _from_mapping(data: Mapping[str, Any], fallback_name: str) -> Plan:
         overrides=base.overrides,
         options=base.options,
     )
-    return plan.updated(overrides=_section(data, "overrides"), options=_section(data, "options"))
+    return plan.updated(overrides=_section(data, "overrides"))
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

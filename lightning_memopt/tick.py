@@ -36,9 +36,15 @@ class Tick:
         """Return whether work that recurs every ``gap`` steps falls on this one; always on step 1."""
         return self.step == 1 or (self.step + self.index) % gap == 0
 
-    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return a generator that yields the same numbers whenever this step of this block is taken."""
-        return torch.Generator(device).manual_seed((self.key + self.step * _STEP_STRIDE) & _MASK)
+    def generator(self, device: torch.device | str = "cpu", purpose: str = "") -> torch.Generator:
+        """Return a generator that yields the same numbers whenever this step of this block is taken.
+
+        Args:
+            device: Where the numbers are drawn.
+            purpose: What for; the numbers for different purposes are independent.
+        """
+        salt = block_key(self.step, purpose) if purpose else 0
+        return torch.Generator(device).manual_seed((self.key + self.step * _STEP_STRIDE + salt) & _MASK)
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Draw standard normal numbers of a *global* shape: on the CPU, so that every device gets the same."""

@@ -42,7 +42,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
-def _rank(rank: int, fn: Callable[..., Any], world_size: int, folder: str, timeout: float, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, fn: Callable[..., Any], world_size: int, folder: str, timeout: float, args: tuple[Any, ...]
+) -> None:
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)

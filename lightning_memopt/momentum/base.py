@@ -37,7 +37,10 @@ class Direction:
         base = self.base[index].to(dtype)
         if self.left is None or self.right is None:
             return base, self.scale
-        return (take(self.left, index) @ take_stack(self.right, index)).add_(base, alpha=self.scale), 1.0
+        left, right = take(self.left, index), take_stack(self.right, index)
+        if base.ndim == 2:
+            return torch.addmm(base, left, right, beta=self.scale), 1.0
+        return torch.matmul(left, right).add_(base, alpha=self.scale), 1.0
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class DenseMomentum(Momentum):
         """Average the gradient in."""
         yield from ()
         average = state["exp_avg"].view(layout.local)
-        generator = rounding(layout, tick)
+        generator = rounding(layout, tick, "exp_avg")
         for index in chunks(average):
             part = average[index].to(layout.dtype).lerp_(grad[index].to(layout.dtype), 1 - beta1)
             store_(average[index], part, generator)

@@ -75,9 +75,8 @@ class LowRankMomentum(Momentum):
         keep, drop = beta1 / (1 - beta1), 1 / (1 - beta1) - 1 / (1 - beta1**tick.step)
         left = torch.cat((q_old * keep, q * -drop), dim=-1)
         right = torch.cat((r_old, r), dim=-2)
-        generator = rounding(layout, tick)
-        store_(state["low_rank_q"], q, generator)
-        store_(state["low_rank_r"], r, generator)
+        store_(state["low_rank_q"], q, rounding(layout, tick, "low_rank_q"))
+        store_(state["low_rank_r"], r, rounding(layout, tick, "low_rank_r"))
         return Direction(grad, 1.0, left, right)
 
     def _sketch(self, r_old: Tensor, layout: Layout, tick: Tick) -> Generator[Any, Any, tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_memopt._registry import Registry
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.layout import Layout
-from lightning_memopt.linalg import column_square_sums, gram, matmul, orthonormalize, rmatmul
+from lightning_memopt.linalg import GRAM_CUTOFF, column_square_sums, gram, matmul, orthonormalize, rmatmul
 from lightning_memopt.tick import Tick
 
 Basis = Generator[Any, Any, Tensor]
@@ -36,9 +36,10 @@ def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, ti
     if not bool(alive.all()):
         basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
     (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
-    (lengths,) = yield from request(Sum(image.double().square().sum(-2, keepdim=True), layout, long))
-    image = (image * torch.where(lengths > 0, lengths, 1.0).rsqrt()).to(image.dtype)
-    (back,) = yield from request(Sum(rmatmul(image, grad), layout, long))
+    # Orthonormal in between: GᵀG P itself squares the spread of the singular values, and columns of less than 1/300
+    # of the largest would be lost.
+    (square,) = yield from request(Sum(gram(image), layout, long))
+    (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square), grad), layout, long))
     back = back.mT
     (square,) = yield from request(Sum(gram(back), layout, short))
     return orthonormalize(back, square)
@@ -49,7 +50,10 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
     layout.require_whole(short, "The projection 'svd'")
     (square,) = yield from request(Sum(gram(grad), layout, long))
-    return torch.linalg.eigh(square).eigenvectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)
+    values, vectors = torch.linalg.eigh(square)
+    # Vectors of singular values that are zero are noise, different on every sharding: zero columns instead.
+    vectors = vectors * (values > GRAM_CUTOFF * values[..., -1:]).unsqueeze(-2)
+    return vectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)
 
 
 @PROJECTIONS.register("random")
@@ -65,8 +69,8 @@ def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tic
     """Select the coordinates of the short side whose slices of the gradient have the largest norm."""
     layout.require_whole(short, "The projection 'topk'")
     (norms,) = yield from request(Sum(column_square_sums(grad, layout.dtype), layout, long))
-    chosen = norms.squeeze(-2).topk(basis.shape[-1], dim=-1).indices
-    return torch.zeros_like(basis).scatter_(-2, chosen.unsqueeze(-2), 1.0)
+    largest, chosen = norms.topk(basis.shape[-1], dim=-1)
+    return torch.zeros_like(basis).scatter_(-2, chosen, (largest > 0).to(basis.dtype))
 
 
 @HANDOVERS.register("reset")

@@ -81,9 +81,8 @@ class SubspaceMomentum(Momentum):
             momentum = yield from HANDOVERS.get(self.handover)(momentum, old, basis, layout, short)
         (projected,) = yield from request(Sum(matmul(tall, basis), layout, short))
         momentum = momentum.lerp(projected, 1 - beta1)
-        generator = rounding(layout, tick)
-        store_(state["subspace_p"], basis, generator)
-        store_(state["subspace_x"], momentum, generator)
+        store_(state["subspace_p"], basis, rounding(layout, tick, "subspace_p"))
+        store_(state["subspace_x"], momentum, rounding(layout, tick, "subspace_x"))
         inside = 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0
         outside = inside if self.correct_complement else 1.0
         left, right = momentum.mul_(inside).sub_(projected, alpha=outside), basis.mT

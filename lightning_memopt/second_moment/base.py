@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt._registry import Registry
-from lightning_memopt.kind import Kind, State
+from lightning_memopt.kind import Kind, State, rounding
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import Index, store_, take
 from lightning_memopt.tick import Tick
@@ -18,16 +18,16 @@ from lightning_memopt.tick import Tick
 
 @dataclass(frozen=True)
 class Denominator:
-    """A denominator ``√square₁ · √square₂ · … / √correction + eps``, formed a chunk at a time.
+    """A denominator ``√square · √square' / √correction + eps``, formed a chunk at a time.
 
     Attributes:
-        squares: Tensors that broadcast against the block ``[..., m, n]``; none at all means a denominator of 1.
+        squares: Up to two tensors that broadcast against the block ``[..., m, n]``; none means a denominator of 1.
         correction: The bias correction of the second moment.
         eps: Added to the root.
         run: Where given, every column of ``squares[0]`` stands for this many columns of the block.
     """
 
-    squares: tuple[Tensor, ...] = ()
+    squares: tuple[Tensor, Tensor] | tuple[Tensor] | tuple[()] = ()
     correction: float = 1.0
     eps: float = 0.0
     run: int | None = None
@@ -37,12 +37,13 @@ class Denominator:
         if not self.squares:
             return None
         first, *rest = (take(square, index).to(dtype).sqrt() for square in self.squares)
+        if self.correction != 1.0:
+            first.div_(self.correction**0.5)
         if self.run is not None:
             first = first.repeat_interleave(self.run, dim=-1)[..., :columns]
-        root = first.div_(self.correction**0.5) if self.correction != 1.0 else first
-        for factor in rest:
-            root = root * factor
-        return root.add_(self.eps)
+        if not rest:
+            return first.add_(self.eps)
+        return torch.addcmul(first.new_tensor(self.eps), first, rest[0])
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class SecondMoment(Kind):
         return 1 - beta2**tick.step if self.bias_correction and beta2 < 1 else 1.0
 
 
-def accumulate_(target: Tensor, value: Tensor, *, beta2: float, layout: Layout, generator: Any = None) -> Tensor:
+def accumulate_(state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
     """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""
-    new = target.to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
-    store_(target, new, generator)
+    new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
+    store_(state[key], new, rounding(layout, tick, key))
     return new
 
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.second_moment.base import (
@@ -40,6 +39,7 @@ class BlockwiseSecondMoment(SecondMoment):
     head_dim: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         size = self.head_dim
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs) or None, got {size!r}.")
@@ -66,7 +66,7 @@ class BlockwiseSecondMoment(SecondMoment):
         sums, over = (row_square_sums, -1) if rows else (column_square_sums, -2)
         (value,) = yield from request(Sum(sums(grad, layout.dtype), layout, over))
         value = self._per_head(value / layout.matrix[over], layout)
-        square = accumulate_(state["blockwise_sq"], value, beta2=beta2, layout=layout, generator=rounding(layout, tick))
+        square = accumulate_(state, "blockwise_sq", value, beta2=beta2, layout=layout, tick=tick)
         return Denominator((self._spread(square, layout),), self.correction(beta2, tick), eps)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
@@ -83,7 +83,8 @@ class BlockwiseSecondMoment(SecondMoment):
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> BlockwiseSecondMoment:
         """Read the size of a head off the number of means."""
         count = max(1, int(state["blockwise_sq"].shape[layout.output_dim]))
-        kind = replace(self, head_dim=max(1, layout.matrix[layout.output_dim] // count))
+        outputs = layout.matrix[layout.output_dim]
+        kind = replace(self, head_dim=outputs // count if outputs % count == 0 else 1)
         return SecondMoment.infer(kind, state, layout)
 
     def _head_dim(self, layout: Layout) -> int:

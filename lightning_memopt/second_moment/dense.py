@@ -34,7 +34,7 @@ class DenseSecondMoment(SecondMoment):
         """Average the squares in."""
         yield from ()
         average = state["exp_avg_sq"].view(layout.local)
-        generator = rounding(layout, tick)
+        generator = rounding(layout, tick, "exp_avg_sq")
         weight = 1 - beta2 if beta2 < 1 else 1.0
         for index in chunks(average):
             part = grad[index].to(layout.dtype)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import square_sums, store_
 from lightning_memopt.second_moment.base import (
@@ -48,9 +47,8 @@ class FactoredSecondMoment(SecondMoment):
         rows, columns = yield from request(
             *(Sum(value, layout, over) for value, over in zip(square_sums(grad, layout.dtype), (-1, -2), strict=True))
         )
-        generator = rounding(layout, tick)
-        row = accumulate_(state["factored_row"], rows.div_(n), beta2=beta2, layout=layout, generator=generator)
-        column = accumulate_(state["factored_col"], columns.div_(m), beta2=beta2, layout=layout, generator=generator)
+        row = accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
+        column = accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
         (total,) = yield from request(Sum(row.sum(-2, keepdim=True), layout, -2))
         return Denominator((row / _mean(total, m), column), self.correction(beta2, tick), eps)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.second_moment.base import (
@@ -76,9 +75,7 @@ class SubsetNormSecondMoment(SecondMoment):
         (value,) = yield from request(Sum(value, layout, over))
         if self.reduction == "mean":
             value = value / self._sizes(layout)
-        square = accumulate_(
-            state["subset_norm_sq"], value, beta2=beta2, layout=layout, generator=rounding(layout, tick)
-        )
+        square = accumulate_(state, "subset_norm_sq", value, beta2=beta2, layout=layout, tick=tick)
         return Denominator((square,), self.correction(beta2, tick), eps, run)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

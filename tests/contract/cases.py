@@ -25,6 +25,7 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "handover": HANDOVERS.names(),
     "reduction": list(REDUCTIONS),
     "subset_size": [None, 5, 1, 1000],
+    "head_dim": [None, 4],
 }
 BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "rank": [0, -1, 1.5, 0.0, float("nan"), True, "4", None],
@@ -33,9 +34,11 @@ BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "handover": ["forget", None],
     "reduction": ["max", None, 2],
     "subset_size": [0, -1, 2.5, True, "128"],
+    "head_dim": [0, -1, 2.5, True, "64"],
 }
 
 SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]
+FEW_SHAPES: list[tuple[int, ...]] = [(20, 12), (4, 9), (3, 12, 20)]
 VECTOR_SHAPES: list[tuple[int, ...]] = [(9,), (1,), ()]
 BETAS = (0.9, 0.99)
 EPS = 1e-8
@@ -71,8 +74,14 @@ def label(case: object) -> str | None:
     return getattr(case, "__name__", None)
 
 
+def is_basic(kind: Kind) -> bool:
+    return kind == variants(type(kind))[0]
+
+
 def shapes_for(kind: Kind) -> list[tuple[int, ...]]:
-    return SHAPES if kind.needs_matrix else SHAPES + VECTOR_SHAPES
+    """Return the shapes to check a kind on: all of them for the basic instance, a few for each further option value."""
+    shapes = SHAPES if is_basic(kind) else FEW_SHAPES
+    return shapes if kind.needs_matrix else shapes + VECTOR_SHAPES
 
 
 def layout_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **facts: Any) -> Layout:

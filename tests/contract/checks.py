@@ -28,7 +28,9 @@ def check_frozen_dataclass(kind: Kind, shape: Shape) -> None:
     assert hash(kind) == hash(replace(kind)), "a kind is hashable: equal kinds can be grouped"
     for entry in fields(kind):
         value = getattr(kind, entry.name)
-        assert isinstance(value, str | int | float | bool | None), f"{entry.name} holds {type(value)}, not a plain value"
+        assert isinstance(value, str | int | float | bool | None), (
+            f"{entry.name} holds {type(value)}, not a plain value"
+        )
         with pytest.raises(FrozenInstanceError):
             setattr(kind, entry.name, value)
 
@@ -143,7 +145,7 @@ def check_finite(kind: Kind, shape: Shape) -> None:
         "huge": _gradients(shape, 5, scale=1e12),
         "tiny": _gradients(shape, 5, scale=1e-12),
         "tiny, huge, tiny": [gradient(shape, i, scale=scale) for i, scale in enumerate((1e-12, 1e12, 1e-12, 1e-12))],
-        "one element": [torch.zeros(shape).index_put_([torch.tensor(0)] * len(shape), torch.tensor(2.0))] * 5,
+        "one element": [(torch.arange(ones.numel()) == 0).view(shape) * 2.0] * 5,
     }
     for name, grads in sequences.items():
         layout = layout_of(shape)
@@ -165,14 +167,16 @@ def check_zero_gradients_move_nothing(kind: Kind, shape: Shape) -> None:
 
 
 def check_nothing_full_size_waits(kind: Kind, shape: Shape) -> None:
-    """Across a request only the gradient, the state and small tensors are alive; and a sum of one part changes nothing."""
+    """Across a request only gradient, state and small tensors are alive; and a sum of a single part changes nothing."""
+    if len(shape) < 2:
+        return
+    # One side long: the law is about m·n, an exact SVD may ask for the square of the short side.
+    shape = (*shape[:-2], 40, 8) if shape[-2] >= shape[-1] else (*shape[:-2], 8, 40)
     whole = layout_of(shape)
-    if whole.vector or min(whole.matrix[-2:]) < 5:
-        return  # where a side is that short, a row is as large as the block
     if "rank" in kind.options():
         kind = replace(kind, rank=1)
-    if "subset_size" in kind.options():
-        kind = replace(kind, subset_size=5 if kind.subset_size == 1 else kind.subset_size)
+    if getattr(kind, "subset_size", None) == 1:
+        return  # that is a dense second moment
     for dim in (-2, -1):
         layout = pretend_sharded(whole, dim)
         state, expected = kind.init(whole), kind.init(whole)
@@ -190,7 +194,7 @@ def check_nothing_full_size_waits(kind: Kind, shape: Shape) -> None:
             try:
                 result = finish(task_of(kind, grad, state, layout, tick_at(number)), look)
             except NotImplementedError as error:
-                assert str(layout.placements) in str(error), "a refusal names the placements"
+                assert str(layout.placements) in str(error), "a refusal names the placements"  # noqa: PT017
                 break
             assert_equal(dense(result, layout), step(kind, gradient(shape, number), expected, whole, tick_at(number)))
             assert_equal(state, expected)
@@ -203,10 +207,11 @@ def check_infer(kind: Kind, shape: Shape) -> None:
     if "rank" in kind.options():
         assert replace(kind, rank=3).infer(state, layout) == kind.resolve(layout), "the rank is in the shapes"
     for key, value in state.items():
-        # One row too many in a dimension that follows the block's shape, and a dimension too many.
-        for wrong in (value.new_zeros([size + 1 for size in value.shape]), value.new_zeros((7, *value.shape, 7))):
+        for wrong in ([size + 1 for size in value.shape], (7, *value.shape, 7)):
+            if tuple(wrong) == tuple(value.shape):
+                continue
             with pytest.raises(ValueError, match=key):
-                kind.infer({**state, key: wrong}, layout)
+                kind.infer({**state, key: value.new_zeros(wrong)}, layout)
 
 
 def check_resolved_kind_is_the_same(kind: Kind, shape: Shape) -> None:
@@ -226,9 +231,7 @@ def check_dense_round_trip(kind: Kind, shape: Shape) -> None:
     assert tuple(state) == kind.keys
     assert {key: tuple(part.shape) for key, part in state.items()} == kind.shapes(layout)
     assert all(_storage_bytes(part) == part.numel() * part.element_size() for part in state.values())
-    if not kind.keys and not isinstance(kind, Momentum):
-        with pytest.raises(ValueError, match=kind.name):
-            kind.to_dense(state, layout)
+    if not kind.restorable:
         return
     back = kind.to_dense(state, layout)
     assert (tuple(back.shape), back.dtype) == (layout.matrix, layout.dtype)
@@ -239,8 +242,10 @@ def check_dense_round_trip(kind: Kind, shape: Shape) -> None:
     elif "rank" in kind.options():
         rank = kind.resolve(layout).rank
         best = float(torch.linalg.svdvals(value.double())[..., rank:].norm())
-    elif isinstance(kind, Momentum) or kind.shapes(layout)[kind.keys[0]] == layout.shape:
+    elif sum(part.numel() for part in state.values()) >= value.numel():
         best = 0.0
+    elif isinstance(kind, Momentum):
+        best = float(value.norm())
     else:
         best = float((value - value.mean((-2, -1), keepdim=True)).norm())  # a constant per matrix: all can do that
         assert relative_error(back.mean((-2, -1)), value.mean((-2, -1))) < 1e-5, "the mean of the squares was lost"
@@ -251,7 +256,7 @@ def check_dense_round_trip(kind: Kind, shape: Shape) -> None:
 
 def check_trained_state_is_a_fixed_point(kind: Kind, shape: Shape) -> None:
     layout, state = _trained(kind, shape, 6)
-    if not kind.keys:
+    if not kind.restorable or not kind.keys:
         return
     statistic = kind.to_dense(state, layout)
     again = kind.to_dense(kind.from_dense(statistic.clone(), layout), layout)
@@ -290,6 +295,8 @@ def check_scales_with_the_gradient(kind: Kind, shape: Shape) -> None:
 
 def check_float64(kind: Kind, shape: Shape) -> None:
     """Parameters in float64 get float64 state and arithmetic: single precision only adds rounding."""
+    if getattr(kind, "handover", None) == "keep":
+        return  # the numbers depend on the signs of singular vectors, which no precision determines
     layout, wide = layout_of(shape), layout_of(shape, torch.float64)
     state, wide_state = kind.init(layout), kind.init(wide)
     assert all(value.dtype == torch.float64 for value in wide_state.values())

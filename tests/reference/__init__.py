@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import momentum, second_moment, subspace
 from torch import Tensor
+
+from reference import momentum, second_moment, subspace
 
 MOMENTA: dict[str, Callable[..., Any]] = {
     "none": momentum.NoMomentum,
@@ -53,10 +54,12 @@ class Stack:
                 whole = tick.normal((*self.matrix[:-2], *shape), torch.empty(0, dtype=torch.float64))
                 return whole.reshape(self.count, *shape)[position]
 
-            mine = {key: value.double().reshape(self.count, -1, value.shape[-1])[position] for key, value in like.items()}
-            results.append(
-                reference.update(part, beta1=beta1, step=tick.step, due=tick.due(gap), draw=draw, like=mine)
-            )
+            mine = {
+                key: value.double().reshape(self.count, -1, value.shape[-1])[position]
+                for key, value in like.items()
+                if value.ndim >= 2
+            }
+            results.append(reference.update(part, beta1=beta1, step=tick.step, due=tick.due(gap), draw=draw, like=mine))
         return torch.stack(results).reshape(self.matrix)
 
     def second_moment(self, grad: Tensor, *, beta2: float, eps: float, tick: Any) -> Tensor:

@@ -81,8 +81,9 @@ class SubsetNormSecondMoment(_SecondMoment):
         super().__init__(shape, bias_correction)
 
     def reduce(self, square: Tensor) -> list[Tensor]:
-        members = [square[self.subsets == subset] for subset in range(int(self.subsets.max()) + 1)]
-        return [torch.stack([part.mean() if self.reduction == "mean" else part.sum() for part in members])]
+        subsets = self.subsets.flatten()
+        total = torch.zeros(int(subsets.max()) + 1, dtype=square.dtype).index_add(0, subsets, square.flatten())
+        return [total / subsets.bincount() if self.reduction == "mean" else total]
 
     def spread(self, *parts: Tensor) -> Tensor:
         return parts[0][self.subsets]

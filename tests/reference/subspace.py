@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from reference.momentum import CUTOFF, orth
 from torch import Tensor
+
+from reference.momentum import CUTOFF, orth
 
 Draw = Callable[..., Tensor]
 
@@ -14,7 +15,7 @@ Draw = Callable[..., Tensor]
 def power(grad: Tensor, basis: Tensor, draw: Draw) -> Tensor:
     dead = basis.norm(dim=0) == 0
     start = torch.where(dead, draw(*basis.shape), basis)
-    return orth(grad.T @ (grad @ start))
+    return orth(grad.T @ orth(grad @ start))
 
 
 def svd(grad: Tensor, basis: Tensor, draw: Draw) -> Tensor:

@@ -1,0 +1,127 @@
+"""Train the same model twice, with AdamW and with compressed state, and compare.
+
+``make demo``, or ``python examples/demo.py``. Further arguments go to both runs, as to ``lightning-memopt fit``::
+
+    python examples/demo.py --data.root DIR --trainer.max_steps 1000
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# The configs name classes as examples.llama.LlamaModule, from wherever this file is run.
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from lightning_memopt import MemOptCLI  # noqa: E402
+
+CONFIGS = HERE / "configs"
+RUNS = {
+    "AdamW": ["--config", str(CONFIGS / "demo.yaml"), "--config", str(CONFIGS / "adamw.yaml")],
+    "adapm_lean": ["--config", str(CONFIGS / "demo.yaml")],
+}
+WARMUP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run showed."""
+
+    recipe: str
+    val_loss: float
+    state_bytes: int
+    steps_per_second: float
+
+
+class StepTimer(Callback):
+    """Measure training steps per second, without the first ones and without validation."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds, self._started = 0, 0.0, 0.0
+
+    @property
+    def steps_per_second(self) -> float:
+        """Steps per second; NaN for a run that was too short."""
+        return self._steps / self._seconds if self._steps else float("nan")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        _wait(pl_module)
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock."""
+        _wait(pl_module)
+        if trainer.global_step > WARMUP_STEPS:
+            self._steps += 1
+            self._seconds += time.perf_counter() - self._started
+
+
+def _wait(module: LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of memory behind the optimizer's state tensors, every storage counted once."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(
+        {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}.values()
+    )
+
+
+def run(recipe: str, args: list[str]) -> Result:
+    """Train as the command line would, and validate the result."""
+    timer = StepTimer()
+    cli = MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *args])
+    (optimizer,) = cli.trainer.optimizers
+    (metrics,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    return Result(recipe, metrics["val_loss"], state_bytes(optimizer), timer.steps_per_second)
+
+
+def table(results: list[Result]) -> Table:
+    """Return the comparison; the first result is the one that the others save against."""
+    shown = Table(title="The same model, data and steps")
+    for column in ("recipe", "validation loss", "optimizer state (MiB)", "saved", "steps/s"):
+        shown.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
+    for result in results:
+        saved = 1 - result.state_bytes / results[0].state_bytes
+        shown.add_row(
+            result.recipe,
+            f"{result.val_loss:.3f}",
+            f"{result.state_bytes / 2**20:.2f}",
+            f"{saved:.1%}" if result is not results[0] else "",
+            f"{result.steps_per_second:.2f}",
+        )
+    return shown
+
+
+def main(args: list[str] | None = None) -> list[Result]:
+    """Run all, print the table, and return what is in it."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # The arguments of this script are those of the runs; Lightning warns about having both.
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter is intended.*")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    args = sys.argv[1:] if args is None else args
+    results = []
+    for recipe in RUNS:
+        Console().rule(recipe)
+        results.append(run(recipe, args))
+    Console().print(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

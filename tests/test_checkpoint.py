@@ -1,0 +1,271 @@
+"""Saving, loading and reformatting."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lightning_memopt as lm
+from tests._compare import assert_equal
+from tests._models import big_llama, tiny_gpt2, tiny_llama, train
+
+
+def round_trip(state_dict, path):
+    torch.save(state_dict, path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, make, state_dtype, tmp_path):
+    model = make()
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, state_dtype=state_dtype)
+    train(model, optimizer, 3)
+    twin = copy.deepcopy(model)
+    resumed = lm.MemOpt(twin.named_parameters(), recipe=recipe, state_dtype=state_dtype, lr=0.5)
+    resumed.load_state_dict(round_trip(optimizer.state_dict(), tmp_path / "o.pt"))
+    train(model, optimizer, 12, seed=1)
+    train(twin, resumed, 12, seed=1)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_equal(ours, theirs)
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert_equal(value, resumed.state_dict()["state"][index][key])
+
+
+def test_dtypes_survive_loading_into_bfloat16_parameters(tmp_path):
+    model = tiny_llama().bfloat16()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    train(model, optimizer, 2)
+    again = lm.AdaPMLean(model.named_parameters())
+    again.load_state_dict(round_trip(optimizer.state_dict(), tmp_path / "o.pt"))
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            assert_equal(again.state[param][key], value)
+
+
+def test_loading_copies():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    saved = optimizer.state_dict()
+    again = lm.AdaPMLean(model.named_parameters())
+    again.load_state_dict(saved)
+    train(model, again, 1)
+    assert all(float(state["step"]) == 0 for state in saved["state"].values())
+
+
+def test_a_checkpoint_from_before_the_first_step_loads():
+    model = tiny_llama()
+    saved = lm.AdaPM(model.named_parameters()).state_dict()
+    again = lm.AdaPM(model.named_parameters())
+    again.load_state_dict(saved)
+    train(model, again, 1)
+
+
+def test_torchs_adamw_continues_as_recipe_adamw():
+    model = tiny_llama()
+    reference = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    train(model, reference, 3)
+    twin = copy.deepcopy(model)
+    ours = lm.MemOpt(twin.named_parameters(), recipe="adamw")
+    ours.load_state_dict(reference.state_dict())
+    train(model, reference, 3, seed=1)
+    train(twin, ours, 3, seed=1)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_keys_and_shapes_are_the_plan():
+    """A checkpoint from after a reformat loads into an optimizer that was made without it."""
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    train(model, optimizer, 2)
+    optimizer.reformat({"lm_head.weight": {"rank": 7}, "model.embed_tokens.weight": lm.Recipe("dense", "dense")})
+    train(model, optimizer, 2)
+    twin = copy.deepcopy(model)
+    resumed = lm.AdaPMLean(twin.named_parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.snapshot() == optimizer.snapshot()
+    train(model, optimizer, 3, seed=1)
+    train(twin, resumed, 3, seed=1)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_head_sizes_come_back_from_the_checkpoint():
+    model = tiny_llama()
+    optimizer = lm.AdamMini(model.named_parameters())
+    optimizer.bind(model)
+    train(model, optimizer, 2)
+    twin = copy.deepcopy(model)
+    resumed = lm.AdamMini(twin.named_parameters())  # knows nothing of heads
+    resumed.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 2, seed=1)
+    train(twin, resumed, 2, seed=1)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_hooks_run_and_can_change_what_is_loaded():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
+    seen = []
+
+    def halve(opt, state_dict):
+        assert state_dict["state"]
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["param_groups"][0]["lr"] /= 2
+        return state_dict
+
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append(float(opt.param_groups[0]["lr"])))
+    optimizer.load_state_dict(lm.AdaPMLean(model.named_parameters(), lr=1e-3).state_dict())
+    assert seen == [5e-4]
+
+
+def refused(optimizer, state_dict, match):
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for index, state in before["state"].items():
+        for key, value in state.items():
+            assert_equal(after["state"][index][key], value)
+
+
+def test_state_dicts_that_do_not_belong_are_refused():
+    llama, gpt2 = tiny_llama(), tiny_gpt2()
+    optimizer = lm.AdaPMLean(llama.named_parameters())
+    train(llama, optimizer, 1)
+    refused(
+        optimizer, lm.AdaPMLean(gpt2.named_parameters()).state_dict(), "has 28 parameters, that of the optimizer 21"
+    )
+    refused(
+        optimizer,
+        lm.AdaPM(llama.named_parameters()).state_dict(),
+        r"was saved with recipe 'adapm', the optimizer has 'adapm_lean': create it with recipe='adapm'",
+    )
+    groups = [{"params": [entry]} for entry in llama.named_parameters()]
+    refused(optimizer, lm.AdaPMLean(groups).state_dict(), "has 21 parameter groups, the optimizer 1")
+    reference = torch.optim.AdamW(llama.parameters())
+    train(llama, reference, 1)
+    refused(optimizer, reference.state_dict(), "saved with recipe 'adamw', the optimizer has 'adapm_lean'")
+
+
+def test_broken_state_is_refused_by_name():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    for change, match in (
+        (lambda state: state.pop("low_rank_r"), r"does not fit the block 'model\.embed_tokens\.weight'.*low_rank_q"),
+        (lambda state: state.pop("step"), r"'model\.embed_tokens\.weight' in the state dict has no key 'step'"),
+        (lambda state: state.update(max_exp_avg_sq=torch.zeros(2)), "unknown keys.*max_exp_avg_sq"),
+        (
+            lambda state: state.update(factored_row=torch.zeros(5, 1)),
+            r"'factored_row' has shape \(5, 1\), expected \(96, 1\)",
+        ),
+    ):
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved["state"][0])
+        refused(optimizer, saved, match)
+
+
+# ----------------------------------------------------------------------------------------------------------- reformat
+
+
+@pytest.mark.parametrize(
+    ("block", "change", "expected"),
+    [
+        ("lm_head.weight", {"rank": 9}, ("low_rank", 9, "factored")),
+        ("lm_head.weight", {"momentum": "dense"}, ("dense", None, "factored")),
+        ("lm_head.weight", {"momentum": "none"}, ("none", None, "factored")),
+        ("lm_head.weight", {"momentum": "subspace", "rank": 5, "gap": 4}, ("subspace", 5, "factored")),
+        ("lm_head.weight", {"second_moment": "subset_norm"}, ("low_rank", 4, "subset_norm")),
+        ("lm_head.weight", {"second_moment": "dense"}, ("low_rank", 4, "dense")),
+        ("lm_head.weight", {"second_moment": "blockwise"}, ("low_rank", 4, "blockwise")),
+        ("model.norm.weight", {"momentum": "none"}, ("none", None, "dense")),
+    ],
+)
+def test_reformat_changes_one_block_and_training_goes_on(block, change, expected):
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
+    losses = train(model, optimizer, 20)
+    optimizer.reformat({block: change})
+    facts = next(facts for facts in optimizer.snapshot().blocks if facts.name == block)
+    assert (facts.momentum, facts.rank, facts.second_moment) == expected
+    assert facts.local_bytes == facts.momentum_bytes + facts.second_moment_bytes
+    more = train(model, optimizer, 10, seed=1)
+    assert max(more) < max(losses)
+
+
+def test_shrinking_keeps_the_best_approximation():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), rank=12)
+    train(model, optimizer, 5)
+    state = optimizer.state[model.lm_head.weight]
+    dense = state["low_rank_q"] @ state["low_rank_r"]
+    optimizer.reformat({"lm_head.weight": {"rank": 3}})
+    state = optimizer.state[model.lm_head.weight]
+    error = torch.linalg.matrix_norm(dense - state["low_rank_q"] @ state["low_rank_r"])
+    tail = torch.linalg.svdvals(dense.double())[3:].square().sum().sqrt()
+    torch.testing.assert_close(error.double(), tail, rtol=1e-3, atol=1e-9)
+
+
+def test_growing_keeps_the_momentum():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), rank=3)
+    train(model, optimizer, 5)
+    state = optimizer.state[model.lm_head.weight]
+    dense = state["low_rank_q"] @ state["low_rank_r"]
+    optimizer.reformat({"lm_head.weight": {"momentum": "dense"}})
+    torch.testing.assert_close(optimizer.state[model.lm_head.weight]["exp_avg"], dense, rtol=0, atol=0)
+    optimizer.reformat({"lm_head.weight": {"momentum": "low_rank", "rank": 8}})
+    state = optimizer.state[model.lm_head.weight]
+    torch.testing.assert_close(state["low_rank_q"] @ state["low_rank_r"], dense, rtol=1e-5, atol=1e-8)
+
+
+def test_reformat_of_what_stays_keeps_the_tensors():
+    model = tiny_llama()
+    optimizer = lm.AdamSNSM(model.named_parameters())
+    train(model, optimizer, 2)
+    state = optimizer.state[model.lm_head.weight]
+    basis = state["subspace_p"]
+    optimizer.reformat({"lm_head.weight": {"gap": 5}})
+    assert optimizer.state[model.lm_head.weight]["subspace_p"] is basis
+    assert optimizer._blocks[model.lm_head.weight][0].recipe.momentum.gap == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lm_head": {"rank": 3}}, "Unknown block 'lm_head'. Did you mean 'lm_head.weight'"),
+        ({"lm_head.weight": {"rank": 0}}, "`rank` must be an integer of at least 1"),
+        ({"lm_head.weight": {"momentum": "low"}}, "Unknown momentum kind 'low'"),
+        ({"lm_head.weight": {"gap": 3}}, "Option 'gap' means nothing to momentum 'low_rank'"),
+        ({"model.norm.weight": {"momentum": "low_rank"}}, r"'low_rank' needs a matrix, but 'model\.norm\.weight'"),
+    ],
+)
+def test_a_refused_reformat_changes_nothing(changes, match):
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    train(model, optimizer, 1)
+    before = optimizer.snapshot()
+    with pytest.raises(ValueError, match=match):
+        optimizer.reformat({"model.embed_tokens.weight": {"rank": 2}, **changes})
+    assert optimizer.snapshot() == before
+
+
+def test_no_second_moment_cannot_become_one():
+    model = tiny_llama()
+    optimizer = lm.MemOpt(model.named_parameters(), overrides={"head": {"second_moment": "none"}})
+    with pytest.raises(ValueError, match="keeps nothing that 'factored' could go on from"):
+        optimizer.reformat({"lm_head.weight": {"second_moment": "factored"}})
+
+
+def test_snapshots_need_no_data():
+    snapshot = lm.AdaPMLean(big_llama("60M").named_parameters()).snapshot()
+    assert snapshot.saved > 0.96
+    assert sum(block.adamw_bytes for block in snapshot.blocks) == snapshot.adamw_bytes

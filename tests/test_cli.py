@@ -1,0 +1,302 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lightning.pytorch.cli")
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_memopt as lm
+from lightning_memopt import cli as cli_module
+from lightning_memopt.cli import BindNames, MemOptCLI
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
+         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+         "--trainer.log_every_n_steps=1", "--trainer.limit_train_batches=4", "--trainer.max_epochs=1"]  # fmt: skip
+
+
+class Tiny(LightningModule):
+    """A bit of a LLaMA: names that have roles."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(16, width)
+        self.self_attn = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(width, width, bias=False)})
+        self.norm = torch.nn.LayerNorm(width)
+        self.lm_head = torch.nn.Linear(width, 16, bias=False)
+
+    def _loss(self, batch):
+        hidden = self.norm(self.self_attn["q_proj"](self.embed_tokens(batch)))
+        return torch.nn.functional.cross_entropy(self.lm_head(hidden).flatten(0, -2), batch.flatten())
+
+    def training_step(self, batch, batch_idx):
+        return self._loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self._loss(batch))
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.utils.data.DataLoader(torch.randint(16, (16, 5), generator=generator), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+class WithOptimizer(Tiny):
+    def __init__(self, form: str = "dict") -> None:
+        super().__init__()
+        self.form = form
+
+    def configure_optimizers(self):
+        optimizer = lm.AdaPMLean(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        forms = {
+            "optimizer": lambda: optimizer,
+            "dict": lambda: {"optimizer": optimizer, "lr_scheduler": scheduler},
+            "lists": lambda: ([optimizer], [scheduler]),
+        }
+        return forms[self.form]()
+
+
+class Inner(Tiny):
+    """Names the parameters of an inner module, without its prefix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Module()
+        self.inner.lm_head = self.lm_head
+
+    def configure_optimizers(self):
+        return lm.AdaPMLean(self.inner.named_parameters(), overrides={"lm_head.weight": {"rank": 3}})
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["test"])
+    # seed_everything writes these.
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.chdir(tmp_path)
+    yield
+    cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
+
+
+def fit(*args, model=Tiny, command="fit", **kwargs):
+    return MemOptCLI(model, args=[command, *QUIET, *args], **kwargs)
+
+
+def test_names_and_options_reach_the_optimizer():
+    cli = fit("--optimizer=lightning_memopt.AdaPMLean", "--optimizer.lr=0.02", "--optimizer.rank=2")
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is lm.AdaPMLean
+    assert optimizer.param_groups[0]["lr"] == 0.02
+    blocks = {block.name: block for block in optimizer.snapshot().blocks}
+    assert list(blocks) == [name for name, _ in cli.model.named_parameters()]
+    assert blocks["self_attn.q_proj.weight"].role == "query"
+    assert blocks["lm_head.weight"].role == "head"
+    assert blocks["lm_head.weight"].rank == 2
+    assert optimizer.snapshot().step == 4
+
+
+def test_a_config_file_with_overrides_by_pattern():
+    Path("x.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "optimizer": {
+                    "class_path": "lightning_memopt.MemOpt",
+                    "init_args": {
+                        "recipe": "adapm_lean",
+                        "lr": 0.01,
+                        "betas": [0.8, 0.9],
+                        "overrides": {"*q_proj*": {"momentum": "dense"}, "head": {"rank": 3}},
+                    },
+                }
+            }
+        )
+    )
+    (optimizer,) = fit("--config=x.yaml").trainer.optimizers
+    blocks = {block.name: block for block in optimizer.snapshot().blocks}
+    assert blocks["self_attn.q_proj.weight"].momentum == "dense"
+    assert blocks["lm_head.weight"].rank == 3
+    assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("name", ["AdaPM", "AdaPMMini", "AdamSN", "AdamSNSM", "AdaGradSNSM", "RMSPropSN", "AdamMini"])
+def test_every_class_is_found_by_its_short_name(name):
+    (optimizer,) = fit(
+        f"--optimizer={name}", "--optimizer.lr=1e-3", "--trainer.limit_train_batches=1"
+    ).trainer.optimizers
+    assert type(optimizer).__name__ == name
+
+
+def test_torch_optimizers_are_those_of_lightning():
+    args = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--seed_everything=3"]
+    ours = fit(*args)
+    theirs = LightningCLI(Tiny, args=["fit", *QUIET, *args], save_config_callback=None)
+    assert type(ours.trainer.optimizers[0]) is torch.optim.AdamW
+    for mine, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_lr_scheduler_drives_our_optimizer():
+    cli = fit(
+        "--optimizer=lightning_memopt.AdaPMLean", "--optimizer.lr=0.5", "--trainer.max_epochs=2",
+        "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR", "--lr_scheduler.gamma=0.1",
+    )  # fmt: skip
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("form", ["optimizer", "dict", "lists"])
+def test_an_optimizer_of_the_module_is_bound(form):
+    cli = fit(f"--model.form={form}", model=WithOptimizer)
+    (optimizer,) = cli.trainer.optimizers
+    assert [block.name for block in optimizer.snapshot().blocks] == [name for name, _ in cli.model.named_parameters()]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 if form == "optimizer" else 0.001)
+
+
+def test_given_names_are_kept():
+    (block,) = fit(model=Inner).trainer.optimizers[0].snapshot().blocks
+    assert (block.name, block.rank) == ("lm_head.weight", 3)
+
+
+def test_the_callback_serves_a_plain_trainer():
+    model = WithOptimizer("optimizer")
+    trainer = Trainer(accelerator="cpu", fast_dev_run=2, callbacks=[BindNames()], enable_model_summary=False)
+    trainer.fit(model)
+    assert trainer.optimizers[0].snapshot().step == 2
+
+
+def test_resume_and_validate_from_a_checkpoint(tmp_path):
+    args = [arg for arg in QUIET if "checkpointing" not in arg and "epochs" not in arg]
+    args += ["--optimizer=lightning_memopt.AdaPMLean", f"--trainer.default_root_dir={tmp_path}"]
+    MemOptCLI(Tiny, args=["fit", *args, "--trainer.max_epochs=1"])
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    resumed = MemOptCLI(Tiny, args=["fit", *args, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
+    assert resumed.trainer.optimizers[0].snapshot().step == 8
+    validated = fit(f"--ckpt_path={checkpoint}", command="validate")
+    assert "val_loss" in validated.trainer.callback_metrics
+
+
+def test_missing_optimizer_says_how_to_give_one():
+    with pytest.raises(MisconfigurationException, match=r"Tiny has no `configure_optimizers`.*--optimizer="):
+        fit()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--optimizer.recipe=adapm_leen"], r"'adapm_leen'.*adapm_lean"),
+        (["--optimizer.recipe=nowhere.yaml"], r"nowhere\.yaml"),
+        (["--optimizer.lr=-1"], r"lr.*-1"),
+        (["--optimizer.overrides={'*.nothing': {'rank': 2}}"], r"'\*\.nothing' matches nothing"),
+    ],
+)
+def test_bad_values_of_the_optimizer(args, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        fit("--optimizer=lightning_memopt.MemOpt", *args)
+
+
+def test_unknown_option_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit):
+        fit("--optimizer=lightning_memopt.AdaPMLean", "--optimizer.learning_rate=1")
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_a_second_fit_keeps_the_config_of_the_first():
+    Path("config.yaml").write_text("# mine\n")
+    for lr in (0.1, 0.2):
+        fit("--optimizer=lightning_memopt.AdaPMLean", f"--optimizer.lr={lr}")
+    assert Path("config.yaml").read_text() == "# mine\n"
+    saved = [yaml.safe_load(Path(f"config-v{version}.yaml").read_text()) for version in (1, 2)]
+    assert [config["optimizer"]["init_args"]["lr"] for config in saved] == [0.1, 0.2]
+    # What was saved can be run again.
+    (optimizer,) = fit("--config=config-v2.yaml").trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+INTERPOLATED = """
+model: {width: 8}
+optimizer:
+  class_path: lightning_memopt.AdaPMLean
+  init_args: {rank: "${model.width}"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "rank"),
+    [
+        ("omegaconf", [], 8),
+        # Resolved when the file is read: the rank stays what the file says.
+        ("omegaconf", ["--model.width=12"], 8),
+        ("omegaconf+", [], 8),
+        ("omegaconf+", ["--model.width=12"], 12),
+    ],
+)
+@pytest.mark.parametrize("place", ["before", "after", "argument"])
+def test_interpolation_and_overrides(mode, override, rank, place):
+    Path("x.yaml").write_text(INTERPOLATED)
+    flag = [f"--parser_mode={mode}"]
+    args = [*(flag if place == "before" else []), "fit", *(flag if place == "after" else []), *QUIET, "--config=x.yaml"]
+    kwargs = {"parser_mode": mode} if place == "argument" else {}
+    cli = MemOptCLI(Tiny, args=[*args, *override, "--trainer.limit_train_batches=1"], **kwargs)
+    assert cli.config.fit.optimizer.init_args.rank == rank
+    assert cli.model.embed_tokens.embedding_dim == (12 if override else 8)
+
+
+def test_yaml_mode_leaves_interpolations_alone(capsys):
+    Path("x.yaml").write_text(INTERPOLATED)
+    with pytest.raises(SystemExit):
+        fit("--config=x.yaml")
+    assert "${model.width}" in capsys.readouterr().err
+
+
+def test_parser_mode_of_lightning_still_works():
+    Path("x.yaml").write_text(INTERPOLATED)
+    cli = fit("--config=x.yaml", parser_kwargs={"parser_mode": "omegaconf"})
+    assert cli.config.fit.optimizer.init_args.rank == 8
+
+
+def test_parser_mode_errors(capsys):
+    with pytest.raises(ValueError, match="`parser_mode` must be one of yaml, omegaconf, omegaconf\\+, got 'json5'"):
+        MemOptCLI(Tiny, parser_mode="json5")
+    with pytest.raises(SystemExit):
+        MemOptCLI(Tiny, args=["--parser_mode=json5", "fit"])
+    assert "--parser_mode must be one of yaml, omegaconf, omegaconf+, got 'json5'" in capsys.readouterr().err
+    Path("x.yaml").write_text("model: {width: 8}")
+    with pytest.raises(SystemExit):
+        fit("--config=x.yaml", "--parser_mode=omegaconf")
+    assert "put it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["jsonargparse", "omegaconf", "lightning.pytorch"])
+def test_missing_requirements_name_the_extra(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    spec = importlib.util.spec_from_file_location("copy_of_cli", cli_module.__file__)
+    with pytest.raises(ImportError, match=r'pip install "lightning-memopt\[cli\]"'):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_module_runs_and_finds_classes_of_the_working_directory(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import lightning.pytorch as pl\n"
+        "class Mine(pl.LightningModule):\n"
+        "    def __init__(self, width: int = 1): super().__init__()\n"
+    )
+    script = Path(sys.executable).parent / "lightning-memopt"
+    command = [str(script)] if script.is_file() else [sys.executable, "-m", "lightning_memopt"]
+    command += ["fit", "--model=mine.Mine", "--model.width=7", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"] == {"class_path": "mine.Mine", "init_args": {"width": 7}}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_memopt", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: lightning-memopt" in done.stdout

@@ -1,0 +1,481 @@
+"""MemOpt as a torch.optim.Optimizer that a Lightning user trusts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_memopt as lm
+from tests._compare import assert_equal
+from tests._models import fill_grads, tiny_gpt2, tiny_llama, train
+
+CLASSES = [
+    lm.AdaPM, lm.AdaPMMini, lm.AdaPMLean, lm.AdamSN, lm.AdamSNSM, lm.AdaGradSNSM, lm.RMSPropSN, lm.AdamMini,
+    lm.Adafactor,
+]  # fmt: skip
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"eps": 1e-4, "lr": 1e-2}])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_adamw_is_torchs_adamw(make, options):
+    one, other = make(), make()
+    defaults = {"lr": 1e-3, "weight_decay": 0.0, **options}
+    train(one, lm.MemOpt(one.named_parameters(), recipe="adamw", **defaults), 50)
+    train(other, torch.optim.AdamW(other.parameters(), foreach=False, **defaults), 50)
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+def test_every_recipe_learns(recipe):
+    model = tiny_llama()
+    lr = {"adagrad_snsm": 3e-2, "rmsprop_sn": 1e-3}.get(recipe, 3e-3)
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, lr=lr)
+    tokens = torch.arange(64).reshape(4, 16) % 7
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_classes_are_their_recipes(cls):
+    assert "arXiv" in cls.__doc__
+    assert "State:" in cls.__doc__
+    assert "Learning rate:" in cls.__doc__
+    one, other = tiny_llama(), tiny_llama()
+    optimizer = cls(one.named_parameters(), lr=1e-3)
+    name = optimizer.param_groups[0]["recipe"]
+    assert name in lm.recipe_names()
+    train(one, optimizer, 3)
+    train(other, lm.MemOpt(other.named_parameters(), recipe=name, lr=1e-3), 3)
+    assert_same_weights(one, other)
+
+
+def test_paper_variants():
+    model = tiny_llama()
+    assert lm.AdaPM(model.named_parameters(), paper=True).defaults["betas"] == (0.9, 0.999)
+    assert lm.AdaPM(model.named_parameters(), paper=True, betas=(0.8, 0.9)).defaults["betas"] == (0.8, 0.9)
+    optimizer = lm.AdamSNSM(model.named_parameters(), paper=True, gap=50)
+    recipe = optimizer._blocks[model.lm_head.weight][0].recipe
+    assert recipe.second_moment.reduction == "sum"
+    assert (recipe.momentum.gap, recipe.momentum.projection, recipe.momentum.handover) == (50, "svd", "reset")
+    assert recipe.momentum.correct_complement
+
+
+def test_state_is_complete_before_the_first_step():
+    model = tiny_gpt2()
+    optimizer = lm.AdaPM(model.named_parameters())
+    before = {param: {key: value.shape for key, value in state.items()} for param, state in optimizer.state.items()}
+    assert set(before) == set(model.parameters())
+    train(model, optimizer, 1)
+    after = {param: {key: value.shape for key, value in state.items()} for param, state in optimizer.state.items()}
+    assert before == after
+
+
+def test_state_holds_tensors_only_and_groups_hold_scalars_only():
+    optimizer = lm.AdaPMLean(tiny_gpt2().named_parameters())
+    assert all(isinstance(value, torch.Tensor) for state in optimizer.state.values() for value in state.values())
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert set(group) == {"lr", "betas", "eps", "weight_decay", "maximize", "recipe", "params"}
+
+
+def test_closure_is_evaluated_once_with_gradients():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.square().mean()
+        loss.backward()
+        return loss
+
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == [True]
+    assert loss.requires_grad
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_groups_have_their_own_hyperparameters_and_recipes():
+    model = tiny_llama()
+    decay = [(name, param) for name, param in model.named_parameters() if param.ndim > 1 and "lm_head" not in name]
+    vectors = [(name, param) for name, param in model.named_parameters() if param.ndim < 2]
+    head = [("lm_head.weight", model.lm_head.weight)]
+    optimizer = lm.MemOpt(
+        [
+            {"params": decay, "weight_decay": 0.1, "rank": 7},
+            {"params": vectors, "lr": 1e-2, "betas": (0.8, 0.99)},
+            {"params": head, "recipe": "adam_snsm", "gap": 3},
+        ],
+        recipe="adapm_lean",
+        lr=1e-3,
+    )
+    one, two, three = optimizer.param_groups
+    assert (one["weight_decay"], two["lr"], two["betas"], three["recipe"]) == (0.1, 1e-2, (0.8, 0.99), "adam_snsm")
+    assert three["betas"] == (0.9, 0.999)  # of its recipe
+    assert one["betas"] == (0.9, 0.95)
+    facts = {block.name: block for block in optimizer.snapshot().blocks}
+    assert facts["model.layers.0.mlp.up_proj.weight"].rank == 7
+    assert facts["lm_head.weight"].momentum == "subspace"
+    assert optimizer._blocks[model.lm_head.weight][0].recipe.momentum.gap == 3
+    train(model, optimizer, 3)
+
+
+def test_hyperparameters_of_a_group_reach_its_parameters_only():
+    one, other = tiny_llama(), tiny_llama()
+    grouped = [{"params": [entry], "lr": 0.0} for entry in one.named_parameters() if entry[0] == "lm_head.weight"]
+    rest = [entry for entry in one.named_parameters() if entry[0] != "lm_head.weight"]
+    first = lm.MemOpt([{"params": rest}, *grouped], lr=1e-3)
+    second = lm.MemOpt(other.named_parameters(), lr=1e-3)
+    head = one.lm_head.weight.detach().clone()
+    for model, optimizer in ((one, first), (other, second)):
+        fill_grads(list(model.parameters()), seed=0)
+        optimizer.step()
+    assert_equal(one.lm_head.weight.detach(), head)
+    assert_equal(one.model.norm.weight, other.model.norm.weight)
+
+
+def test_add_param_group():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.MemOpt(named[:-1], recipe="adapm_lean")
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": named[-1:], "lr": 1e-4, "recipe": "adamw"})
+    facts = optimizer.snapshot().blocks[-1]
+    assert (facts.name, facts.role, facts.momentum) == ("lm_head.weight", "head", "dense")
+    train(model, optimizer, 2)
+    assert float(optimizer.state[model.lm_head.weight]["step"]) == 2
+    assert float(optimizer.state[model.model.norm.weight]["step"]) == 4
+
+
+def test_add_param_group_takes_names_from_a_bound_model():
+    model = tiny_llama()
+    optimizer = lm.MemOpt(list(model.model.parameters()))
+    optimizer.bind(model)
+    optimizer.add_param_group({"params": [model.lm_head.weight]})
+    assert optimizer.snapshot().blocks[-1].name == "lm_head.weight"
+
+
+def test_a_refused_group_changes_nothing():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.MemOpt(named[:-1])
+    before = repr(optimizer)
+    with pytest.raises(ValueError, match=r"shape \(96, 32\) has no name"):
+        optimizer.add_param_group({"params": [model.lm_head.weight]})
+    with pytest.raises(ValueError, match="Unknown key 'learning_rate'"):
+        optimizer.add_param_group({"params": named[-1:], "learning_rate": 1.0})
+    assert repr(optimizer) == before
+    train(model, optimizer, 1)
+
+
+def test_lr_schedulers():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+    seen = []
+    for _ in range(4):
+        train(model, optimizer, 1)
+        scheduler.step()
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][0]))
+    assert len(set(seen)) == 4
+    again = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["max_lr"] == optimizer.param_groups[0]["max_lr"]
+
+
+def test_maximize_is_descent_on_the_negative_loss():
+    one, other = tiny_llama(), tiny_llama()
+    up = lm.AdaPMLean(one.named_parameters(), maximize=True)
+    down = lm.AdaPMLean(other.named_parameters())
+    for seed in range(12):
+        fill_grads(list(one.parameters()), seed)
+        fill_grads(list(other.parameters()), seed)
+        for param in other.parameters():
+            param.grad.neg_()
+        kept = [param.grad.clone() for param in one.parameters()]
+        up.step()
+        down.step()
+        for param, grad in zip(one.parameters(), kept, strict=True):
+            assert_equal(param.grad, grad)
+    assert_same_weights(one, other)
+
+
+def test_parameters_without_gradient_keep_their_state():
+    model = tiny_llama()
+    optimizer = lm.AdaPM(model.named_parameters())
+    train(model, optimizer, 2)
+    head = model.lm_head.weight
+    before = (head.clone(), {key: value.clone() for key, value in optimizer.state[head].items()})
+    fill_grads(list(model.parameters()), seed=0)
+    head.grad = None
+    optimizer.step()
+    assert_equal(head, nn.Parameter(before[0]))
+    for key, value in optimizer.state[head].items():
+        assert_equal(value, before[1][key])
+
+
+def test_frozen_parameters_have_no_state_until_they_train():
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    assert not optimizer.state[model.lm_head.weight]
+    assert "lm_head.weight" not in [block.name for block in optimizer.snapshot().blocks]
+    train(model, optimizer, 2)
+    model.lm_head.weight.requires_grad_(True)
+    train(model, optimizer, 2)
+    assert float(optimizer.state[model.lm_head.weight]["step"]) == 2
+    assert "lm_head.weight" in [block.name for block in optimizer.snapshot().blocks]
+
+
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+def test_pickle_and_deepcopy_go_on_alike(recipe, tmp_path):
+    model = tiny_gpt2()
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, gap=None)
+    train(model, optimizer, 2)
+    torch.save({"model": model, "optimizer": optimizer}, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    twins = [(loaded["model"], loaded["optimizer"]), copy.deepcopy((model, optimizer))]
+    train(model, optimizer, 2, seed=1)
+    for twin, its_optimizer in twins:
+        train(twin, its_optimizer, 2, seed=1)
+        assert_same_weights(model, twin)
+        assert repr(its_optimizer) == repr(optimizer)
+
+
+def test_grad_scaler_skips_overflowing_steps():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.lm_head.weight.detach().clone()
+    scaler.scale(model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.square().mean()).backward()
+    model.lm_head.weight.grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert_equal(model.lm_head.weight.detach(), before)
+    optimizer.zero_grad()
+    scaler.scale(model(input_ids=torch.zeros(1, 8, dtype=torch.long)).logits.square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+def test_bfloat16_parameters_get_float32_arithmetic(recipe):
+    """The update is the float32 one, rounded once at the end."""
+    model, twin = tiny_llama().bfloat16(), tiny_llama().bfloat16().float()
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, lr=1e-2)
+    reference = lm.MemOpt(twin.named_parameters(), recipe=recipe, lr=1e-2)
+    for seed in range(4):
+        fill_grads(list(model.parameters()), seed)
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.grad = param.grad.float()
+            other.data = param.data.float()
+        optimizer.step()
+        reference.step()
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(param, other.bfloat16(), rtol=2**-7, atol=1e-5)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+def test_float64_parameters_get_float64_arithmetic():
+    model = tiny_llama().double()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    train(model, optimizer, 2)
+    state = optimizer.state[model.lm_head.weight]
+    assert state["low_rank_q"].dtype == torch.float64
+
+
+def test_autocast_and_matmul_precision_of_the_caller_do_not_reach_the_step():
+    one, other = tiny_llama(), tiny_llama()
+    plain, hostile = lm.AdaPMLean(one.named_parameters()), lm.AdaPMLean(other.named_parameters())
+    before = torch.get_float32_matmul_precision()
+    for seed in range(3):
+        fill_grads(list(one.parameters()), seed)
+        fill_grads(list(other.parameters()), seed)
+        plain.step()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                hostile.step()
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert_same_weights(one, other)
+
+
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (6, 4, 5), (1, 9), (9, 1), (), (5,), (2, 2)])
+def test_parameters_of_any_shape(recipe, shape):
+    weight = nn.Parameter(torch.ones(shape))
+    optimizer = lm.MemOpt([("w", weight)], recipe=recipe, lr=1e-2)
+    for seed in range(3):
+        fill_grads([weight], seed)
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight, torch.ones(shape))
+
+
+def test_memory_format_does_not_matter():
+    one = nn.Conv2d(4, 8, 3)
+    other = copy.deepcopy(one).to(memory_format=torch.channels_last)
+    for model in (one, other):
+        optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+        for seed in range(3):
+            fill_grads(list(model.parameters()), seed)
+            optimizer.step()
+    torch.testing.assert_close(one.weight, other.weight.contiguous(), rtol=1e-6, atol=1e-7)
+
+
+def test_runs_are_repeatable_and_do_not_touch_the_global_generator():
+    states, models = [], []
+    for _ in range(2):
+        model = tiny_llama()
+        torch.manual_seed(3)
+        train(model, lm.AdamSNSM(model.named_parameters(), projection="random"), 3)
+        states.append(torch.get_rng_state())
+        models.append(model)
+    assert_same_weights(*models)
+    torch.manual_seed(3)
+    assert_equal(states[0], torch.get_rng_state())
+
+
+def test_names_do_not_depend_on_wrappers():
+    one, other = tiny_llama(), tiny_llama()
+    train(one, lm.AdaPMLean(one.named_parameters()), 2)
+    wrapped = nn.ModuleDict({"module": other})
+    train(other, lm.AdaPMLean(wrapped.named_parameters()), 2)
+    assert_same_weights(one, other)
+
+
+# ---------------------------------------------------------------------------------------------------- names and bind
+
+
+def test_bare_parameters_need_bind():
+    model = tiny_llama()
+    optimizer = lm.AdaPM(model.parameters())
+    fill_grads(list(model.parameters()), seed=0)
+    for call in (optimizer.step, optimizer.snapshot, optimizer.plan_table):
+        with pytest.raises(ValueError, match=r"has no name.*named_parameters\(\).*bind\(model\)"):
+            call()
+    assert "call bind(model)" in repr(optimizer)
+    optimizer.bind(model)
+    twin = tiny_llama()
+    train(model, optimizer, 2)
+    named = lm.AdaPM(twin.named_parameters())
+    train(twin, named, 2)
+    assert_same_weights(model, twin)
+
+
+def test_vectors_need_no_names():
+    weight = nn.Parameter(torch.ones(5))
+    optimizer = lm.MemOpt([weight], lr=0.1)
+    fill_grads([weight], 0)
+    optimizer.step()
+    assert optimizer.snapshot().blocks[0].role == "vector"
+
+
+def test_bind_refuses_another_model_and_late_changes():
+    model = tiny_llama()
+    optimizer = lm.AdaPMMini(model.named_parameters())
+    with pytest.raises(ValueError, match="not a parameter of the given GPT2LMHeadModel"):
+        optimizer.bind(tiny_gpt2())
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="blocks that have taken steps already"):
+        optimizer.bind(model)  # would bring in the size of the heads
+    optimizer = lm.AdaPMMini(model.named_parameters(), head_dim=8)
+    train(model, optimizer, 1)
+    optimizer.bind(model)  # changes nothing
+
+
+def test_tied_weights_are_one_block():
+    model = tiny_gpt2()
+    names = [block.name for block in lm.AdaPM(model.named_parameters()).snapshot().blocks]
+    assert "transformer.wte.weight" in names
+    assert "lm_head.weight" not in names
+
+
+# ------------------------------------------------------------------------------------------------ non-finite gradients
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("recipe", ["adapm_lean", "adam_snsm", "adamw"])
+def test_nonfinite_raises_and_changes_nothing(recipe, value):
+    model = tiny_llama()
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe)
+    train(model, optimizer, 2)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    fill_grads(list(model.parameters()), 0)
+    model.lm_head.weight.grad[3, 2] = value
+    with pytest.raises(FloatingPointError, match=r"elements in: lm_head\.weight\. Weights and state are unchanged"):
+        optimizer.step()
+    assert_unchanged(before, model, optimizer)
+
+
+def test_nonfinite_skip_counts_and_changes_nothing():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), nonfinite="skip")
+    train(model, optimizer, 2)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    fill_grads(list(model.parameters()), 0)
+    model.model.norm.weight.grad[0] = float("nan")
+    optimizer.step()
+    assert_unchanged(before, model, optimizer)
+    assert optimizer.snapshot().skipped == 1
+    train(model, optimizer, 1)
+    assert (optimizer.snapshot().skipped, optimizer.snapshot().step) == (1, 3)
+
+
+def assert_unchanged(before, model, optimizer):
+    weights, states = before
+    for name, value in model.state_dict().items():
+        assert_equal(value, weights[name])
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            assert_equal(value, states[index][key])
+
+
+def test_sparse_and_complex_gradients_are_refused_before_anything_changes():
+    embedding = nn.Embedding(8, 4, sparse=True)
+    linear = nn.Linear(4, 4)
+    optimizer = lm.MemOpt([*linear.named_parameters(), ("embedding.weight", embedding.weight)])
+    embedding(torch.tensor([1])).sum().backward()
+    linear(torch.ones(4)).sum().backward()
+    before = linear.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'embedding\.weight' is sparse.*sparse=False"):
+        optimizer.step()
+    assert_equal(linear.weight.detach(), before)
+    with pytest.raises(ValueError, match="Complex parameters are not supported"):
+        lm.MemOpt([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))])
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_plan_table_and_print():
+    model = tiny_gpt2()
+    optimizer = lm.AdaPM(model.named_parameters(), lr=2e-3)
+    table = optimizer.plan_table()
+    line = next(line for line in table.splitlines() if "h.0.attn.c_attn.weight:query" in line)
+    assert line.split() == [
+        "transformer.h.0.attn.c_attn.weight:query", "query", "32×32", "low_rank", "r=4", "dense", "5,120", "8,192",
+    ]  # fmt: skip
+    assert "saved" in table.splitlines()[-1]
+    assert repr(optimizer).startswith("AdaPM(recipe='adapm', lr=0.002, betas=(0.9, 0.95)")
+    assert table in repr(optimizer)

@@ -1,0 +1,250 @@
+"""Recipes, plans, overrides, recipe files, and every message about bad configuration."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_memopt as lm
+from lightning_memopt.momentum import LowRankMomentum
+from lightning_memopt.roles import ROLES
+from tests._models import tiny_gpt2, tiny_llama
+
+
+def kinds(recipe="adapm_lean", **options):
+    optimizer = lm.MemOpt(tiny_llama().named_parameters(), recipe=recipe, **options)
+    return {block.name: (block.momentum, block.rank, block.second_moment) for block in optimizer.snapshot().blocks}
+
+
+def test_recipes_are_the_documented_ones():
+    assert lm.recipe_names() == [
+        "adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adagrad_snsm", "rmsprop_sn",
+        "adam_mini", "adafactor",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", lm.recipe_names())
+def test_plans_survive_a_dict(name):
+    plan = lm.load_plan(name)
+    assert lm.Plan.from_dict(plan.to_dict()) == plan
+    assert set(plan.roles) == set(ROLES)
+
+
+def test_plans_with_overrides_survive_a_dict():
+    plan = lm.load_plan("adapm").updated(
+        overrides={"head": lm.Recipe("dense", "factored"), "*.0.*": {"momentum": "low_rank", "rank": 3}},
+        options={"rank": 5},
+    )
+    assert lm.Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_rank_is_an_integer_or_a_fraction_of_the_short_side():
+    assert kinds(rank=6)["lm_head.weight"][1] == 6
+    assert kinds(rank=1 / 4)["lm_head.weight"][1] == 8
+    assert kinds(rank=1 / 64)["lm_head.weight"][1] == 4  # at least 4 when given as a fraction
+    assert kinds(rank=1000)["lm_head.weight"][1] == 32  # at most the short side
+    assert kinds(rank=1)["lm_head.weight"][1] == 1
+    assert kinds(rank=1.0)["lm_head.weight"][1] == 32
+
+
+def test_overrides_by_role_and_by_pattern_in_order():
+    found = kinds(
+        "adapm",
+        overrides={
+            "value": {"momentum": "low_rank", "rank": 2},
+            "*.layers.1.*": {"second_moment": "factored"},
+            "*.layers.1.mlp.up_proj.weight": {"momentum": "none"},
+            "lm_head.weight": lm.Recipe(LowRankMomentum(rank=9), "blockwise"),
+        },
+    )
+    assert found["model.layers.0.self_attn.v_proj.weight"] == ("low_rank", 2, "dense")
+    assert found["model.layers.1.self_attn.v_proj.weight"] == ("low_rank", 2, "factored")
+    assert found["model.layers.1.mlp.up_proj.weight"] == ("none", None, "factored")
+    assert found["model.layers.1.input_layernorm.weight"] == ("dense", None, "dense")  # a vector keeps its recipe
+    assert found["lm_head.weight"] == ("low_rank", 9, "blockwise")
+
+
+def test_a_pattern_option_is_taken_by_the_blocks_that_have_it():
+    found = kinds("adapm", overrides={"*.layers.0.*": {"rank": 6}})
+    assert found["model.layers.0.mlp.up_proj.weight"][1] == 6
+    assert found["model.layers.0.self_attn.o_proj.weight"] == ("none", None, "dense")
+    assert found["model.layers.1.mlp.up_proj.weight"][1] == 4
+
+
+def test_overrides_of_parts_of_a_fused_weight():
+    model = tiny_gpt2()
+    overrides = {"*.h.0.attn.c_attn.weight": {"rank": 5}, "*.h.1.attn.c_attn.weight:key": {"momentum": "none"}}
+    blocks = lm.MemOpt(model.named_parameters(), overrides=overrides).snapshot().blocks
+    found = {block.name: (block.momentum, block.rank) for block in blocks}
+    assert {found[f"transformer.h.0.attn.c_attn.weight:{role}"] for role in ("query", "key", "value")} == {
+        ("low_rank", 5)
+    }
+    assert found["transformer.h.1.attn.c_attn.weight:key"] == ("none", None)
+    assert found["transformer.h.1.attn.c_attn.weight:query"] == ("low_rank", 4)
+
+
+def test_an_override_can_bring_a_kind_and_the_options_reach_it():
+    found = kinds("adamw", overrides={"mlp": {"momentum": "low_rank"}}, rank=3)
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 3, "dense")
+    assert found["lm_head.weight"] == ("dense", None, "dense")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"recipe": "adapm_leen"}, ValueError, r"Unknown recipe 'adapm_leen'\. Did you mean 'adapm_lean'\?"),
+        ({"recipe": 3}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got 3"),
+        ({"recipe": "missing.yaml"}, FileNotFoundError, "There is no recipe file 'missing.yaml'"),
+        ({"rank": 0}, ValueError, "`rank` must be an integer of at least 1 .* got 0.*'none'"),
+        ({"rank": -2}, ValueError, "got -2"),
+        ({"rank": 1.5}, ValueError, "got 1.5"),
+        ({"rank": NAN}, ValueError, "`rank` must be .* got nan"),
+        ({"rank": "8"}, TypeError, "`rank` must be an integer or a fraction of the short side, got '8'"),
+        ({"rank": True}, TypeError, "got True"),
+        ({"gap": 5}, ValueError, "Option 'gap' has no effect in the recipe 'adapm_lean'.*momentum 'subspace'"),
+        ({"recipe": "adam_snsm", "gap": 0}, ValueError, r"`gap` must be an integer of at least 1 \(steps\), got 0"),
+        ({"recipe": "adam_snsm", "projection": "svdd"}, ValueError, "Unknown projection 'svdd'. Did you mean 'svd'"),
+        ({"recipe": "adam_snsm", "handover": "spin"}, ValueError, "Unknown handover 'spin'.*reset, rotate, keep"),
+        ({"recipe": "adam_sn", "reduction": "max"}, ValueError, "Unknown reduction 'max'.*mean, sum"),
+        ({"recipe": "adam_sn", "subset_size": 0}, ValueError, "`subset_size` must be an integer of at least 1"),
+        ({"learning_rate": 1}, ValueError, "Unknown option 'learning_rate'"),
+        ({"lr": -1.0}, ValueError, "`lr` must be finite, at least 0, got -1.0"),
+        ({"lr": NAN}, ValueError, "`lr` must be finite, at least 0, got nan"),
+        ({"lr": math.inf}, ValueError, "`lr` must be finite, at least 0, got inf"),
+        ({"lr": "fast"}, TypeError, "`lr` must be a number, got 'fast'"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got 1.0"),
+        ({"betas": (0.9, 1.1)}, ValueError, r"`betas\[1\]` must be finite, at least 0 and at most 1, got 1.1"),
+        ({"betas": 0.9}, ValueError, "`betas` must be two numbers, got 0.9"),
+        ({"eps": -1e-8}, ValueError, "`eps` must be finite, at least 0, got -1e-08"),
+        ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite, at least 0, got -0.1"),
+        ({"maximize": 1}, TypeError, "`maximize` must be True or False, got 1"),
+        ({"nonfinite": "ignore"}, ValueError, "Unknown value of `nonfinite` 'ignore'.*raise, skip"),
+        ({"state_dtype": "int8"}, ValueError, "Unknown `state_dtype` 'int8'.*float32, bfloat16"),
+        ({"seed": 0.5}, TypeError, "`seed` must be an integer, got 0.5"),
+        ({"overrides": ["mlp"]}, TypeError, "`overrides` must map roles or name patterns to changes"),
+        ({"overrides": {"mpl": {"rank": 2}}}, ValueError, "The override 'mpl' matches nothing. Roles here: .*mlp"),
+        ({"overrides": {"q_proj.weight": {"rank": 2}}}, ValueError, r"matches nothing.*start with '\*'"),
+        ({"overrides": {"mlp": {"momentum": "lowrank"}}}, ValueError, "Unknown momentum kind 'lowrank'. Did you mean"),
+        ({"overrides": {"mlp": {"second_moment": "x"}}}, ValueError, "Unknown second-moment kind 'x'"),
+        ({"overrides": {"mlp": {"rnk": 2}}}, ValueError, "Unknown option 'rnk'. Did you mean 'rank'"),
+        ({"overrides": {"mlp": 4}}, TypeError, "A change must be a Recipe or a mapping .* got 4"),
+        ({"recipe": "adapm", "overrides": {"embedding": {"rank": 4}}}, ValueError, "sets 'rank', which means nothing"),
+        ({"overrides": {"vector": {"momentum": "low_rank"}}}, ValueError, "'low_rank' needs a matrix"),
+    ],
+)
+def test_bad_configuration_names_the_value_and_the_way_out(options, error, match):
+    with pytest.raises(error, match=match):
+        lm.MemOpt(tiny_llama().named_parameters(), **options)
+
+
+def weight():
+    return nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "match"),
+    [
+        ([], ValueError, "empty parameter list"),
+        (torch.ones(2, 2), TypeError, "got a single tensor"),
+        ({"params": []}, TypeError, "got a dict: wrap it in a list"),
+        ([("a", weight()), ("a", weight())], ValueError, "The name 'a' is given to two parameters"),
+        ([("a", weight()), weight()], ValueError, r"1 of the parameters have no name, the first of shape \(4, 4\)"),
+        ([("a", "b")], TypeError, "Expected a parameter for 'a', got str"),
+        ([3], TypeError, "Expected a parameter, got int"),
+        ([nn.Parameter(torch.ones(2, dtype=torch.int), requires_grad=False)], ValueError, "must be floating point"),
+        ([{"lr": 1.0}], TypeError, "a dict with the key 'params'"),
+        ([{"params": [("a", weight())], "momentum": 0.9}], ValueError, "In parameter group 0: Unknown key 'momentum'"),
+        ([{"params": [("a", weight())], "lr": -1}], ValueError, "In parameter group 0: `lr` must be"),
+        ([{"params": [("a", weight())], "rank": 0}], ValueError, "`rank` must be"),
+        ([{"params": [("a", weight())], "recipe": "x"}], ValueError, "Unknown recipe 'x'"),
+    ],
+)
+def test_bad_parameters_are_named(params, error, match):
+    with pytest.raises(error, match=match):
+        lm.MemOpt(params)
+
+
+def test_the_same_parameter_twice():
+    param = weight()
+    with pytest.raises(ValueError, match="'a' occurs twice"):
+        lm.MemOpt([("a", param), ("b", param)])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        lm.MemOpt([{"params": [("a", param)]}, {"params": [("b", param)]}])
+
+
+# ------------------------------------------------------------------------------------------------------- recipe files
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_file_is_a_recipe(tmp_path):
+    path = write(
+        tmp_path / "mine.yaml",
+        """
+        name: mine
+        base: adapm
+        betas: [0.85, 0.97]
+        roles:
+          mlp: {momentum: low_rank, rank: 6, second_moment: factored}
+          head: {momentum: none}
+        overrides:
+          "*.layers.0.*": {momentum: dense}
+        """,
+    )
+    optimizer = lm.MemOpt(tiny_llama().named_parameters(), recipe=path)
+    assert optimizer.defaults["betas"] == (0.85, 0.97)
+    assert optimizer.param_groups[0]["recipe"] == "mine"
+    found = {block.name: (block.momentum, block.rank, block.second_moment) for block in optimizer.snapshot().blocks}
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("dense", None, "factored")
+    assert found["lm_head.weight"] == ("none", None, "dense")
+    assert found["model.layers.1.self_attn.q_proj.weight"] == ("low_rank", 4, "dense")
+
+
+def test_an_option_of_the_call_wins_over_the_file(tmp_path):
+    path = write(tmp_path / "r.yaml", "base: adapm_lean\nroles: {mlp: {rank: 6}}\n")
+    for rank, expected in ((None, (6, 4)), (5, (5, 5))):
+        optimizer = lm.MemOpt(tiny_llama().named_parameters(), path, rank=rank)
+        found = {block.name: block.rank for block in optimizer.snapshot().blocks}
+        assert (found["model.layers.0.mlp.up_proj.weight"], found["lm_head.weight"]) == expected
+
+
+def test_a_recipe_file_can_interpolate(tmp_path):
+    text = "base: adapm_lean\nroles: {mlp: {rank: 3}, head: {rank: '${roles.mlp.rank}'}}"
+    optimizer = lm.MemOpt(tiny_llama().named_parameters(), write(tmp_path / "r.yaml", text))
+    assert optimizer.snapshot().blocks[-1].rank == 3
+
+
+def test_a_mapping_is_a_recipe_too():
+    optimizer = lm.MemOpt(
+        tiny_llama().named_parameters(), recipe={"base": "adapm_lean", "roles": {"embedding": {"rank": 2}}}
+    )
+    assert optimizer.snapshot().blocks[0].rank == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("bse: adamw", ValueError, "Unknown key of a recipe file 'bse'. Did you mean 'base'"),
+        ("base: adam", ValueError, "Unknown recipe 'adam'"),
+        ("roles: {mpl: {rank: 2}}", ValueError, "Unknown role 'mpl'. Did you mean 'mlp'"),
+        ("roles: {mlp: {momentum: low}}", ValueError, "Unknown momentum kind 'low'"),
+        ("roles: {mlp: {rank: 2}}", ValueError, "Option 'rank' means nothing to momentum 'dense'"),
+        ("roles: 3", TypeError, "'roles' of a recipe file must be a mapping, got 3"),
+        ("betas: 0.9", ValueError, "'betas' of a recipe file must be two numbers, got 0.9"),
+        ("options: {rank: 2}", ValueError, "Unknown key of a recipe file 'options'"),
+        ("- 1", TypeError, "must hold a mapping, found list"),
+    ],
+)
+def test_bad_recipe_files_are_refused(tmp_path, text, error, match):
+    with pytest.raises(error, match=match):
+        lm.load_plan(write(tmp_path / "bad.yaml", text))
