@@ -11,7 +11,6 @@ from argparse import SUPPRESS, Action
 from typing import Any
 
 from lightning_memopt.optimizer import MemOpt
-from lightning_memopt.roles import canonical_name
 
 try:
     import jsonargparse
@@ -33,23 +32,13 @@ class BindNames(Callback):
     """Give every ``MemOpt`` of the trainer the names of the module's parameters, before a checkpoint is restored.
 
     It covers optimizers that the command line built and those that the module's ``configure_optimizers`` returned.
-    An optimizer that was given other names, such as those of an inner module, keeps them: its ``overrides`` were
-    written for them.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind the optimizers."""
-        names = {canonical_name(name) for name, _ in pl_module.named_parameters()}
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, MemOpt) and _given_names(optimizer) <= names:
+            if isinstance(optimizer, MemOpt):
                 optimizer.bind(pl_module)
-
-
-def _given_names(optimizer: MemOpt) -> set[str]:
-    try:
-        return {block.name.partition(":")[0] for block in optimizer.snapshot().blocks}
-    except ValueError:  # no names yet
-        return set()
 
 
 class SaveConfig(SaveConfigCallback):

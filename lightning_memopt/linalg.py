@@ -118,6 +118,16 @@ def gram(matrix: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors whose largest entry is positive: the same on every sharding.
+
+    LAPACK's signs change with the last bit of the matrix, and so would whatever keeps coordinates in such a basis.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return values, vectors * largest.sign()
+
+
 def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     """Return orthonormal columns that span those of ``matrix``; zero columns where its rank falls short.
 
@@ -134,7 +144,7 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     alive = diagonal > 0
     scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
     # Columns of very different length (singular values enter squared) would drown in the cut-off: equilibrate first.
-    values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
+    values, vectors = eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
     keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
     inverse = torch.where(keep, values, 1.0).rsqrt() * keep
     transform = scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -119,7 +119,7 @@ class MemOpt(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._complete = True
         if self._names or not any(param.ndim > 1 for param in self._all_params()):
-            self._parts = self._classify(None)
+            self._parts = self._classify()
             self._build(self._all_blocks())
 
     # ------------------------------------------------------------------ parameters, names, plans
@@ -162,7 +162,7 @@ class MemOpt(torch.optim.Optimizer):
             if self._names or names:
                 self._names = {**self._names, **names}
                 if any(name not in self._parts for name in map(canonical_name, self._names.values())):
-                    self._parts = self._classify(None)
+                    self._parts = self._classify()
                 fresh = {param: blocks for param, blocks in self._all_blocks().items() if param not in self._blocks}
                 self._build(fresh)
         except Exception:
@@ -174,26 +174,36 @@ class MemOpt(torch.optim.Optimizer):
     def bind(self, model: Any) -> None:
         """Take names, and the size of attention heads, from the model whose parameters these are.
 
+        Names that were given with the parameters stay, since overrides are written for them.
+
         Raises:
-            ValueError: If a parameter is not the model's, or if steps were taken and the model's names would change
-                what a block gets.
+            ValueError: If a parameter is not the model's, or if steps were taken and what the model tells would
+                change the blocks.
         """
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        theirs: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
         for param in self._all_params():
-            if param not in names:
+            if param not in theirs:
                 raise ValueError(
                     f"The parameter {self._names.get(param, 'without a name')!r} of shape {tuple(param.shape)} is not "
                     f"a parameter of the given {type(model).__name__}: bind the model that the optimizer trains."
                 )
         before = (self._names, self._parts, self._blocks)
-        self._names, self._parts = names, self._classify(model, names)
+        parts = classify(model, head_dim=self._head_dim)
+        self._names = {**theirs, **self._names}
+        self._parts = {
+            canonical_name(name): parts[canonical_name(theirs[param])]
+            for param, name in self._names.items()
+            if param in theirs
+        }
         try:
             blocks = self._all_blocks()
-            if before[2] == blocks:
+            if {param: _identity(entries) for param, entries in blocks.items()} == {
+                param: _identity(entries) for param, entries in before[2].items()
+            }:
                 return
             if any(float(state["step"]) > 0 for state in self.state.values() if state):
                 raise ValueError(
-                    "bind(model) would change the names or head sizes of blocks that have taken steps already; "
+                    "bind(model) would change names or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
             self._blocks = {}
@@ -202,12 +212,10 @@ class MemOpt(torch.optim.Optimizer):
             self._names, self._parts, self._blocks = before
             raise
 
-    def _classify(self, model: Any, names: Mapping[Tensor, str] | None = None) -> dict[str, tuple[Part, ...]]:
-        if model is not None:
-            return classify(model, head_dim=self._head_dim)
-        pairs = [(name, param.shape) for param, name in (names or self._names).items()]
-        fresh = classify(pairs, head_dim=self._head_dim)
-        return {**fresh, **self._parts}
+    def _classify(self) -> dict[str, tuple[Part, ...]]:
+        """Return the parts of all named parameters; what a model has told before stays."""
+        pairs = [(name, param.shape) for param, name in self._names.items()]
+        return {**classify(pairs, head_dim=self._head_dim), **self._parts}
 
     def _require_names(self) -> None:
         """Raise the error that tells how to give names, if there are none."""
@@ -231,6 +239,9 @@ class MemOpt(torch.optim.Optimizer):
                     for offset, part in enumerate(parts)
                 )
                 known += [(block.name, block.role, block.recipe) for block in blocks[param]]
+        twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
+        if twice:
+            raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a name of its own.")
         for plan in self._plans:
             plan.check_overrides(known)
         return blocks
@@ -445,6 +456,11 @@ _OWN_ATTRIBUTES = (
     "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_skipped",
     "_names", "_parts", "_plans", "_blocks", "_complete",
 )  # fmt: skip
+
+
+def _identity(blocks: tuple[Block, ...]) -> list[Any]:
+    """Return what makes a parameter's blocks the ones they are, whatever they have been reformatted to."""
+    return [(block.name, block.role, block.layout) for block in blocks]
 
 
 def _axes(old: Block, new: Block) -> list[tuple[Kind, Kind]]:

@@ -16,12 +16,14 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 }
 
 
-def assert_equal(actual: Any, expected: Any) -> None:
+def assert_equal(actual: Any, expected: Any, message: str = "") -> None:
     """Check for the same values and dtypes, bit for bit (but NaN equals NaN).
 
     Never ``torch.equal``: it calls an int8 and a float32 tensor of the same values equal.
     """
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{message}\n{text}" if message else text
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

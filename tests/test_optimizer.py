@@ -404,6 +404,34 @@ def test_bind_refuses_another_model_and_late_changes():
     optimizer.bind(model)  # changes nothing
 
 
+def test_bind_keeps_given_names_and_brings_head_sizes():
+    model = nn.ModuleDict({"inner": tiny_llama()})
+    named = model["inner"].named_parameters()
+    optimizer = lm.AdamMini(named, overrides={"model.layers.0.self_attn.q_proj.weight": {"momentum": "none"}})
+    optimizer.bind(model)
+    query = model["inner"].model.layers[0].self_attn.q_proj.weight
+    assert optimizer.state[query]["blockwise_sq"].shape == (4, 1)
+    block = optimizer._blocks[query][0]
+    assert (block.name, block.recipe.momentum.name) == ("model.layers.0.self_attn.q_proj.weight", "none")
+
+
+def test_bind_after_a_reformat_changes_nothing():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.parameters())
+    optimizer.bind(model)
+    train(model, optimizer, 1)
+    optimizer.reformat({"lm_head.weight": {"rank": 2}})
+    before = optimizer.snapshot()
+    optimizer.bind(model)
+    assert optimizer.snapshot() == before
+
+
+def test_two_parameters_with_one_canonical_name_are_refused():
+    params = [("module.a", nn.Parameter(torch.ones(2, 2))), ("a", nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(ValueError, match="Two blocks have the name 'a'"):
+        lm.MemOpt(params)
+
+
 def test_tied_weights_are_one_block():
     model = tiny_gpt2()
     names = [block.name for block in lm.AdaPM(model.named_parameters()).snapshot().blocks]

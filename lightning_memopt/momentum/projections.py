@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_memopt._registry import Registry
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.layout import Layout
-from lightning_memopt.linalg import GRAM_CUTOFF, column_square_sums, gram, matmul, orthonormalize, rmatmul
+from lightning_memopt.linalg import GRAM_CUTOFF, column_square_sums, eigh, gram, matmul, orthonormalize, rmatmul
 from lightning_memopt.tick import Tick
 
 Basis = Generator[Any, Any, Tensor]
@@ -50,7 +50,7 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
     layout.require_whole(short, "The projection 'svd'")
     (square,) = yield from request(Sum(gram(grad), layout, long))
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = eigh(square)
     # Vectors of singular values that are zero are noise, different on every sharding: zero columns instead.
     vectors = vectors * (values > GRAM_CUTOFF * values[..., -1:]).unsqueeze(-2)
     return vectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)

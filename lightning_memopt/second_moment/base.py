@@ -41,9 +41,7 @@ class Denominator:
             first.div_(self.correction**0.5)
         if self.run is not None:
             first = first.repeat_interleave(self.run, dim=-1)[..., :columns]
-        if not rest:
-            return first.add_(self.eps)
-        return torch.addcmul(first.new_tensor(self.eps), first, rest[0])
+        return (first * rest[0] if rest else first).add_(self.eps)
 
 
 @dataclass(frozen=True)

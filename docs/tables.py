@@ -1,0 +1,85 @@
+"""Print docs/recipes.md, whose tables come from the registries: ``python docs/tables.py > docs/recipes.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import lightning_memopt as lm  # noqa: E402
+from tests._models import LLAMA_SHAPES, big_gpt2, big_llama  # noqa: E402
+
+ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")
+INTRO = """# Recipes and the size of their state
+
+This page is made by `python docs/tables.py`; a test checks that it is up to date.
+
+## What every role gets
+
+Momentum × second moment. Ranks are fractions of a matrix's short side, at least 4; `vector` stands for everything with
+fewer than two dimensions, `other` for matrices whose part in the model is unknown.
+"""
+SIZES = """
+## Size of the state
+
+Bytes of momentum and second moments, projections included, in float32, as a share of `torch.optim.AdamW`'s on the same
+float32 parameters. Step counters are left out on both sides. Vocabulary 32,000 with an untied head for LLaMA (the sizes
+of the GaLore and SNSM papers, and 7B), 50,257 with tied embeddings for GPT-2.
+"""
+MOMENTUM = """
+Momentum only, as a share of AdamW's momentum:
+"""
+NOTES = """
+`adam_snsm` keeps AdamW's full state for embeddings, so small models with large vocabularies keep more.
+At bfloat16 (`state_dtype="bfloat16"`) every number above is halved.
+"""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def recipe_table() -> str:
+    """Return which kinds every role gets, for every recipe."""
+
+    def cell(recipe: lm.Recipe) -> str:
+        rank = getattr(recipe.momentum, "rank", None)
+        suffix = "" if rank is None else f" 1/{round(1 / rank)}"
+        return f"{recipe.momentum.name}{suffix} × {recipe.second_moment.name}"
+
+    plans = [lm.load_plan(name) for name in lm.recipe_names()]
+    rows = ([f"`{plan.name}`", str(plan.betas), *(cell(plan.roles[role]) for role in ROLES)] for plan in plans)
+    return table(["recipe", "betas", *ROLES], rows)
+
+
+def size_tables() -> tuple[str, str]:
+    """Return the share of the state and of the momentum that every recipe keeps, for every architecture."""
+    models = {f"LLaMA {size}": big_llama(size) for size in LLAMA_SHAPES} | {"GPT-2 1.5B": big_gpt2()}
+    variants = {f"`{name}`": {"recipe": name} for name in lm.recipe_names()}
+    variants["`adam_snsm`, rank 1/4"] = {"recipe": "adam_snsm", "rank": 1 / 4}
+    whole, momentum = [], []
+    for label, options in variants.items():
+        snapshots = []
+        for model in models.values():
+            optimizer = lm.MemOpt(model.named_parameters(), **options)
+            optimizer.bind(model)
+            snapshots.append(optimizer.snapshot())
+        whole.append([label, *(f"{entry.state_bytes / entry.adamw_bytes:.2%}" for entry in snapshots)])
+        momentum.append([label, *(f"{2 * entry.momentum_bytes / entry.adamw_bytes:.2%}" for entry in snapshots)])
+    header = ["recipe", *models]
+    return table(header, whole), table(header, momentum)
+
+
+def page() -> str:
+    """Return the whole page."""
+    whole, momentum = size_tables()
+    return f"{INTRO}\n{recipe_table()}\n{SIZES}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
