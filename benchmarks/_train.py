@@ -23,7 +23,7 @@ class Settings:
     """What all runs of one comparison share."""
 
     steps: int = 600
-    batch: int = 8
+    batch: int = 4
     length: int = 128
     warmup: float = 0.08
     final_lr: float = 0.1
@@ -34,9 +34,9 @@ class Settings:
     layers: int = 4
     heads: int = 4
     vocabulary: int = 1024
-    every: int = 50
+    every: int = 100
     validation_tokens: int = 65536
-    curve_tokens: int = 16384
+    curve_tokens: int = 8192
     data: str = "python standard library"
 
 
@@ -60,7 +60,7 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
     data = TextDataModule(vocab_size=settings.vocabulary, **options)
     data.prepare_data()
     data.setup("fit")
-    return {"train": data.train_tokens, "validation": data.val_tokens}
+    return {"train": data.tokens["train"].flatten(), "validation": data.tokens["val"].flatten()}
 
 
 def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ from _report import OUTPUT, command, commit, date, machine, show
 from _train import Run, Settings, load_tokens, start_worker, train
 from _variants import DEFAULT, VARIANTS
 
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+GRID = (1e-3, 2e-3, 4e-3)
 MAX_EXTENSIONS = 6
 Result = dict[str, Any]
 
