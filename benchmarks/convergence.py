@@ -1,6 +1,6 @@
 """Train a small LLaMA with every recipe, each at its best learning rate, and compare validation losses.
 
-    python benchmarks/convergence.py --jobs 2        # everything, resumable: about 90 runs
+    python benchmarks/convergence.py --jobs 2        # everything; can be stopped and started again
     python benchmarks/convergence.py --variants AdamW adapm_lean
     python benchmarks/convergence.py --report        # only rewrite the page and the plot from the results
     python benchmarks/convergence.py --synthetic --steps 40 --lrs 4e-3 --jobs 1 --output /tmp/convergence   # a trial

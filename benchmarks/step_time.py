@@ -5,15 +5,18 @@
     python benchmarks/step_time.py --self-check                      # is the memory recorder right?
 
 Every round times one step of fused AdamW and one of the candidate on the same parameters and gradients, in alternating
-order; the ratio is the median over rounds, so a machine that is busy or throttles slows both. Gradients are new
-normal numbers every round, drawn outside the timed part. The first steps are not timed but recorded for their
-peak of temporary memory. galore-torch, apollo-torch and adam-mini are compared where installed.
+order; the ratio is the median over rounds, so a machine that throttles slows both. Other work on the same cores does
+not cancel, because threads that wait for each other suffer most: run it on a quiet machine; the page states the load.
+Gradients are new normal numbers every round, drawn outside the timed part. The first steps are not timed but recorded
+for their peak of temporary memory. galore-torch, apollo-torch and adam-mini are compared where installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,6 +217,7 @@ the noise.
 {markdown(HEAD, [result.row() for result in results])}
 
 {provenance(args.device, args.threads)}
+- load of the machine before the run: {args.load:.2f}
 """
 
 
@@ -236,6 +240,9 @@ def main() -> None:
         self_check()
         return
     torch.set_num_threads(args.threads)
+    args.load = os.getloadavg()[0]
+    if args.load > 0.5:
+        print(f"warning: the machine is busy (load {args.load:.1f}); the ratios will not mean much", file=sys.stderr)
     available = candidates()
     chosen = args.recipes or list(available)
     if unknown := sorted(set(chosen) - set(available)):

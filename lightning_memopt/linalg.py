@@ -12,7 +12,7 @@ Index = tuple[slice, ...]
 
 # Elements per chunk: on a CPU small enough for the cache, large enough for matrix products to be efficient (2¹⁷ takes
 # 1.5 times as long). It bounds the temporary memory everywhere.
-CPU_CHUNK = 1 << 20
+CPU_CHUNK = 1 << 18
 GPU_CHUNK = 1 << 24
 
 # Squared singular values below this, relative to the largest after equilibration, count as zero. A float64 Gram
@@ -118,17 +118,18 @@ def gram(matrix: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors whose largest entry is positive: the same on every sharding.
+def signed_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors whose signs are the same on every sharding.
 
-    LAPACK's signs change with the last bit of the matrix, and so would whatever keeps coordinates in such a basis.
+    LAPACK's signs change with the last bit of the matrix, and with them whatever keeps coordinates in such a basis.
     """
     values, vectors = torch.linalg.eigh(gram)
-    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    return values, vectors * largest.sign()
+    # Any fixed direction will do that is not orthogonal to likely eigenvectors, such as (1, 1) and (1, -1).
+    weights = torch.arange(1, gram.shape[-1] + 1, dtype=gram.dtype, device=gram.device).rsqrt()
+    return values, vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
+def orthonormalize(matrix: Tensor, gram: Tensor, *, signed: bool = False) -> Tensor:
     """Return orthonormal columns that span those of ``matrix``; zero columns where its rank falls short.
 
     Works through the Gram matrix, so that rows may live on different ranks: the caller sums it.
@@ -136,6 +137,7 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     Args:
         matrix: ``[..., m, r]``; the rows at hand.
         gram: ``[..., r, r]`` float64, ``matrixᵀ matrix`` over *all* rows.
+        signed: Whether the columns' signs have to be the same on every sharding, and not only what they span.
 
     Returns:
         ``[..., m, r]`` in the dtype of ``matrix``.
@@ -144,7 +146,7 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     alive = diagonal > 0
     scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
     # Columns of very different length (singular values enter squared) would drown in the cut-off: equilibrate first.
-    values, vectors = eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
+    values, vectors = (signed_eigh if signed else torch.linalg.eigh)(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
     keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
     inverse = torch.where(keep, values, 1.0).rsqrt() * keep
     transform = scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from _compare import assert_equal
-from contract.cases import layout_of
 
 from lightning_memopt import collectives
 from lightning_memopt.collectives import Sum, drive, request, together
+from tests._compare import assert_equal
+from tests.contract.cases import layout_of
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from _compare import TOLERANCE, assert_equal, assert_same_projector, relative_error
-from contract.cases import gradient
 
 from lightning_memopt import linalg
 from lightning_memopt.linalg import (
@@ -21,6 +19,8 @@ from lightning_memopt.linalg import (
     take,
     take_stack,
 )
+from tests._compare import TOLERANCE, assert_equal, assert_same_projector, relative_error
+from tests.contract.cases import gradient
 
 SHAPES = [(7, 5), (1, 9), (9, 1), (1, 1), (0, 4), (4, 0), (3, 7, 5), (2, 1, 9), (0, 3, 4), (3, 0, 4), (2, 3, 5, 4)]
 LIMITS = [1, 3, 8, 40, 1 << 17]

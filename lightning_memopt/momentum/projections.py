@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_memopt._registry import Registry
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.layout import Layout
-from lightning_memopt.linalg import GRAM_CUTOFF, column_square_sums, eigh, gram, matmul, orthonormalize, rmatmul
+from lightning_memopt.linalg import GRAM_CUTOFF, column_square_sums, gram, matmul, orthonormalize, rmatmul, signed_eigh
 from lightning_memopt.tick import Tick
 
 Basis = Generator[Any, Any, Tensor]
@@ -39,10 +39,10 @@ def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, ti
     # Orthonormal in between: GᵀG P itself squares the spread of the singular values, and columns of less than 1/300
     # of the largest would be lost.
     (square,) = yield from request(Sum(gram(image), layout, long))
-    (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square), grad), layout, long))
+    (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square, signed=True), grad), layout, long))
     back = back.mT
     (square,) = yield from request(Sum(gram(back), layout, short))
-    return orthonormalize(back, square)
+    return orthonormalize(back, square, signed=True)
 
 
 @PROJECTIONS.register("svd")
@@ -50,7 +50,7 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
     layout.require_whole(short, "The projection 'svd'")
     (square,) = yield from request(Sum(gram(grad), layout, long))
-    values, vectors = eigh(square)
+    values, vectors = signed_eigh(square)
     # Vectors of singular values that are zero are noise, different on every sharding: zero columns instead.
     vectors = vectors * (values > GRAM_CUTOFF * values[..., -1:]).unsqueeze(-2)
     return vectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)
@@ -61,7 +61,7 @@ def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, t
     """Draw a uniformly distributed subspace."""
     draw = _draw(basis, layout, short, tick)
     (square,) = yield from request(Sum(gram(draw), layout, short))
-    return orthonormalize(draw, square)
+    return orthonormalize(draw, square, signed=True)
 
 
 @PROJECTIONS.register("topk")

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 import torch
-from _compare import relative_error
-from contract.cases import BETAS, EPS, tick_at
-from contract.running import step
-from reference import MOMENTA, SECOND_MOMENTS, Stack
 from torch import Tensor
 
 from lightning_memopt.kind import Kind, State
 from lightning_memopt.layout import Layout
 from lightning_memopt.momentum import Momentum
+from tests._compare import relative_error
+from tests.contract.cases import BETAS, EPS, tick_at
+from tests.contract.running import step
+from tests.reference import MOMENTA, SECOND_MOMENTS, Stack
 
 Shape = tuple[int, ...]
 STEPS = 30

@@ -38,7 +38,7 @@ BAD_OPTION_VALUES: dict[str, list[Any]] = {
 }
 
 SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]
-FEW_SHAPES: list[tuple[int, ...]] = [(20, 12), (4, 9), (3, 12, 20)]
+FEW_SHAPES: list[tuple[int, ...]] = [(20, 12), (3, 4, 9)]
 VECTOR_SHAPES: list[tuple[int, ...]] = [(9,), (1,), ()]
 BETAS = (0.9, 0.99)
 EPS = 1e-8

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from _compare import assert_equal, relative_error
-from contract.cases import BAD_OPTION_VALUES, gradient, label, layout_of, tick_at
-from contract.running import cloned, dense, finish, pretend_sharded, step, steps, task_of
 from torch import Tensor
 
 from lightning_memopt.kind import Kind
 from lightning_memopt.momentum import Momentum
+from tests._compare import assert_equal, relative_error
+from tests.contract.cases import BAD_OPTION_VALUES, gradient, label, layout_of, tick_at
+from tests.contract.running import cloned, dense, finish, pretend_sharded, step, steps, task_of
 
 Shape = tuple[int, ...]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from contract.cases import BETAS, EPS, tick_at
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
@@ -17,6 +16,7 @@ from lightning_memopt.linalg import chunks
 from lightning_memopt.momentum import Direction, Momentum
 from lightning_memopt.second_moment import Denominator
 from lightning_memopt.tick import Tick
+from tests.contract.cases import BETAS, EPS, tick_at
 
 Task = Generator[Any, Any, Any]
 

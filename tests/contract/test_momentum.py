@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from contract.cases import all_momenta, label, shapes_for
-from contract.checks import CHECKS, check_registry
 
 from lightning_memopt.momentum import MOMENTA
 from lightning_memopt.second_moment import SECOND_MOMENTS
+from tests.contract.cases import all_momenta, label, shapes_for
+from tests.contract.checks import CHECKS, check_registry
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=label)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract.cases import all_momenta, label, shapes_for, variants
-from contract.checks import CHECKS, check_registry
 
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.kind import rounding
 from lightning_memopt.linalg import store_
 from lightning_memopt.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.momentum.dense import DenseMomentum
+from tests.contract.cases import all_momenta, label, shapes_for, variants
+from tests.contract.checks import CHECKS, check_registry
 
 
 @dataclass(frozen=True)

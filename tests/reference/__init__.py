@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference import momentum, second_moment, subspace
+from tests.reference import momentum, second_moment, subspace
 
 MOMENTA: dict[str, Callable[..., Any]] = {
     "none": momentum.NoMomentum,

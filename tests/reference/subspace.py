@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reference.momentum import CUTOFF, orth
+from tests.reference.momentum import CUTOFF, orth
 
 Draw = Callable[..., Tensor]
 
