@@ -73,8 +73,8 @@ class LowRankMomentum(Momentum):
         # The dropped part M − QR, M written out: gradient plus a correction of rank 2r. The coefficients nearly
         # cancel (9 and −9 at β₁ = 0.9), so this is never done in less than float32.
         keep, drop = beta1 / (1 - beta1), 1 / (1 - beta1) - 1 / (1 - beta1**tick.step)
-        left = torch.cat((q_old * keep, q * -drop), dim=-1)
-        right = torch.cat((r_old, r), dim=-2)
+        left = torch.cat((q_old, q), dim=-1)
+        right = torch.cat((r_old * keep, r * -drop), dim=-2)
         store_(state["low_rank_q"], q, rounding(layout, tick, "low_rank_q"))
         store_(state["low_rank_r"], r, rounding(layout, tick, "low_rank_r"))
         return Direction(grad, 1.0, left, right)
@@ -89,10 +89,11 @@ class LowRankMomentum(Momentum):
         (square,) = yield from request(Sum(wide @ wide.mT, layout, -1))
         norms = square.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
         alive = norms > 0
-        sketch = (wide / torch.where(alive, norms, 1.0)).to(r_old.dtype)
-        if not bool(alive.all()):
-            shape = (*layout.matrix[:-2], r_old.shape[-2], layout.matrix[-1])
-            sketch = torch.where(alive, sketch, layout.cut(tick.normal(shape, sketch), at=-1, dim=-1))
+        if bool(alive.all()):
+            return (wide / norms).to(r_old.dtype), (square / norms.mT).to(r_old.dtype)
+        shape = (*layout.matrix[:-2], r_old.shape[-2], layout.matrix[-1])
+        draw = layout.cut(tick.normal(shape, wide), at=-1, dim=-1)
+        sketch = torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
         (coupling,) = yield from request(Sum(r_old @ sketch.mT, layout, -1))
         return sketch, coupling
 

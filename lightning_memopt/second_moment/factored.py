@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.layout import Layout
-from lightning_memopt.linalg import square_sums, store_
+from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.second_moment.base import (
     SECOND_MOMENTS,
     Denominator,
@@ -45,7 +45,8 @@ class FactoredSecondMoment(SecondMoment):
         """Average the squares of rows and of columns in."""
         m, n = layout.matrix[-2:]
         rows, columns = yield from request(
-            *(Sum(value, layout, over) for value, over in zip(square_sums(grad, layout.dtype), (-1, -2), strict=True))
+            Sum(row_square_sums(grad, layout.dtype), layout, -1),
+            Sum(column_square_sums(grad, layout.dtype), layout, -2),
         )
         row = accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
         column = accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
