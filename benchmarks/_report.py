@@ -18,7 +18,7 @@ OUTPUT = ROOT / "docs" / "benchmarks"
 
 def date() -> str:
     """Return today's date, in UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 def commit() -> str:

@@ -110,31 +110,27 @@ class Block:
         tick = Tick(step, self.key, self.index)
         gradient = self.layout.take(grad)
         if group["maximize"]:
-            gradient.neg_()
-        try:
-            direction, denominator = yield from together(
-                momentum.update(gradient, self.part(state, momentum.keys), self.layout, beta1=beta1, tick=tick),
-                second_moment.update(
-                    gradient,
-                    self.part(state, second_moment.keys),
-                    self.layout,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    tick=tick,
-                ),
-            )
-            weights = self.layout.take(param)
-            apply_(
-                weights,
-                direction,
-                denominator,
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                dtype=self.layout.dtype,
-            )
-        finally:
-            if group["maximize"]:
-                gradient.neg_()
+            gradient = gradient.neg()
+        direction, denominator = yield from together(
+            momentum.update(gradient, self.part(state, momentum.keys), self.layout, beta1=beta1, tick=tick),
+            second_moment.update(
+                gradient,
+                self.part(state, second_moment.keys),
+                self.layout,
+                beta2=beta2,
+                eps=group["eps"],
+                tick=tick,
+            ),
+        )
+        weights = self.layout.take(param)
+        apply_(
+            weights,
+            direction,
+            denominator,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            dtype=self.layout.dtype,
+        )
         target = local_tensor(param)
         if weights.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
             # No view of the weights is a matrix (channels-last convolutions): a copy was updated.

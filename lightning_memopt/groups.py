@@ -14,7 +14,8 @@ from lightning_memopt.plan import known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
 # Written by lr schedulers, by Lightning's callbacks and by torch itself.
-FOREIGN_KEYS = ("initial_lr", "swa_lr", "name", "param_names")
+SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name")
+FOREIGN_KEYS = (*SCHEDULED, "param_names", "differentiable")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,6 +33,7 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
         raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
     if isinstance(params, Mapping):
         raise TypeError("`params` must be an iterable of parameters or of group dicts, got a dict: wrap it in a list.")
+    _refuse_set(params)
     entries = list(params)
     if not entries:
         raise ValueError(
@@ -46,27 +48,33 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
 def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"A parameter group must be a dict with the key 'params', got {group!r}.")
+    _refuse_set(group["params"])
     entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     taken = set(names.values())
-    params: list[Tensor] = []
+    params: dict[Tensor, None] = {}
     for entry in entries:
         name, param = entry if _is_pair(entry) else (None, entry)
         _check_parameter(param, name)
-        if any(param is other for other in params):
+        if param in params:
             raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
         if name is not None:
             if name in taken:
                 raise ValueError(f"The name {name!r} is given to two parameters; names must be unique.")
             taken.add(name)
             names[param] = name
-        params.append(param)
+        params[param] = None
     unnamed = [tuple(param.shape) for param in params if param not in names]
     if names and unnamed:
         raise ValueError(
             f"{len(unnamed)} of the parameters have no name, the first of shape {unnamed[0]}, but others have: give "
             "all as pairs of name and parameter (`named_parameters()`), or none and call `optimizer.bind(model)`."
         )
-    return {**group, "params": params}
+    return {**group, "params": list(params)}
+
+
+def _refuse_set(params: Any) -> None:
+    if isinstance(params, set):
+        raise TypeError("`params` must be in an order that is the same in every run; a set has none: use a list.")
 
 
 def _is_pair(entry: Any) -> bool:
@@ -79,8 +87,6 @@ def _check_parameter(param: Any, name: str | None) -> None:
         raise TypeError(f"Expected a parameter{what}, got {type(param).__name__}: {param!r}.")
     if param.is_complex():
         raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
-    if not param.is_floating_point():
-        raise ValueError(f"Parameters must be floating point, got {param.dtype}{what}.")
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -97,6 +103,8 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     lr = group["lr"]
     _number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
     _number("eps", group["eps"], where)
+    if group["eps"] == 0:
+        raise ValueError(f"In {where}: `eps` must be above 0, got 0: weights whose gradient stays 0 would become NaN.")
     _number("weight_decay", group["weight_decay"], where)
     betas = group["betas"]
     if not isinstance(betas, list | tuple) or len(betas) != 2:
@@ -129,6 +137,14 @@ def state_dtype(value: Any) -> torch.dtype | None:
     return found
 
 
+def unnamed_error(param: Tensor) -> ValueError:
+    """Return the error about a parameter without a name."""
+    return ValueError(
+        f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the model: "
+        "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` before the first step."
+    )
+
+
 def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor, str]:
     """Return the name of every parameter; where no names are known at all, vectors are called by their position.
 
@@ -138,10 +154,16 @@ def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor,
     found = {}
     for position, param in enumerate(params):
         if param not in names and (names or param.ndim > 1):
-            raise ValueError(
-                f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the "
-                "model: create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` before "
-                "the first step."
-            )
+            raise unnamed_error(param)
         found[param] = names.get(param, f"vector_{position}")
     return found
+
+
+def check_head_dim(value: Any) -> None:
+    """Check the option ``head_dim``.
+
+    Raises:
+        ValueError: If it is neither None nor a positive integer.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {value!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:
 
 
 @contextmanager
-def exact_arithmetic(device: str) -> Iterator[None]:
+def exact_arithmetic(devices: set[str]) -> Iterator[None]:
     """Switch off autocast and reduced-precision matrix products, whatever the training loop has chosen.
 
     The coefficients of low-rank momentum nearly cancel; TF32 or bfloat16 products would leave noise.
@@ -52,7 +52,9 @@ def exact_arithmetic(device: str) -> Iterator[None]:
     before = (cuda.fp32_precision, mkldnn.fp32_precision)
     cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
     try:
-        with torch.autocast(device, enabled=False):
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         cuda.fp32_precision, mkldnn.fp32_precision = before

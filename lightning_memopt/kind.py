@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_memopt.layout import Layout
 from lightning_memopt.tick import Tick
@@ -56,9 +55,12 @@ class Kind:
         """Allocate the state of one block, all zeros, on the layout's device."""
         return {}
 
-    def keeps_state_of(self, other: Kind) -> bool:
-        """Return whether the state of ``other`` means the same under this kind, tensor for tensor."""
-        return self == other
+    def keeps_state_of(self, other: Kind, layout: Layout) -> bool:
+        """Return whether the state of ``other`` is one of this kind, tensor for tensor.
+
+        No option changes what a state of given shapes means; options only change what is done with it.
+        """
+        return type(self) is type(other) and self.shapes(layout) == other.shapes(layout)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return the full statistic that the state stands for, ``[..., m, n]``, without bias correction."""

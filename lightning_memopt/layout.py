@@ -32,7 +32,7 @@ class Layout:
     Attributes:
         shape: Global shape of the block as it lies in the parameter.
         matrix: The same as ``[..., m, n]``, which is what kinds see: a vector is one row, three dimensions are a
-            stack of matrices, more are one matrix with the trailing dimensions flattened.
+            stack of matrices (or a kernel, as more are: one matrix with the trailing dimensions flattened).
         dtype: The dtype of all arithmetic: float32, or float64 for float64 parameters.
         state_dtype: The dtype in which state is stored.
         device: Where state lives.
@@ -67,28 +67,42 @@ class Layout:
         state_dtype: torch.dtype | None = None,
         output_dim: int = -2,
         head_dim: int | None = None,
+        flatten: bool = False,
     ) -> Layout:
         """Read the layout of one block off its parameter, which may be a DTensor.
 
+        Args:
+            param: The parameter.
+            slot: The part that the block covers, if not all of it.
+            state_dtype: The dtype of state; None means that of the arithmetic.
+            output_dim: See the attribute.
+            head_dim: See the attribute.
+            flatten: Whether three dimensions are one matrix, too.
+
         Raises:
             NotImplementedError: If the parameter is sharded in a way that no statistic survives; the message names
-                the placements.
+                the placements. If it is on a device without float64.
         """
+        if param.device.type == "mps":
+            raise NotImplementedError(
+                "Small matrices are factored in float64, which the device 'mps' does not have: train on the CPU, for "
+                "instance with Trainer(accelerator='cpu')."
+            )
         shape = list(param.shape)
         if slot is not None:
             shape[slot.dim] = slot.length
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        matrix = _matrix(tuple(shape))
+        dtype = arithmetic_dtype(param)
+        matrix = _matrix(tuple(shape), flatten)
         mesh, local, offset = None, matrix, (0,) * len(matrix)
         placements: tuple[Any, ...] = ()
         if DTensor is not None and isinstance(param, DTensor):
             mesh, placements = param.device_mesh, tuple(param.placements)
-            _check(param, slot)
+            _check(param, slot, flattened=len(matrix) < param.ndim)
             mine, start = map(list, compute_local_shape_and_global_offset(param.shape, mesh, placements))
             if slot is not None:
                 mine[slot.dim], start[slot.dim] = slot.length, 0
-            local = _matrix(tuple(mine))
-            offset = (0, *start) if len(shape) == 1 else tuple(start if len(shape) <= 3 else (start[0], 0))
+            local = _matrix(tuple(mine), flatten)
+            offset = (0, *start) if len(shape) == 1 else tuple(start if len(shape) == len(matrix) else (start[0], 0))
         return Layout(
             shape=tuple(shape),
             matrix=matrix,
@@ -116,7 +130,7 @@ class Layout:
         """Return the negative dimension of ``matrix`` in which dimension ``dim`` of the parameter ends up."""
         if len(self.shape) == 1:
             return -1
-        return dim - len(self.shape) if len(self.shape) <= 3 else -2
+        return dim - len(self.shape) if len(self.shape) == len(self.matrix) else -2
 
     def zeros(self, *sizes: int) -> Tensor:
         """Allocate one state tensor of this block, stack dimensions first.
@@ -143,7 +157,7 @@ class Layout:
         """Return the local sizes of a block of global ``shape`` whose local matrix is ``local``."""
         if len(shape) <= 1:
             return list(local[len(local) - len(shape) :])
-        return list(local) if len(shape) <= 3 else [local[0], *shape[1:]]
+        return list(local) if len(shape) == len(local) else [local[0], *shape[1:]]
 
     def _wrap(self, whole: list[int], mine: list[int], follows: dict[int, int]) -> Tensor:
         local = torch.zeros(mine, dtype=self.state_dtype, device=self.device)
@@ -202,22 +216,27 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+def arithmetic_dtype(param: Tensor) -> torch.dtype:
+    """Return the dtype in which a parameter is updated."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
     if len(shape) < 2:
         return (1, math.prod(shape))
-    if len(shape) <= 3:
+    if len(shape) <= 3 and not (flatten and len(shape) == 3):
         return shape
     return (shape[0], math.prod(shape[1:]))
 
 
-def _check(param: Any, slot: Slot | None) -> None:
+def _check(param: Any, slot: Slot | None, *, flattened: bool) -> None:
     """Refuse placements under which a block's rows and columns do not stay whole."""
     placements = param.placements
     dims = [placement.dim for placement in placements if type(placement) is Shard]
     plain = all(type(placement) in (Shard, Replicate) for placement in placements)
-    flattened = param.ndim > 3 and any(dim != 0 for dim in dims)
+    torn = flattened and any(dim != 0 for dim in dims)
     fused = slot is not None and slot.dim in dims
-    if not plain or len(dims) != len(set(dims)) or flattened or fused:
+    if not plain or len(dims) != len(set(dims)) or torn or fused:
         what = "in the dimension that its fused blocks share" if fused else "in this way"
         raise NotImplementedError(
             f"A parameter of shape {tuple(param.shape)} is sharded {what}: placements {tuple(placements)}. "

@@ -106,8 +106,11 @@ def column_square_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gram(matrix: Tensor) -> Tensor:
     """Return ``matrixᵀ matrix`` in float64: ``[..., m, r]`` → ``[..., r, r]``."""
-    wide = matrix.double()
-    return wide.mT @ wide
+    out = matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-1]), dtype=torch.float64)
+    for index in chunks(matrix):
+        wide = matrix[index].double()
+        take_stack(out, index).add_(wide.mT @ wide)
+    return out
 
 
 def signed_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,14 +149,16 @@ def orthonormalize(matrix: Tensor, gram: Tensor, *, signed: bool = False) -> Ten
 
 
 def store_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
-    """Write ``value`` into ``target`` of another dtype or the same; bfloat16 is rounded stochastically.
+    """Write ``value`` into ``target`` of another dtype or the same.
+
+    To nearest, or stochastically where the target is bfloat16 and a generator is given.
 
     Rounding to nearest would stop an average whose increments are below the last bit (2⁻⁸ relative): with β₂ = 0.999
     they always are. Rounding up with the probability of the remainder keeps the average unbiased.
     """
     if value.data_ptr() == target.data_ptr() and value.dtype == target.dtype:
         return
-    if target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
+    if generator is None or target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
         target.copy_(value)
         return
     single = value.float().contiguous()

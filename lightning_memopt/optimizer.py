@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,10 @@ from lightning_memopt.checkpoint import loaded_blocks, loaded_groups, placed
 from lightning_memopt.collectives import Task, drive
 from lightning_memopt.guards import exact_arithmetic, unusable
 from lightning_memopt.kind import Kind
-from lightning_memopt.layout import Layout
-from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.layout import Layout, arithmetic_dtype
+from lightning_memopt.plan import Plan, Recipe, known_options
 from lightning_memopt.recipes import load_plan
-from lightning_memopt.roles import Part, canonical_name, classify
+from lightning_memopt.roles import Part, canonical_names, classify
 from lightning_memopt.snapshot import Snapshot
 from lightning_memopt.tick import block_key
 
@@ -96,17 +97,26 @@ class MemOpt(torch.optim.Optimizer):
             raise TypeError(f"`seed` must be an integer, got {seed!r}.")
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
+        parsing.check_head_dim(head_dim)
         self._plan = load_plan(recipe).updated(overrides=overrides, options=options)
+        if head_dim is not None and not self._plan.has("second_moment", "blockwise"):
+            raise ValueError(
+                f"Option 'head_dim' has no effect in the recipe {self._plan.name!r}: it belongs to second moment "
+                "'blockwise', which no role has."
+            )
         self._overrides, self._options, self._betas = overrides, options, betas
         self._state_dtype = parsing.state_dtype(state_dtype)
         self._nonfinite, self._seed, self._head_dim = nonfinite, seed, head_dim
-        self._skipped = 0
+        self._counts = {"skipped": 0}
+        # Changed in place only: Lightning hands out a wrapper that shares these, but not what they are rebound to.
         self._names: dict[Tensor, str] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._plans: list[Plan] = []
         self._blocks: dict[Tensor, tuple[Block, ...]] = {}
+        self._reformatted: dict[str, Recipe] = {}
         self._complete = False
-        groups, self._names = parsing.split_names(params)
+        groups, names = parsing.split_names(params)
+        self._learn(names)
         defaults = {
             "lr": lr,
             "betas": self._plan.betas if betas is None else betas,
@@ -119,7 +129,7 @@ class MemOpt(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._complete = True
         if self._names or not any(param.ndim > 1 for param in self._all_params()):
-            self._parts = self._classify()
+            self._classify()
             self._build(self._all_blocks())
 
     # ------------------------------------------------------------------ parameters, names, plans
@@ -135,10 +145,11 @@ class MemOpt(torch.optim.Optimizer):
         plan = self._plan
         if recipe is not None and recipe != self._plan.name:
             plan = load_plan(recipe).updated(overrides=self._overrides, options=self._shared_options(recipe))
-        own = {key: group[key] for key in group if key not in (*self.defaults, *parsing.FOREIGN_KEYS, "params")}
-        parsing.check_group({**self.defaults, **group}, f"parameter group {len(self.param_groups)}")
+        own = {key: group[key] for key in group if key in known_options()}
+        defaults = {key: self.defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}
+        parsing.check_group({**defaults, **group}, f"parameter group {len(self.param_groups)}")
         plan = plan.updated(options=own)
-        group = {key: value for key, value in group.items() if key not in own and key != "param_names"}
+        group = {key: value for key, value in group.items() if key not in own and key not in _TORCHS_OWN}
         group["recipe"] = plan.name
         if recipe is not None and "betas" not in group and self._betas is None:
             group["betas"] = plan.betas
@@ -155,21 +166,14 @@ class MemOpt(torch.optim.Optimizer):
 
     def _extend(self, group: dict[str, Any], plan: Plan, names: dict[Tensor, str]) -> None:
         """Add a group to a complete optimizer, or leave it as it was."""
-        before = (self._names, self._parts)
-        super().add_param_group(group)
-        self._plans.append(plan)
-        try:
-            if self._names or names:
-                self._names = {**self._names, **names}
-                if any(name not in self._parts for name in map(canonical_name, self._names.values())):
-                    self._parts = self._classify()
-                fresh = {param: blocks for param, blocks in self._all_blocks().items() if param not in self._blocks}
-                self._build(fresh)
-        except Exception:
-            self.param_groups.pop()
-            self._plans.pop()
-            self._names, self._parts = before
-            raise
+        with self._undo_on_error():
+            super().add_param_group(group)
+            self._plans.append(plan)
+            if self._blocks or names:
+                self._learn(names)
+                self._classify()
+                blocks = self._all_blocks()
+                self._build({param: blocks[param] for param in blocks if param not in self._blocks})
 
     def bind(self, model: Any) -> None:
         """Take names, and the size of attention heads, from the model whose parameters these are.
@@ -177,45 +181,56 @@ class MemOpt(torch.optim.Optimizer):
         Names that were given with the parameters stay, since overrides are written for them.
 
         Raises:
-            ValueError: If a parameter is not the model's, or if steps were taken and what the model tells would
-                change the blocks.
+            ValueError: If a parameter has no name and is not the model's, or if steps were taken and what the model
+                tells would change the blocks.
         """
-        theirs: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        named = list(model.named_parameters())
+        theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
         for param in self._all_params():
-            if param not in theirs:
+            if param not in theirs and (param not in self._names or not theirs.keys() & self._names.keys()):
                 raise ValueError(
                     f"The parameter {self._names.get(param, 'without a name')!r} of shape {tuple(param.shape)} is not "
                     f"a parameter of the given {type(model).__name__}: bind the model that the optimizer trains."
                 )
-        before = (self._names, self._parts, self._blocks)
         parts = classify(model, head_dim=self._head_dim)
-        self._names = {**theirs, **self._names}
-        self._parts = {
-            canonical_name(name): parts[canonical_name(theirs[param])]
-            for param, name in self._names.items()
-            if param in theirs
-        }
-        try:
+        with self._undo_on_error():
+            self._names.update({param: name for param, name in theirs.items() if param not in self._names})
+            self._classify()
+            self._parts.update({self._names[param]: parts[name] for param, name in theirs.items()})
             blocks = self._all_blocks()
-            if {param: _identity(entries) for param, entries in blocks.items()} == {
-                param: _identity(entries) for param, entries in before[2].items()
-            }:
+            if _identity(blocks) == _identity(self._blocks):
                 return
             if any(float(state["step"]) > 0 for state in self.state.values() if state):
                 raise ValueError(
                     "bind(model) would change names or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
-            self._blocks = {}
+            self._blocks.clear()
             self._build(blocks)
+
+    @contextmanager
+    def _undo_on_error(self) -> Iterator[None]:
+        """Restore groups, names and blocks if what follows fails."""
+        before = [(table, dict(table)) for table in (self._names, self._parts, self._blocks)]
+        groups = len(self.param_groups)
+        try:
+            yield
         except Exception:
-            self._names, self._parts, self._blocks = before
+            for table, entries in before:
+                table.clear()
+                table.update(entries)  # type: ignore[arg-type]
+            del self.param_groups[groups:], self._plans[groups:]
             raise
 
-    def _classify(self) -> dict[str, tuple[Part, ...]]:
-        """Return the parts of all named parameters; what a model has told before stays."""
+    def _learn(self, names: Mapping[Tensor, str]) -> None:
+        self._names.update(zip(names, canonical_names(names.values()), strict=True))
+
+    def _classify(self) -> None:
+        """Find the parts of all named parameters; what a model has told before stays."""
         pairs = [(name, param.shape) for param, name in self._names.items()]
-        return {**classify(pairs, head_dim=self._head_dim), **self._parts}
+        known = dict(self._parts)
+        self._parts.update(classify(pairs, head_dim=self._head_dim))
+        self._parts.update(known)
 
     def _require_names(self) -> None:
         """Raise the error that tells how to give names, if there are none."""
@@ -232,7 +247,7 @@ class MemOpt(torch.optim.Optimizer):
         names = parsing.named(self._names, self._all_params())
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             for param in group["params"]:
-                name = canonical_name(names[param])
+                name = names[param]
                 parts = self._parts.get(name, (Part("vector"),))
                 blocks[param] = tuple(
                     self._block(param, name, part, plan, len(known) + offset, fused=len(parts) > 1)
@@ -247,18 +262,20 @@ class MemOpt(torch.optim.Optimizer):
         return blocks
 
     def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:
+        full_name = f"{name}:{part.role}" if fused else name
         layout = Layout.of(
             param,
             slot=part.slot,
             state_dtype=self._state_dtype,
             output_dim=part.output_dim,
             head_dim=part.head_dim,
+            flatten=part.flatten,
         )
-        full_name = f"{name}:{part.role}" if fused else name
+        recipe = self._reformatted.get(full_name, plan.recipe(full_name, part.role))
         return Block(
             name=full_name,
             role=part.role,
-            recipe=plan.recipe(full_name, part.role).resolve(layout),
+            recipe=recipe.resolve(layout),
             layout=layout,
             prefix=f"{part.role}." if fused else "",
             key=block_key(self._seed, full_name),
@@ -277,7 +294,7 @@ class MemOpt(torch.optim.Optimizer):
         self.state.update(fresh)
 
     def _init(self, blocks: tuple[Block, ...]) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(0.0, dtype=torch.float32)}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
         for block in blocks:
             state.update(block.init())
         return state
@@ -309,9 +326,9 @@ class MemOpt(torch.optim.Optimizer):
                 "unchanged. Lower the learning rate, clip gradients, or skip such steps with nonfinite='skip'."
             )
         if bad:
-            self._skipped += 1
+            self._counts["skipped"] += 1
             return loss
-        with exact_arithmetic(active[0][1].device.type if active else "cpu"):
+        with exact_arithmetic({param.device.type for _, param in active}):
             drive(task for group, param in active for task in self._tasks(group, param))
         return loss
 
@@ -321,15 +338,41 @@ class MemOpt(torch.optim.Optimizer):
         if active:
             self._require_names()
         for _, param in active:
-            name = self._blocks[param][0].name
+            if param not in self._blocks:
+                raise parsing.unnamed_error(param)
+            name, layout = self._blocks[param][0].name, self._blocks[param][0].layout
             if param.grad.is_sparse or param.grad.layout is not torch.strided:
                 raise ValueError(f"The gradient of {name!r} is sparse; create the layer with sparse=False.")
             if param.grad.is_complex():
                 raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
+            if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
+                self._follow(param)
         return active
 
+    def _follow(self, param: Tensor) -> None:
+        """Move the state of a parameter that has been moved to another device since the optimizer was made.
+
+        Raises:
+            ValueError: If its dtype has changed, too, and steps were taken in the old one.
+        """
+        blocks, state = self._blocks[param], self.state.get(param, {})
+        dtype = arithmetic_dtype(param)
+        if dtype != blocks[0].layout.dtype and state and float(state["step"]) > 0:
+            raise ValueError(
+                f"{blocks[0].name!r} is {param.dtype} now, but has taken steps in {blocks[0].layout.dtype} arithmetic: "
+                "create a new optimizer after changing a model's dtype."
+            )
+        changes: dict[str, Any] = {"device": param.device, "dtype": dtype, "state_dtype": self._state_dtype or dtype}
+        self._blocks[param] = tuple(
+            replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
+        )
+        if state and float(state["step"]) == 0:
+            self.state[param] = self._init(self._blocks[param])
+        elif state:
+            self.state[param] = placed(state, param)
+
     def _tasks(self, group: dict[str, Any], param: Tensor) -> Iterator[Task]:
-        if not self.state[param]:  # frozen when the optimizer was made
+        if not self.state.get(param):  # frozen when the optimizer was made
             self.state[param] = self._init(self._blocks[param])
         state = self.state[param]
         state["step"] += 1
@@ -350,6 +393,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
             NotImplementedError: If a block is sharded.
         """
+        self._require_names()
         places = {block.name: (param, block) for param, blocks in self._blocks.items() for block in blocks}
         converted = []
         for name, change in changes.items():
@@ -363,7 +407,7 @@ class MemOpt(torch.optim.Optimizer):
                 )
             new = replace(block, recipe=block.recipe.changed(change).resolve(block.layout))
             for old_kind, new_kind in _axes(block, new):
-                if not old_kind.restorable and not new_kind.keeps_state_of(old_kind):
+                if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, block.layout):
                     raise ValueError(
                         f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
                         f"{new_kind.name!r} could go on from; build a new optimizer instead."
@@ -373,10 +417,11 @@ class MemOpt(torch.optim.Optimizer):
             self._convert(param, block, new)
 
     def _convert(self, param: Tensor, block: Block, new: Block) -> None:
-        state = self.state[param]
+        state = self.state.get(param, {})
+        self._reformatted[block.name] = new.recipe
         self._blocks[param] = tuple(new if entry is block else entry for entry in self._blocks[param])
         for old_kind, new_kind in _axes(block, new):
-            if new_kind.keeps_state_of(old_kind) or not state:
+            if new_kind.keeps_state_of(old_kind, block.layout) or not state:
                 continue
             dense = old_kind.to_dense(block.part(state, old_kind.keys), block.layout)
             for key in old_kind.keys:
@@ -393,14 +438,14 @@ class MemOpt(torch.optim.Optimizer):
         states = [state for state in self.state.values() if state]
         return Snapshot(
             blocks=tuple(
-                block.facts(self.state[param])
+                block.facts(self.state.get(param, {}))
                 for param in self._all_params()
-                if param.requires_grad or self.state[param]
+                if param.requires_grad or self.state.get(param)
                 for block in self._blocks[param]
             ),
             step=max((int(state["step"].item()) for state in states), default=0),
             counter_bytes=sum(state["step"].untyped_storage().nbytes() for state in states),
-            skipped=self._skipped,
+            skipped=self._counts["skipped"],
         )
 
     def plan_table(self) -> str:
@@ -422,6 +467,10 @@ class MemOpt(torch.optim.Optimizer):
         own = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, with every dtype kept.
@@ -437,30 +486,55 @@ class MemOpt(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         groups = loaded_groups(state_dict["param_groups"], self.param_groups)
         self._require_names()
-        blocks, states = dict(self._blocks), {}
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, param in zip(indices, self._all_params(), strict=True):
-            saved = state_dict["state"].get(index)
-            if saved:
-                blocks[param] = loaded_blocks(blocks[param], saved)
-                states[param] = placed(saved, param)
-            elif param.requires_grad:
-                states[param] = self._init(blocks[param])
-        self._blocks = blocks
-        self.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
+        blocks, states = self._loaded(state_dict)
+        for ours, theirs in zip(self.param_groups, groups, strict=True):
+            ours.update(theirs)
+        self._reformatted.update({block.name: block.recipe for entries in blocks.values() for block in entries})
+        self._blocks.update(blocks)
+        self.state.clear()
+        self.state.update(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _loaded(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[dict[Tensor, tuple[Block, ...]], dict[Tensor, dict[str, Tensor]]]:
+        """Return blocks and states as a state dict has them."""
+        blocks, states = {}, {}
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        unknown_indices = sorted(set(state_dict["state"]) - set(indices))
+        if unknown_indices:
+            raise ValueError(f"The state dict has state for parameters {unknown_indices[:5]} that no group lists.")
+        ours = any("recipe" in group for group in state_dict["param_groups"])
+        for index, param in zip(indices, self._all_params(), strict=True):
+            saved = state_dict["state"].get(index)
+            if saved:
+                blocks[param], saved = loaded_blocks(self._blocks[param], saved)
+                states[param] = placed(saved, param)
+            elif param.requires_grad and ours and any(state_dict["state"].values()):
+                raise ValueError(
+                    f"The state dict has no state for {self._blocks[param][0].name!r}: it was frozen when that was "
+                    "saved. Freeze it (requires_grad_(False)), load, and then let it train."
+                )
+            elif param.requires_grad:
+                states[param] = self._init(self._blocks[param])
+        return blocks, states
 
+
+# Added to every group by torch; of no use here, and unknown to a fresh optimizer's checkpoint.
+_TORCHS_OWN = ("param_names", "differentiable")
 _OWN_ATTRIBUTES = (
-    "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_skipped",
-    "_names", "_parts", "_plans", "_blocks", "_complete",
+    "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_counts",
+    "_names", "_parts", "_plans", "_blocks", "_reformatted", "_complete",
 )  # fmt: skip
 
 
-def _identity(blocks: tuple[Block, ...]) -> list[Any]:
-    """Return what makes a parameter's blocks the ones they are, whatever they have been reformatted to."""
-    return [(block.name, block.role, block.layout) for block in blocks]
+def _identity(blocks: Mapping[Tensor, tuple[Block, ...]]) -> dict[Tensor, list[Any]]:
+    """Return what decides how blocks are updated."""
+    return {
+        param: [(block.name, block.role, block.recipe, block.layout.slot, block.layout.matrix) for block in entries]
+        for param, entries in blocks.items()
+    }
 
 
 def _axes(old: Block, new: Block) -> list[tuple[Kind, Kind]]:

@@ -156,10 +156,31 @@ class Plan:
             if isinstance(change, Recipe):
                 new = change
             else:
+                change = self._with_templates(change, recipe)
                 new = recipe.changed(_kinds_only(change)).with_options(self.options).with_options(change)
             if role != "vector" or pattern == "vector" or not new.needs_matrix:
                 recipe = new
         return recipe
+
+    def has(self, axis: str, name: str) -> bool:
+        """Return whether any role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
+        chosen = [getattr(recipe, axis).name for recipe in self.roles.values()]
+        for change in self.overrides.values():
+            recipe = (
+                change if isinstance(change, Recipe) else next(iter(self.roles.values())).changed(_kinds_only(change))
+            )
+            chosen.append(getattr(recipe, axis).name)
+        return name in chosen
+
+    def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+        """Replace the name of a kind that is new to ``recipe`` by that kind as the plan has it elsewhere."""
+        found = dict(change)
+        for axis in _AXES:
+            if change.get(axis) == getattr(recipe, axis).name:
+                continue
+            elsewhere = (getattr(entry, axis) for entry in self.roles.values())
+            found[axis] = next((kind for kind in elsewhere if kind.name == change.get(axis)), change.get(axis))
+        return {key: value for key, value in found.items() if value is not None}
 
     def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]]) -> None:
         """Refuse overrides that change nothing.
@@ -181,6 +202,14 @@ class Plan:
                     f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
                     "Patterns are matched against the whole name: start with '*' to match the end of it."
                 )
+            for axis in _AXES:
+                wanted = getattr(change, axis) if isinstance(change, Recipe) else change.get(axis)
+                wanted = getattr(wanted, "name", wanted)
+                if wanted is not None and not any(getattr(recipe, axis).name == wanted for recipe in matched):
+                    raise ValueError(
+                        f"The override {pattern!r} asks for {axis} {wanted!r}, but none of the blocks it matches has "
+                        "it in the end: all are vectors, on which it is undefined, or a later override wins."
+                    )
             options = [] if isinstance(change, Recipe) else [key for key in change if key not in _AXES]
             for key in options:
                 if not any(key in recipe.options() for recipe in matched):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,14 +77,14 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     if isinstance(recipe, Plan):
         return recipe
     if isinstance(recipe, Mapping):
-        return _from_mapping(recipe, "custom")
+        return _from_mapping(recipe, "")
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
     path = Path(recipe)
     if isinstance(recipe, str) and recipe in PLANS:
         return PLANS.get(recipe)
     if path.suffix in (".yaml", ".yml"):
-        return _from_mapping(_read(path), path.stem)
+        return _from_mapping(_read(path), path.stem, path.parent)
     raise ValueError(
         f"{unknown('recipe', str(recipe), recipe_names())} Or give the path of a recipe file that ends in .yaml."
     )
@@ -104,18 +105,36 @@ def _read(path: Path) -> Mapping[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def _from_mapping(data: Mapping[str, Any], fallback_name: str) -> Plan:
+def _base(base: Any, folder: Path | None) -> Plan:
+    """Return the plan that a recipe file starts from: a name, or a file whose path is relative to its own."""
+    if isinstance(base, str) and folder is not None and base not in PLANS and base.endswith((".yaml", ".yml")):
+        data = _read(folder / base)
+        if str(data.get("base", "")).endswith((".yaml", ".yml")):
+            raise ValueError(f"The recipe file {base!r} has a base of its own; start from a recipe's name instead.")
+        return _from_mapping(data, Path(base).stem, folder)
+    if isinstance(base, str) and base.endswith((".yaml", ".yml")):
+        raise ValueError(f"The base {base!r} of a mapping must be a recipe's name: {', '.join(recipe_names())}.")
+    return load_plan(base)
+
+
+def _digest(roles: Mapping[str, Recipe]) -> str:
+    """Return a name for a recipe without one, which tells what its state consists of."""
+    kinds = [f"{role}={recipe.momentum.name}*{recipe.second_moment.name}" for role, recipe in sorted(roles.items())]
+    return f"custom-{hashlib.blake2b(' '.join(kinds).encode(), digest_size=4).hexdigest()}"
+
+
+def _from_mapping(data: Mapping[str, Any], fallback_name: str, folder: Path | None = None) -> Plan:
     for key in data:
         if key not in _FILE_KEYS:
             raise ValueError(unknown("key of a recipe file", key, list(_FILE_KEYS)))
-    base = load_plan(data.get("base", "adamw"))
+    base = _base(data.get("base", "adamw"), folder)
     roles = dict(base.roles)
     for role, change in _section(data, "roles").items():
         if role not in ROLES:
             raise ValueError(unknown("role", role, list(ROLES)))
         roles[role] = roles[role].with_options(base.options).changed(change)
     plan = Plan(
-        name=str(data.get("name", fallback_name)),
+        name=str(data.get("name", fallback_name or _digest(roles))),
         roles=roles,
         betas=_betas(data.get("betas", base.betas)),
         overrides=base.overrides,

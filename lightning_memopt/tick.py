@@ -48,5 +48,5 @@ class Tick:
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Draw standard normal numbers of a *global* shape: on the CPU, so that every device gets the same."""
-        draw = torch.randn(shape, generator=self.generator(), dtype=torch.float64)
+        draw = torch.randn(shape, generator=self.generator(), dtype=torch.float64, device="cpu")
         return draw.to(dtype=like.dtype, device=like.device)

@@ -9,7 +9,7 @@ import torch
 
 import lightning_memopt as lm
 from tests._compare import assert_equal
-from tests._models import big_llama, tiny_gpt2, tiny_llama, train
+from tests._models import big_llama, fill_grads, tiny_gpt2, tiny_llama, train
 
 
 def round_trip(state_dict, path):
@@ -76,6 +76,89 @@ def test_torchs_adamw_continues_as_recipe_adamw():
     train(twin, ours, 3, seed=1)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_torchs_adamw_continues_on_fused_and_channels_last_weights():
+    for make in (tiny_gpt2, lambda: torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)):
+        torch.manual_seed(0)
+        model = make()
+        reference = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+        twin = copy.deepcopy(model)
+        for step in range(6):
+            if step == 3:
+                twin.load_state_dict(model.state_dict())
+                ours = lm.MemOpt(twin.named_parameters(), recipe="adamw")
+                ours.load_state_dict(reference.state_dict())
+            for params, optimizer in ((model, reference), *([(twin, ours)] if step >= 3 else [])):
+                fill_grads(list(params.parameters()), step)
+                optimizer.step()
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_the_dtype_of_state_comes_back_from_the_checkpoint():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), state_dtype="bfloat16")
+    train(model, optimizer, 2)
+    twin = copy.deepcopy(model)
+    resumed = lm.AdaPMLean(twin.named_parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.snapshot() == optimizer.snapshot()
+    before = torch.get_rng_state()
+    train_quietly(twin, resumed)
+    optimizer.reformat({"lm_head.weight": {"rank": 3}})
+    resumed.reformat({"lm_head.weight": {"rank": 3}})
+    assert_equal(torch.get_rng_state(), before)
+    train_quietly(model, optimizer)
+    state = resumed.state[twin.lm_head.weight]
+    assert {value.dtype for key, value in state.items() if key != "step"} == {torch.bfloat16}
+
+
+def train_quietly(model, optimizer):
+    """Take steps without any draw from torch's generator."""
+    for seed in range(3):
+        fill_grads(list(model.parameters()), seed)
+        optimizer.step()
+
+
+def test_bind_after_loading_changes_nothing():
+    model = tiny_llama()
+    optimizer = lm.AdamMini(model.named_parameters())
+    optimizer.bind(model)
+    train(model, optimizer, 2)
+    resumed = lm.AdamMini(model.named_parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.bind(model)
+    assert resumed.snapshot() == optimizer.snapshot()
+
+
+def test_bind_keeps_a_reformat_before_the_first_step():
+    model = tiny_llama()
+    optimizer = lm.AdaPMMini(model.named_parameters())
+    optimizer.reformat({"lm_head.weight": {"rank": 2}})
+    optimizer.bind(model)
+    assert optimizer.snapshot().blocks[-1].rank == 2
+
+
+def test_a_reduction_can_change_on_resume():
+    """The state is the mean, whatever is done with it."""
+    model = tiny_llama()
+    optimizer = lm.AdamSN(model.named_parameters(), reduction="sum")
+    train(model, optimizer, 2)
+    means = lm.AdamSN(model.named_parameters())
+    train_quietly(model, means)
+    means.load_state_dict(optimizer.state_dict())
+    square = optimizer.state[model.lm_head.weight]["subset_norm_sq"]
+    assert_equal(means.state[model.lm_head.weight]["subset_norm_sq"], square)
+
+
+def test_a_tensor_lr_is_not_shared():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=torch.tensor(1e-3))
+    again = lm.AdaPMLean(model.named_parameters())
+    again.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert float(again.param_groups[0]["lr"]) == pytest.approx(1e-3)
 
 
 def test_keys_and_shapes_are_the_plan():
@@ -154,6 +237,32 @@ def test_state_dicts_that_do_not_belong_are_refused():
     reference = torch.optim.AdamW(llama.parameters())
     train(llama, reference, 1)
     refused(optimizer, reference.state_dict(), "saved with recipe 'adamw', the optimizer has 'adapm_lean'")
+
+
+def test_incomplete_state_dicts_are_refused():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][3]
+    refused(optimizer, saved, r"no state for 'model\.layers\.0\.self_attn\.v_proj\.weight': it was frozen")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][99] = saved["state"][3]
+    refused(optimizer, saved, r"state for parameters \[99\] that no group lists")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = -1.0
+    refused(optimizer, saved, "In parameter group 0 of the state dict: `lr` must be finite")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["low_rank_q"] = "gone"
+    refused(optimizer, saved, "has 'low_rank_q' = 'gone', which is no tensor")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["low_rank_q"] = saved["state"][0]["low_rank_q"].bfloat16()
+    refused(optimizer, saved, "mixes dtypes")
+
+
+def test_reformat_needs_names():
+    with pytest.raises(ValueError, match="has no name"):
+        lm.AdaPMLean(tiny_llama().parameters()).reformat({"lm_head.weight": {"rank": 3}})
 
 
 def test_broken_state_is_refused_by_name():

@@ -149,7 +149,7 @@ def test_subset_norm_with_a_ragged_last_run(subset_size, reduction):
 def test_blockwise_per_head_or_output(output_dim, head_dim):
     for shape in ((12, 20), (20, 12), (2, 8, 8)):
         layout = layout_of(shape, output_dim=output_dim)
-        found, state = errors(BlockwiseSecondMoment(head_dim=head_dim), gradients("random", shape), layout)
+        found, state = errors(BlockwiseSecondMoment(outputs_per_number=head_dim), gradients("random", shape), layout)
         assert max(found) <= FP32
         by_layout = layout_of(shape, output_dim=output_dim, head_dim=head_dim)
         other = BlockwiseSecondMoment().init(by_layout)
@@ -158,8 +158,10 @@ def test_blockwise_per_head_or_output(output_dim, head_dim):
 
 
 def test_blockwise_refuses_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match=r"`head_dim` 8 does not divide the outputs of a block of shape \(12, 20\)"):
-        BlockwiseSecondMoment(head_dim=8).init(layout_of((12, 20)))
+    with pytest.raises(
+        ValueError, match=r"`outputs_per_number` 8 does not divide the outputs of a block of shape \(12, 20\)"
+    ):
+        BlockwiseSecondMoment(outputs_per_number=8).init(layout_of((12, 20)))
 
 
 # --- what the formulas promise ---------------------------------------------------------------------------------------

@@ -209,6 +209,8 @@ def test_maximize_is_descent_on_the_negative_loss():
         fill_grads(list(other.parameters()), seed)
         for param in other.parameters():
             param.grad.neg_()
+        one.lm_head.weight.grad = one.lm_head.weight.grad[:1].expand(96, 32)  # shares memory with itself
+        other.lm_head.weight.grad = other.lm_head.weight.grad[:1].expand(96, 32)
         kept = [param.grad.clone() for param in one.parameters()]
         up.step()
         down.step()
@@ -321,7 +323,9 @@ def test_autocast_and_matmul_precision_of_the_caller_do_not_reach_the_step():
 
 
 @pytest.mark.parametrize("recipe", lm.recipe_names())
-@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (6, 4, 5), (1, 9), (9, 1), (), (5,), (2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4), (4, 0), (3, 0, 2), (16, 8, 3), (8, 3, 3, 3), (6, 4, 5), (1, 9), (9, 1), (), (5,), (2, 2)]
+)
 def test_parameters_of_any_shape(recipe, shape):
     weight = nn.Parameter(torch.ones(shape))
     optimizer = lm.MemOpt([("w", weight)], recipe=recipe, lr=1e-2)
@@ -329,7 +333,7 @@ def test_parameters_of_any_shape(recipe, shape):
         fill_grads([weight], seed)
         optimizer.step()
     assert weight.isfinite().all()
-    assert not torch.equal(weight, torch.ones(shape))
+    assert weight.numel() == 0 or not torch.equal(weight, torch.ones(shape))
 
 
 def test_memory_format_does_not_matter():
@@ -428,6 +432,8 @@ def test_bind_after_a_reformat_changes_nothing():
 
 def test_two_parameters_with_one_canonical_name_are_refused():
     params = [("module.a", nn.Parameter(torch.ones(2, 2))), ("a", nn.Parameter(torch.ones(2, 2)))]
+    assert len(lm.MemOpt(params).snapshot().blocks) == 2  # an attribute that is called module
+    params = [("_orig_mod.a", params[0][1]), params[1]]
     with pytest.raises(ValueError, match="Two blocks have the name 'a'"):
         lm.MemOpt(params)
 
@@ -507,3 +513,102 @@ def test_plan_table_and_print():
     assert "saved" in table.splitlines()[-1]
     assert repr(optimizer).startswith("AdaPM(recipe='adapm', lr=0.002, betas=(0.9, 0.95)")
     assert table in repr(optimizer)
+
+
+# ---------------------------------------------------------------------------------------------- what happens elsewhere
+
+
+def test_groups_can_be_added_after_loading_and_copying():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.AdaPMLean(named[:-1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    model, optimizer = copy.deepcopy((model, optimizer))
+    optimizer.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)]})
+    assert set(optimizer.param_groups[1]) == {"params", "lr", "betas", "eps", "weight_decay", "maximize", "recipe"}
+    train(model, optimizer, 1)
+
+
+def test_groups_of_a_scheduled_optimizer_make_another():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+    again = lm.AdaPMLean(optimizer.param_groups)
+    again.bind(model)
+    train(model, again, 1)
+
+
+def test_the_wrapper_that_lightning_hands_out_binds_the_optimizer_itself():
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model = tiny_llama()
+    optimizer = lm.AdaPMMini(model.parameters())
+    wrapper = LightningOptimizer(optimizer)
+    wrapper.bind(model)
+    assert optimizer.snapshot() == wrapper.snapshot()
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 1)
+    wrapper.load_state_dict(saved)
+    assert optimizer.snapshot().step == wrapper.snapshot().step == 2
+
+
+def test_a_bare_matrix_added_to_vectors_is_refused():
+    vector, matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
+    optimizer = lm.MemOpt([vector])
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) has no name"):
+        optimizer.add_param_group({"params": [matrix]})
+    optimizer.param_groups[0]["params"].append(matrix)
+    fill_grads([vector, matrix], 0)
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) has no name"):
+        optimizer.step()
+
+
+def test_a_model_may_change_its_dtype_before_the_first_step_only():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    model.double()
+    train(model, optimizer, 2)
+    assert optimizer.state[model.lm_head.weight]["low_rank_q"].dtype == torch.float64
+    model.float()
+    fill_grads(list(model.parameters()), 0)
+    with pytest.raises(ValueError, match="has taken steps in torch.float64 arithmetic: create a new optimizer"):
+        optimizer.step()
+
+
+def test_a_default_device_does_not_matter():
+    model = tiny_llama()
+    with torch.device("meta"):
+        optimizer = lm.AdaPMLean(model.named_parameters())
+    assert optimizer.state[model.lm_head.weight]["step"].device.type == "cpu"
+    fill_grads(list(model.parameters()), 0)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+
+
+def test_snapshots_change_nothing():
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    before = set(optimizer.state_dict()["state"])
+    optimizer.snapshot()
+    print(optimizer)
+    assert set(optimizer.state_dict()["state"]) == before
+
+
+def test_frozen_integers_are_no_obstacle():
+    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.uint8), requires_grad=False)
+    model = nn.Linear(4, 4)
+    optimizer = lm.AdaPMLean([("quantized", weight), *model.named_parameters()])
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+
+
+def test_a_one_dimensional_convolution_is_one_matrix():
+    model = nn.Sequential(nn.Conv1d(64, 64, 3))
+    assert lm.AdaPMLean(model.named_parameters()).state[model[0].weight]["low_rank_q"].shape == (64, 4)
+    experts = {"experts": nn.Parameter(torch.ones(4, 32, 64))}
+    assert lm.AdaPMLean(experts.items()).state[experts["experts"]]["low_rank_q"].shape == (4, 32, 4)

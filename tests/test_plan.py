@@ -87,6 +87,13 @@ def test_overrides_of_parts_of_a_fused_weight():
     assert found["transformer.h.1.attn.c_attn.weight:query"] == ("low_rank", 4)
 
 
+def test_a_kind_that_an_override_brings_is_the_plans():
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(512, 512), "o_proj": nn.Linear(512, 512)})})
+    overrides = {"attention_output": {"momentum": "low_rank"}}
+    blocks = lm.AdaPM(model.named_parameters(), overrides=overrides).snapshot().blocks
+    assert {block.rank for block in blocks if block.role != "vector"} == {8}  # 1/64, not the kind's own 1/32
+
+
 def test_an_override_can_bring_a_kind_and_the_options_reach_it():
     found = kinds("adamw", overrides={"mlp": {"momentum": "low_rank"}}, rank=3)
     assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 3, "dense")
@@ -122,6 +129,15 @@ NAN = float("nan")
         ({"betas": (1.0, 0.9)}, ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got 1.0"),
         ({"betas": (0.9, 1.1)}, ValueError, r"`betas\[1\]` must be finite, at least 0 and at most 1, got 1.1"),
         ({"betas": 0.9}, ValueError, "`betas` must be two numbers, got 0.9"),
+        ({"eps": 0.0}, ValueError, "`eps` must be above 0, got 0"),
+        ({"head_dim": 8}, ValueError, "Option 'head_dim' has no effect in the recipe 'adapm_lean'"),
+        ({"recipe": "adam_mini", "head_dim": 0}, ValueError, "`head_dim` must be an integer of at least 1 .* got 0"),
+        ({"recipe": "adam_mini", "head_dim": "x"}, ValueError, "`head_dim` must be an integer .* got 'x'"),
+        (
+            {"overrides": {"*norm.weight": {"momentum": "low_rank"}}},
+            ValueError,
+            "asks for momentum 'low_rank', but none",
+        ),
         ({"eps": -1e-8}, ValueError, "`eps` must be finite, at least 0, got -1e-08"),
         ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite, at least 0, got -0.1"),
         ({"maximize": 1}, TypeError, "`maximize` must be True or False, got 1"),
@@ -158,7 +174,8 @@ def weight():
         ([("a", weight()), weight()], ValueError, r"1 of the parameters have no name, the first of shape \(4, 4\)"),
         ([("a", "b")], TypeError, "Expected a parameter for 'a', got str"),
         ([3], TypeError, "Expected a parameter, got int"),
-        ([nn.Parameter(torch.ones(2, dtype=torch.int), requires_grad=False)], ValueError, "must be floating point"),
+        (set(nn.Linear(2, 2).parameters()), TypeError, "a set has none: use a list"),
+        ([{"params": set(nn.Linear(2, 2).parameters())}], TypeError, "a set has none: use a list"),
         ([{"lr": 1.0}], TypeError, "a dict with the key 'params'"),
         ([{"params": [("a", weight())], "momentum": 0.9}], ValueError, "In parameter group 0: Unknown key 'momentum'"),
         ([{"params": [("a", weight())], "lr": -1}], ValueError, "In parameter group 0: `lr` must be"),
@@ -229,6 +246,25 @@ def test_a_mapping_is_a_recipe_too():
         tiny_llama().named_parameters(), recipe={"base": "adapm_lean", "roles": {"embedding": {"rank": 2}}}
     )
     assert optimizer.snapshot().blocks[0].rank == 2
+
+
+def test_the_base_of_a_file_is_relative_to_it(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "base.yaml", "base: adapm_lean\nroles: {mlp: {rank: 3}}")
+    path = write(tmp_path / "sub" / "top.yaml", "base: base.yaml\nroles: {head: {rank: 2}}")
+    assert [lm.load_plan(path).roles[role].momentum.rank for role in ("mlp", "head")] == [3, 2]
+    loop = write(tmp_path / "loop.yaml", "base: loop.yaml")
+    with pytest.raises(ValueError, match=r"'loop\.yaml' has a base of its own"):
+        lm.load_plan(loop)
+
+
+def test_recipes_without_a_name_are_told_apart():
+    names = {lm.load_plan({"base": base}).name for base in ("adamw", "adafactor", "adapm")}
+    assert len(names) == 3
+    assert (
+        lm.load_plan({"base": "adapm_lean", "roles": {"mlp": {"rank": 3}}}).name
+        == lm.load_plan({"base": "adapm_lean"}).name
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.layout import Slot
-from lightning_memopt.roles import NAMING_SCHEMES, Part, canonical_name
+from lightning_memopt.roles import NAMING_SCHEMES, Part, canonical_names
 from tests._models import tiny_gpt2, tiny_llama
 
 
@@ -150,7 +150,7 @@ def test_an_unknown_architecture_is_other():
     ],
 )
 def test_wrappers_do_not_change_names(name, expected):
-    assert canonical_name(name) == expected
+    assert canonical_names([name]) == [expected]
 
 
 def test_compiled_and_wrapped_models_classify_alike():

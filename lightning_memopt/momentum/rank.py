@@ -27,4 +27,4 @@ def resolve_rank(rank: int | float, layout: Layout) -> int:
     """Return the rank of one block: at most its short side, at least 4 when given as a fraction."""
     short = layout.short_side
     wanted = rank if isinstance(rank, int) else max(MIN_FRACTIONAL_RANK, int(rank * short))
-    return min(wanted, short)
+    return max(1, min(wanted, short))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import Kind, rounding
+from lightning_memopt.kind import rounding
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import matmul, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
@@ -87,10 +87,6 @@ class SubspaceMomentum(Momentum):
         outside = inside if self.correct_complement else 1.0
         left, right = momentum.mul_(inside).sub_(projected, alpha=outside), basis.mT
         return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
-
-    def keeps_state_of(self, other: Kind) -> bool:
-        """Return whether ``other`` is a subspace of the same rank; how it was chosen does not matter."""
-        return isinstance(other, SubspaceMomentum) and other.rank == self.rank
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return X Pᵀ, or its transpose for a wide block."""

@@ -7,7 +7,7 @@ from lightning_memopt.roles.base import (
     NamingScheme,
     Part,
     Rule,
-    canonical_name,
+    canonical_names,
     classify,
     register_naming_scheme,
 )
@@ -18,7 +18,7 @@ __all__ = [
     "NamingScheme",
     "Part",
     "Rule",
-    "canonical_name",
+    "canonical_names",
     "classify",
     "gpt2",
     "llama",

@@ -11,6 +11,8 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.layout import Slot
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "vector", "other")
+# Three dimensions of unknown role are a one-dimensional convolution if the last is shorter than this, else a stack.
+MAX_KERNEL = 16
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -71,12 +73,14 @@ class Part:
         slot: The part of the parameter it covers; None for all of it.
         output_dim: As in :class:`Rule`.
         head_dim: Outputs per attention head, for queries and keys, where known.
+        flatten: Whether three dimensions are a convolution's kernel, one matrix, and not a stack of matrices.
     """
 
     role: str
     slot: Slot | None = None
     output_dim: int = -2
     head_dim: int | None = None
+    flatten: bool = False
 
 
 NAMING_SCHEMES: Registry[NamingScheme] = Registry("naming scheme")
@@ -91,10 +95,15 @@ def register_naming_scheme(scheme: NamingScheme) -> NamingScheme:
     return NAMING_SCHEMES.register(scheme.name)(scheme)
 
 
-def canonical_name(name: str) -> str:
-    """Strip what ``torch.compile``, DDP, FSDP and activation checkpointing add to a parameter's name."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
+def canonical_names(names: Iterable[str]) -> list[str]:
+    """Strip what ``torch.compile``, DDP, FSDP and activation checkpointing add to parameters' names.
+
+    DDP's ``module.`` is stripped where all names have it.
+    """
+    bare = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
+    if bare and all(len(parts) > 1 and parts[0] == "module" for parts in bare):
+        bare = [parts[1:] for parts in bare]
+    return [".".join(parts) for parts in bare]
 
 
 def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part, ...]]:
@@ -114,7 +123,9 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
     if hasattr(model, "named_parameters"):
         heads = head_dims(model)
         model = ((name, tuple(param.shape)) for name, param in model.named_parameters())
-    shapes = {canonical_name(name): tuple(shape) for name, shape in model}
+    pairs = list(model)
+    names = canonical_names(name for name, _ in pairs)
+    shapes = {name: tuple(shape) for name, (_, shape) in zip(names, pairs, strict=True)}
     schemes = _by_coverage(shapes)
     return {
         name: tuple(
@@ -127,12 +138,14 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
 
 def head_dims(model: Any) -> dict[str, int]:
     """Return the outputs per attention head for every parameter below a module that tells them."""
+    raw = [name for name, _ in model.named_parameters()]
+    canonical = dict(zip(raw, canonical_names(raw), strict=True))
     found: dict[str, int] = {}
     for prefix, module in model.named_modules():
         size = _head_dim(module)
         if size is not None:
             inner = (f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters())
-            found.update((canonical_name(name), size) for name in inner)
+            found.update((canonical[name], size) for name in inner if name in canonical)
     return found
 
 
@@ -162,7 +175,7 @@ def _parts(name: str, shape: tuple[int, ...], schemes: Iterable[NamingScheme]) -
         return (Part("vector"),)
     rule = next((rule for rule in (scheme.rule(name, shape) for scheme in schemes) if rule is not None), None)
     if rule is None:
-        return (Part("other"),)
+        return (Part("other", flatten=len(shape) == 3 and shape[-1] < MAX_KERNEL),)
     if rule.fused_dim is None:
         return (Part(rule.roles[0], output_dim=rule.output_dim),)
     length = shape[rule.fused_dim] // len(rule.roles)

@@ -10,7 +10,7 @@ TORCH_ATTENTION = register_naming_scheme(
             Rule(r"(^|\.)q_proj_weight$", ("query",)),
             Rule(r"(^|\.)k_proj_weight$", ("key",)),
             Rule(r"(^|\.)v_proj_weight$", ("value",)),
-            Rule(r"(attn|attention)\.out_proj\.weight$", ("attention_output",)),
+            Rule(r"(attn|attention|mha)\.out_proj\.weight$", ("attention_output",)),
             Rule(r"(^|\.)linear[12]\.weight$", ("mlp",)),
             Rule(r"(^|\.)(embedding|embeddings|embed|tok_emb|pos_emb)\.weight$", ("embedding",)),
             Rule(r"(^|\.)(head|lm_head)\.weight$", ("head",)),

@@ -30,31 +30,33 @@ class BlockwiseSecondMoment(SecondMoment):
     output (per token for an embedding). State: ``blockwise_sq``, one number per head or output.
 
     Attributes:
-        head_dim: Outputs that share a number; None takes the size of a head for queries and keys, 1 elsewhere.
+        outputs_per_number: Outputs that share a number; None means a head for queries and keys, 1 elsewhere.
     """
 
     name: ClassVar[str] = "blockwise"
     keys: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
 
-    head_dim: int | None = None
+    outputs_per_number: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.head_dim
+        size = self.outputs_per_number
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs) or None, got {size!r}.")
+            raise ValueError(f"`outputs_per_number` must be an integer of at least 1 or None, got {size!r}.")
 
     def resolve(self, layout: Layout) -> BlockwiseSecondMoment:
         """Take the size of a head from the layout where none was given."""
-        return replace(self, head_dim=self._head_dim(layout))
+        return replace(self, outputs_per_number=self._run(layout))
 
     def init(self, layout: Layout) -> State:
         """Allocate one number per head or output."""
-        size, count = self._head_dim(layout), layout.output_dim
+        size, count = self._run(layout), layout.output_dim
         if size > 1:
             layout.require_whole(layout.output_dim, "A second moment per attention head")
             if layout.matrix[count] % size:
-                raise ValueError(f"`head_dim` {size} does not divide the outputs of a block of shape {layout.shape}.")
+                raise ValueError(
+                    f"`outputs_per_number` {size} does not divide the outputs of a block of shape {layout.shape}."
+                )
             count = layout.matrix[count] // size
         return {"blockwise_sq": layout.zeros(count, 1) if layout.output_dim == -2 else layout.zeros(1, count)}
 
@@ -84,18 +86,18 @@ class BlockwiseSecondMoment(SecondMoment):
         """Read the size of a head off the number of means."""
         count = max(1, int(state["blockwise_sq"].shape[layout.output_dim]))
         outputs = layout.matrix[layout.output_dim]
-        kind = replace(self, head_dim=outputs // count if outputs % count == 0 else 1)
+        kind = replace(self, outputs_per_number=outputs // count if outputs % count == 0 else 1)
         return SecondMoment.infer(kind, state, layout)
 
-    def _head_dim(self, layout: Layout) -> int:
-        return self.head_dim or layout.head_dim or 1
+    def _run(self, layout: Layout) -> int:
+        return self.outputs_per_number or layout.head_dim or 1
 
     def _per_head(self, value: Tensor, layout: Layout) -> Tensor:
         """Average the outputs of each head."""
-        size, dim = self._head_dim(layout), layout.output_dim
+        size, dim = self._run(layout), layout.output_dim
         return value if size == 1 else value.unflatten(dim, (-1, size)).mean(dim)
 
     def _spread(self, value: Tensor, layout: Layout) -> Tensor:
         """Repeat the number of each head for its outputs."""
-        size = self._head_dim(layout)
+        size = self._run(layout)
         return value if size == 1 else value.repeat_interleave(size, dim=layout.output_dim)

@@ -59,7 +59,7 @@ class SubsetNormSecondMoment(SecondMoment):
         if self.subset_size is None:
             return {"subset_norm_sq": layout.zeros(-2, 1) if m >= n else layout.zeros(1, -1)}
         layout.require_whole(-1, "A `subset_size`")
-        return {"subset_norm_sq": layout.zeros(-2, -(-n // min(self.subset_size, n)))}
+        return {"subset_norm_sq": layout.zeros(-2, -(-n // max(1, min(self.subset_size, n))))}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -67,29 +67,32 @@ class SubsetNormSecondMoment(SecondMoment):
         """Average the subsets' squares in."""
         m, n = layout.matrix[-2:]
         if self.subset_size is not None:
-            value, over, run = row_square_sums(grad, layout.dtype, self.subset_size), -1, min(self.subset_size, n)
+            value, over, run = (
+                row_square_sums(grad, layout.dtype, self.subset_size),
+                -1,
+                max(1, min(self.subset_size, n)),
+            )
         elif m >= n:
             value, over, run = row_square_sums(grad, layout.dtype), -1, None
         else:
             value, over, run = column_square_sums(grad, layout.dtype), -2, None
         (value,) = yield from request(Sum(value, layout, over))
-        if self.reduction == "mean":
-            value = value / self._sizes(layout)
-        square = accumulate_(state, "subset_norm_sq", value, beta2=beta2, layout=layout, tick=tick)
+        sizes = self._sizes(layout)
+        square = accumulate_(state, "subset_norm_sq", value / sizes, beta2=beta2, layout=layout, tick=tick)
+        # The state is the mean either way: a checkpoint means the same whatever the reduction.
+        square = square * sizes if self.reduction == "sum" else square
         return Denominator((square,), self.correction(beta2, tick), eps, run)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Spread each subset's mean over its elements."""
         square = state["subset_norm_sq"].to(layout.dtype)
-        if self.reduction == "sum":
-            square = square / self._sizes(layout)
         if self.subset_size is not None:
             run = min(self.subset_size, layout.matrix[-1])
             square = square.repeat_interleave(run, dim=-1)[..., : layout.matrix[-1]]
         return square.expand(layout.local).contiguous()
 
     def from_dense(self, square: Tensor, layout: Layout) -> State:
-        """Keep the mean (or sum) over each subset."""
+        """Keep the mean over each subset."""
         state = self.init(layout)
         m, n = layout.matrix[-2:]
         root = square.sqrt()
@@ -97,14 +100,14 @@ class SubsetNormSecondMoment(SecondMoment):
             value = column_square_sums(root, layout.dtype)
         else:
             value = row_square_sums(root, layout.dtype, self.subset_size)
-        store_(state["subset_norm_sq"], value / self._sizes(layout) if self.reduction == "mean" else value)
+        store_(state["subset_norm_sq"], value / self._sizes(layout))
         return state
 
     def _sizes(self, layout: Layout) -> Tensor:
         """Return the number of elements of each subset, broadcasting against the state."""
         m, n = layout.matrix[-2:]
         if self.subset_size is None:
-            return torch.tensor(float(min(m, n)), dtype=layout.dtype, device=layout.device)
-        run = min(self.subset_size, n)
+            return torch.tensor(float(max(1, min(m, n))), dtype=layout.dtype, device=layout.device)
+        run = max(1, min(self.subset_size, n))
         starts = torch.arange(0, n, run, device=layout.device)
         return (n - starts).clamp(max=run).to(layout.dtype)

@@ -25,7 +25,7 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "handover": HANDOVERS.names(),
     "reduction": list(REDUCTIONS),
     "subset_size": [None, 5, 1, 1000],
-    "head_dim": [None, 4],
+    "outputs_per_number": [None, 4],
 }
 BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "rank": [0, -1, 1.5, 0.0, float("nan"), True, "4", None],
@@ -34,7 +34,7 @@ BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "handover": ["forget", None],
     "reduction": ["max", None, 2],
     "subset_size": [0, -1, 2.5, True, "128"],
-    "head_dim": [0, -1, 2.5, True, "64"],
+    "outputs_per_number": [0, -1, 2.5, True, "64"],
 }
 
 SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]
