@@ -68,6 +68,20 @@ def test_the_recipe_table_lists_every_recipe_and_its_class():
     assert all(hasattr(lm, cls) for _, cls in listed)
 
 
+def test_the_sizes_in_the_readme_are_those_of_the_page_of_recipes():
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## Size of the state")[2].partition("Momentum only")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    column = rows[0].index("LLaMA 1B")
+    exact = {row[0].strip("`"): float(row[column].rstrip("%")) for row in rows[2:]}
+    for name, size in re.findall(r"^\| `(\w+)` \|.*\| ([0-9.]+)% \|$", README, flags=re.MULTILINE):
+        assert float(size) == pytest.approx(exact[name], abs=0.051), name
+
+
+def test_nothing_is_left_to_fill_in():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        assert not re.search(r"<[A-Z][A-Z_]+>", path.read_text()), path
+
+
 def test_the_page_of_recipes_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "tables.py"))["page"]
     assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: python docs/tables.py > docs/recipes.md"

@@ -349,7 +349,7 @@ def test_what_is_refused(outcomes):
     for case in CASES:
         refused = [{kind for kind, text in o.items() if text.startswith("refused")} for o in outcomes[case.name]]
         assert all(names == refused[0] for names in refused)
-        assert all(any(o in name for o in ("projection", "head_dim", "subset_size")) for name in refused[0])
+        assert all(any(o in name for o in ("projection", "outputs_per_number", "subset_size")) for name in refused[0])
         total += len(refused[0])
     assert 0 < total < 0.2 * sum(len(kinds_for(case)) for case in CASES)
 

@@ -10,11 +10,11 @@ class _SecondMoment:
     """V ← β₂ V + (1−β₂) reduce(G²), or V ← V + reduce(G²) with β₂ = 1;  D = √(spread(V) / b₂) + ε."""
 
     def __init__(
-        self, shape: tuple[int, int], bias_correction: bool, head_dim: int | None = None, output_dim: int = -2
+        self, shape: tuple[int, int], bias_correction: bool, outputs_per_number: int | None = None, output_dim: int = -2
     ) -> None:
         self.shape = shape
         self.bias_correction = bias_correction
-        self.head_dim = head_dim
+        self.outputs_per_number = outputs_per_number
         self.output_dim = output_dim
         self.average = [torch.zeros_like(part) for part in self.reduce(torch.zeros(shape, dtype=torch.float64))]
 
@@ -55,11 +55,11 @@ class BlockwiseSecondMoment(_SecondMoment):
 
     def reduce(self, square: Tensor) -> list[Tensor]:
         outputs = square if self.output_dim == -2 else square.T
-        size = self.head_dim or 1
+        size = self.outputs_per_number or 1
         return [torch.stack([part.mean() for part in outputs.split(size)])]
 
     def spread(self, *parts: Tensor) -> Tensor:
-        outputs = parts[0].repeat_interleave(self.head_dim or 1)
+        outputs = parts[0].repeat_interleave(self.outputs_per_number or 1)
         return outputs[:, None].expand(self.shape) if self.output_dim == -2 else outputs[None, :].expand(self.shape)
 
 
