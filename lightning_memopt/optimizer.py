@@ -362,7 +362,9 @@ class MemOpt(torch.optim.Optimizer):
                 f"{blocks[0].name!r} is {param.dtype} now, but has taken steps in {blocks[0].layout.dtype} arithmetic: "
                 "create a new optimizer after changing a model's dtype."
             )
-        changes: dict[str, Any] = {"device": param.device, "dtype": dtype, "state_dtype": self._state_dtype or dtype}
+        changes: dict[str, Any] = {"device": param.device, "dtype": dtype}
+        if dtype != blocks[0].layout.dtype:  # otherwise that of the state at hand, which a checkpoint may have brought
+            changes["state_dtype"] = self._state_dtype or dtype
         self._blocks[param] = tuple(
             replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
         )

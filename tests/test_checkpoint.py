@@ -110,6 +110,8 @@ def test_the_dtype_of_state_comes_back_from_the_checkpoint():
     resumed.reformat({"lm_head.weight": {"rank": 3}})
     assert_equal(torch.get_rng_state(), before)
     train_quietly(model, optimizer)
+    resumed._follow(twin.lm_head.weight)  # as after a move to another device
+    assert resumed.snapshot() == optimizer.snapshot()
     state = resumed.state[twin.lm_head.weight]
     assert {value.dtype for key, value in state.items() if key != "step"} == {torch.bfloat16}
 
