@@ -20,10 +20,15 @@ GPU_CHUNK = 1 << 24
 GRAM_CUTOFF = 1e-10
 
 
+def _limit(tensor: Tensor) -> int:
+    """Return the number of elements that a chunk may have on the tensor's device."""
+    return CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+
+
 def chunks(tensor: Tensor) -> Iterator[Index]:
     """Yield indices that cut ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
     *stack, m, n = tensor.shape
-    limit = CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
+    limit = _limit(tensor)
     rows = max(1, limit // max(1, n))
     if rows < m:
         for position in itertools.product(*(range(size) for size in stack)):
@@ -93,11 +98,14 @@ def row_square_sums(matrix: Tensor, dtype: torch.dtype, run: int | None = None) 
 def column_square_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum of squares of every column: ``[..., m, n]`` → ``[..., 1, n]``."""
     *stack, m, n = matrix.shape
-    panel = CPU_CHUNK // max(1, n)
-    if m <= panel or matrix.device.type != "cpu":
-        return matrix.to(dtype).square().sum(-2, keepdim=True)
+    panel = max(1, _limit(matrix) // max(1, n))
+    if m <= panel:
+        out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
+        for index in chunks(matrix):
+            take_stack(out, index).copy_(matrix[index].to(dtype).square().sum(-2, keepdim=True))
+        return out
     # Panels of rows are added up in one that stays in the cache, so that the squares are never written to memory.
-    total = matrix.new_zeros((*stack, max(1, panel), n), dtype=dtype)
+    total = matrix.new_zeros((*stack, panel, n), dtype=dtype)
     for index in chunks(matrix):
         part = matrix[index].to(dtype)
         take_stack(total, index)[..., : part.shape[-2], :].addcmul_(part, part)

@@ -103,11 +103,11 @@ class SubsetNormSecondMoment(SecondMoment):
         store_(state["subset_norm_sq"], value / self._sizes(layout))
         return state
 
-    def _sizes(self, layout: Layout) -> Tensor:
-        """Return the number of elements of each subset, broadcasting against the state."""
+    def _sizes(self, layout: Layout) -> Tensor | float:
+        """Return the number of elements of each subset: one for all, or broadcasting against the state."""
         m, n = layout.matrix[-2:]
         if self.subset_size is None:
-            return torch.tensor(float(max(1, min(m, n))), dtype=layout.dtype, device=layout.device)
+            return float(max(1, min(m, n)))
         run = max(1, min(self.subset_size, n))
         starts = torch.arange(0, n, run, device=layout.device)
         return (n - starts).clamp(max=run).to(layout.dtype)
