@@ -13,9 +13,11 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.plan import known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
-# Written by lr schedulers, by Lightning's callbacks and by torch itself.
+# Added to every group by torch; of no use here, and unknown to a fresh optimizer's checkpoint.
+TORCHS_OWN = ("param_names", "differentiable")
+# Written by lr schedulers and by Lightning's callbacks.
 SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name")
-FOREIGN_KEYS = (*SCHEDULED, "param_names", "differentiable")
+FOREIGN_KEYS = (*SCHEDULED, *TORCHS_OWN)
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -149,7 +149,7 @@ class MemOpt(torch.optim.Optimizer):
         defaults = {key: self.defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}
         parsing.check_group({**defaults, **group}, f"parameter group {len(self.param_groups)}")
         plan = plan.updated(options=own)
-        group = {key: value for key, value in group.items() if key not in own and key not in _TORCHS_OWN}
+        group = {key: value for key, value in group.items() if key not in own and key not in parsing.TORCHS_OWN}
         group["recipe"] = plan.name
         if recipe is not None and "betas" not in group and self._betas is None:
             group["betas"] = plan.betas
@@ -523,8 +523,6 @@ class MemOpt(torch.optim.Optimizer):
         return blocks, states
 
 
-# Added to every group by torch; of no use here, and unknown to a fresh optimizer's checkpoint.
-_TORCHS_OWN = ("param_names", "differentiable")
 _OWN_ATTRIBUTES = (
     "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_counts",
     "_names", "_parts", "_plans", "_blocks", "_reformatted", "_complete",

@@ -164,13 +164,8 @@ class Plan:
 
     def has(self, axis: str, name: str) -> bool:
         """Return whether any role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
-        chosen = [getattr(recipe, axis).name for recipe in self.roles.values()]
-        for change in self.overrides.values():
-            recipe = (
-                change if isinstance(change, Recipe) else next(iter(self.roles.values())).changed(_kinds_only(change))
-            )
-            chosen.append(getattr(recipe, axis).name)
-        return name in chosen
+        chosen = {getattr(recipe, axis).name for recipe in self.roles.values()}
+        return name in chosen | {_wanted(change, axis) for change in self.overrides.values()}
 
     def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
         """Replace the name of a kind that is new to ``recipe`` by that kind as the plan has it elsewhere."""
@@ -203,8 +198,7 @@ class Plan:
                     "Patterns are matched against the whole name: start with '*' to match the end of it."
                 )
             for axis in _AXES:
-                wanted = getattr(change, axis) if isinstance(change, Recipe) else change.get(axis)
-                wanted = getattr(wanted, "name", wanted)
+                wanted = _wanted(change, axis)
                 if wanted is not None and not any(getattr(recipe, axis).name == wanted for recipe in matched):
                     raise ValueError(
                         f"The override {pattern!r} asks for {axis} {wanted!r}, but none of the blocks it matches has "
@@ -279,6 +273,12 @@ def check_change(change: Any) -> None:
             _kind(key, value)
         elif key not in known_options():
             raise ValueError(unknown("option", key, [*_AXES, *known_options()]))
+
+
+def _wanted(change: Recipe | Mapping[str, Any], axis: str) -> str | None:
+    """Return the name of the kind that a change asks for on one axis, if it does."""
+    kind = getattr(change, axis) if isinstance(change, Recipe) else change.get(axis)
+    return getattr(kind, "name", kind)
 
 
 def _kinds_only(change: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any]:
