@@ -31,7 +31,7 @@ class SubsetNormSecondMoment(SecondMoment):
     """V ← β₂ V + (1−β₂) reduce(G²) over each subset, D = √(V / (1−β₂ᵗ)) + ε (SNSM, arXiv 2411.07120).
 
     By default a subset is a row of a tall block or a column of a wide one. State: ``subset_norm_sq``, ``[..., m, 1]``,
-    ``[..., 1, n]`` or ``[..., m, ceil(n / subset_size)]``.
+    ``[..., 1, n]`` or ``[..., m, ceil(n / subset_size)]``: the mean, whatever the reduction.
 
     Attributes:
         reduction: ``mean`` keeps AdamW's learning rate; the paper's ``sum`` shrinks updates by √(subset's size).
