@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.collectives import Task, together
+from lightning_memopt.collectives import Gather, Task, together
 from lightning_memopt.kind import State
-from lightning_memopt.layout import Layout, local_tensor
+from lightning_memopt.layout import Cut, Layout, local_tensor
 from lightning_memopt.linalg import chunks
-from lightning_memopt.momentum import MOMENTA, Direction
+from lightning_memopt.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.plan import Recipe
-from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator
+from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.snapshot import BlockFacts
 from lightning_memopt.tick import Tick
 
@@ -28,7 +29,7 @@ class Block:
         name: The parameter's canonical name; with ``:role`` where the parameter holds several blocks.
         role: Its role.
         recipe: Its kinds, with ranks as numbers.
-        layout: Its shapes and placement.
+        layout: Its shapes and placement, as the parameter has them.
         prefix: What its state keys start with: empty, or the role and a dot in a fused parameter.
         key: Its :func:`~lightning_memopt.tick.block_key`.
         index: Its position in the optimizer.
@@ -45,17 +46,49 @@ class Block:
     itemsize: int
 
     def __post_init__(self) -> None:
-        for kind in (self.recipe.momentum, self.recipe.second_moment):
+        for kind in self.kinds:
             if self.layout.vector and kind.needs_matrix:
                 raise ValueError(
                     f"{kind.name!r} needs a matrix, but {self.name!r} has shape {self.layout.shape}; "
                     "choose 'dense' or 'none' for it."
                 )
 
+    @property
+    def kinds(self) -> tuple[Momentum, SecondMoment]:
+        """Both kinds of the recipe."""
+        return self.recipe.momentum, self.recipe.second_moment
+
+    @cached_property
+    def work(self) -> Layout:
+        """The layout that the kinds work with: the parameter's, or that of a block which ranks have to gather."""
+        if self.layout.sharded and (self.layout.torn or any(kind.needs_whole(self.layout) for kind in self.kinds)):
+            return self.layout.gather()
+        return self.layout
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """How those state tensors are cut, without the prefix, that ranks gather for a step."""
+        if not self.layout.sharded:
+            return {}
+        cuts = {key: self.work.cut_of(sizes) for kind in self.kinds for key, sizes in kind.sizes(self.work).items()}
+        return {key: cut for key, cut in cuts.items() if cut is not None}
+
+    def moved(self, param: Tensor) -> Block:
+        """Return the same block of another parameter of the same weights."""
+        old = self.layout
+        layout = Layout.of(
+            param,
+            slot=old.slot,
+            state_dtype=old.state_dtype,
+            output_dim=old.output_dim,
+            head_dim=old.head_dim,
+            flatten=len(old.shape) == 3 and len(old.matrix) == 2,
+        )
+        return replace(self, layout=layout, itemsize=param.element_size())
+
     def init(self) -> State:
         """Allocate the state of both kinds, under the block's prefix."""
-        kinds = (self.recipe.momentum, self.recipe.second_moment)
-        return {self.prefix + key: value for kind in kinds for key, value in kind.init(self.layout).items()}
+        return {self.prefix + key: value for kind in self.kinds for key, value in kind.init(self.work).items()}
 
     def part(self, state: Mapping[str, Tensor], keys: tuple[str, ...]) -> State:
         """Return this rank's part of some of the block's state."""
@@ -88,7 +121,7 @@ class Block:
 
     def facts(self, state: Mapping[str, Tensor]) -> BlockFacts:
         """Return what a snapshot says about the block."""
-        momentum, second_moment = self.recipe.momentum, self.recipe.second_moment
+        momentum, second_moment = self.kinds
         local = self.part(state, (*momentum.keys, *second_moment.keys)) if state else {}
         return BlockFacts(
             name=self.name,
@@ -103,38 +136,60 @@ class Block:
             local_bytes=sum(value.untyped_storage().nbytes() for value in local.values()),
         )
 
-    def update(self, param: Tensor, grad: Tensor, state: State, group: Mapping[str, Any], step: int) -> Task:
-        """Absorb a gradient into the state and update the weights; a task for ``drive``."""
+    def wants(self, grad: Tensor, state: State) -> list[Gather]:
+        """Return what ranks have to put together before :meth:`update`; the same on all of them."""
+        wanted = [Gather(local_tensor(state[self.prefix + key]), cut) for key, cut in self.cuts.items()]
+        if self.work.gathered:
+            wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block()))
+        return wanted
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: State, group: Mapping[str, Any], step: int, gathered: Sequence[Tensor]
+    ) -> Task:
+        """Absorb a gradient into the state and update the weights; a task for ``drive``.
+
+        Args:
+            param: The parameter.
+            grad: Its gradient.
+            state: Its state.
+            group: Its hyperparameters.
+            step: The step being taken, counted from 1.
+            gathered: What :meth:`wants` asked for.
+        """
         beta1, beta2 = group["betas"]
-        momentum, second_moment = self.recipe.momentum, self.recipe.second_moment
+        momentum, second_moment = self.kinds
         tick = Tick(step, self.key, self.index)
-        gradient = self.layout.take(grad)
+        gradient = gathered[-1] if self.work.gathered else self.layout.take(grad)
         if group["maximize"]:
             gradient = gradient.neg()
+        whole = dict(zip(self.cuts, gathered, strict=False))
+        seen = {**self.part(state, (*momentum.keys, *second_moment.keys)), **whole}
+        now: dict[str, Any] = {"layout": self.work, "tick": tick}
         direction, denominator = yield from together(
-            momentum.update(gradient, self.part(state, momentum.keys), self.layout, beta1=beta1, tick=tick),
+            momentum.update(gradient, {key: seen[key] for key in momentum.keys}, beta1=beta1, **now),
             second_moment.update(
-                gradient,
-                self.part(state, second_moment.keys),
-                self.layout,
-                beta2=beta2,
-                eps=group["eps"],
-                tick=tick,
+                gradient, {key: seen[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now
             ),
         )
-        weights = self.layout.take(param)
-        apply_(
-            weights,
-            direction,
-            denominator,
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            dtype=self.layout.dtype,
-        )
+        for key, tensor in whole.items():
+            local_tensor(state[self.prefix + key]).copy_(self.cuts[key].mine(tensor))
+        self._apply(param, direction, denominator, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+
+    def _apply(self, param: Tensor, direction: Direction, denominator: Denominator, **rates: Any) -> None:
+        """Update this rank's weights."""
+        mine = self.layout.take(param)
+        rates["dtype"] = self.layout.dtype
+        if self.work.gathered:  # the update is that of the whole block: of a copy in which only our part counts
+            whole = mine.new_zeros(self.work.local)
+            part = self.layout.cut_of_block().mine(whole).copy_(mine)
+            apply_(whole, direction, denominator, **rates)
+            mine.copy_(part)
+        else:
+            apply_(mine, direction, denominator, **rates)
         target = local_tensor(param)
-        if weights.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+        if mine.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
             # No view of the weights is a matrix (channels-last convolutions): a copy was updated.
-            target.copy_(weights.view(target.shape))
+            target.copy_(mine.view(target.shape))
 
 
 def apply_(

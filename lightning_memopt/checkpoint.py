@@ -12,12 +12,16 @@ from torch import Tensor
 
 from lightning_memopt.block import Block
 from lightning_memopt.groups import HYPERPARAMETERS, SCHEDULED, check_group
+from lightning_memopt.layout import fill_, full_tensor
+
+Blocks = tuple[Block, ...]
 
 
 def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return today's groups with the saved hyperparameters, after checking that they belong together.
 
-    A group without a recipe is one of ``torch.optim.AdamW`` and counts as ``adamw``.
+    A group without a recipe is one of ``torch.optim.AdamW`` and counts as ``adamw``. From ``adamw`` every recipe can
+    go on; the betas are then its own, since they belong to the recipe.
 
     Raises:
         ValueError: If the numbers of groups or of parameters differ, or the recipes.
@@ -35,23 +39,66 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
                 f"the optimizer {len(mine['params'])}: it was saved for another model."
             )
         recipe = theirs.get("recipe", "adamw")
-        if recipe != mine["recipe"]:
+        if recipe not in (mine["recipe"], "adamw"):
             raise ValueError(
                 f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer "
                 f"has {mine['recipe']!r}: create it with recipe={recipe!r}."
             )
         kept = {key: value for key, value in theirs.items() if key in (*HYPERPARAMETERS, *SCHEDULED)}
         kept = {**mine, **copy.deepcopy(kept)}
-        kept["betas"] = tuple(kept["betas"])
+        kept["betas"] = tuple(mine["betas"] if recipe != mine["recipe"] else kept["betas"])
         check_group(kept, f"parameter group {position} of the state dict")
         groups.append({key: value for key, value in kept.items() if key != "params"})
     return groups
 
 
-def loaded_blocks(
-    blocks: tuple[Block, ...], saved: Mapping[str, Any]
-) -> tuple[tuple[Block, ...], Mapping[str, Tensor]]:
-    """Return the blocks of one parameter with the recipes that its saved state shows, and that state.
+def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[Blocks, dict[str, Tensor]]:
+    """Return the blocks of one parameter as its saved state shows them, and that state where the parameter lies.
+
+    Args:
+        blocks: The blocks as they are.
+        saved: Key → tensor: whole ones, or DTensors of any placement.
+        convert: Whether to keep the blocks' recipes and make their state from the saved one.
+
+    Raises:
+        ValueError: If the state does not fit the blocks.
+    """
+    theirs, saved = inferred(blocks, saved)
+    state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().clone()}
+    for old, new in zip(theirs, blocks, strict=True):
+        state.update(converted(old, new if convert else old, saved))
+    return blocks if convert else theirs, state
+
+
+def converted(old: Block, new: Block, state: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
+    """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
+
+    A sharded block is put together on every rank, and every rank keeps its part of the result.
+
+    Args:
+        old: The block that the state belongs to.
+        new: The same block with another recipe, or elsewhere.
+        state: The state; keys have the block's prefix.
+        keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
+    """
+    result: dict[str, Tensor] = {}
+    for before, after in zip(old.kinds, new.kinds, strict=True):
+        source = {key: state[old.prefix + key] for key in before.keys}
+        stays = after.keeps_state_of(before, new.layout)
+        if not stays:
+            dense = before.to_dense({key: full_tensor(value) for key, value in source.items()}, old.layout.whole())
+            source = after.from_dense(dense, new.layout.whole())
+        if not (stays and keep and old.work.gathered == new.work.gathered):
+            target = after.init(new.work)
+            for key, value in source.items():
+                fill_(target[key], value)
+            source = target
+        result.update({new.prefix + key: value for key, value in source.items()})
+    return result
+
+
+def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[str, Tensor]]:
+    """Return the blocks of one parameter with the recipes that its saved state shows, and that state by block.
 
     Raises:
         ValueError: If the state does not fit the blocks.
@@ -74,16 +121,31 @@ def loaded_blocks(
     return adapted, saved
 
 
-def _split(blocks: tuple[Block, ...], saved: Mapping[str, Any]) -> Mapping[str, Any]:
+def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return zeros where this rank would hold the saved state of a parameter, dtypes and global shapes as saved."""
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    adapted, split = inferred(blocks, saved)
+    if set(split) == set(saved):
+        for block in adapted:
+            state.update(block.init())
+        return state
+    for key in saved:  # fused, by an optimizer that knows no blocks
+        if key != "step":
+            state[key] = torch.zeros_like(param, dtype=saved[key].dtype, requires_grad=False)
+    return state
+
+
+def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """Split the state of a fused parameter that another optimizer, such as torch's AdamW, kept as one."""
     if not blocks[0].prefix or not all(key in ("step", "exp_avg", "exp_avg_sq") for key in saved):
         return saved
     split = {"step": saved["step"]}
-    for block in blocks:
-        slot = block.layout.slot
-        for key in saved:
-            if key != "step" and slot is not None and saved[key].shape[slot.dim] >= slot.start + slot.length:
-                split[block.prefix + key] = saved[key].narrow(slot.dim, slot.start, slot.length)
+    for key in sorted(set(saved) - {"step"}):
+        value = full_tensor(saved[key])
+        for block in blocks:
+            slot = block.layout.slot
+            if slot is not None and value.shape[slot.dim] >= slot.start + slot.length:
+                split[block.prefix + key] = value.narrow(slot.dim, slot.start, slot.length)
     return split
 
 
@@ -100,13 +162,3 @@ def _loaded_block(block: Block, saved: Mapping[str, Any]) -> Block:
             f"The state dict does not fit the block {block.name!r} ({block.recipe.momentum.name} momentum, "
             f"{block.recipe.second_moment.name} second moment): {error}. It was saved for another model or recipe."
         ) from error
-
-
-def placed(saved: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-    """Return copies of saved tensors beside their parameter, dtypes kept; step counters stay on the CPU in float32."""
-    return {
-        key: torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
-        if key == "step"
-        else value.detach().to(param.device).clone(memory_format=torch.contiguous_format)
-        for key, value in saved.items()
-    }

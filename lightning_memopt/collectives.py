@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Cut, Layout
+
+# Payload of one collective, in bytes. More is sent in several, so that the buffers stay bounded.
+MAX_PAYLOAD = 64 << 20
+
+# torch 2.13 renamed it and warns about the old name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,77 +36,191 @@ class Sum:
     over: int
 
 
-Requests = tuple[Sum, ...]
-Task = Generator[Requests, tuple[Tensor, ...], Any]
+@dataclass(frozen=True)
+class Gather:
+    """The request "put the ranks' pieces together"; what a block's state and gradient are prepared with.
 
-
-def request(*sums: Sum) -> Generator[Requests, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Ask for several sums in one round; nothing is suspended where nothing is sharded.
-
-    No full-size tensor may be alive in the caller when it asks: all blocks wait here together.
+    Attributes:
+        value: This rank's piece.
+        cut: How the whole is cut.
     """
-    if not any(entry.layout.groups(entry.over) for entry in sums):
-        return tuple(entry.value for entry in sums)
-    return (yield sums)
+
+    value: Tensor
+    cut: Cut
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the whole."""
+        lengths = sum(self.cut.sizes)
+        rest = [size for dim, size in enumerate(self.value.shape) if dim != self.cut.dim]
+        return torch.Size(rest).numel() * lengths * self.value.element_size()
 
 
-def together(*tasks: Task) -> Generator[Requests, tuple[Tensor, ...], tuple[Any, ...]]:
-    """Run several tasks side by side, so that their requests share rounds; return their results in order."""
+class Pending:
+    """A sum that has been asked for, and its answer once there is one."""
+
+    def __init__(self, asked: Sum, group: Any) -> None:
+        """Ask; ``group`` is the one process group over which the dimension is divided."""
+        self.value, self.group, self.answered = asked.value, group, False
+
+    @property
+    def flight(self) -> tuple[Any, torch.dtype]:
+        """Return what has to be equal for sums to share a collective."""
+        return self.group, self.value.dtype
+
+
+Requests = tuple[Pending, ...]
+Task = Generator[Requests, None, Any]
+
+
+def request(*sums: Sum) -> Generator[Requests, None, tuple[Tensor, ...]]:
+    """Ask for several sums at once; nothing is suspended where nothing is sharded.
+
+    A task yields what it waits for and is resumed when some of it is answered. No full-size tensor may be alive in the
+    caller when it asks: all blocks wait here together.
+    """
+    groups = [entry.layout.groups(entry.over) for entry in sums]
+    asked = [Pending(entry, found[0]) if found else None for entry, found in zip(sums, groups, strict=True)]
+    values = [None if pending else entry.value for entry, pending in zip(sums, asked, strict=True)]
+    del sums
+    while waiting := tuple(pending for pending in asked if pending is not None and not pending.answered):
+        yield waiting
+    return tuple(pending.value if pending else value for pending, value in zip(asked, values, strict=True))  # type: ignore[misc]
+
+
+def together(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
+    """Run several tasks side by side, so that their requests share collectives; return their results in order."""
     results: list[Any] = [None] * len(tasks)
     waiting: dict[int, Requests] = {}
 
-    def advance(position: int, reply: tuple[Tensor, ...] | None) -> None:
+    def advance(position: int) -> None:
+        waiting.pop(position, None)
         try:
-            waiting[position] = tasks[position].send(reply)  # type: ignore[arg-type]
+            waiting[position] = next(tasks[position])
         except StopIteration as stop:
             results[position] = stop.value
-            waiting.pop(position, None)
 
     for position in range(len(tasks)):
-        advance(position, None)
+        advance(position)
     while waiting:
-        round_ = list(waiting.items())
-        reply = yield tuple(entry for _, requests in round_ for entry in requests)
-        start = 0
-        for position, requests in round_:
-            advance(position, reply[start : start + len(requests)])
-            start += len(requests)
+        yield tuple(pending for position in sorted(waiting) for pending in waiting[position])
+        for position in sorted(waiting):
+            if any(pending.answered for pending in waiting[position]):
+                advance(position)
     return tuple(results)
 
 
 def drive(tasks: Iterable[Task]) -> None:
-    """Run the tasks of all blocks to their end, in lockstep rounds with one flat collective per group and dtype.
+    """Run the tasks of all blocks to their end, with as few collectives as their requests allow.
 
     A task that never asks for a sharded number runs through before the next one starts: a single process works
     block by block and holds the temporaries of one block only.
     """
     waiting: list[tuple[Task, Requests]] = []
     for task in tasks:
-        _advance(task, None, waiting)
+        _advance(task, waiting)
     while waiting:
-        replies = _exchange([entry for _, requests in waiting for entry in requests])
-        previous, waiting, start = waiting, [], 0
+        asked = [requests for _, requests in waiting]
+        flight = _next_flight(asked)
+        _sum([pending for requests in asked for pending in requests if pending.flight == flight])
+        previous, waiting = waiting, []
         for task, requests in previous:
-            _advance(task, tuple(replies[start : start + len(requests)]), waiting)
-            start += len(requests)
+            if any(pending.answered for pending in requests):
+                _advance(task, waiting)
+            else:
+                waiting.append((task, requests))
 
 
-def _advance(task: Task, reply: tuple[Tensor, ...] | None, waiting: list[tuple[Task, Requests]]) -> None:
-    with suppress(StopIteration):
-        waiting.append((task, task.send(reply)))  # type: ignore[arg-type]
+def _advance(task: Task, waiting: list[tuple[Task, Requests]]) -> None:
+    requests = next(task, None)
+    if requests is not None:
+        waiting.append((task, requests))
 
 
-def _exchange(sums: list[Sum]) -> list[Tensor]:
-    """Answer the requests of one round; every rank asks the same in the same order, empty shards included."""
-    answers = [entry.value for entry in sums]
-    flights: dict[tuple[Any, torch.dtype], list[int]] = {}
-    for position, entry in enumerate(sums):
-        for group in entry.layout.groups(entry.over):
-            flights.setdefault((group, entry.value.dtype), []).append(position)
-    for (group, _), positions in flights.items():
-        flat = torch.cat([answers[position].reshape(-1) for position in positions])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([answers[position].numel() for position in positions])
-        for position, part in zip(positions, parts, strict=True):
-            answers[position] = part.view_as(answers[position])
-    return answers
+def _next_flight(asked: list[Requests]) -> tuple[Any, torch.dtype]:
+    """Return which collective comes next.
+
+    Sums of different dtypes cannot share one. The kinds' requests come in the order "float32, float64, float32" or in
+    a part of it: float32 goes first only if a task waits for nothing else, so that all blocks together need no more
+    collectives than that.
+    """
+    flights = dict.fromkeys(pending.flight for requests in asked for pending in requests)
+    stuck = {requests[0].flight for requests in asked if len({pending.flight for pending in requests}) == 1}
+    small_first = sorted((flight for flight in flights if flight in stuck), key=lambda flight: flight[1].itemsize)
+    return small_first[0] if small_first else max(flights, key=lambda flight: flight[1].itemsize)
+
+
+def _sum(flight: Sequence[Pending]) -> None:
+    """Answer sums over one group, of one dtype; every rank has the same in the same order, empty shards included."""
+    for some in packed(flight, lambda pending: pending.value.nbytes):
+        flat = torch.cat([pending.value.reshape(-1) for pending in some])
+        for part in flat.split(MAX_PAYLOAD // flat.element_size()):
+            dist.all_reduce(part, group=some[0].group)
+        parts = flat.split([pending.value.numel() for pending in some])
+        for pending, part in zip(some, parts, strict=True):
+            pending.value, pending.answered = part.view_as(pending.value), True
+
+
+def gather(wanted: Sequence[Gather]) -> list[Tensor]:
+    """Return the whole of every tensor, with one collective per group as long as the payload is bounded."""
+    whole: list[Any] = [None] * len(wanted)
+    groups = dict.fromkeys(entry.cut.group for entry in wanted)
+    for group in groups:
+        mine = [position for position, entry in enumerate(wanted) if entry.cut.group == group]
+        for some in packed(mine, lambda position: wanted[position].nbytes):
+            for position, tensor in zip(some, _gather([wanted[position] for position in some]), strict=True):
+                whole[position] = tensor
+    return whole
+
+
+def _gather(wanted: list[Gather]) -> list[Tensor]:
+    """Gather tensors of one group, of any dtype: bytes, every piece as long as the longest."""
+    first = wanted[0]
+    count = len(first.cut.sizes)
+    shapes = [_padded(entry) for entry in wanted]
+    spans = [_aligned(shape.numel() * entry.value.element_size()) for shape, entry in zip(shapes, wanted, strict=True)]
+    device = first.value.device
+    sent = torch.zeros(sum(spans), dtype=torch.uint8, device=device)
+    for entry, part in zip(wanted, sent.split(spans), strict=True):
+        part[: entry.value.nbytes].copy_(entry.value.contiguous().view(-1).view(torch.uint8))
+    received = torch.empty((count, sent.numel()), dtype=torch.uint8, device=device)
+    for mine, theirs in zip(sent.split(MAX_PAYLOAD // count), received.split(MAX_PAYLOAD // count, dim=1), strict=True):
+        buffer = torch.empty(theirs.shape, dtype=torch.uint8, device=device)
+        _all_gather(buffer.view(-1), mine, group=first.cut.group)
+        theirs.copy_(buffer)
+    found, start = [], 0
+    for entry, span in zip(wanted, spans, strict=True):
+        pieces = []
+        for rank, size in enumerate(entry.cut.sizes):
+            shape = [size if dim == entry.cut.dim else length for dim, length in enumerate(entry.value.shape)]
+            used = torch.Size(shape).numel() * entry.value.element_size()
+            pieces.append(received[rank, start : start + used].view(entry.value.dtype).view(shape))
+        found.append(torch.cat(pieces, dim=entry.cut.dim))
+        start += span
+    return found
+
+
+def _padded(entry: Gather) -> torch.Size:
+    """Return the shape of the longest piece."""
+    longest = max(entry.cut.sizes)
+    return torch.Size(longest if dim == entry.cut.dim else size for dim, size in enumerate(entry.value.shape))
+
+
+def _aligned(nbytes: int) -> int:
+    """Return a size at which a tensor of any dtype may start after this one."""
+    return -(-nbytes // 8) * 8
+
+
+def packed(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut a sequence into runs of at most ``MAX_PAYLOAD`` bytes; an item of more is a run of its own."""
+    run: list[T] = []
+    total = 0
+    for item in items:
+        size = nbytes(item)
+        if run and total + size > MAX_PAYLOAD:
+            yield run
+            run, total = [], 0
+        run.append(item)
+        total += size
+    if run:
+        yield run

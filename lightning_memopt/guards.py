@@ -4,28 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.collectives import Sum, Task, drive, request
+from lightning_memopt.collectives import Gather, Sum, Task, drive, request
 from lightning_memopt.layout import Layout, local_tensor
 
 
-def unusable(grads: Sequence[Tensor], layouts: Sequence[Layout]) -> list[int]:
-    """Return the positions of gradients that cannot be used, the same on every rank.
+class Unusable:
+    """Which gradients cannot be used, the same on every rank.
 
     A gradient is of use if all its elements are finite and sums of their squares cannot overflow: up to about 1e16
     in float32. One synchronisation with the device for all of them.
     """
-    if not grads:
-        return []
-    flags = [_flag(grad, layout.dtype) for grad, layout in zip(grads, layouts, strict=True)]
-    if any(layout.mesh is not None for layout in layouts):
-        drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
-    home = flags[0].device
-    counts = torch.stack([flag.to(home) for flag in flags]).tolist()
-    return [position for position, count in enumerate(counts) if count]
+
+    def __init__(self, grads: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
+        """Look at this rank's parts of the gradients."""
+        self._layouts = layouts
+        self._flags = torch.zeros(0)
+        if grads:
+            flags = [_flag(grad, layout.dtype) for grad, layout in zip(grads, layouts, strict=True)]
+            self._flags = torch.stack([flag.to(flags[0].device) for flag in flags])
+
+    def wants(self) -> list[Gather]:
+        """Return what has to be gathered for :meth:`positions`, to share a collective with other requests."""
+        cuts = [cut for layout in self._layouts for cut in layout.ranks()]
+        if len({id(cut.group) for cut in cuts}) != 1:
+            return []
+        cut = cuts[0]
+        return [Gather(self._flags, replace(cut, dim=0, sizes=(len(self._flags),) * len(cut.sizes)))]
+
+    def positions(self, gathered: Sequence[Tensor]) -> list[int]:
+        """Return the positions of the gradients that no rank may use."""
+        if gathered:
+            self._flags = gathered[0].view(-1, len(self._flags)).sum(0)
+        else:
+            flags = list(self._flags)
+            drive([_agree(flags, position, layout) for position, layout in enumerate(self._layouts)])
+            self._flags = torch.stack(flags) if flags else self._flags
+        return [position for position, count in enumerate(self._flags.tolist()) if count]
 
 
 def _flag(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Layout, Sizes
+from lightning_memopt.linalg import Noise
 from lightning_memopt.tick import Tick
 
 State = dict[str, Tensor]
@@ -51,9 +52,24 @@ class Kind:
         """Return the kind with every option that depends on the block's shape replaced by a number."""
         return self
 
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return the sizes of every state tensor, as :meth:`Layout.allocate` takes them.
+
+        A dimension given as ``-2`` or ``-1`` is sharded as the block's is, and :meth:`update` sees this rank's part of
+        it. Every other dimension it sees as a whole, wherever the tensor is stored.
+        """
+        return {}
+
+    def needs_whole(self, layout: Layout) -> bool:
+        """Return whether the update can do nothing with a part of the block, as it is sharded.
+
+        Every rank then gathers the gradient and works on all of it.
+        """
+        return False
+
     def init(self, layout: Layout) -> State:
         """Allocate the state of one block, all zeros, on the layout's device."""
-        return {}
+        return {key: layout.allocate(sizes) for key, sizes in self.sizes(layout).items()}
 
     def keeps_state_of(self, other: Kind, layout: Layout) -> bool:
         """Return whether the state of ``other`` is one of this kind, tensor for tensor.
@@ -63,7 +79,10 @@ class Kind:
         return type(self) is type(other) and self.shapes(layout) == other.shapes(layout)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return the full statistic that the state stands for, ``[..., m, n]``, without bias correction."""
+        """Return the full statistic that the state stands for, ``[..., m, n]``, without bias correction.
+
+        State and layout are those of a whole block on one process, here and in :meth:`from_dense`.
+        """
         raise NotImplementedError
 
     def from_dense(self, value: Tensor, layout: Layout) -> State:
@@ -84,19 +103,20 @@ class Kind:
 
     def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Return the global shapes of the state tensors; allocates nothing."""
-        state = self.init(replace(layout, device=torch.device("meta")))
-        return {key: tuple(value.shape) for key, value in state.items()}
+        return {key: layout.shape_of(sizes) for key, sizes in self.sizes(layout).items()}
 
     def nbytes(self, layout: Layout) -> int:
         """Return the bytes of the block's state, over all ranks."""
         size = layout.state_dtype.itemsize
         return sum(torch.Size(shape).numel() * size for shape in self.shapes(layout).values())
 
+    def rounding(self, layout: Layout, tick: Tick, key: str) -> Noise | None:
+        """Return the noise with which a state tensor is rounded, where it is stored in less than it is computed in.
 
-def rounding(layout: Layout, tick: Tick, key: str) -> torch.Generator | None:
-    """Return the randomness for stochastic rounding where state is stored in less than it is computed in.
-
-    Every state tensor, named by ``key``, has its own: one that all ranks hold must be rounded alike on all of them,
-    although they round parts of different sizes of one that is sharded.
-    """
-    return tick.generator(layout.device, f"rounding {key}") if layout.state_dtype != layout.dtype else None
+        It is a function of the position in the whole tensor: every sharding rounds alike.
+        """
+        if layout.state_dtype == layout.dtype:
+            return None
+        sizes = self.sizes(layout)[key]
+        shape = layout.shape_of(sizes) if sizes else layout.matrix
+        return Noise(tick.salted(f"rounding {key}"), shape, layout.origin(sizes))

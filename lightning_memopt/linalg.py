@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def signed_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-def orthonormalize(matrix: Tensor, gram: Tensor, *, signed: bool = False) -> Tensor:
+def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     """Return orthonormal columns that span those of ``matrix``; zero columns where its rank falls short.
 
     Works through the Gram matrix, so that rows may live on different ranks: the caller sums it.
@@ -140,7 +141,6 @@ def orthonormalize(matrix: Tensor, gram: Tensor, *, signed: bool = False) -> Ten
     Args:
         matrix: ``[..., m, r]``; the rows at hand.
         gram: ``[..., r, r]`` float64, ``matrixᵀ matrix`` over *all* rows.
-        signed: Whether the columns' signs have to be the same on every sharding, and not only what they span.
 
     Returns:
         ``[..., m, r]`` in the dtype of ``matrix``.
@@ -149,27 +149,64 @@ def orthonormalize(matrix: Tensor, gram: Tensor, *, signed: bool = False) -> Ten
     alive = diagonal > 0
     scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
     # Columns of very different length (singular values enter squared) would drown in the cut-off: equilibrate first.
-    values, vectors = (signed_eigh if signed else torch.linalg.eigh)(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
+    values, vectors = signed_eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
     keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
     inverse = torch.where(keep, values, 1.0).rsqrt() * keep
     transform = scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
     return (matrix.double() @ transform).to(matrix.dtype)
 
 
-def store_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
+@dataclass(frozen=True)
+class Noise:
+    """Uniform random bits, one number per element, that depend on the element's position in a whole tensor only.
+
+    Attributes:
+        seed: A 63-bit number.
+        shape: Shape of the whole.
+        offset: Where in the whole the part at hand starts.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def part(self, index: Index) -> Noise:
+        """Return the noise of a chunk of the part at hand."""
+        starts = [part.start for part in index] + [0] * (len(self.shape) - len(index))
+        return Noise(self.seed, self.shape, tuple(old + new for old, new in zip(self.offset, starts, strict=True)))
+
+    def bits(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return 16 random bits per element of the part's first ``shape`` elements, as int32."""
+        position = torch.zeros((), dtype=torch.int64, device=device)
+        stride = 1
+        for dim in reversed(range(len(shape))):
+            steps = torch.arange(self.offset[dim], self.offset[dim] + shape[dim], device=device) * stride
+            position = position + steps.view(-1, *[1] * (len(shape) - 1 - dim))
+            stride *= self.shape[dim]
+        # The finalizer of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64 with logical shifts.
+        mixed = position * _signed(0x9E3779B97F4A7C15) + self.seed
+        mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+        return ((mixed >> 40) & 0xFFFF).to(torch.int32)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
     """Write ``value`` into ``target`` of another dtype or the same.
 
-    To nearest, or stochastically where the target is bfloat16 and a generator is given.
+    To nearest, or stochastically where the target is bfloat16 and noise is given.
 
     Rounding to nearest would stop an average whose increments are below the last bit (2⁻⁸ relative): with β₂ = 0.999
     they always are. Rounding up with the probability of the remainder keeps the average unbiased.
     """
     if value.data_ptr() == target.data_ptr() and value.dtype == target.dtype:
         return
-    if generator is None or target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
+    if noise is None or target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
         target.copy_(value)
         return
     single = value.float().contiguous()
-    noise = torch.randint(0, 1 << 16, single.shape, generator=generator, device=single.device, dtype=torch.int32)
-    rounded = ((single.view(torch.int32) + noise) & -65536).view(torch.float32)
+    rounded = ((single.view(torch.int32) + noise.bits(tuple(single.shape), single.device)) & -65536).view(torch.float32)
     target.copy_(torch.where(single.isfinite(), rounded, single))

@@ -14,15 +14,14 @@ from torch import Tensor
 from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
-from lightning_memopt.checkpoint import loaded_blocks, loaded_groups, placed
-from lightning_memopt.collectives import Task, drive
-from lightning_memopt.guards import exact_arithmetic, unusable
-from lightning_memopt.kind import Kind
+from lightning_memopt.checkpoint import allocated, converted, loaded, loaded_groups
+from lightning_memopt.guards import Unusable, exact_arithmetic
 from lightning_memopt.layout import Layout, arithmetic_dtype
 from lightning_memopt.plan import Plan, Recipe, known_options
 from lightning_memopt.recipes import load_plan
 from lightning_memopt.roles import Part, canonical_names, classify
 from lightning_memopt.snapshot import Snapshot
+from lightning_memopt.stepping import Step, Update
 from lightning_memopt.tick import block_key
 
 NONFINITE = ("raise", "skip")
@@ -208,6 +207,38 @@ class MemOpt(torch.optim.Optimizer):
             self._blocks.clear()
             self._build(blocks)
 
+    @torch.no_grad()
+    def rebind(self, params: Mapping[Tensor, Tensor]) -> None:
+        """Replace parameters by others of the same weights, such as those that FSDP2's ``fully_shard`` makes of them.
+
+        Names, recipes, hyperparameters and state stay; every rank keeps its part of the state.
+
+        Args:
+            params: Old parameter → new parameter. Parameters that are not among the keys stay.
+
+        Raises:
+            ValueError: If a new parameter has another shape.
+            NotImplementedError: If one is sharded in a way that is not supported. Nothing has changed then.
+        """
+        table = {old: params.get(old, old) for old in self._all_params()}
+        for old, new in table.items():
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"{self._names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, what is to replace it "
+                    f"{tuple(new.shape)}: rebind replaces parameters by others of the same weights."
+                )
+        blocks = {new: tuple(block.moved(new) for block in self._blocks.get(old, ())) for old, new in table.items()}
+        for group in self.param_groups:
+            group["params"] = [table[param] for param in group["params"]]
+        names = {table.get(param, param): name for param, name in self._names.items()}
+        states = {table[param]: state for param, state in self.state.items()}
+        for own, entries in ((self._names, names), (self._blocks, {p: b for p, b in blocks.items() if b})):
+            own.clear()
+            own.update(entries)  # type: ignore[arg-type]
+        self.state.clear()
+        for param, state in states.items():
+            self.state[param] = loaded(blocks[param], state, convert=True)[1] if blocks[param] and state else state
+
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:
         """Restore groups, names and blocks if what follows fails."""
@@ -317,9 +348,14 @@ class MemOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = self._active()
-        blocks = [self._blocks[param][0] for _, param in active]
-        positions = unusable([param.grad for _, param in active], [block.layout for block in blocks])  # type: ignore[misc]
-        bad = [blocks[position].name for position in positions]
+        updates = [
+            Update(block, param, self.state[param], group) for group, param in active for block in self._blocks[param]
+        ]
+        step = Step(updates)
+        unusable = Unusable([param.grad for _, param in active], [self._blocks[param][0].layout for _, param in active])  # type: ignore[misc]
+        # Nothing is written before all ranks agree that everything can be.
+        positions = unusable.positions(step.begin(unusable.wants()))
+        bad = [self._blocks[active[position][1]][0].name for position in positions]
         if bad and self._nonfinite == "raise":
             raise FloatingPointError(
                 f"Gradients with non-finite or overflowing elements in: {', '.join(bad)}. Weights and state are "
@@ -328,8 +364,10 @@ class MemOpt(torch.optim.Optimizer):
         if bad:
             self._counts["skipped"] += 1
             return loss
+        for _, param in active:
+            self.state[param]["step"] += 1
         with exact_arithmetic({param.device.type for _, param in active}):
-            drive(task for group, param in active for task in self._tasks(group, param))
+            step.run()
         return loss
 
     def _active(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -347,6 +385,8 @@ class MemOpt(torch.optim.Optimizer):
                 raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
             if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
                 self._follow(param)
+            if not self.state.get(param):  # frozen when the optimizer was made
+                self.state[param] = self._init(self._blocks[param])
         return active
 
     def _follow(self, param: Tensor) -> None:
@@ -368,19 +408,8 @@ class MemOpt(torch.optim.Optimizer):
         self._blocks[param] = tuple(
             replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
         )
-        if state and float(state["step"]) == 0:
-            self.state[param] = self._init(self._blocks[param])
-        elif state:
-            self.state[param] = placed(state, param)
-
-    def _tasks(self, group: dict[str, Any], param: Tensor) -> Iterator[Task]:
-        if not self.state.get(param):  # frozen when the optimizer was made
-            self.state[param] = self._init(self._blocks[param])
-        state = self.state[param]
-        state["step"] += 1
-        step = int(state["step"].item())
-        for block in self._blocks[param]:
-            yield block.update(param, param.grad, state, group, step)  # type: ignore[arg-type]
+        if state:
+            self.state[param] = loaded(self._blocks[param], state, convert=True)[1]
 
     # ------------------------------------------------------------------ changing and reading the plan
 
@@ -393,7 +422,6 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
-            NotImplementedError: If a block is sharded.
         """
         self._require_names()
         places = {block.name: (param, block) for param, blocks in self._blocks.items() for block in blocks}
@@ -402,13 +430,8 @@ class MemOpt(torch.optim.Optimizer):
             if name not in places:
                 raise ValueError(unknown("block", name, list(places)))
             param, block = places[name]
-            if block.layout.mesh is not None:
-                raise NotImplementedError(
-                    f"The block {name!r} is sharded with placements {block.layout.placements}; only blocks that are "
-                    "whole on one process can be reformatted."
-                )
             new = replace(block, recipe=block.recipe.changed(change).resolve(block.layout))
-            for old_kind, new_kind in _axes(block, new):
+            for old_kind, new_kind in zip(block.kinds, new.kinds, strict=True):
                 if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, block.layout):
                     raise ValueError(
                         f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
@@ -422,13 +445,12 @@ class MemOpt(torch.optim.Optimizer):
         state = self.state.get(param, {})
         self._reformatted[block.name] = new.recipe
         self._blocks[param] = tuple(new if entry is block else entry for entry in self._blocks[param])
-        for old_kind, new_kind in _axes(block, new):
-            if new_kind.keeps_state_of(old_kind, block.layout) or not state:
-                continue
-            dense = old_kind.to_dense(block.part(state, old_kind.keys), block.layout)
-            for key in old_kind.keys:
-                del state[block.prefix + key]
-            state.update({block.prefix + key: value for key, value in new_kind.from_dense(dense, new.layout).items()})
+        if state and new.recipe != block.recipe:
+            fresh = converted(block, new, state, keep=True)
+            for kind in block.kinds:
+                for key in kind.keys:
+                    del state[block.prefix + key]
+            state.update(fresh)
 
     def snapshot(self) -> Snapshot:
         """Return frozen facts about all blocks.
@@ -478,8 +500,9 @@ class MemOpt(torch.optim.Optimizer):
         """Load what :meth:`state_dict` returned, with every dtype kept.
 
         Keys and shapes of the state decide kinds and ranks, so that a checkpoint from after a :meth:`reformat` loads
-        into an optimizer that was made without it. A state dict of ``torch.optim.AdamW`` loads into the recipe
-        ``adamw``.
+        into an optimizer that was made without it. A state dict of ``torch.optim.AdamW``, or of the recipe ``adamw``,
+        loads into every recipe: its state is compressed a block at a time. Tensors may be whole, or DTensors of any
+        placement; every rank keeps its part.
 
         Raises:
             ValueError: If it belongs to another model or another recipe; nothing has changed then.
@@ -488,7 +511,15 @@ class MemOpt(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         groups = loaded_groups(state_dict["param_groups"], self.param_groups)
         self._require_names()
-        blocks, states = self._loaded(state_dict)
+        saved = self._saved_state(state_dict)
+        blocks, states = {}, {}
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            convert = theirs.get("recipe", "adamw") != group["recipe"]
+            for param in group["params"]:
+                if saved[param]:
+                    blocks[param], states[param] = loaded(self._blocks[param], saved[param], convert=convert)
+                elif param.requires_grad:
+                    states[param] = self._init(self._blocks[param])
         for ours, theirs in zip(self.param_groups, groups, strict=True):
             ours.update(theirs)
         self._reformatted.update({block.name: block.recipe for entries in blocks.values() for block in entries})
@@ -498,29 +529,46 @@ class MemOpt(torch.optim.Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded(
-        self, state_dict: Mapping[str, Any]
-    ) -> tuple[dict[Tensor, tuple[Block, ...]], dict[Tensor, dict[str, Tensor]]]:
-        """Return blocks and states as a state dict has them."""
-        blocks, states = {}, {}
+    def allocate_state_dict(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state dict like ``saved``, zeros for tensors, which lie where this rank would hold them.
+
+        For readers of sharded checkpoints, which write into tensors that are there: they fill what is returned and
+        pass it to :meth:`load_state_dict`. This optimizer does not change.
+
+        Args:
+            saved: A state dict whose tensors are only looked at for shapes (global ones) and dtypes: the meta device
+                will do.
+
+        Raises:
+            ValueError: As :meth:`load_state_dict` does.
+        """
+        loaded_groups(saved["param_groups"], self.param_groups)
+        self._require_names()
+        found = self._saved_state(saved)
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        states = {
+            index: allocated(param, self._blocks[param], found[param])
+            for index, param in zip(indices, self._all_params(), strict=True)
+            if found[param]
+        }
+        return {"state": states, "param_groups": saved["param_groups"]}
+
+    def _saved_state(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+        """Return the saved state of every parameter; empty where there is none and none is missed."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         unknown_indices = sorted(set(state_dict["state"]) - set(indices))
         if unknown_indices:
             raise ValueError(f"The state dict has state for parameters {unknown_indices[:5]} that no group lists.")
         ours = any("recipe" in group for group in state_dict["param_groups"])
+        found = {}
         for index, param in zip(indices, self._all_params(), strict=True):
-            saved = state_dict["state"].get(index)
-            if saved:
-                blocks[param], saved = loaded_blocks(self._blocks[param], saved)
-                states[param] = placed(saved, param)
-            elif param.requires_grad and ours and any(state_dict["state"].values()):
+            found[param] = state_dict["state"].get(index) or {}
+            if not found[param] and param.requires_grad and ours and any(state_dict["state"].values()):
                 raise ValueError(
                     f"The state dict has no state for {self._blocks[param][0].name!r}: it was frozen when that was "
                     "saved. Freeze it (requires_grad_(False)), load, and then let it train."
                 )
-            elif param.requires_grad:
-                states[param] = self._init(self._blocks[param])
-        return blocks, states
+        return found
 
 
 _OWN_ATTRIBUTES = (
@@ -535,7 +583,3 @@ def _identity(blocks: Mapping[Tensor, tuple[Block, ...]]) -> dict[Tensor, list[A
         param: [(block.name, block.role, block.recipe, block.layout.slot, block.layout.matrix) for block in entries]
         for param, entries in blocks.items()
     }
-
-
-def _axes(old: Block, new: Block) -> list[tuple[Kind, Kind]]:
-    return [(old.recipe.momentum, new.recipe.momentum), (old.recipe.second_moment, new.recipe.second_moment)]

@@ -36,17 +36,13 @@ class Tick:
         """Return whether work that recurs every ``gap`` steps falls on this one; always on step 1."""
         return self.step == 1 or (self.step + self.index) % gap == 0
 
-    def generator(self, device: torch.device | str = "cpu", purpose: str = "") -> torch.Generator:
-        """Return a generator that yields the same numbers whenever this step of this block is taken.
-
-        Args:
-            device: Where the numbers are drawn.
-            purpose: What for; the numbers for different purposes are independent.
-        """
+    def salted(self, purpose: str = "") -> int:
+        """Return a 63-bit number that depends on the block, the step and the purpose only."""
         salt = block_key(self.step, purpose) if purpose else 0
-        return torch.Generator(device).manual_seed((self.key + self.step * _STEP_STRIDE + salt) & _MASK)
+        return (self.key + self.step * _STEP_STRIDE + salt) & _MASK
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Draw standard normal numbers of a *global* shape: on the CPU, so that every device gets the same."""
-        draw = torch.randn(shape, generator=self.generator(), dtype=torch.float64, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(self.salted())
+        draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         return draw.to(dtype=like.dtype, device=like.device)

@@ -27,7 +27,7 @@ LEVELS: list[list[set[str]]] = [
     [{"momentum"}, {"second_moment"}, {"roles"}],
     [{"plan", "recipes", "snapshot", "guards"}],
     [{"block"}],
-    [{"groups", "checkpoint"}],
+    [{"groups", "checkpoint", "stepping"}],
     [{"optimizer", "planner"}],
     [{"optimizers"}],
     [{"strategy"}, {"callbacks", "metrics"}],
@@ -47,7 +47,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "roles": ("torch", *LIGHTNING),
     "layout": LIGHTNING,
     "collectives": LIGHTNING,
-    **dict.fromkeys(("guards", "block", "groups", "checkpoint", "optimizer", "optimizers", "planner"), LIGHTNING),
+    **dict.fromkeys(
+        ("guards", "block", "groups", "checkpoint", "stepping", "optimizer", "optimizers", "planner"), LIGHTNING
+    ),
     "metrics": (DISTRIBUTED,),
 }
 ONLY_TORCH = ("torch", "typing_extensions", PACKAGE)
@@ -197,10 +199,11 @@ def test_what_must_not_be_touched():
     assert {part for sets in LEVELS[:9] for names in sets for part in names} <= set(FORBIDDEN)
 
 
-def test_only_layout_uses_dtensor():
-    wrong = [str(e) for e in all_imports() if e.name.startswith("torch.distributed.tensor") and e.part != "layout"]
+def test_only_layout_and_the_strategy_use_dtensor():
+    allowed = ("layout", "strategy")
+    wrong = [str(e) for e in all_imports() if e.name.startswith("torch.distributed.tensor") and e.part not in allowed]
     for part, module, path in files():
-        if part != "layout":
+        if part not in allowed:
             names = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)]
             wrong += [f"{module}:{node.lineno} uses DTensor" for node in names if node.id == "DTensor"]
     assert not wrong, "\n".join(wrong)

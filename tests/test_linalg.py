@@ -7,6 +7,7 @@ import torch
 
 from lightning_memopt import linalg
 from lightning_memopt.linalg import (
+    Noise,
     chunks,
     column_square_sums,
     gram,
@@ -210,13 +211,13 @@ def test_orthonormalize_an_empty_part():
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def noise(target, seed=0):
+    return Noise(seed, tuple(target.shape), (0,) * target.ndim)
 
 
 def test_store_same_dtype_copies():
     target, value = torch.zeros(5), gradient((5,), 1)
-    store_(target, value, generator())
+    store_(target, value, noise(target))
     assert_equal(target, value)
     value[0] = 7
     assert target[0] != 7, "a copy, not a view"
@@ -234,7 +235,7 @@ def test_store_keeps_what_bfloat16_can_represent():
     )
     for seed in range(5):
         target = torch.zeros_like(value)
-        store_(target, value.float(), generator(seed))
+        store_(target, value.float(), noise(target, seed))
         assert_equal(target, value)
         assert_equal(target.signbit(), value.signbit())
 
@@ -242,14 +243,14 @@ def test_store_keeps_what_bfloat16_can_represent():
 def test_store_keeps_what_is_not_finite():
     value = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0])
     target = torch.zeros(4, dtype=torch.bfloat16)
-    store_(target, value, generator())
+    store_(target, value, noise(target))
     assert_equal(target, value.bfloat16())
 
 
 def test_store_near_the_largest_number_stays_a_number_or_infinity():
     value = torch.full((1000,), torch.finfo(torch.float32).max)
     target = torch.zeros(1000, dtype=torch.bfloat16)
-    store_(target, value, generator())
+    store_(target, value, noise(target))
     assert not target.isnan().any()
     assert (target > 0).all()
 
@@ -261,7 +262,7 @@ def test_store_rounds_without_bias(value, dtype):
     count = 40_000
     values = torch.full((count,), value, dtype=dtype)
     target = torch.zeros(count, dtype=torch.bfloat16)
-    store_(target, values, generator(3))
+    store_(target, values, noise(target, 3))
     neighbours = target.double().unique()
     assert len(neighbours) == 2
     low, high = neighbours.tolist()
@@ -275,9 +276,9 @@ def test_store_rounds_without_bias(value, dtype):
 def test_store_is_repeatable():
     value = gradient((1000,), 1)
     one, two, other = (torch.zeros(1000, dtype=torch.bfloat16) for _ in range(3))
-    store_(one, value, generator(1))
-    store_(two, value, generator(1))
-    store_(other, value, generator(2))
+    store_(one, value, noise(one, 1))
+    store_(two, value, noise(two, 1))
+    store_(other, value, noise(other, 2))
     assert_equal(one, two)
     assert not torch.equal(one, other)
 
@@ -285,13 +286,42 @@ def test_store_is_repeatable():
 def test_store_works_on_parts_and_transposes():
     value = gradient((6, 8), 1)
     target = torch.zeros(8, 6, dtype=torch.bfloat16)
-    store_(target.mT[:3], value[:3], generator())
-    store_(target.mT[3:], value[3:], generator())
+    whole = Noise(5, (6, 8), (0, 0))
+    store_(target.mT[:3], value[:3], whole)
+    store_(target.mT[3:], value[3:], whole.part((slice(3, 6),)))
     torch.testing.assert_close(target.mT.float(), value, rtol=2**-7, atol=0)
+    again = torch.zeros(6, 8, dtype=torch.bfloat16)
+    store_(again, value, whole)
+    assert_equal(target.mT, again, "rounded the same in parts and as a whole")
+
+
+def test_noise_depends_on_the_position_only():
+    whole = Noise(3, (4, 6, 10), (0, 0, 0))
+    bits = whole.bits((4, 6, 10), torch.device("cpu"))
+    part = whole.part((slice(1, 3), slice(2, 5))).bits((2, 3, 10), torch.device("cpu"))
+    assert_equal(part, bits[1:3, 2:5])
+    assert_equal(Noise(3, (4, 6, 10), (2, 3, 4)).bits((2, 3, 6), torch.device("cpu")), bits[2:, 3:, 4:])
+
+
+def test_noise_is_uniform_and_uncorrelated():
+    """Means, correlations of neighbours and of seeds, and single bits, to 5 sigma."""
+    size = 1 << 16
+    for seed in (0, 1, 2**62 + 12345):
+        bits = Noise(seed, (256, 256), (0, 0)).bits((256, 256), torch.device("cpu"))
+        assert bits.min() >= 0
+        assert bits.max() < 1 << 16
+        unit = (bits.double() + 0.5) / (1 << 16) - 0.5
+        limit = 5 / 12 / math.sqrt(size)
+        assert abs(float(unit.mean())) < 5 * math.sqrt(1 / 12 / size)
+        other = Noise(seed + 1, (256, 256), (0, 0)).bits((256, 256), torch.device("cpu")).double() / (1 << 16) - 0.5
+        for shifted in (unit.roll(1, 0), unit.roll(1, 1), other):
+            assert abs(float((unit * shifted).mean())) < limit
+        for bit in range(16):
+            assert abs(float((bits >> bit & 1).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(size)
 
 
 def test_store_in_float16_rounds_to_nearest():
     value = gradient((100,), 1)
     target = torch.zeros(100, dtype=torch.float16)
-    store_(target, value, generator())
+    store_(target, value, noise(target))
     assert_equal(target, value.half())

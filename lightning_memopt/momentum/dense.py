@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_memopt.kind import rounding
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import ELEMENTWISE, Layout, Sizes
 from lightning_memopt.linalg import chunks, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.tick import Tick
@@ -30,9 +29,9 @@ class DenseMomentum(Momentum):
 
     bias_correction: bool = True
 
-    def init(self, layout: Layout) -> State:
-        """Allocate ``exp_avg`` with the shape of the block."""
-        return {"exp_avg": layout.zeros_elementwise()}
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return ``exp_avg``, of the shape of the block."""
+        return {"exp_avg": ELEMENTWISE}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
@@ -40,10 +39,10 @@ class DenseMomentum(Momentum):
         """Average the gradient in."""
         yield from ()
         average = state["exp_avg"].view(layout.local)
-        generator = rounding(layout, tick, "exp_avg")
+        noise = self.rounding(layout, tick, "exp_avg")
         for index in chunks(average):
             part = average[index].to(layout.dtype).lerp_(grad[index].to(layout.dtype), 1 - beta1)
-            store_(average[index], part, generator)
+            store_(average[index], part, noise and noise.part(index))
         return Direction(average, 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

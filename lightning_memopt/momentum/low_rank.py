@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import gram, matmul, orthonormalize, rmatmul, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.momentum.rank import check_rank, resolve_rank
@@ -51,19 +50,19 @@ class LowRankMomentum(Momentum):
         """Turn a fraction into a number for this block."""
         return replace(self, rank=resolve_rank(self.rank, layout))
 
-    def init(self, layout: Layout) -> State:
-        """Allocate both factors."""
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return both factors."""
         rank = resolve_rank(self.rank, layout)
-        return {"low_rank_q": layout.zeros(-2, rank), "low_rank_r": layout.zeros(rank, -1)}
+        return {"low_rank_q": (-2, rank), "low_rank_r": (rank, -1)}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Take one power iteration on the new momentum; three products with the gradient, 8·m·n·r operations."""
         q_old, r_old = (state[key].to(layout.dtype) for key in self.keys)
-        sketch, coupling = yield from self._sketch(r_old, layout, tick)
-        (y,) = yield from request(
-            Sum(matmul(grad, sketch.mT).mul_(1 - beta1), layout, -1),
+        sketch = yield from self._sketch(r_old, layout, tick)
+        y, coupling = yield from request(
+            Sum(matmul(grad, sketch.mT).mul_(1 - beta1), layout, -1), Sum(r_old @ sketch.mT, layout, -1)
         )
         y = y.add_(q_old @ coupling, alpha=beta1)
         (square,) = yield from request(Sum(gram(y), layout, -2))
@@ -75,27 +74,25 @@ class LowRankMomentum(Momentum):
         keep, drop = beta1 / (1 - beta1), 1 / (1 - beta1) - 1 / (1 - beta1**tick.step)
         left = torch.cat((q_old, q), dim=-1)
         right = torch.cat((r_old * keep, r * -drop), dim=-2)
-        store_(state["low_rank_q"], q, rounding(layout, tick, "low_rank_q"))
-        store_(state["low_rank_r"], r, rounding(layout, tick, "low_rank_r"))
+        store_(state["low_rank_q"], q, self.rounding(layout, tick, "low_rank_q"))
+        store_(state["low_rank_r"], r, self.rounding(layout, tick, "low_rank_r"))
         return Direction(grad, 1.0, left, right)
 
-    def _sketch(self, r_old: Tensor, layout: Layout, tick: Tick) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
-        """Return S, the rows of R₋ at unit length with dead ones drawn anew, and R₋ Sᵀ.
+    def _sketch(self, r_old: Tensor, layout: Layout, tick: Tick) -> Generator[Any, Any, Tensor]:
+        """Return S, the rows of R₋ at unit length with dead ones drawn anew.
 
         The span of M Sᵀ is that of M R₋ᵀ, but its columns scale with the singular values instead of their squares,
         and neither tiny nor huge gradients leave the range of float32.
         """
         wide = r_old.double()
-        (square,) = yield from request(Sum(wide @ wide.mT, layout, -1))
-        norms = square.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
+        (squares,) = yield from request(Sum(wide.square().sum(-1, keepdim=True), layout, -1))
+        norms = squares.sqrt()
         alive = norms > 0
         if bool(alive.all()):
-            return (wide / norms).to(r_old.dtype), (square / norms.mT).to(r_old.dtype)
+            return (wide / norms).to(r_old.dtype)
         shape = (*layout.matrix[:-2], r_old.shape[-2], layout.matrix[-1])
-        draw = layout.cut(tick.normal(shape, wide), at=-1, dim=-1)
-        sketch = torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
-        (coupling,) = yield from request(Sum(r_old @ sketch.mT, layout, -1))
-        return sketch, coupling
+        draw = layout.part_of(tick.normal(shape, wide), at=-1, dim=-1)
+        return torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return Q R."""

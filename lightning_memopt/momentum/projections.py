@@ -1,7 +1,8 @@
 """How Subspace-Momentum chooses its subspace, and what becomes of the momentum when it changes.
 
 All functions see the block tall, ``[..., m, n]`` with m ≥ n; ``long`` and ``short`` name the block's own dimensions
-that play the parts of m and n, so that sums go over the right ranks.
+that play the parts of m and n, so that sums go over the right ranks. They are given the whole basis that was, and
+return this rank's part of the new one along the short side.
 """
 
 from __future__ import annotations
@@ -21,34 +22,35 @@ from lightning_memopt.tick import Tick
 Basis = Generator[Any, Any, Tensor]
 PROJECTIONS: Registry[Callable[..., Basis]] = Registry("projection")
 HANDOVERS: Registry[Callable[..., Basis]] = Registry("handover")
+# They compare all parts of the short side with each other, so that no rank can work on its part alone.
+NEED_SHORT_SIDE_WHOLE = ("svd", "topk")
 
 
 def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
     shape = (*layout.matrix[:-2], layout.matrix[short], basis.shape[-1])
-    return layout.cut(tick.normal(shape, basis), at=-2, dim=short)
+    return layout.part_of_stack(tick.normal(shape, basis))
 
 
 @PROJECTIONS.register("power")
 def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Take one block power iteration from the basis at hand; from random columns where there is none."""
-    (lengths,) = yield from request(Sum(basis.double().square().sum(-2, keepdim=True), layout, short))
-    alive = lengths > 0
+    alive = basis.ne(0).any(-2, keepdim=True)
     if not bool(alive.all()):
         basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
+    basis = layout.along(basis, at=-2, dim=short)
     (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
     # Orthonormal in between: GᵀG P itself squares the spread of the singular values, and columns of less than 1/300
     # of the largest would be lost.
     (square,) = yield from request(Sum(gram(image), layout, long))
-    (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square, signed=True), grad), layout, long))
+    (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square), grad), layout, long))
     back = back.mT
     (square,) = yield from request(Sum(gram(back), layout, short))
-    return orthonormalize(back, square, signed=True)
+    return orthonormalize(back, square)
 
 
 @PROJECTIONS.register("svd")
 def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
-    layout.require_whole(short, "The projection 'svd'")
     (square,) = yield from request(Sum(gram(grad), layout, long))
     values, vectors = signed_eigh(square)
     # Vectors of singular values that are zero are noise, different on every sharding: zero columns instead.
@@ -59,15 +61,14 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
 @PROJECTIONS.register("random")
 def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Draw a uniformly distributed subspace."""
-    draw = _draw(basis, layout, short, tick)
+    draw = layout.along(_draw(basis, layout, short, tick), at=-2, dim=short)
     (square,) = yield from request(Sum(gram(draw), layout, short))
-    return orthonormalize(draw, square, signed=True)
+    return orthonormalize(draw, square)
 
 
 @PROJECTIONS.register("topk")
 def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Select the coordinates of the short side whose slices of the gradient have the largest norm."""
-    layout.require_whole(short, "The projection 'topk'")
     (norms,) = yield from request(Sum(column_square_sums(grad, layout.dtype), layout, long))
     largest, chosen = norms.topk(basis.shape[-1], dim=-1)
     return torch.zeros_like(basis).scatter_(-2, chosen, (largest > 0).to(basis.dtype))

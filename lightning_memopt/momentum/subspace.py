@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
-from lightning_memopt.layout import Layout
+from lightning_memopt.collectives import Sum, request, together
+from lightning_memopt.layout import Layout, Sizes, Whole
 from lightning_memopt.linalg import matmul, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
-from lightning_memopt.momentum.projections import HANDOVERS, PROJECTIONS
+from lightning_memopt.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
 from lightning_memopt.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.tick import Tick
 
@@ -63,10 +62,14 @@ class SubspaceMomentum(Momentum):
         """Turn a fraction into a number for this block."""
         return replace(self, rank=resolve_rank(self.rank, layout))
 
-    def init(self, layout: Layout) -> State:
-        """Allocate the basis and the momentum's coordinates in it."""
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return the basis, which every rank needs as a whole, and the momentum's coordinates in it."""
         rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
-        return {"subspace_p": layout.zeros(short, rank), "subspace_x": layout.zeros(long, rank)}
+        return {"subspace_p": (Whole(short), rank), "subspace_x": (long, rank)}
+
+    def needs_whole(self, layout: Layout) -> bool:
+        """Return whether the projection compares parts of the short side that different ranks hold."""
+        return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(_sides(layout)[1])
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
@@ -75,18 +78,30 @@ class SubspaceMomentum(Momentum):
         long, short = _sides(layout)
         tall = grad if long == -2 else grad.mT
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
-        if tick.due(self.gap):
-            old = basis
-            basis = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
-            momentum = yield from HANDOVERS.get(self.handover)(momentum, old, basis, layout, short)
-        (projected,) = yield from request(Sum(matmul(tall, basis), layout, short))
+        old = mine = layout.along(basis, at=-2, dim=short)
+        due = tick.due(self.gap)
+        if due:
+            mine = yield from PROJECTIONS.get(self.projection)(tall, basis, layout, long, short, tick)
+        (projected,), momentum = yield from together(
+            request(Sum(matmul(tall, mine), layout, short)),
+            HANDOVERS.get(self.handover if due else "keep")(momentum, old, mine, layout, short),
+        )
+        if due:
+            self._store_basis(state, mine, layout, short, tick)
         momentum = momentum.lerp(projected, 1 - beta1)
-        store_(state["subspace_p"], basis, rounding(layout, tick, "subspace_p"))
-        store_(state["subspace_x"], momentum, rounding(layout, tick, "subspace_x"))
+        store_(state["subspace_x"], momentum, self.rounding(layout, tick, "subspace_x"))
         inside = 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0
         outside = inside if self.correct_complement else 1.0
-        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), basis.mT
+        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), mine.mT
         return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
+
+    def _store_basis(self, state: State, basis: Tensor, layout: Layout, short: int, tick: Tick) -> None:
+        target = layout.along(state["subspace_p"], at=-2, dim=short)
+        noise = self.rounding(layout, tick, "subspace_p")
+        if noise is not None:
+            start = layout.offset[short]
+            noise = noise.part((*[slice(0, None)] * (basis.ndim - 2), slice(start, None)))
+        store_(target, basis, noise)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return X Pᵀ, or its transpose for a wide block."""

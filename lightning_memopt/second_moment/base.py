@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt._registry import Registry
-from lightning_memopt.kind import Kind, State, rounding
+from lightning_memopt.kind import Kind, State
 from lightning_memopt.layout import Layout
 from lightning_memopt.linalg import Index, store_, take
 from lightning_memopt.tick import Tick
@@ -69,16 +69,15 @@ class SecondMoment(Kind):
         """
         raise NotImplementedError
 
+    def accumulate_(self, state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
+        """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""
+        new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
+        store_(state[key], new, self.rounding(layout, tick, key))
+        return new
+
     def correction(self, beta2: float, tick: Tick) -> float:
         """Return the bias correction of this step."""
         return 1 - beta2**tick.step if self.bias_correction and beta2 < 1 else 1.0
-
-
-def accumulate_(state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
-    """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""
-    new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
-    store_(state[key], new, rounding(layout, tick, key))
-    return new
 
 
 SECOND_MOMENTS: Registry[type[SecondMoment]] = Registry("second-moment kind")

@@ -9,15 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
-from lightning_memopt.second_moment.base import (
-    SECOND_MOMENTS,
-    Denominator,
-    SecondMoment,
-    State,
-    accumulate_,
-)
+from lightning_memopt.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.tick import Tick
 
 
@@ -48,17 +42,20 @@ class BlockwiseSecondMoment(SecondMoment):
         """Take the size of a head from the layout where none was given."""
         return replace(self, outputs_per_number=self._run(layout))
 
-    def init(self, layout: Layout) -> State:
-        """Allocate one number per head or output."""
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return one number per head or output."""
         size, count = self._run(layout), layout.output_dim
         if size > 1:
-            layout.require_whole(layout.output_dim, "A second moment per attention head")
             if layout.matrix[count] % size:
                 raise ValueError(
                     f"`outputs_per_number` {size} does not divide the outputs of a block of shape {layout.shape}."
                 )
             count = layout.matrix[count] // size
-        return {"blockwise_sq": layout.zeros(count, 1) if layout.output_dim == -2 else layout.zeros(1, count)}
+        return {"blockwise_sq": (count, 1) if layout.output_dim == -2 else (1, count)}
+
+    def needs_whole(self, layout: Layout) -> bool:
+        """Return whether heads may be cut: their outputs are sharded."""
+        return self._run(layout) > 1 and layout.divides(layout.output_dim)
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -68,7 +65,7 @@ class BlockwiseSecondMoment(SecondMoment):
         sums, over = (row_square_sums, -1) if rows else (column_square_sums, -2)
         (value,) = yield from request(Sum(sums(grad, layout.dtype), layout, over))
         value = self._per_head(value / layout.matrix[over], layout)
-        square = accumulate_(state, "blockwise_sq", value, beta2=beta2, layout=layout, tick=tick)
+        square = self.accumulate_(state, "blockwise_sq", value, beta2=beta2, layout=layout, tick=tick)
         return Denominator((self._spread(square, layout),), self.correction(beta2, tick), eps)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_memopt.kind import rounding
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import ELEMENTWISE, Layout, Sizes
 from lightning_memopt.linalg import chunks, store_
 from lightning_memopt.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.tick import Tick
@@ -24,9 +23,9 @@ class DenseSecondMoment(SecondMoment):
     keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     needs_matrix: ClassVar[bool] = False
 
-    def init(self, layout: Layout) -> State:
-        """Allocate ``exp_avg_sq`` with the shape of the block."""
-        return {"exp_avg_sq": layout.zeros_elementwise()}
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return ``exp_avg_sq``, of the shape of the block."""
+        return {"exp_avg_sq": ELEMENTWISE}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -34,12 +33,12 @@ class DenseSecondMoment(SecondMoment):
         """Average the squares in."""
         yield from ()
         average = state["exp_avg_sq"].view(layout.local)
-        generator = rounding(layout, tick, "exp_avg_sq")
+        noise = self.rounding(layout, tick, "exp_avg_sq")
         weight = 1 - beta2 if beta2 < 1 else 1.0
         for index in chunks(average):
             part = grad[index].to(layout.dtype)
             new = average[index].to(layout.dtype).mul_(beta2).addcmul_(part, part, value=weight)
-            store_(average[index], new, generator)
+            store_(average[index], new, noise and noise.part(index))
         return Denominator((average,), self.correction(beta2, tick), eps)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

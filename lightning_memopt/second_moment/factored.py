@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
-from lightning_memopt.second_moment.base import (
-    SECOND_MOMENTS,
-    Denominator,
-    SecondMoment,
-    State,
-    accumulate_,
-)
+from lightning_memopt.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.tick import Tick
 
 
@@ -35,23 +29,24 @@ class FactoredSecondMoment(SecondMoment):
     name: ClassVar[str] = "factored"
     keys: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
 
-    def init(self, layout: Layout) -> State:
-        """Allocate both means."""
-        return {"factored_row": layout.zeros(-2, 1), "factored_col": layout.zeros(1, -1)}
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return both means."""
+        return {"factored_row": (-2, 1), "factored_col": (1, -1)}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Average the squares of rows and of columns in."""
         m, n = layout.matrix[-2:]
-        rows, columns = yield from request(
-            Sum(row_square_sums(grad, layout.dtype), layout, -1),
-            Sum(column_square_sums(grad, layout.dtype), layout, -2),
+        columns = column_square_sums(grad, layout.dtype)
+        (rows,) = yield from request(Sum(row_square_sums(grad, layout.dtype), layout, -1))
+        row = self.accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
+        # In float64, with the momentum's Gram matrices: one collective less.
+        columns, total = yield from request(
+            Sum(columns, layout, -2), Sum(row.sum(-2, keepdim=True, dtype=torch.float64), layout, -2)
         )
-        row = accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
-        column = accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
-        (total,) = yield from request(Sum(row.sum(-2, keepdim=True), layout, -2))
-        return Denominator((row / _mean(total, m), column), self.correction(beta2, tick), eps)
+        column = self.accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
+        return Denominator((row / _mean(total.to(row.dtype), m), column), self.correction(beta2, tick), eps)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return a cᵀ / mean(a)."""

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.layout import Layout
+from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import column_square_sums, row_square_sums, store_
-from lightning_memopt.second_moment.base import (
-    SECOND_MOMENTS,
-    Denominator,
-    SecondMoment,
-    State,
-    accumulate_,
-)
+from lightning_memopt.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.tick import Tick
 
 REDUCTIONS = ("mean", "sum")
@@ -53,13 +47,16 @@ class SubsetNormSecondMoment(SecondMoment):
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"`subset_size` must be an integer of at least 1 (elements) or None, got {size!r}.")
 
-    def init(self, layout: Layout) -> State:
-        """Allocate one number per subset."""
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return one number per subset."""
         m, n = layout.matrix[-2:]
         if self.subset_size is None:
-            return {"subset_norm_sq": layout.zeros(-2, 1) if m >= n else layout.zeros(1, -1)}
-        layout.require_whole(-1, "A `subset_size`")
-        return {"subset_norm_sq": layout.zeros(-2, -(-n // max(1, min(self.subset_size, n))))}
+            return {"subset_norm_sq": (-2, 1) if m >= n else (1, -1)}
+        return {"subset_norm_sq": (-2, -(-n // max(1, min(self.subset_size, n))))}
+
+    def needs_whole(self, layout: Layout) -> bool:
+        """Return whether runs may be cut: rows are sharded along their length."""
+        return self.subset_size is not None and layout.divides(-1)
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -78,7 +75,7 @@ class SubsetNormSecondMoment(SecondMoment):
             value, over, run = column_square_sums(grad, layout.dtype), -2, None
         (value,) = yield from request(Sum(value, layout, over))
         sizes = self._sizes(layout)
-        square = accumulate_(state, "subset_norm_sq", value / sizes, beta2=beta2, layout=layout, tick=tick)
+        square = self.accumulate_(state, "subset_norm_sq", value / sizes, beta2=beta2, layout=layout, tick=tick)
         # The state is the mean either way: a checkpoint means the same whatever the reduction.
         square = square * sizes if self.reduction == "sum" else square
         return Denominator((square,), self.correction(beta2, tick), eps, run)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lightning_memopt.collectives import Sum, request
-from lightning_memopt.kind import rounding
 from lightning_memopt.linalg import store_
 from lightning_memopt.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.momentum.dense import DenseMomentum
@@ -25,14 +24,14 @@ class RowMomentum(Momentum):
 
     nesterov: bool = False
 
-    def init(self, layout):
-        return {"toy_rows_mean": layout.zeros(-2, 1)}
+    def sizes(self, layout):
+        return {"toy_rows_mean": (-2, 1)}
 
     def update(self, grad, state, layout, *, beta1, tick):
         (total,) = yield from request(Sum(grad.to(layout.dtype).sum(-1, keepdim=True), layout, -1))
         mean = total / layout.matrix[-1]
         average = state["toy_rows_mean"].to(layout.dtype).lerp(mean, 1 - beta1)
-        store_(state["toy_rows_mean"], average, rounding(layout, tick, "toy_rows_mean"))
+        store_(state["toy_rows_mean"], average, self.rounding(layout, tick, "toy_rows_mean"))
         ahead = average.lerp(mean, 1 - beta1) if self.nesterov else average
         return Direction(grad, 1.0, ahead - mean, mean.new_ones(*layout.local[:-2], 1, layout.local[-1]))
 
@@ -83,7 +82,7 @@ class KeepsMoreThanItSays(DenseMomentum):
 
 class KeepsAnExtraKey(DenseMomentum):
     def init(self, layout):
-        return {**super().init(layout), "extra": layout.zeros(1, 1)}
+        return {**super().init(layout), "extra": layout.allocate((1, 1))}
 
 
 class DrawsFromTheGlobalGenerator(DenseMomentum):
