@@ -156,6 +156,18 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     return (matrix.double() @ transform).to(matrix.dtype)
 
 
+def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading singular triplets in float64: ``[..., m, rank]``, ``[..., rank]``, ``[..., rank, n]``.
+
+    Singular values that are zero but for the rounding of the matrix have no directions: theirs are noise, another one
+    on every machine. They come back as zeros.
+    """
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    alive = s > s[..., :1] * 4 * torch.finfo(torch.float32).eps
+    return u * alive.unsqueeze(-2), s * alive, vt * alive.unsqueeze(-1)
+
+
 @dataclass(frozen=True)
 class Noise:
     """Uniform random bits, one number per element, that depend on the element's position in a whole tensor only.

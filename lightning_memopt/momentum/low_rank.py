@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request
 from lightning_memopt.layout import Layout, Sizes
-from lightning_memopt.linalg import gram, matmul, orthonormalize, rmatmul, store_
+from lightning_memopt.linalg import gram, leading_triplets, matmul, orthonormalize, rmatmul, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.tick import Tick
@@ -99,12 +99,11 @@ class LowRankMomentum(Momentum):
         return state["low_rank_q"].to(layout.dtype) @ state["low_rank_r"].to(layout.dtype)
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Keep the best approximation of rank r: the leading singular triplets."""
+        """Keep the best approximation of rank r: the leading singular triplets, zeros where the rank falls short."""
         state = self.init(layout)
-        u, s, vt = torch.linalg.svd(momentum.to(torch.float64), full_matrices=False)
-        rank = state["low_rank_q"].shape[-1]
-        store_(state["low_rank_q"], u[..., :rank].to(layout.dtype))
-        store_(state["low_rank_r"], (s.unsqueeze(-1) * vt)[..., :rank, :].to(layout.dtype))
+        u, s, vt = leading_triplets(momentum, state["low_rank_q"].shape[-1])
+        store_(state["low_rank_q"], u.to(layout.dtype))
+        store_(state["low_rank_r"], (s.unsqueeze(-1) * vt).to(layout.dtype))
         return state
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> LowRankMomentum:

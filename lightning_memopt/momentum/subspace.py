@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request, together
 from lightning_memopt.layout import Layout, Sizes, Whole
-from lightning_memopt.linalg import matmul, store_
+from lightning_memopt.linalg import leading_triplets, matmul, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
 from lightning_memopt.momentum.rank import check_rank, resolve_rank
@@ -112,8 +112,7 @@ class SubspaceMomentum(Momentum):
         """Keep what the leading singular vectors of the momentum span."""
         state = self.init(layout)
         tall = momentum if _sides(layout)[0] == -2 else momentum.mT
-        basis = torch.linalg.svd(tall.to(torch.float64), full_matrices=False).Vh.mT
-        basis = basis[..., : state["subspace_p"].shape[-1]].to(layout.dtype)
+        basis = leading_triplets(tall, state["subspace_p"].shape[-1])[2].mT.to(layout.dtype)
         store_(state["subspace_p"], basis)
         store_(state["subspace_x"], tall.to(layout.dtype) @ basis)
         return state
