@@ -1,6 +1,7 @@
-"""Train the same model twice, with AdamW and with compressed state, and compare.
+"""Train the same sharded model twice, with AdamW and with compressed state, and compare.
 
-``make demo``, or ``python examples/demo.py``. Further arguments go to both runs, as to ``lightning-memopt fit``::
+``make demo``, or ``python examples/demo.py``: on all GPUs, or on two CPU processes. For every further process Lightning
+starts this file again. Further arguments go to both runs, as to ``lightning-memopt fit``::
 
     python examples/demo.py --data.root DIR --trainer.max_steps 1000
 """
@@ -20,8 +21,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from lightning_memopt import MemOptCLI  # noqa: E402
 
@@ -30,6 +33,7 @@ RUNS = {
     "AdamW": ["--config", str(CONFIGS / "demo.yaml"), "--config", str(CONFIGS / "adamw.yaml")],
     "adapm_lean": ["--config", str(CONFIGS / "demo.yaml")],
 }
+BATCH = 8  # sequences, over all processes
 WARMUP_STEPS = 5
 
 
@@ -40,6 +44,7 @@ class Result:
     recipe: str
     val_loss: float
     state_bytes: int
+    rank_bytes: int
     steps_per_second: float
 
 
@@ -75,8 +80,9 @@ def _wait(module: LightningModule) -> None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of memory behind the optimizer's state tensors, every storage counted once."""
+    """Return the bytes of this process's memory behind the optimizer's state tensors, every storage counted once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
     return sum(
         {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}.values()
     )
@@ -85,16 +91,26 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def run(recipe: str, args: list[str]) -> Result:
     """Train as the command line would, and validate the result."""
     timer = StepTimer()
-    cli = MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *args])
+    cli = MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *processes(), *args])
     (optimizer,) = cli.trainer.optimizers
     (metrics,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-    return Result(recipe, metrics["val_loss"], state_bytes(optimizer), timer.steps_per_second)
+    mine = torch.tensor(float(state_bytes(optimizer)), dtype=torch.float64, device=cli.model.device)
+    total, most = (int(cli.trainer.strategy.reduce(mine.clone(), reduce_op=op)) for op in ("sum", "max"))
+    return Result(recipe, metrics["val_loss"], total, most, timer.steps_per_second)
+
+
+def processes() -> list[str]:
+    """Return the arguments for all GPUs, or for two CPU processes that share the batch."""
+    count = torch.cuda.device_count() or 2
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = max(1, BATCH // count)
+    return [f"--trainer.accelerator={accelerator}", f"--trainer.devices={count}", f"--data.batch_size={batch}"]
 
 
 def table(results: list[Result]) -> Table:
     """Return the comparison; the first result is the one that the others save against."""
     shown = Table(title="The same model, data and steps")
-    for column in ("recipe", "validation loss", "optimizer state (MiB)", "saved", "steps/s"):
+    for column in ("recipe", "val. loss", "state (MiB)", "per rank (MiB)", "saved", "steps/s"):
         shown.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for result in results:
         saved = 1 - result.state_bytes / results[0].state_bytes
@@ -102,6 +118,7 @@ def table(results: list[Result]) -> Table:
             result.recipe,
             f"{result.val_loss:.3f}",
             f"{result.state_bytes / 2**20:.2f}",
+            f"{result.rank_bytes / 2**20:.2f}",
             f"{saved:.1%}" if result is not results[0] else "",
             f"{result.steps_per_second:.2f}",
         )
@@ -117,9 +134,11 @@ def main(args: list[str] | None = None) -> list[Result]:
     args = sys.argv[1:] if args is None else args
     results = []
     for recipe in RUNS:
-        Console().rule(recipe)
+        if rank_zero_only.rank == 0:
+            Console().rule(recipe)
         results.append(run(recipe, args))
-    Console().print(table(results))
+    if rank_zero_only.rank == 0:
+        Console().print(table(results))
     return results
 
 

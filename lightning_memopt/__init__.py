@@ -24,9 +24,20 @@ from lightning_memopt.snapshot import BlockFacts, Snapshot
 
 if TYPE_CHECKING:
     from lightning_memopt.cli import MemOptCLI
+    from lightning_memopt.strategy import MemOptFSDPStrategy
 
 # Need more than torch: imported when they are asked for.
-_LAZY = {"MemOptCLI": "lightning_memopt.cli"}
+_LAZY = {"MemOptCLI": "lightning_memopt.cli", "MemOptFSDPStrategy": "lightning_memopt.strategy"}
+
+try:
+    import lightning.pytorch as _lightning  # noqa: F401
+except ImportError:
+    pass
+else:
+    # Lightning finds a strategy by its name only once somebody has registered it, and has no entry point for that.
+    from lightning_memopt import strategy as _strategy
+
+    _strategy.register()
 
 __version__ = "0.1.0"
 
@@ -46,6 +57,7 @@ __all__ = [
     "Direction",
     "MemOpt",
     "MemOptCLI",
+    "MemOptFSDPStrategy",
     "Momentum",
     "NamingScheme",
     "Plan",

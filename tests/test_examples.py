@@ -1,3 +1,5 @@
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,20 +106,22 @@ def test_a_vocabulary_that_does_not_fit_is_refused(small):
         MemOptCLI(args=["fit", f"--config={CONFIGS / 'demo.yaml'}", *small, "--model.vocab_size=200"])
 
 
-def test_demo_prints_one_table(small, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    from examples import demo
-
-    args = [arg for arg in small if "max_steps" not in arg]
-    adamw, lean = demo.main([*args, "--trainer.max_steps=7"])
-    text = capsys.readouterr().out
-    table = text[text.rindex("The same model, data and steps") :]
-    for word in ("recipe", "validation loss", "optimizer state (MiB)", "saved", "steps/s", "AdamW", "adapm_lean"):
+def test_demo_trains_on_two_processes_and_prints_one_table(small):
+    args = [arg for arg in small if "max_steps" not in arg and "accelerator" not in arg]
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), *args, "--trainer.max_steps=7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The same model, data and steps") == 1, "rank 0 alone prints"
+    table = done.stdout[done.stdout.rindex("The same model, data and steps") :]
+    for word in ("recipe", "val. loss", "state (MiB)", "per rank (MiB)", "saved", "steps/s"):
         assert word in table
-    assert lean.state_bytes < 0.035 * adamw.state_bytes
-    assert adamw.steps_per_second > 0
-    assert 0 < lean.val_loss < 10
-    assert "seconds" not in table
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in table.splitlines() if "│" in line]
+    (adamw, lean) = ({"loss": float(row[1]), "state": float(row[2]), "rank": float(row[3])} for row in rows)
+    assert [row[0] for row in rows] == ["AdamW", "adapm_lean"]
+    assert lean["state"] < 0.035 * adamw["state"]
+    assert lean["rank"] <= 0.52 * lean["state"]
+    assert adamw["rank"] <= 0.52 * adamw["state"]
+    assert 0 < lean["loss"] < 10
 
 
 def test_state_bytes_counts_every_storage_once():

@@ -6,7 +6,6 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request, together

@@ -1,0 +1,223 @@
+"""Loading a checkpoint, directory or file, on any number of ranks: all is checked before anything changes."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, Metadata, load
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from lightning_memopt.strategy import atomic
+from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
+from lightning_memopt.strategy.checkpoint_io import is_local
+from lightning_memopt.strategy.directory import inspect
+from lightning_memopt.strategy.saving import STATES, WEIGHTS
+from lightning_memopt.strategy.states import allocated, by_position, copy_part, cut
+
+Optimizers = Sequence[torch.optim.Optimizer]
+T = TypeVar("T")
+
+
+def load_checkpoint(
+    path: Any,
+    model: nn.Module,
+    optimizers: Optimizers,
+    checkpoint_io: Any,
+    *,
+    strict: bool = True,
+    weights_only: bool | None = None,
+    group: Any = None,
+) -> dict[str, Any]:
+    """Load weights and optimizer states and return the rest of the checkpoint.
+
+    Args:
+        path: A directory or a file.
+        model: The LightningModule, sharded or not.
+        optimizers: Its optimizers; none loads the weights only.
+        checkpoint_io: Lightning's CheckpointIO, which reads files.
+        strict: Whether the model and the checkpoint must have the same names.
+        weights_only: As for ``torch.load``.
+        group: The process group; None for all ranks.
+
+    Raises:
+        ValueError: If there is no complete checkpoint, or its optimizers or their groups are others.
+        RuntimeError: If names of weights are missing or too many under ``strict``, or shapes differ.
+        KeyError: If there are optimizers, but no states in the checkpoint.
+    """
+    local = is_local(path)
+    if local:
+        on_first(lambda: atomic.recover(Path(path)), group)
+    if local and Path(path).is_dir():
+        return _load_directory(Path(path), model, optimizers, strict, weights_only, group)
+    if local and not Path(path).is_file():
+        raise ValueError(
+            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name."
+        )
+    options = {} if weights_only is None else {"weights_only": weights_only}
+    checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
+    return _load_whole(checkpoint, model, optimizers, strict)
+
+
+def _read_on_all(read: Callable[[], T], group: Any) -> T:
+    """Read on every rank; the content stays where it was read."""
+    mine: list[T] = []
+    on_all(lambda: mine.append(read()), group)
+    return mine[0]
+
+
+# ---------------------------------------------------------------------- one file with whole tensors
+
+
+def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimizers, strict: bool) -> dict[str, Any]:
+    weights, states = checkpoint[WEIGHTS], checkpoint.get(STATES, [])
+    _check_counts(states, optimizers)
+    ours: dict[str, Any] = get_model_state_dict(model)
+    shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}
+    _check_weights(shapes, ours, strict)
+    named = [
+        any(isinstance(name, str) for group in state["param_groups"] for name in group["params"]) for state in states
+    ]
+    pairs = [
+        (by_position(state, optimizer, model) if by_names else state, optimizer)
+        for state, optimizer, by_names in zip(states, optimizers, named, strict=False)
+    ]
+    for state, optimizer in pairs:
+        optimizer.load_state_dict(cut(state, optimizer))
+    with torch.no_grad():
+        for name in ours.keys() & weights.keys():
+            if isinstance(ours[name], Tensor):
+                copy_part(ours[name], weights[name])
+            else:
+                ours[name] = weights[name]
+    _adopt(model, {name: ours[name] for name in ours if name in weights})
+    return {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+
+
+# ---------------------------------------------------------------------- a directory with the parts of all ranks
+
+
+def _load_directory(
+    path: Path, model: nn.Module, optimizers: Optimizers, strict: bool, weights_only: bool | None, group: Any
+) -> dict[str, Any]:
+    share = rank_and_size(group)
+    contents = _read_on_all(lambda: inspect(path, share=share, weights_only=weights_only), group)
+    index = contents.index
+    saved = _saved_optimizers(index)
+    _check_counts(list(saved.values()), optimizers)
+    ours: dict[str, Any] = get_model_state_dict(model)
+    prefix = f"{WEIGHTS}."
+    shapes = {
+        key.removeprefix(prefix): _shape(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
+    }
+    _check_weights(shapes, ours, strict)
+    if optimizers:
+        groups = {name: {"param_groups": tree["param_groups"]} for name, tree in saved.items()}
+        _read(path, groups, group, alone=True)
+    by_positions = [
+        by_position(tree, optimizer, model) for tree, optimizer in zip(saved.values(), optimizers, strict=False)
+    ]
+    for name, tree, state, optimizer in zip(saved, saved.values(), by_positions, optimizers, strict=False):
+        ready = allocated(state, optimizer)
+        # The same dicts of one parameter's state, under the names of the checkpoint.
+        entries = dict(zip(tree["state"], (ready["state"][index] for index in state["state"]), strict=True))
+        _read(path, {name: {"state": entries}}, group)
+        optimizer.load_state_dict(ready)
+    weights = {name: value for name, value in ours.items() if name in shapes}
+    state_dict = {WEIGHTS: weights}
+    _read(path, state_dict, group)
+    _adopt(model, state_dict[WEIGHTS])
+    return contents.rest
+
+
+def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
+    """Return the trees of all saved optimizer states, in order: meta tensors for tensors, None for the rest."""
+    trees: dict[str, dict[str, Any]] = {}
+    for key, place in index.planner_data.items():
+        if not re.fullmatch(r"optimizer_\d+", str(place[0])):
+            continue
+        entry, leaf = index.state_dict_metadata[key], None
+        if isinstance(entry, TensorStorageMetadata):
+            device = "meta" if place[1] == "state" else "cpu"
+            leaf = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+        set_element(trees, place, leaf)
+    ordered = sorted(trees, key=lambda name: int(name.removeprefix("optimizer_")))
+    return {name: {"state": {}, "param_groups": [], **trees[name]} for name in ordered}
+
+
+def _shape(index: Metadata, key: str) -> torch.Size | None:
+    entry = index.state_dict_metadata[key]
+    return entry.size if isinstance(entry, TensorStorageMetadata) else None
+
+
+def _read(path: Path, state: dict[str, Any], group: Any, *, alone: bool = False) -> None:
+    """Read into the tensors of ``state``, and replace what is no tensor; every rank reads its part, or all if alone.
+
+    Raises:
+        ValueError: If a file cannot be read on any rank.
+    """
+    alone = alone or rank_and_size(group)[1] == 1
+
+    def read() -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(state, storage_reader=FileSystemReader(path), process_group=group, no_dist=alone)
+
+    try:
+        on_all(read, group)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"Loading {str(path)!r} failed: {describe(error)}.") from error
+
+
+# ---------------------------------------------------------------------- whether it fits
+
+
+def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimizer states that are not of these optimizers.
+
+    Raises:
+        KeyError: If there are none at all.
+        ValueError: If there are more or fewer.
+    """
+    if optimizers and not saved:
+        raise KeyError(
+            "Trying to restore optimizer state but checkpoint contains only the model. This is probably due to "
+            "`ModelCheckpoint.save_weights_only` being set to `True`; to start training from these weights, load them "
+            "in the LightningModule."
+        )
+    if optimizers and len(saved) != len(optimizers):
+        raise ValueError(
+            f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returns "
+            f"{len(optimizers)}: return those of the run that saved it."
+        )
+
+
+def _check_weights(saved: Mapping[str, torch.Size | None], ours: Mapping[str, Any], strict: bool) -> None:
+    problems = []
+    if strict:
+        problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
+        problems += [f"not in the model: {name!r}" for name in saved if name not in ours]
+    for name, value in ours.items():
+        shape = value.shape if isinstance(value, Tensor) else None
+        if name in saved and saved[name] != shape:
+            there, here = (None if size is None else tuple(size) for size in (saved[name], shape))
+            problems.append(f"{name!r} has shape {there} in the checkpoint and {here} in the model")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise RuntimeError(
+            f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. To load what "
+            "has the same name, set `strict_loading = False` on the LightningModule; shapes must be the same."
+        )
+
+
+def _adopt(model: nn.Module, state: dict[str, Any]) -> None:
+    """Hand the model its state, in which the tensors are its own already, so that hooks and extra state are served."""
+    set_model_state_dict(model, state, options=StateDictOptions(strict=False))

@@ -1,0 +1,84 @@
+"""Precision plugins: which ones are supported, and what is different where a model is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_memopt.strategy.clipping import clip_grad_norm_, clip_grad_value_
+
+SUPPORTED = ("32-true", "bf16-true", "bf16-mixed")
+
+
+class _ClipsAll:
+    """Clipping over sharded and plain gradients together."""
+
+    main_params: Any
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        clip_grad_norm_(self.main_params(optimizer), clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        clip_grad_value_(self.main_params(optimizer), clip_val)
+
+
+class ShardedPrecision(_ClipsAll, Precision):
+    """Everything in float32."""
+
+
+class ShardedHalfPrecision(_ClipsAll, HalfPrecision):
+    """Everything in bfloat16."""
+
+
+class ShardedMixedPrecision(_ClipsAll, MixedPrecision):
+    """Float32 parameters, computation in bfloat16: by FSDP2's policy, or by autocast where the user sharded.
+
+    Attributes:
+        autocast: Whether ``torch.autocast`` is on; the strategy turns it off for models that it sharded itself.
+    """
+
+    autocast = True
+
+    @override
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        if self.autocast:
+            with super().forward_context():
+                yield
+        else:
+            yield
+
+
+def sharded_plugin(plugin: Precision | None) -> Precision | None:
+    """Return the plugin that does for a sharded model what the given one does for others.
+
+    Raises:
+        ValueError: If it is not for one of the supported precisions, or not one of Lightning's own plugins.
+    """
+    if plugin is None or isinstance(plugin, _ClipsAll):
+        return plugin
+    if type(plugin) is Precision:
+        return ShardedPrecision()
+    if type(plugin) is HalfPrecision and plugin.precision == "bf16-true":
+        return ShardedHalfPrecision("bf16-true")
+    if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
+        return ShardedMixedPrecision("bf16-mixed", plugin.device)
+    raise ValueError(
+        f"MemOptFSDPStrategy supports the precisions {', '.join(SUPPORTED)} with Lightning's own plugins, got "
+        f"{plugin.precision!r} ({type(plugin).__name__}). Choose `precision='bf16-mixed'` to compute in half precision."
+    )
+
+
+def sharding_policy(plugin: Precision, *, outermost: bool) -> MixedPrecisionPolicy:
+    """Return FSDP2's policy for a unit: outermost units return what they compute in float32."""
+    if not isinstance(plugin, ShardedMixedPrecision):
+        return MixedPrecisionPolicy()
+    output = torch.float32 if outermost else None
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=output)

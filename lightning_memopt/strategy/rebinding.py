@@ -1,0 +1,136 @@
+"""Optimizers that were made from the parameters of a model before it was sharded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_memopt.optimizer import MemOpt
+
+
+class KnownParameters:
+    """The names that parameters had before they were replaced. Does not keep them alive."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def learn(self, model: nn.Module) -> None:
+        """Remember the parameters that a model has now, and forget those that nobody holds anymore."""
+        known = {param for ref, _ in self._known if (param := ref()) is not None}
+        self._known = [(ref, name) for ref, name in self._known if ref() is not None]
+        for name, param in model.named_parameters(remove_duplicate=False):
+            # Sharded ones are not replaced, and `Module.to` fails on such subclasses if they have weak references.
+            if param not in known and not is_traceable_wrapper_subclass(param):
+                self._known.append((weakref.ref(param), name))
+
+    def names(self) -> dict[Tensor, str]:
+        """Return parameter → name."""
+        return {param: name for ref, name in reversed(self._known) if (param := ref()) is not None}
+
+    def replaced(self, model: nn.Module) -> dict[Tensor, Tensor]:
+        """Return old parameter → the one that has its name now, for those that were replaced."""
+        live = dict(model.named_parameters(remove_duplicate=False))
+        pairs = {old: live.get(name, old) for old, name in self.names().items()}
+        return {old: new for old, new in pairs.items() if old is not new}
+
+
+def rebind(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], model: nn.Module, known: KnownParameters) -> None:
+    """Let an optimizer train the parameters that the model has now, and check that it does.
+
+    Optimizers of this package also learn the names of the parameters.
+
+    Args:
+        optimizer: Its object, its groups and their hyperparameters stay, and so does its state.
+        replaced: Old parameter → new parameter.
+        model: The model.
+        known: Names for errors.
+
+    Raises:
+        ValueError: If the optimizer has no parameters, or one that is not the model's, or state that cannot be
+            sharded. Nothing has changed then.
+        NotImplementedError: If a parameter is sharded in a way that an optimizer of this package does not support.
+    """
+    _check_live(optimizer, replaced, model, known.names())
+    _check_shapes(optimizer, replaced, known.names())
+    if isinstance(optimizer, MemOpt):
+        optimizer.rebind(replaced)
+        optimizer.bind(model)
+        return
+    old = [param for group in optimizer.param_groups for param in group["params"] if param in replaced]
+    states = {replaced[param]: _carried(optimizer, param, replaced[param]) for param in old if param in optimizer.state}
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(param, param) for param in group["params"]]
+    for param in old:
+        optimizer.state.pop(param, None)
+    optimizer.state.update(states)
+
+
+def _check_live(
+    optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], model: nn.Module, names: Mapping[Tensor, str]
+) -> None:
+    kind, live = type(optimizer).__name__, set(model.parameters())
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not params:
+        raise ValueError(
+            f"The optimizer {kind} has no parameters, so nothing would be trained: make it in `configure_optimizers`, "
+            "which runs after `configure_model`, from `self.named_parameters()`."
+        )
+    dead = [param for param in params if replaced.get(param, param) not in live]
+    if dead:
+        which = f"{names[dead[0]]!r}" if dead[0] in names else "a parameter without a name"
+        raise ValueError(
+            f"Of the {len(params)} parameters that the optimizer {kind} holds, {len(dead)} are not the "
+            f"{type(model).__name__}'s, such as {which} of shape {tuple(dead[0].shape)}: they would never change. Make "
+            "the optimizer from `self.named_parameters()` in `configure_optimizers`."
+        )
+
+
+def _check_shapes(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], names: Mapping[Tensor, str]) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            new = replaced.get(param, param)
+            if new.shape != param.shape:
+                raise ValueError(
+                    f"{names[param]!r} had the shape {tuple(param.shape)} when the optimizer "
+                    f"{type(optimizer).__name__} was made, and has {tuple(new.shape)} now: make the optimizer in "
+                    "`configure_optimizers`, which runs after `configure_model`."
+                )
+
+
+def _carried(optimizer: Optimizer, old: Tensor, new: Tensor) -> dict[str, Any]:
+    """Return the state of a parameter for the one that replaces it."""
+    return {key: _part(optimizer, key, value, old, new) for key, value in optimizer.state[old].items()}
+
+
+@torch.no_grad()
+def _part(optimizer: Optimizer, key: str, value: Any, old: Tensor, new: Tensor) -> Any:
+    if not isinstance(value, Tensor) or (value.ndim == 0 and old.ndim > 0):
+        return value
+    if value.shape != old.shape:
+        raise ValueError(
+            f"The optimizer {type(optimizer).__name__} has state {key!r} of shape {tuple(value.shape)} for a parameter "
+            f"of shape {tuple(old.shape)}, which cannot be sharded with it: give the strategy an optimizer that has "
+            "not taken steps, and resume with `ckpt_path`."
+        )
+    local = new.to_local() if isinstance(new, DTensor) else new
+    value = value.to(local.device)
+    if isinstance(new, DTensor) and not isinstance(value, DTensor):
+        # Every rank has the whole and takes its part; no communication.
+        return distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)
+    return value
+
+
+def move_state(optimizer: Optimizer) -> None:
+    """Move state to where its parameters are, which is not the same device for all if some are offloaded."""
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            # Optimizers of torch want their counters where they made them.
+            if isinstance(value, Tensor) and key != "step" and value.device != param.device:
+                state[key] = value.to(param.device)

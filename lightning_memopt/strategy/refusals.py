@@ -1,0 +1,54 @@
+"""What cannot be sharded, refused before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parameter import is_lazy
+
+from lightning_memopt.strategy.wrapping import Unit
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """Refuse modules of the older FSDP.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if names:
+        raise TypeError(
+            "Found modules that are wrapped with `torch.distributed.fsdp.FullyShardedDataParallel`: "
+            f"{', '.join(map(repr, names))}. The `MemOptFSDPStrategy` only supports the new FSDP2 APIs in "
+            "PyTorch >= 2.4: leave the model unwrapped, or call `fully_shard` in `configure_model`."
+        )
+
+
+def refuse_parameters(model: nn.Module, units: Iterable[Unit]) -> None:
+    """Refuse parameters that ``fully_shard`` cannot take, or of which it would lose something.
+
+    Raises:
+        ValueError: If a parameter is a scalar, has no shape yet, or has hooks.
+    """
+    held = {param for unit in units for param in unit.module.parameters()}
+    named = [(name, param) for name, param in model.named_parameters() if is_lazy(param) or param in held]
+    lazy = [name for name, param in named if is_lazy(param)]
+    if lazy:
+        raise ValueError(
+            f"Parameters that have no shape yet cannot be sharded: {', '.join(map(repr, lazy))}. Call the lazy modules "
+            "once in `configure_model`, or give them their sizes."
+        )
+    scalars = [name for name, param in named if param.ndim == 0]
+    if scalars:
+        raise ValueError(
+            f"Scalar parameters cannot be sharded: {', '.join(map(repr, scalars))}. Give them the shape (1,), or put "
+            "them on the LightningModule itself, where parameters are not sharded."
+        )
+    hooked = [name for name, param in named if param._backward_hooks or param._post_accumulate_grad_hooks]
+    if hooked:
+        raise ValueError(
+            f"Hooks on parameters would be lost, because sharding replaces the parameters: "
+            f"{', '.join(map(repr, hooked))}. Register them in `on_fit_start`."
+        )

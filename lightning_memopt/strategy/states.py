@@ -1,0 +1,173 @@
+"""Optimizer states by parameter name or by position; whole or cut for this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+# What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def parameter_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by all their names; a tied parameter has several, the first one goes into checkpoints."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without a backward pass it has other parameters
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): param
+        for name, param in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the optimizer's state dict with names in the place of positions.
+
+    State that does not exist is not made up: torch's own function takes a step on zero gradients to create it.
+
+    Raises:
+        ValueError: If a parameter is not the model's.
+    """
+    names: dict[Tensor, str] = {}
+    for name, param in parameter_names(model).items():
+        names.setdefault(param, name)
+    saved = optimizer.state_dict()
+    ordered = []
+    for position, param in enumerate(_params(optimizer)):
+        if param not in names:
+            raise ValueError(
+                f"Parameter {position} of {type(optimizer).__name__}, of shape {tuple(param.shape)}, is not a "
+                f"parameter of {type(model).__name__}: its state cannot be saved under a name."
+            )
+        ordered.append(names[param])
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    named = dict(zip(ids, ordered, strict=True))
+    return {
+        "state": {named[index]: dict(entries) for index, entries in saved["state"].items() if entries},
+        "param_groups": [{**group, "params": [named[i] for i in group["params"]]} for group in saved["param_groups"]],
+    }
+
+
+def by_position(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return a state dict with names as ``optimizer.state_dict()`` has it: with today's positions.
+
+    Raises:
+        ValueError: If groups or their parameters differ; the message names the first parameter.
+    """
+    params, positions = parameter_names(model), {param: i for i, param in enumerate(_params(optimizer))}
+    first: dict[Tensor, str] = {}
+    for name, param in params.items():
+        first.setdefault(param, name)
+    groups = saved["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"The checkpoint has {len(groups)} parameter groups for {type(optimizer).__name__}, the optimizer has "
+            f"{len(optimizer.param_groups)}: create it with the groups of the run that saved it."
+        )
+    for number, (theirs, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        unknown = next((name for name in theirs["params"] if params.get(name) not in positions), None)
+        if unknown is not None:
+            raise ValueError(
+                f"The checkpoint has optimizer state for {unknown!r}, which {type(optimizer).__name__} does not train: "
+                "create model and optimizer as in the run that saved it."
+            )
+        there = {params[name] for name in theirs["params"]}
+        differ = [first[param] for param in ours["params"] if param not in there] or [
+            first[param] for param in there - set(ours["params"])
+        ]
+        if differ:
+            raise ValueError(
+                f"Parameter group {number} of {type(optimizer).__name__} and that of the checkpoint differ in "
+                f"{differ[0]!r}: create the optimizer with the groups of the run that saved it."
+            )
+    return {
+        "state": {positions[params[name]]: entries for name, entries in saved["state"].items()},
+        "param_groups": [
+            {**theirs, "params": [positions[param] for param in ours["params"]]}
+            for theirs, ours in zip(groups, optimizer.param_groups, strict=True)
+        ],
+    }
+
+
+def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a state dict by position with real tensors, placed as today, in the place of those on the meta device.
+
+    The optimizer says how if it has ``allocate_state_dict``; otherwise what has its parameter's shape is placed as the
+    parameter is, and everything else is whole on every rank.
+    """
+    if hasattr(optimizer, "allocate_state_dict"):
+        return optimizer.allocate_state_dict(saved)
+    state = _with_params(saved, optimizer, _allocate)
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a state dict by position as the optimizer can load it, from one with whole tensors.
+
+    An optimizer that has ``allocate_state_dict`` cuts whole tensors itself, when it loads them.
+    """
+    if hasattr(optimizer, "allocate_state_dict"):
+        return dict(saved)
+    return {"state": _with_params(saved, optimizer, _cut), "param_groups": saved["param_groups"]}
+
+
+def copy_part(target: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into a parameter, buffer or state tensor, without communication."""
+    if isinstance(target, DTensor):
+        sizes, start = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        whole = whole[tuple(slice(begin, begin + size) for begin, size in zip(start, sizes, strict=True))]
+        target = target.to_local()
+    target.copy_(whole)
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """Return a tensor whole and on the CPU, or None if not ``keep``; all ranks of its mesh must call this."""
+    if not isinstance(value, Tensor):
+        return value if keep else None
+    value = value.detach()
+    if isinstance(value, DTensor):
+        if value.device.type != value.device_mesh.device_type:  # offloaded: its group cannot send from the CPU
+            value = value.to(value.device_mesh.device_type)
+        value = value.full_tensor()
+    if not keep:
+        return None
+    value = value.cpu()
+    # A view would take everything that it is a view of into the file.
+    return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _with_params(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, change: Any) -> dict[Any, Any]:
+    """Apply a function of a state tensor and its parameter to all state; parameters correspond by position."""
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    params: dict[Any, Tensor] = dict(zip(ids, _params(optimizer), strict=False))  # `load_state_dict` counts them
+    return {
+        index: {
+            key: change(value, params[index]) if isinstance(value, Tensor) else value for key, value in entry.items()
+        }
+        for index, entry in saved["state"].items()
+        if index in params
+    }
+
+
+def _allocate(value: Tensor, param: Tensor) -> Tensor:
+    if value.shape == param.shape and value.ndim:
+        return torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+    return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _cut(value: Tensor, param: Tensor) -> Tensor:
+    if value.shape != param.shape or not value.ndim:
+        return value
+    mine = _allocate(value, param)
+    copy_part(mine, value)
+    return mine

@@ -1,0 +1,212 @@
+"""Which modules ``fully_shard`` is applied to, and in which order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+Policy = Callable[[nn.Module], bool]
+Chain = tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module whose parameters are gathered together, but for those of units inside of it.
+
+    Attributes:
+        name: Its name in the LightningModule.
+        module: The module.
+        outermost: Whether no other unit holds it, so that its inputs and outputs are seen by the user's code.
+    """
+
+    name: str
+    module: nn.Module
+    outermost: bool
+
+
+def resolve_policy(option: str, value: Any) -> Policy | None:
+    """Turn classes, their import paths, or a function into a function that chooses modules.
+
+    Args:
+        option: Name of the argument, for errors.
+        value: What the user gave; None stays None.
+
+    Raises:
+        TypeError: If the value is neither.
+        ValueError: If a path cannot be imported.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        classes = tuple(_module_class(option, entry) for entry in value)
+        if not classes:
+            raise ValueError(f"`{option}` is an empty list: name classes of modules, or leave it out.")
+        return lambda module: isinstance(module, classes)
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise TypeError(
+        f"`{option}` must be a list of module classes or of their import paths, or a function that takes a module and "
+        f"returns a bool, got {value!r}."
+    )
+
+
+def _module_class(option: str, entry: Any) -> type[nn.Module]:
+    if isinstance(entry, str):
+        module, _, name = entry.rpartition(".")
+        try:
+            entry = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"`{option}` has {entry!r}, which cannot be imported ({error}): give the full path of a class, such as "
+                "'torch.nn.TransformerEncoderLayer'."
+            ) from error
+    if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+        raise TypeError(f"`{option}` must hold classes of modules, got {entry!r}.")
+    return entry
+
+
+def find_units(root: nn.Module, policy: Policy | None = None) -> list[Unit]:
+    """Return what ``fully_shard`` is to be applied to, inner units first.
+
+    These are the blocks (see :func:`blocks`) and the outermost modules with a ``forward`` of their own. The root is
+    none: a LightningModule is called through ``training_step``, which triggers no gathering. Units that share a
+    parameter with what is outside of them are left to the unit that holds both.
+
+    Raises:
+        ValueError: If the policy chooses nothing, or a module that cannot be called, or if a parameter is shared
+            between modules that no unit holds together.
+    """
+    tops = list(_callable_children(root))
+    chosen = {*tops, *blocks(root, policy)}
+    chosen = _without_shared(root, chosen)
+    order = [(name, module) for name, module in _inner_first(root) if module in chosen]
+    inner = {module for _, unit in order for module in unit.modules() if module is not unit}
+    return [Unit(name, module, module not in inner) for name, module in order]
+
+
+def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
+    """Return the blocks of a model: what the policy chooses, or the elements of its outermost homogeneous lists.
+
+    Raises:
+        ValueError: If the policy chooses nothing, or a module without a ``forward``.
+    """
+    if policy is None:
+        return list(dict.fromkeys(_repeated(root)))
+    inner = [(name, module) for name, module in root.named_modules() if module is not root and _has_params(module)]
+    found = [(name, module) for name, module in inner if policy(module)]
+    if not found:
+        classes = sorted({type(module).__name__ for _, module in inner})
+        raise ValueError(f"No module of {type(root).__name__} is chosen; it has {', '.join(classes)}.")
+    for name, module in found:
+        if not _is_callable(module):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) is chosen, but has no `forward`, so nothing would gather its "
+                "parameters: choose the modules that are called."
+            )
+    return [module for _, module in found]
+
+
+def own_modules(unit: nn.Module, units: set[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Return a unit's modules with their names in it, inner ones first, without those of units inside of it."""
+    return list(_inner_first(unit, units - {unit}))
+
+
+def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules below this one that have parameters and can be called."""
+    for child in module.children():
+        if _is_callable(child) and _has_params(child):
+            yield child
+        else:
+            yield from _callable_children(child)
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        elements = list(child.children())
+        least = {nn.ModuleList: 1, nn.Sequential: 2}.get(type(child))
+        if least and len(elements) >= least and len({*map(type, elements)}) == 1 and all(map(_has_params, elements)):
+            for element in elements:
+                yield from [element] if _is_callable(element) else _callable_children(element)
+        else:
+            yield from _repeated(child)
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Return whether a module has a forward of its own; what ``torch.compile`` puts around one does not count."""
+    own = type(module).forward is not nn.Module.forward or "forward" in vars(module)
+    return own and not hasattr(module, "_orig_mod")
+
+
+def _has_params(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _inner_first(
+    root: nn.Module, without: set[nn.Module] | frozenset[nn.Module] = frozenset()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once, after all those inside of it."""
+    seen: set[nn.Module] = set(without)
+
+    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        seen.add(module)
+        for key, child in module.named_children():
+            if child not in seen:
+                yield from visit(f"{name}.{key}" if name else key, child)
+        yield name, module
+
+    yield from visit("", root)
+
+
+def _without_shared(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Module]:
+    """Return the units without those that share a parameter with something outside of them."""
+    while True:
+        for places in _places(root, chosen).values():
+            if len({chain[-1:] for _, chain in places}) > 1:
+                common = _common([chain for _, chain in places])
+                if not common:
+                    raise ValueError(_shared_message(root, places))
+                chosen = chosen - {unit for _, chain in places for unit in chain[len(common) :]}
+                break
+        else:
+            return chosen
+
+
+def _places(root: nn.Module, chosen: set[nn.Module]) -> dict[Tensor, list[tuple[str, Chain]]]:
+    """Return, for every parameter, its names and the units that hold it there, outer ones first."""
+    found: dict[Tensor, list[tuple[str, Chain]]] = defaultdict(list)
+
+    def visit(prefix: str, module: nn.Module, chain: Chain) -> None:
+        chain = (*chain, module) if module in chosen else chain
+        for key, param in module._parameters.items():
+            if param is not None:
+                found[param].append((prefix + key, chain))
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(f"{prefix}{key}.", child, chain)
+
+    visit("", root, ())
+    return found
+
+
+def _common(chains: list[Chain]) -> Chain:
+    length = 0
+    while all(len(chain) > length for chain in chains) and len({chain[length] for chain in chains}) == 1:
+        length += 1
+    return chains[0][:length]
+
+
+def _shared_message(root: nn.Module, places: list[tuple[str, Chain]]) -> str:
+    names = {module: name for name, module in root.named_modules()}
+    first, chain = places[0]
+    second, other = next((name, units) for name, units in places if units[:1] != chain[:1])
+    holders = [repr(names[units[0]]) if units else f"the {type(root).__name__} itself" for units in (chain, other)]
+    return (
+        f"{first!r} and {second!r} are the same parameter, but {' and '.join(holders)} are sharded apart from each "
+        "other, which would make two of it. Put both into one module with a `forward` that calls them, and that "
+        "module into the LightningModule, or do not share the parameter."
+    )

@@ -1,0 +1,519 @@
+"""Single cases of saving and loading, which `test_checkpoints` runs on four ranks; each is a test of its own there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.strategies.model_parallel import _load_checkpoint as stock_load
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
+
+from lightning_memopt import AdaPMLean
+from lightning_memopt.strategy import saving
+from lightning_memopt.strategy.saving import optimizer_state
+from tests._compare import assert_equal
+from tests.distributed._checkpoints import (
+    FAMILIES,
+    FORMATS,
+    Case,
+    World,
+    difference,
+    grouped,
+    load,
+    raises,
+    save,
+    shard,
+    step,
+    towers,
+    unchanged,
+    whole_params,
+    whole_state,
+)
+
+CASES: list[Case] = []
+
+
+def case(function: Case) -> Case:
+    """Run this on all ranks, in a folder of its own; what it raises fails the test of its name."""
+    CASES.append(function)
+    return function
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, **options)
+
+
+def lean(model: nn.Module, **options: Any) -> AdaPMLean:
+    return AdaPMLean(model.named_parameters(), lr=0.01, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def momentum(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def there_and_back(make: Any, first: World, second: World, folder: Path, *, steps: int) -> None:
+    """Save in one world, resume in another, in both formats; take a step and compare with going on."""
+    expected: list[Any] = [None]
+    if first.mine:
+        model = shard(towers("net"), first)
+        optimizer = make(model)
+        for number in range(steps):
+            step(model, optimizer, number)
+        with unchanged(model, optimizer):
+            for format in FORMATS:
+                save(folder / format, model, optimizer, format=format, world=first)
+        step(model, optimizer, steps)
+        expected = [whole_params(model)]
+    dist.broadcast_object_list(expected, src=0)
+    for format in FORMATS if second.mine else ():
+        model = shard(towers("net", seed=1), second)
+        optimizer = make(model)
+        assert load(folder / format, model, optimizer, world=second) == {}
+        step(model, optimizer, steps)
+        assert not difference(model, expected[0], exact=first is second)
+
+
+@case
+def optimizers_of_torch(ranks: dict[int, World], folder: Path) -> None:
+    for make in (adamw, sgd, momentum):
+        there_and_back(make, ranks[3], ranks[2], folder / make.__name__, steps=2)
+
+
+@case
+def before_the_first_step(ranks: dict[int, World], folder: Path) -> None:
+    """No step is taken to find out what the state looks like: it would count, and draw projections."""
+    for make in (adamw, lean):
+        there_and_back(make, ranks[2], ranks[2], folder / make.__name__, steps=0)
+
+
+@case
+def several_optimizers_and_groups(ranks: dict[int, World], folder: Path) -> None:
+    """Each optimizer gets its own state, though the model lists parameters in another order than the groups do."""
+
+    def build(seed: int) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        model = shard(towers("a", "b", seed=seed), ranks[2])
+        vectors = [param for param in model["a"].parameters() if param.ndim == 1]
+        matrices = [param for param in model["a"].parameters() if param.ndim > 1]
+        groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices[::-1], "weight_decay": 0.1 + seed}]
+        return model, [torch.optim.AdamW(groups, lr=0.01), lean(model["b"])]
+
+    for format in FORMATS if ranks[2].mine else ():
+        model, optimizers = build(0)
+        for optimizer in optimizers:
+            step(model, optimizer, 0)
+        save(folder / format, model, *optimizers, format=format, world=ranks[2])
+        other, others = build(1)
+        load(folder / format, other, *others, world=ranks[2])
+        assert_equal(whole_params(other), whole_params(model))
+        for optimizer, twin in zip(optimizers, others, strict=True):
+            assert_equal(whole_state(twin), whole_state(optimizer))
+        assert [group["weight_decay"] for group in others[0].param_groups] == [0.0, 0.1]
+
+
+class Special(nn.Module):
+    """A tied weight, a frozen one, a buffer, extra state, and a parameter that no FSDP group holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.frozen = nn.Linear(4, 4)
+        self.frozen.requires_grad_(False)
+        self.scale = nn.Parameter(torch.randn(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.note = "fresh"
+
+    def forward(self) -> None: ...
+
+    def get_extra_state(self) -> str:
+        return self.note
+
+    def set_extra_state(self, state: str) -> None:
+        self.note = state
+
+
+def special(world: World, seed: int) -> Special:
+    torch.manual_seed(seed)
+    model = Special()
+    fully_shard(model.frozen, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh, ignored_params={model.scale})
+    return model
+
+
+@case
+def tied_frozen_and_direct_parameters(ranks: dict[int, World], folder: Path) -> None:
+    world = ranks[3]
+    for format, make in itertools.product(FORMATS, (adamw, lean)) if world.mine else ():
+        model = special(world, 0)
+        optimizer = make(model)
+        step(model, optimizer, 0)
+        model.count += 7
+        model.note = "trained"
+        save(folder / format, model, optimizer, format=format, world=world)
+        other = special(world, 1)
+        twin = make(other)
+        load(folder / format, other, twin, world=world)
+        assert (int(other.count), other.note) == (7, "trained")
+        for trained, name in ((model, "uninterrupted"), (other, "resumed")):
+            step(trained, optimizer if trained is model else twin, 1)
+            trained.note = name
+        assert_equal(whole_params(other), whole_params(model))
+        assert other.lm_head.weight is other.embed_tokens.weight
+
+
+@case
+def after_a_forward_pass_alone(ranks: dict[int, World], folder: Path) -> None:
+    """FSDP then still has whole parameters in the place of the sharded ones, which the optimizer knows."""
+    for format in FORMATS if ranks[2].mine else ():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        fully_shard(model[0], mesh=ranks[2].mesh)
+        fully_shard(model, mesh=ranks[2].mesh)
+        optimizer = lean(model)
+        step(model, optimizer, 0)
+        with torch.no_grad():
+            model(torch.randn(2, 4))
+        states = [optimizer_state(optimizer, model, whole=format == "file", group=ranks[2].group)]
+        assert states[0] or dist.get_rank() > 0
+        save(folder / format, model, optimizer, format=format, world=ranks[2])
+        before = whole_params(model)
+        with torch.no_grad():
+            model(torch.randn(2, 4))
+        load(folder / format, model, optimizer, world=ranks[2])
+        assert_equal(whole_params(model), before)
+
+
+@case
+def dtypes(ranks: dict[int, World], folder: Path) -> None:
+    """Neither weights nor state change their dtype: float64, bfloat16 with state in float32, and state in bfloat16."""
+    kinds: list[tuple[torch.dtype, Any, dict[str, Any]]] = [
+        (torch.float64, lean, {}),
+        (torch.bfloat16, lean, {}),
+        (torch.float32, lean, {"state_dtype": "bfloat16"}),
+        (torch.bfloat16, adamw, {}),
+    ]
+    for number, (dtype, make, options) in enumerate(kinds):
+        for format, sizes in itertools.product(FORMATS, ((2, 2), (2, 3))):
+            first, second = (ranks[size] for size in sizes)
+            expected: list[Any] = [None]
+            path = folder / f"{number}-{format}-{sizes[1]}"
+            if first.mine:
+                model = shard(towers("net").to(dtype), first)
+                optimizer = make(model, **options)
+                step(model, optimizer, 0)
+                save(path, model, optimizer, format=format, world=first)
+                expected = [(whole_params(model), whole_state(optimizer))]
+            dist.broadcast_object_list(expected, src=0)
+            if second.mine:
+                model = shard(towers("net", seed=1).to(dtype), second)
+                optimizer = make(model, **options)
+                load(path, model, optimizer, world=second)
+                assert_equal((whole_params(model), whole_state(optimizer)), expected[0])
+
+
+@case
+def state_dtype_of_the_checkpoint(ranks: dict[int, World], folder: Path) -> None:
+    for format in FORMATS if ranks[2].mine else ():
+        model = shard(towers("net"), ranks[2])
+        optimizer = lean(model, state_dtype="bfloat16")
+        step(model, optimizer, 0)
+        save(folder / format, model, optimizer, format=format, world=ranks[2])
+        twin = lean(model)
+        load(folder / format, model, twin, world=ranks[2])
+        assert_equal(whole_state(twin), whole_state(optimizer))
+
+
+@case
+def hybrid_sharding(ranks: dict[int, World], folder: Path) -> None:
+    """Two replicas of two shards, to three ranks and back."""
+    hybrid = World(DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard")), ranks[4].group)
+    there_and_back(lean, hybrid, hybrid, folder / "same", steps=2)
+    there_and_back(lean, hybrid, ranks[3], folder / "to three", steps=2)
+    there_and_back(lean, ranks[3], hybrid, folder / "from three", steps=2)
+
+
+def same_content(actual: Any, expected: Any) -> None:
+    """Compare nested state dicts, in which not only tensors matter."""
+    if isinstance(expected, Tensor):
+        assert_equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key in expected:
+            same_content(actual[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            same_content(one, other)
+    else:
+        assert actual == expected
+
+
+@case
+def a_file_and_a_single_device(ranks: dict[int, World], folder: Path) -> None:
+    """The file is what one device writes, in every key, shape and dtype, and the other way round."""
+    for make in (adamw, lean):
+        alone = towers("net")
+        optimizer = make(alone)
+        for number in (0, 1):
+            step(alone, optimizer, number)
+        theirs = {"state_dict": alone.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+        path, ours = folder / make.__name__, folder / f"{make.__name__}-sharded"
+        if dist.get_rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            torch.save(theirs, path)
+        dist.barrier()
+        if ranks[3].mine:
+            model = shard(towers("net", seed=1), ranks[3])
+            sharded = make(model)
+            load(path, model, sharded, world=ranks[3])
+            save(ours, model, sharded, format="file", world=ranks[3])
+        dist.barrier()
+        again = torch.load(ours, weights_only=True)
+        same_content(again, theirs)
+        twin = make(towers("net", seed=1))
+        twin.load_state_dict(again["optimizer_states"][0])
+        same_content(twin.state_dict(), optimizer.state_dict())
+
+
+@case
+def the_stock_strategy_reads_ours(ranks: dict[int, World], folder: Path) -> None:
+    model = shard(towers("net"), ranks[4])
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    for format in FORMATS:
+        save(folder / format, model, optimizer, format=format, world=ranks[4], global_step=1)
+        other = shard(towers("net", seed=1), ranks[4])
+        twin = adamw(other)
+        state = {"state_dict": other, "optimizer_0": twin}
+        rest = stock_load(folder / format, state, optimizer_states_from_list=True, weights_only=True)
+        assert rest["global_step"] == 1
+        assert_equal(whole_params(other), whole_params(model))
+        assert_equal(whole_state(twin), whole_state(optimizer))
+
+
+def stock_save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Save as Lightning's ModelParallelStrategy does, on all ranks."""
+    states = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
+    dcp.save({"state_dict": states[0], "optimizer_0": states[1]}, checkpoint_id=folder / "directory")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = get_model_state_dict(model, options=whole), get_optimizer_state_dict(model, optimizer, options=whole)
+    if dist.get_rank() == 0:
+        torch.save({"global_step": 1}, folder / "directory" / "meta.pt")
+        by_id = FullyShardedDataParallel.rekey_optim_state_dict(states[1], OptimStateKeyType.PARAM_ID, model)
+        torch.save({"state_dict": states[0], "optimizer_states": [by_id], "global_step": 1}, folder / "file")
+    dist.barrier()
+
+
+@case
+def the_stock_strategys_are_read(ranks: dict[int, World], folder: Path) -> None:
+    model = shard(towers("net"), ranks[4])
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    stock_save(folder, model, optimizer)
+    expected = whole_params(model), whole_state(optimizer)
+    for format in FORMATS if ranks[3].mine else ():
+        other = shard(towers("net", seed=1), ranks[3])
+        twin = adamw(other)
+        assert load(folder / format, other, twin, world=ranks[3]) == {"global_step": 1}
+        assert_equal((whole_params(other), whole_state(twin)), expected)
+
+
+@case
+def adamw_of_torch_goes_on_compressed(ranks: dict[int, World], folder: Path) -> None:
+    """At any number of ranks as on a single device, which is tested elsewhere."""
+    model = shard(towers("net"), ranks[4])
+    optimizer = adamw(model)
+    for number in (0, 1):
+        step(model, optimizer, number)
+    for format in FORMATS:
+        save(folder / format, model, optimizer, format=format, world=ranks[4])
+    alone = towers("net", seed=1)
+    expected = lean(alone)
+    content = torch.load(folder / "file", weights_only=True)
+    alone.load_state_dict(content["state_dict"])
+    expected.load_state_dict(content["optimizer_states"][0])
+    step(alone, expected, 2)
+    for format, size in itertools.product(FORMATS, (1, 3, 4)):
+        if ranks[size].mine:
+            other = shard(towers("net", seed=1), ranks[size])
+            compressed = lean(other)
+            load(folder / format, other, compressed, world=ranks[size])
+            step(other, compressed, 2)
+            assert not difference(other, whole_params(alone), exact=False)
+
+
+@case
+def weights_alone(ranks: dict[int, World], folder: Path) -> None:
+    """Validation needs no optimizers; training needs their states."""
+    for format in FORMATS if ranks[2].mine else ():
+        model = shard(towers("net"), ranks[2])
+        optimizer = lean(model)
+        save(folder / format, model, optimizer, format=format, world=ranks[2], epoch=3)
+        other = shard(towers("net", seed=1), ranks[2])
+        assert load(folder / format, other, world=ranks[2]) == {"epoch": 3}
+        assert_equal(whole_params(other), whole_params(model))
+        save(folder / format, model, format=format, world=ranks[2])
+        with unchanged(other, optimizer), raises(KeyError, "checkpoint contains only the model", "save_weights_only"):
+            load(folder / format, other, optimizer, world=ranks[2])
+
+
+@case
+def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
+    """Refused on all ranks, with nothing changed."""
+    world = ranks[3]
+    for format in FORMATS if world.mine else ():
+        path = folder / format
+        model = shard(towers("a", "b"), world)
+        save(path, model, adamw(model), format=format, world=world)
+        load_here = functools.partial(load, path, world=world)
+
+        other = shard(towers("a", "c", seed=1), world)
+        missing = "missing in the checkpoint: 'c.embed_tokens.weight'", "not in the model: 'b.embed_tokens.weight'"
+        with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", "strict_loading = False"):
+            load_here(other)
+        load_here(other, strict=False)
+        assert not difference(other["a"], {k[2:]: v for k, v in whole_params(model).items() if k[0] == "a"}, exact=True)
+
+        wider = towers("a", "b", seed=1)
+        wider["b"].embed_tokens = nn.Embedding(12, 6)
+        shard(wider, world)
+        text = "'b.embed_tokens.weight' has shape (11, 6) in the checkpoint and (12, 6) in the model"
+        with unchanged(wider), raises(RuntimeError, text):
+            load_here(wider, strict=False)
+
+        with unchanged(model, adamw(model)), raises(ValueError, "the states of 1 optimizers", "returns 2"):
+            load_here(model, adamw(model), adamw(model))
+        halves = [{"params": list(model[name].parameters())} for name in "ab"]
+        with unchanged(model, torch.optim.AdamW(halves)), raises(ValueError, "parameter group"):
+            load_here(model, torch.optim.AdamW(halves))
+        fewer = adamw(model["a"])
+        texts = (
+            ["'b.embed_tokens.weight', which AdamW does not train"] if format == "directory" else ["parameter group"]
+        )
+        with unchanged(model, fewer), raises(ValueError, *texts):
+            load_here(model, fewer)
+        with raises(ValueError, "does not point to a valid checkpoint: there is no file or directory"):
+            load(folder / "nothing", model, world=world)
+
+
+@case
+def a_disk_that_is_full_on_one_rank(ranks: dict[int, World], folder: Path) -> None:
+    """All ranks raise, none hangs, and the checkpoint that was there stays."""
+    path, rank = folder / "last.ckpt", dist.get_rank()
+    model = shard(towers("net"), ranks[4])
+    optimizer = adamw(model)
+    save(path, model, optimizer, format="directory", world=ranks[4], global_step=1)
+    before = whole_params(model)
+    step(model, optimizer, 0)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    for victim, (place, name) in itertools.product((0, 2), ((FileSystemWriter, "write_data"), (saving, "fingerprint"))):
+        patched = mock.patch.object(place, name, full) if rank == victim else contextlib.nullcontext()
+        with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
+            save(path, model, optimizer, format="directory", world=ranks[4], global_step=2)
+        dist.barrier()
+        assert [entry.name for entry in folder.iterdir()] == ["last.ckpt"]
+        dist.barrier()
+    patched = mock.patch.object(torch, "save", full) if rank == 0 else contextlib.nullcontext()
+    with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
+        save(path, model, optimizer, format="file", world=ranks[4], global_step=2)
+    assert load(path, model, optimizer, world=ranks[4]) == {"global_step": 1}
+    assert_equal(whole_params(model), before)
+
+
+@case
+def truncated_and_mixed_directories(ranks: dict[int, World], folder: Path) -> None:
+    """Whatever is damaged, all ranks refuse it before anything changes, with the name of the file."""
+    world = ranks[2]
+    if not world.mine:
+        return
+    model = shard(towers("net"), world)
+    optimizer = adamw(model)
+    good, later = folder / "good", folder / "later"
+    for path in (good, later):
+        step(model, optimizer, 0)
+        save(path, model, optimizer, format="directory", world=world)
+    step(model, optimizer, 1)
+    for number, (damage, name, text) in enumerate(DAMAGES):
+        path = folder / str(number)
+        if dist.get_rank() == 0:
+            shutil.copytree(good, path)
+            damage(path, later)
+        dist.barrier(world.group)
+        with unchanged(model, optimizer), raises(ValueError, str(path), name, text):
+            load(path, model, optimizer, world=world)
+    load(good, model, optimizer, world=world)
+
+
+def cut_off(name: str, length: int = -1) -> Any:
+    return lambda path, later: (path / name).write_bytes((path / name).read_bytes()[:length])
+
+
+def replaced(*names: str) -> Any:
+    return lambda path, later: [shutil.copy(later / name, path / name) for name in names]
+
+
+def flipped(path: Path, later: Path) -> None:
+    content = bytearray((path / "__1_0.distcp").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "__1_0.distcp").write_bytes(content)
+
+
+def of_another_tool(path: Path, later: Path) -> None:
+    """Without fingerprints sizes must do."""
+    torch.save({}, path / "meta.pt")
+    cut_off("__1_0.distcp")(path, later)
+
+
+def from_more_ranks(path: Path, later: Path) -> None:
+    torch.save({}, path / "meta.pt")
+    shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp")
+
+
+DAMAGES: list[tuple[Any, str, str]] = [
+    (lambda path, later: (path / ".metadata").unlink(), ".metadata", "is missing"),
+    (lambda path, later: (path / "meta.pt").unlink(), "meta.pt", "is missing"),
+    (lambda path, later: (path / "__1_0.distcp").unlink(), "__1_0.distcp", "is missing"),
+    (cut_off("__0_0.distcp"), "__0_0.distcp", "truncated"),
+    (cut_off("__1_0.distcp", 0), "__1_0.distcp", "truncated"),
+    (cut_off(".metadata"), ".metadata", "truncated"),
+    (cut_off("meta.pt"), "meta.pt", "is truncated or damaged"),
+    (cut_off("meta.pt", 0), "meta.pt", "is no checkpoint"),
+    (replaced("__1_0.distcp"), "__1_0.distcp", "mixes files of different saves"),
+    (replaced("__0_0.distcp", "__1_0.distcp", ".metadata"), ".metadata", "mixes files of different saves"),
+    (replaced("meta.pt"), ".metadata", "from another"),
+    (flipped, "__1_0.distcp", "its content is not what was saved"),
+    (lambda path, later: shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp"), "__2_0.distcp", "mixes files"),
+    (of_another_tool, "__1_0.distcp", "truncated"),
+    (from_more_ranks, "__2_0.distcp", "'.metadata' does not know it"),
+]
+
+
+@case
+def every_file_is_read_without_trust(ranks: dict[int, World], folder: Path) -> None:
+    model = shard(towers(*FAMILIES), ranks[4])
+    optimizer = grouped(model)
+    for format in FORMATS:
+        save(folder / format, model, optimizer, format=format, world=ranks[4], callbacks={"a": {"b": torch.ones(2)}})
+    assert_equal(torch.load(folder / "file", weights_only=True)["callbacks"], {"a": {"b": torch.ones(2)}})
+    assert_equal(
+        torch.load(folder / "directory" / "meta.pt", weights_only=True)["callbacks"], {"a": {"b": torch.ones(2)}}
+    )

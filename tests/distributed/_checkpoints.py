@@ -1,0 +1,171 @@
+"""What the tests of checkpoints run on the ranks: sub-worlds of one process group, models, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_memopt import MemOpt
+from lightning_memopt.layout import local_tensor
+from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_memopt.strategy.loading import load_checkpoint
+from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.states import copy_part, gathered
+from tests._compare import assert_equal
+
+FAMILIES = ("adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor")
+FORMATS = ("directory", "file")
+Optimizer = torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class World:
+    """The first ranks of the process group, as if they were all."""
+
+    mesh: DeviceMesh
+    group: Any
+
+    @property
+    def size(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def mine(self) -> bool:
+        return self.mesh.get_coordinate() is not None
+
+
+def worlds() -> dict[int, World]:
+    """Make the worlds of 1 to 4 ranks; all ranks must call this."""
+    return {
+        size: World(DeviceMesh("cpu", list(range(size))), dist.new_group(list(range(size)))) for size in range(1, 5)
+    }
+
+
+class Tower(nn.Module):
+    """An embedding, an attention weight, a matrix that leaves the fourth of four ranks nothing, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 6)
+        attention, mlp = {"q_proj": nn.Linear(10, 8, bias=False)}, {"up_proj": nn.Linear(7, 3, bias=False)}
+        layer = {"self_attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp)}
+        self.layers = nn.ModuleList([nn.ModuleDict({**layer, "input_layernorm": nn.LayerNorm(10, bias=False)})])
+
+
+class Towers(nn.ModuleDict):
+    def forward(self) -> None:
+        """Not called, but `fully_shard` asks for it."""
+
+
+def towers(*names: str, seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    model = Towers({name: Tower() for name in names})
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_()
+    return model
+
+
+def shard(model: nn.Module, world: World | None) -> nn.Module:
+    if world is not None:
+        for child in model.children():
+            fully_shard(child, mesh=world.mesh)
+        fully_shard(model, mesh=world.mesh)
+    return model
+
+
+def grouped(model: nn.ModuleDict) -> MemOpt:
+    """One optimizer with a group per tower: the tower's name is the recipe."""
+    groups: list[Any] = [
+        {"params": [(f"{name}.{key}", param) for key, param in tower.named_parameters()], "recipe": name}
+        for name, tower in model.items()
+    ]
+    return MemOpt(groups, "adamw", lr=0.01)
+
+
+def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
+    """Take a step on gradients that depend on its number only, however the model is sharded."""
+    generator = torch.Generator().manual_seed(number)
+    for param in model.parameters():
+        whole = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if param.requires_grad:
+            param.grad = torch.empty_like(param)
+            copy_part(param.grad, whole)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole_params(model: nn.Module) -> dict[str, Tensor]:
+    return {name: gathered(param, True).clone() for name, param in model.named_parameters()}
+
+
+def whole_state(optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
+    state = optimizer.state_dict()["state"]
+    return {index: {key: gathered(state[index][key], True) for key in state[index]} for index in sorted(state)}
+
+
+def save(path: Path, model: nn.Module, *optimizers: Optimizer, format: str, world: World, **rest: Any) -> None:
+    whole, group = format == "file", world.group
+    states = [optimizer_state(optimizer, model, whole=whole, group=group) for optimizer in optimizers]
+    checkpoint = {"state_dict": model_state(model, whole=whole, group=group), "optimizer_states": states, **rest}
+    if whole:
+        save_file(checkpoint, path, AtomicCheckpointIO(), group=group)
+    else:
+        save_directory(checkpoint, path, group=group)
+
+
+def load(path: Path, model: nn.Module, *optimizers: Optimizer, world: World, **options: Any) -> dict[str, Any]:
+    return load_checkpoint(path, model, optimizers, AtomicCheckpointIO(), group=world.group, **options)
+
+
+def difference(model: nn.Module, expected: dict[str, Tensor], *, exact: bool) -> str:
+    """Return where this rank's parts differ from whole parameters: bit for bit, or by 1e-5 of a parameter's norm."""
+    wrong = []
+    for name, param in model.named_parameters():
+        part = torch.empty_like(param)
+        copy_part(part, expected[name])
+        mine, theirs = local_tensor(param.detach()), local_tensor(part.detach())
+        error = float((mine.double() - theirs.double()).norm() / expected[name].double().norm())
+        if mine.dtype != expected[name].dtype or not error <= (0 if exact else 1e-5):
+            wrong.append(f"{name} differs by {error:.1e}")
+    return "; ".join(wrong)
+
+
+@contextmanager
+def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
+    """Check for an exception, and that its message has all the texts."""
+    try:
+        yield
+    except kind as error:
+        message = f"{error} {' '.join(getattr(error, '__notes__', []))}"
+        missing = [text for text in texts if text not in message]
+        assert not missing, f"{missing} not in {message!r}"
+        return
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+@contextmanager
+def unchanged(model: nn.Module, *optimizers: Optimizer) -> Iterator[None]:
+    """Check that neither weights nor states nor groups change; all ranks of the model's mesh must enter."""
+
+    def now() -> Any:
+        groups = [[{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] for opt in optimizers]
+        return whole_params(model), [whole_state(optimizer) for optimizer in optimizers], groups
+
+    before = now()
+    yield
+    after = now()
+    assert_equal(after[:2], before[:2])
+    assert after[2] == before[2]
+
+
+Case = Callable[[dict[int, World], Path], None]
