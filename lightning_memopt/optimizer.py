@@ -237,7 +237,13 @@ class MemOpt(torch.optim.Optimizer):
             own.update(entries)  # type: ignore[arg-type]
         self.state.clear()
         for param, state in states.items():
-            self.state[param] = loaded(blocks[param], state, convert=True)[1] if blocks[param] and state else state
+            self.state[param] = self._moved(blocks[param], state) if blocks[param] else state
+
+    def _moved(self, blocks: tuple[Block, ...], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return state where its blocks lie now; before the first step it is made anew, also from the meta device."""
+        if not state or float(state["step"]) == 0:
+            return self._init(blocks) if state else {}
+        return loaded(blocks, state, convert=True)[1]
 
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:
@@ -408,8 +414,7 @@ class MemOpt(torch.optim.Optimizer):
         self._blocks[param] = tuple(
             replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
         )
-        if state:
-            self.state[param] = loaded(self._blocks[param], state, convert=True)[1]
+        self.state[param] = self._moved(self._blocks[param], state)
 
     # ------------------------------------------------------------------ changing and reading the plan
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,14 +17,18 @@ class Traffic(TorchDispatchMode):
     Attributes:
         calls: Name of the operation → how often it was called.
         nbytes: Name of the operation → bytes.
+        dtensor_calls: Name of an operation on DTensors → how often it was called.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.nbytes: Counter[str] = Counter()
+        self.dtensor_calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(leaf, DTensor) for leaf in tree_leaves((args, kwargs))):
+            self.dtensor_calls[func._schema.name] += 1
         namespace, name = func._schema.name.split("::")
         if namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
             sizes = [leaf.nbytes for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -612,3 +612,48 @@ def test_a_one_dimensional_convolution_is_one_matrix():
     assert lm.AdaPMLean(model.named_parameters()).state[model[0].weight]["low_rank_q"].shape == (64, 4)
     experts = {"experts": nn.Parameter(torch.ones(4, 32, 64))}
     assert lm.AdaPMLean(experts.items()).state[experts["experts"]]["low_rank_q"].shape == (4, 32, 4)
+
+
+# --- rebinding -------------------------------------------------------------------------------------------------------
+
+
+def test_rebind_goes_on_with_other_parameters_of_the_same_weights():
+    one, two, other = tiny_llama(), tiny_llama(), tiny_llama()
+    first, second = lm.AdaPMLean(one.named_parameters()), lm.AdaPMLean(two.named_parameters())
+    train(one, first, 2)
+    train(two, second, 2)
+    other.load_state_dict(two.state_dict())
+    old = list(two.parameters())
+    second.rebind(dict(zip(two.parameters(), other.parameters(), strict=True)))
+    assert not set(old) & set(second.state)
+    train(one, first, 2, seed=1)
+    train(other, second, 2, seed=1)
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert_equal(mine, theirs)
+
+
+def test_rebind_leaves_the_meta_device():
+    with torch.device("meta"):
+        meta = torch.nn.Linear(8, 6)
+    optimizer = lm.AdaPMLean(meta.named_parameters())
+    real = torch.nn.Linear(8, 6)
+    optimizer.rebind({meta.weight: real.weight, meta.bias: real.bias})
+    assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cpu"}
+    fill_grads(list(real.parameters()), 1)
+    optimizer.step()
+
+
+def test_rebind_before_names_are_known():
+    old, new = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6)
+    optimizer = lm.AdaPMLean(old.parameters())
+    optimizer.rebind({old.weight: new.weight, old.bias: new.bias})
+    optimizer.bind(new)
+    assert [block.name for block in optimizer.snapshot().blocks] == ["weight", "bias"]
+
+
+def test_rebind_refuses_other_shapes():
+    model = torch.nn.Linear(8, 6)
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    with pytest.raises(ValueError, match=r"'weight' has shape \(6, 8\), what is to replace it \(8, 6\): rebind"):
+        optimizer.rebind({model.weight: torch.nn.Parameter(torch.zeros(8, 6))})
+    assert optimizer.param_groups[0]["params"][0] is model.weight

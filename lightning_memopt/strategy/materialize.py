@@ -133,6 +133,10 @@ def _initialize(modules: Modules, fresh: set[Tensor], owners: Owners) -> None:
     """Run the initialisers of modules, and keep what they overwrite of tensors that had values."""
     kept = [tensor for _, module in modules for _, tensor in _own(module) if tensor not in fresh]
     values = [tensor.detach().clone() for tensor in kept]
+    for param in modules[-1][1].parameters():
+        if isinstance(param, DTensor) and param not in fresh:
+            # Models of transformers also initialise what is below a module, unless it says so; inner units are done.
+            param._is_hf_initialized = True  # type: ignore[attr-defined]
     for _, module in modules:
         if module in owners:
             owners[module]._init_weights(module)

@@ -664,6 +664,20 @@ def transformers_models_are_initialised_by_themselves() -> None:
             assert 2 < module.losses[-1] < 5
 
 
+@case(2)
+def inner_units_are_not_initialised_again() -> None:
+    """GPT-2's blocks scale the weights of projections, which are units of their own here."""
+    from tests._models import tiny_gpt2
+
+    made = trainer(MemOptFSDPStrategy(wrap=["transformers.pytorch_utils.Conv1D"]), max_steps=2)
+    with made.init_module(empty_init=True):
+        module = Causal(tiny_gpt2().train())
+    made.validate(module, verbose=False)
+    same_everywhere(module)
+    made.fit(module)
+    same_everywhere(module)
+
+
 class Custom(nn.Module):
     """Holds a parameter and cannot initialise it."""
 
