@@ -53,6 +53,11 @@ class Block:
                     "choose 'dense' or 'none' for it."
                 )
 
+    def check(self) -> None:
+        """Raise whatever the kinds have against the block's shape or its sharding."""
+        for kind in self.kinds:
+            kind.shapes(self.work)
+
     @property
     def kinds(self) -> tuple[Momentum, SecondMoment]:
         """Both kinds of the recipe."""
@@ -138,9 +143,13 @@ class Block:
 
     def wants(self, grad: Tensor, state: State) -> list[Gather]:
         """Return what ranks have to put together before :meth:`update`; the same on all of them."""
-        wanted = [Gather(local_tensor(state[self.prefix + key]), cut) for key, cut in self.cuts.items()]
+        wanted = []
+        for key, cut in self.cuts.items():
+            tensor = state[self.prefix + key]
+            wanted.append(Gather(local_tensor(tensor), cut, tensor.numel() * tensor.element_size()))
         if self.work.gathered:
-            wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block()))
+            size = torch.Size(self.layout.matrix).numel() * grad.element_size()
+            wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block(), size))
         return wanted
 
     def update(

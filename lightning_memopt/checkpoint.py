@@ -141,11 +141,18 @@ def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return saved
     split = {"step": saved["step"]}
     for key in sorted(set(saved) - {"step"}):
+        expected = blocks[0].layout.param_shape
+        if tuple(saved[key].shape) != expected:
+            name = blocks[0].name.rpartition(":")[0]
+            raise ValueError(
+                f"The state of {name!r} in the state dict has {key!r} of shape {tuple(saved[key].shape)}, the "
+                f"parameter has {expected}: it was saved for another model."
+            )
         value = full_tensor(saved[key])
         for block in blocks:
             slot = block.layout.slot
-            if slot is not None and value.shape[slot.dim] >= slot.start + slot.length:
-                split[block.prefix + key] = value.narrow(slot.dim, slot.start, slot.length)
+            assert slot is not None
+            split[block.prefix + key] = value.narrow(slot.dim, slot.start, slot.length)
     return split
 
 

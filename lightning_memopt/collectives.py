@@ -43,17 +43,15 @@ class Gather:
     Attributes:
         value: This rank's piece.
         cut: How the whole is cut.
+        nbytes: Bytes of the whole, over all ranks that share it: the same on all of them.
     """
 
     value: Tensor
     cut: Cut
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of the whole."""
-        lengths = sum(self.cut.sizes)
-        rest = [size for dim, size in enumerate(self.value.shape) if dim != self.cut.dim]
-        return torch.Size(rest).numel() * lengths * self.value.element_size()
+
+Flight = tuple[Any, torch.dtype, torch.device]
 
 
 class Pending:
@@ -64,9 +62,9 @@ class Pending:
         self.value, self.group, self.answered = asked.value, group, False
 
     @property
-    def flight(self) -> tuple[Any, torch.dtype]:
+    def flight(self) -> Flight:
         """Return what has to be equal for sums to share a collective."""
-        return self.group, self.value.dtype
+        return self.group, self.value.dtype, self.value.device
 
 
 Requests = tuple[Pending, ...]
@@ -137,7 +135,7 @@ def _advance(task: Task, waiting: list[tuple[Task, Requests]]) -> None:
         waiting.append((task, requests))
 
 
-def _next_flight(asked: list[Requests]) -> tuple[Any, torch.dtype]:
+def _next_flight(asked: list[Requests]) -> Flight:
     """Return which collective comes next.
 
     Sums of different dtypes cannot share one. The kinds' requests come in the order "float32, float64, float32" or in
@@ -162,11 +160,11 @@ def _sum(flight: Sequence[Pending]) -> None:
 
 
 def gather(wanted: Sequence[Gather]) -> list[Tensor]:
-    """Return the whole of every tensor, with one collective per group as long as the payload is bounded."""
+    """Return the whole of every tensor, with one collective per group and device while the payload is bounded."""
     whole: list[Any] = [None] * len(wanted)
-    groups = dict.fromkeys(entry.cut.group for entry in wanted)
-    for group in groups:
-        mine = [position for position, entry in enumerate(wanted) if entry.cut.group == group]
+    flights = [(entry.cut.group, entry.value.device) for entry in wanted]
+    for flight in dict.fromkeys(flights):
+        mine = [position for position, entry in enumerate(flights) if entry == flight]
         for some in packed(mine, lambda position: wanted[position].nbytes):
             for position, tensor in zip(some, _gather([wanted[position] for position in some]), strict=True):
                 whole[position] = tensor

@@ -34,7 +34,9 @@ class Unusable:
         if len({id(cut.group) for cut in cuts}) != 1:
             return []
         cut = cuts[0]
-        return [Gather(self._flags, replace(cut, dim=0, sizes=(len(self._flags),) * len(cut.sizes)))]
+        count = len(cut.sizes)
+        cut = replace(cut, dim=0, sizes=(len(self._flags),) * count)
+        return [Gather(self._flags, cut, count * self._flags.nbytes)]
 
     def positions(self, gathered: Sequence[Tensor]) -> list[int]:
         """Return the positions of the gradients that no rank may use."""

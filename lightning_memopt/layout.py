@@ -148,7 +148,10 @@ class Layout:
                 local_slot = _overlap(slot, start[slot.dim], mine[slot.dim])
                 mine[slot.dim], start[slot.dim] = local_slot.length, max(0, start[slot.dim] - slot.start)
             local = _matrix(tuple(mine), flatten)
-            offset = (0, *start) if len(shape) == 1 else tuple(start if len(shape) == len(matrix) else (start[0], 0))
+            if len(shape) > 0:
+                offset = (
+                    (0, *start) if len(shape) == 1 else tuple(start if len(shape) == len(matrix) else (start[0], 0))
+                )
         layout = Layout(
             shape=tuple(shape),
             matrix=matrix,
@@ -356,6 +359,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
+def aligned(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient with the placements of its parameter.
+
+    Autograd may leave others where ``fully_shard`` does not reduce it, such as a pending sum over the ranks.
+    """
+    if DTensor is None or not (isinstance(grad, DTensor) and isinstance(param, DTensor)):
+        return grad
+    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+
+
 def fill_(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor, or a DTensor of any placement, into what this rank holds of ``target``."""
     if DTensor is None or not isinstance(target, DTensor):
@@ -400,13 +413,13 @@ def _matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
 
 def _check(param: Any, *, flattened: bool) -> None:
     """Refuse placements under which a block's rows and columns do not stay whole."""
-    placements = param.placements
+    placements = [p for position, p in enumerate(param.placements) if param.device_mesh.size(position) > 1]
     dims = [placement.dim for placement in placements if type(placement) is Shard]
     plain = all(type(placement) in (Shard, Replicate) for placement in placements)
     torn = flattened and any(dim != 0 for dim in dims)
     if not plain or len(dims) != len(set(dims)) or torn:
         raise NotImplementedError(
-            f"A parameter of shape {tuple(param.shape)} is sharded in this way: placements {tuple(placements)}. "
+            f"A parameter of shape {tuple(param.shape)} is sharded in this way: placements {param.placements}. "
             "Supported: Replicate and one Shard per dimension, on dimension 0 for weights of more than three "
             "dimensions."
         )

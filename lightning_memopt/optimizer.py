@@ -16,7 +16,7 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
 from lightning_memopt.checkpoint import allocated, converted, loaded, loaded_groups
 from lightning_memopt.guards import Unusable, exact_arithmetic
-from lightning_memopt.layout import Layout, arithmetic_dtype
+from lightning_memopt.layout import Layout, aligned, arithmetic_dtype
 from lightning_memopt.plan import Plan, Recipe, known_options
 from lightning_memopt.recipes import load_plan
 from lightning_memopt.roles import Part, canonical_names, classify
@@ -227,17 +227,21 @@ class MemOpt(torch.optim.Optimizer):
                     f"{self._names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, what is to replace it "
                     f"{tuple(new.shape)}: rebind replaces parameters by others of the same weights."
                 )
+        if len(set(table.values())) < len(table):
+            raise ValueError("Two parameters are to be replaced by the same one: rebind takes a new one for each.")
         blocks = {new: tuple(block.moved(new) for block in self._blocks.get(old, ())) for old, new in table.items()}
-        for group in self.param_groups:
-            group["params"] = [table[param] for param in group["params"]]
         names = {table.get(param, param): name for param, name in self._names.items()}
-        states = {table[param]: state for param, state in self.state.items()}
+        states = {
+            table[param]: self._moved(blocks[table[param]], state) if blocks[table[param]] else state
+            for param, state in self.state.items()
+        }
         for own, entries in ((self._names, names), (self._blocks, {p: b for p, b in blocks.items() if b})):
             own.clear()
             own.update(entries)  # type: ignore[arg-type]
+        for group in self.param_groups:
+            group["params"] = [table[param] for param in group["params"]]
         self.state.clear()
-        for param, state in states.items():
-            self.state[param] = self._moved(blocks[param], state) if blocks[param] else state
+        self.state.update(states)
 
     def _moved(self, blocks: tuple[Block, ...], state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return state where its blocks lie now; before the first step it is made anew, also from the meta device."""
@@ -382,6 +386,7 @@ class MemOpt(torch.optim.Optimizer):
         if active:
             self._require_names()
         for _, param in active:
+            param.grad = aligned(param.grad, param)
             if param not in self._blocks:
                 raise parsing.unnamed_error(param)
             name, layout = self._blocks[param][0].name, self._blocks[param][0].layout
@@ -427,6 +432,7 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
+            NotImplementedError: If a kind cannot work with a block as it is sharded; nothing has changed.
         """
         self._require_names()
         places = {block.name: (param, block) for param, blocks in self._blocks.items() for block in blocks}
@@ -442,16 +448,17 @@ class MemOpt(torch.optim.Optimizer):
                         f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
                         f"{new_kind.name!r} could go on from; build a new optimizer instead."
                     )
+            new.check()
             converted.append((param, block, new))
         for param, block, new in converted:
             self._convert(param, block, new)
 
     def _convert(self, param: Tensor, block: Block, new: Block) -> None:
         state = self.state.get(param, {})
+        fresh = converted(block, new, state, keep=True) if state and new.recipe != block.recipe else None
         self._reformatted[block.name] = new.recipe
         self._blocks[param] = tuple(new if entry is block else entry for entry in self._blocks[param])
-        if state and new.recipe != block.recipe:
-            fresh = converted(block, new, state, keep=True)
+        if fresh is not None:
             for kind in block.kinds:
                 for key in kind.keys:
                     del state[block.prefix + key]

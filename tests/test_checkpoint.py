@@ -377,3 +377,41 @@ def test_snapshots_need_no_data():
     snapshot = lm.AdaPMLean(big_llama("60M").named_parameters()).snapshot()
     assert snapshot.saved > 0.96
     assert sum(block.adamw_bytes for block in snapshot.blocks) == snapshot.adamw_bytes
+
+
+def test_adamw_state_of_another_shape_is_refused():
+    """A fused weight of other heads: nothing of it may be cut off in silence."""
+    for rows in (80, 40):
+        old = torch.nn.Parameter(torch.zeros(rows, 22))
+        adamw = torch.optim.AdamW([old])
+        old.grad = torch.ones_like(old)
+        adamw.step()
+        optimizer = lm.AdaPMLean([("attention.in_proj_weight", torch.nn.Parameter(torch.zeros(66, 22)))])
+        refused(optimizer, adamw.state_dict(), rf"'attention\.in_proj_weight' .* 'exp_avg' of shape \({rows}, 22\)")
+
+
+@pytest.mark.parametrize("recipe", lm.recipe_names())
+def test_adamw_is_continued_with_every_recipe(recipe):
+    """The compressed state stands for what it is made of, the step counts on, and the loss does not jump."""
+    model = tiny_llama()
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = train(model, adamw, 8)
+    optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, lr=3e-3)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert {float(state["step"]) for state in optimizer.state.values()} == {8.0}
+    norm = model.model.norm.weight
+    assert_equal(optimizer.state[norm]["exp_avg_sq"], adamw.state[norm]["exp_avg_sq"])
+    losses += train(model, optimizer, 4, seed=1)
+    assert max(losses[8:]) < losses[0] + 0.2
+
+
+def test_reformat_that_is_refused_changes_nothing():
+    model = torch.nn.Linear(16, 24, bias=False)
+    optimizer = lm.AdamMini(model.named_parameters())
+    before = repr(optimizer)
+    with pytest.raises(ValueError, match="`outputs_per_number` 5 does not divide the outputs"):
+        optimizer.reformat({"weight": {"second_moment": "blockwise", "outputs_per_number": 5}})
+    assert repr(optimizer) == before
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()

@@ -657,3 +657,11 @@ def test_rebind_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"'weight' has shape \(6, 8\), what is to replace it \(8, 6\): rebind"):
         optimizer.rebind({model.weight: torch.nn.Parameter(torch.zeros(8, 6))})
     assert optimizer.param_groups[0]["params"][0] is model.weight
+
+
+def test_rebind_refuses_one_for_two():
+    model = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(8, 6, bias=False)])
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    new = torch.nn.Parameter(torch.zeros(6, 8))
+    with pytest.raises(ValueError, match="Two parameters are to be replaced by the same one"):
+        optimizer.rebind({param: new for param in model.parameters()})
