@@ -1,7 +1,8 @@
-"""Run a function on several ranks: spawned processes, gloo, rendezvous through a file."""
+"""Run a function on several ranks: processes of their own, gloo, rendezvous through a file."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -15,6 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# A server, itself a new process without threads, imports these once; ranks are forked from it. Importing them in every
+# rank took longer than most tests.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning_memopt", "transformers", "torch._dynamo"])
+
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on every rank and return the results, by rank.
@@ -27,7 +32,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         TimeoutError: If the ranks did not finish in ``timeout`` seconds; all of them are gone afterwards.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        context = mp.spawn(_rank, args=(fn, world_size, folder, timeout, args), nprocs=world_size, join=False)
+        arguments = (fn, world_size, folder, timeout, args)
+        context = mp.start_processes(_rank, arguments, nprocs=world_size, join=False, start_method="forkserver")
         assert context is not None
         deadline = time.monotonic() + timeout
         try:
