@@ -252,6 +252,18 @@ def test_a_truncated_file_is_refused(tmp_path):
             load(path)
 
 
+@pytest.mark.parametrize("numbers", [1_000, 10_000, 30_000])
+def test_a_file_truncated_anywhere_is_refused(tmp_path, numbers):
+    """Mapping a file that is too short is an OSError, and one that names no file."""
+    path = tmp_path / "last.ckpt"
+    IO.save_checkpoint({"state_dict": {"weight": torch.randn(numbers)}}, path)
+    content = path.read_bytes()
+    for part in range(1, 21):
+        path.write_bytes(content[: len(content) * part // 21])
+        with pytest.raises(ValueError, match=r"last.ckpt' is truncated or damaged: .* Use another checkpoint"):
+            IO.load_checkpoint(path)
+
+
 def test_files_of_old_torch_are_read(tmp_path):
     path = tmp_path / "last.ckpt"
     checkpoint = {"state_dict": {"weight": torch.ones(2)}}

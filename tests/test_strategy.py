@@ -128,6 +128,8 @@ def test_units_of_torch():
     ("wrap", "expected"),
     [
         ([nn.Linear], ["net.layers.0.linear", "net.layers.1.linear", "net.last", "net"]),
+        (nn.Linear, ["net.layers.0.linear", "net.layers.1.linear", "net.last", "net"]),
+        ("torch.nn.Embedding", ["net.first", "net"]),
         (["torch.nn.Embedding", Layer], ["net.first", "net.layers.0", "net.layers.1", "net"]),
         (lambda module: isinstance(module, nn.Embedding), ["net.first", "net"]),
     ],
@@ -178,12 +180,12 @@ def test_a_parameter_shared_by_children_is_refused():
     ("wrap", "error", "match"),
     [
         ([], ValueError, "`wrap` is an empty list"),
-        ("torch.nn.Linear", TypeError, "`wrap` must be a list of module classes .* got 'torch.nn.Linear'"),
-        (nn.Linear, TypeError, "`wrap` must be a list .* got <class 'torch.nn.modules.linear.Linear'>"),
+        ("torch.nn.Lineal", ValueError, "`wrap` has 'torch.nn.Lineal', which cannot be imported .* full path"),
+        (torch.Tensor, TypeError, "`wrap` must name classes of modules, got <class 'torch.Tensor'>"),
         (["torch.nn.Lineal"], ValueError, "'torch.nn.Lineal', which cannot be imported .* full path"),
         (["Linear"], ValueError, "'Linear', which cannot be imported"),
-        (["torch.Tensor"], TypeError, "must hold classes of modules, got <class 'torch.Tensor'>"),
-        (3, TypeError, "got 3"),
+        (["torch.Tensor"], TypeError, "must name classes of modules, got <class 'torch.Tensor'>"),
+        (3, TypeError, "`wrap` must be a class of modules, its import path, a list of these, .* got 3"),
     ],
 )
 def test_wrap_that_means_nothing_is_refused(wrap, error, match):
@@ -195,10 +197,13 @@ def test_wrap_that_means_nothing_is_refused(wrap, error, match):
 
 def test_wrap_that_chooses_nothing_or_what_is_not_called_is_refused():
     model = Holder(net=Tower())
-    with pytest.raises(ValueError, match="No module of Holder is chosen; it has Embedding, Layer, Linear, ModuleList"):
-        find_units(model, resolve_policy("wrap", [nn.Conv2d]))
-    with pytest.raises(ValueError, match="'net.layers' \\(ModuleList\\) is chosen, but has no `forward`"):
-        find_units(model, resolve_policy("wrap", [nn.ModuleList]))
+    for option, value in (("wrap", ["torch.nn.Conv2d"]), ("activation_checkpointing", "torch.nn.Conv2d")):
+        message = f"No module of Holder is chosen by `{option}={value!r}`: .* are Embedding, Layer, Linear, ModuleList"
+        with pytest.raises(ValueError, match=message.replace("[", "\\[")):
+            blocks(model, resolve_policy(option, value))
+    message = r"'net.layers' \(ModuleList\) is chosen by `wrap='torch.nn.ModuleList'`, but has no `forward`"
+    with pytest.raises(ValueError, match=message):
+        find_units(model, resolve_policy("wrap", "torch.nn.ModuleList"))
 
 
 # ---------------------------------------------------------------------- what cannot be sharded

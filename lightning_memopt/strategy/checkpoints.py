@@ -21,6 +21,11 @@ from lightning_memopt.strategy.saving import model_state, optimizer_state, save_
 class CheckpointingStrategy(ModelParallelStrategy):
     """ModelParallelStrategy whose checkpoints are atomic, complete, and load on any number of ranks."""
 
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()  # waits for what is still being written; ModelParallelStrategy leaves it out
+
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:

@@ -20,6 +20,7 @@ from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local
 from lightning_memopt.strategy.directory import inspect
+from lightning_memopt.strategy.fitting import check_family
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
 from lightning_memopt.strategy.states import allocated, by_position, copy_part, cut
 
@@ -82,7 +83,7 @@ def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimi
     _check_counts(states, optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
     shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}
-    _check_weights(shapes, ours, strict)
+    _check_weights(shapes, ours, strict, fitting=bool(optimizers))
     named = [
         any(isinstance(name, str) for group in state["param_groups"] for name in group["params"]) for state in states
     ]
@@ -90,6 +91,8 @@ def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimi
         (by_position(state, optimizer, model) if by_names else state, optimizer)
         for state, optimizer, by_names in zip(states, optimizers, named, strict=False)
     ]
+    for state, optimizer in pairs:
+        check_family(state, optimizer)
     for state, optimizer in pairs:
         optimizer.load_state_dict(cut(state, optimizer))
     with torch.no_grad():
@@ -118,13 +121,15 @@ def _load_directory(
     shapes = {
         key.removeprefix(prefix): _shape(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
     }
-    _check_weights(shapes, ours, strict)
+    _check_weights(shapes, ours, strict, fitting=bool(optimizers))
     if optimizers:
         groups = {name: {"param_groups": tree["param_groups"]} for name, tree in saved.items()}
         _read(path, groups, group, alone=True)
     by_positions = [
         by_position(tree, optimizer, model) for tree, optimizer in zip(saved.values(), optimizers, strict=False)
     ]
+    for state, optimizer in zip(by_positions, optimizers, strict=False):
+        check_family(state, optimizer)
     for name, tree, state, optimizer in zip(saved, saved.values(), by_positions, optimizers, strict=False):
         ready = allocated(state, optimizer)
         # The same dicts of one parameter's state, under the names of the checkpoint.
@@ -200,7 +205,9 @@ def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Sequence[torch
         )
 
 
-def _check_weights(saved: Mapping[str, torch.Size | None], ours: Mapping[str, Any], strict: bool) -> None:
+def _check_weights(
+    saved: Mapping[str, torch.Size | None], ours: Mapping[str, Any], strict: bool, *, fitting: bool
+) -> None:
     problems = []
     if strict:
         problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
@@ -212,9 +219,16 @@ def _check_weights(saved: Mapping[str, torch.Size | None], ours: Mapping[str, An
             problems.append(f"{name!r} has shape {there} in the checkpoint and {here} in the model")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        way_out = (
+            "Training goes on only with the model of the run that saved it; `strict_loading = False` helps `validate`, "
+            "`test` and `predict`. To start training from these weights, load them in the LightningModule and leave "
+            "out `ckpt_path`."
+            if fitting
+            else "To load what has the same name, set `strict_loading = False` on the LightningModule; shapes must be "
+            "the same."
+        )
         raise RuntimeError(
-            f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. To load what "
-            "has the same name, set `strict_loading = False` on the LightningModule; shapes must be the same."
+            f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. {way_out}"
         )
 
 

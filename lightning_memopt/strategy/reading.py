@@ -32,5 +32,5 @@ def read_torch_file(path: Path, *, weights_only: bool | None = None, map_locatio
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, or name the classes with torch.serialization.add_safe_globals. To "
             "need no trust, keep other objects than tensors and builtins out of hyperparameters and callback states."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{str(path)!r} is truncated or damaged: {error}. Use another checkpoint.") from error

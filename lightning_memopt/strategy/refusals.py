@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lightning.pytorch import Callback, callbacks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_memopt.strategy.wrapping import Unit
+
+# Older versions of Lightning do not have both.
+_AVERAGING = tuple(
+    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
+
+
+def refuse_callbacks(given: Iterable[Callback]) -> None:
+    """Refuse callbacks that keep a second model, of plain tensors, and mix it with the sharded one.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    names = [type(callback).__name__ for callback in given if isinstance(callback, _AVERAGING)]
+    if names:
+        raise TypeError(
+            f"The callback {' and '.join(names)} averages whole copies of the model, which cannot be mixed with the "
+            "parts that `MemOptFSDPStrategy` keeps on each rank: leave it out and average the weights of saved "
+            "checkpoints, or train with `strategy='ddp'`."
+        )
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

@@ -18,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_memopt.strategy.checkpoints import CheckpointingStrategy
+from lightning_memopt.strategy.explaining import ExplainingStrategy
 from lightning_memopt.strategy.initial import check_same_structure
 from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
 from lightning_memopt.strategy.precision import ShardedMixedPrecision, sharded_plugin
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-from lightning_memopt.strategy.refusals import refuse_fsdp1, refuse_parameters
+from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_fsdp1, refuse_parameters
 from lightning_memopt.strategy.sharding import (
     Sharding,
     attributes_kept,
@@ -35,10 +36,10 @@ from lightning_memopt.strategy.sharding import (
 )
 from lightning_memopt.strategy.wrapping import blocks, find_units, resolve_policy
 
-Modules = list[type[nn.Module] | str] | Callable[[nn.Module], bool]
+Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
 
 
-class MemOptFSDPStrategy(CheckpointingStrategy):
+class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
     """FSDP2 for LightningModules that do not shard themselves, with optimizer state sharded like the parameters.
 
     Args:
@@ -46,8 +47,9 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         tensor_parallel_size: Ranks that share a layer. More than 1 needs a ``configure_model`` that parallelises.
         replicate_size: Copies of the sharded model (hybrid sharding); each is sharded over
             ``data_parallel_size / replicate_size`` ranks.
-        wrap: What is gathered together: classes of modules, their import paths, or a function of a module. None takes
-            the elements of the outermost lists of equal modules. The children of the LightningModule come on top.
+        wrap: What is gathered together: a class of modules, its import path, a list of these, or a function of a
+            module. None takes the elements of the outermost lists of equal modules. The children of the LightningModule
+            come on top.
         activation_checkpointing: The modules whose activations are computed again in the backward pass, given as in
             ``wrap``; True for those that ``wrap`` chooses.
         reshard_after_forward: Whether weights are freed between forward and backward pass. As in ``fully_shard``.
@@ -70,7 +72,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         replicate_size: int = 1,
         *,
         wrap: Modules | None = None,
-        activation_checkpointing: Modules | bool | None = None,
+        activation_checkpointing: bool | Modules | None = None,
         reshard_after_forward: bool | int | None = True,
         sync_every_batch: bool = True,
         cpu_offload: bool = False,
@@ -160,6 +162,8 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         assert self.model is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
         refuse_fsdp1(self.model)
         self._known.learn(self.model)
         self._reshard()

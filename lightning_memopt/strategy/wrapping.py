@@ -10,8 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-Policy = Callable[[nn.Module], bool]
 Chain = tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Chooses modules, and knows for errors which argument it is from.
+
+    Attributes:
+        option: Name of the argument.
+        value: What the user gave.
+        chooses: Whether a module is chosen.
+    """
+
+    option: str
+    value: Any
+    chooses: Callable[[nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Unit:
 
 
 def resolve_policy(option: str, value: Any) -> Policy | None:
-    """Turn classes, their import paths, or a function into a function that chooses modules.
+    """Turn one or several classes or import paths, or a function, into what chooses modules.
 
     Args:
         option: Name of the argument, for errors.
@@ -42,16 +56,17 @@ def resolve_policy(option: str, value: Any) -> Policy | None:
     """
     if value is None:
         return None
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        classes = tuple(_module_class(option, entry) for entry in value)
+    entries = [value] if isinstance(value, str | type) else value
+    if isinstance(entries, Sequence):
+        classes = tuple(_module_class(option, entry) for entry in entries)
         if not classes:
             raise ValueError(f"`{option}` is an empty list: name classes of modules, or leave it out.")
-        return lambda module: isinstance(module, classes)
-    if callable(value) and not isinstance(value, type):
-        return value
+        return Policy(option, value, lambda module: isinstance(module, classes))
+    if callable(value):
+        return Policy(option, value, value)
     raise TypeError(
-        f"`{option}` must be a list of module classes or of their import paths, or a function that takes a module and "
-        f"returns a bool, got {value!r}."
+        f"`{option}` must be a class of modules, its import path, a list of these, or a function that takes a module "
+        f"and returns a bool, got {value!r}."
     )
 
 
@@ -66,7 +81,7 @@ def _module_class(option: str, entry: Any) -> type[nn.Module]:
                 "'torch.nn.TransformerEncoderLayer'."
             ) from error
     if not (isinstance(entry, type) and issubclass(entry, nn.Module)):
-        raise TypeError(f"`{option}` must hold classes of modules, got {entry!r}.")
+        raise TypeError(f"`{option}` must name classes of modules, got {entry!r}.")
     return entry
 
 
@@ -98,15 +113,18 @@ def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
     if policy is None:
         return list(dict.fromkeys(_repeated(root)))
     inner = [(name, module) for name, module in root.named_modules() if module is not root and _has_params(module)]
-    found = [(name, module) for name, module in inner if policy(module)]
+    found = [(name, module) for name, module in inner if policy.chooses(module)]
     if not found:
         classes = sorted({type(module).__name__ for _, module in inner})
-        raise ValueError(f"No module of {type(root).__name__} is chosen; it has {', '.join(classes)}.")
+        raise ValueError(
+            f"No module of {type(root).__name__} is chosen by `{policy.option}={policy.value!r}`: choose among the "
+            f"modules that it has, which are {', '.join(classes)}."
+        )
     for name, module in found:
         if not _is_callable(module):
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) is chosen, but has no `forward`, so nothing would gather its "
-                "parameters: choose the modules that are called."
+                f"{name!r} ({type(module).__name__}) is chosen by `{policy.option}={policy.value!r}`, but has no "
+                "`forward`, so nothing would gather its parameters: choose the modules that are called."
             )
     return [module for _, module in found]
 

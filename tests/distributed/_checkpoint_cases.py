@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 
-from lightning_memopt import AdaPMLean
+from lightning_memopt import AdaPMLean, MemOpt
 from lightning_memopt.strategy import saving
 from lightning_memopt.strategy.saving import optimizer_state
 from tests._compare import assert_equal
@@ -387,6 +387,13 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
         missing = "missing in the checkpoint: 'c.embed_tokens.weight'", "not in the model: 'b.embed_tokens.weight'"
         with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", "strict_loading = False"):
             load_here(other)
+        texts = (
+            "Training goes on only with the model",
+            "helps `validate`, `test` and `predict`",
+            "leave out `ckpt_path`",
+        )
+        with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", *texts):
+            load_here(other, adamw(other))
         load_here(other, strict=False)
         assert not difference(other["a"], {k[2:]: v for k, v in whole_params(model).items() if k[0] == "a"}, exact=True)
 
@@ -410,6 +417,53 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
             load_here(model, fewer)
         with raises(ValueError, "does not point to a valid checkpoint: there is no file or directory"):
             load(folder / "nothing", model, world=world)
+
+
+def of_torch(kind: type[torch.optim.Optimizer], **options: Any) -> Any:
+    return lambda model: kind(model.parameters(), lr=0.01, **options)
+
+
+FITTING = [
+    (lambda model: MemOpt(model.named_parameters(), "adamw", lr=0.01), adamw),
+    (adamw, lambda model: MemOpt(model.named_parameters(), "adam_mini", lr=0.01)),
+    (of_torch(torch.optim.Adam, amsgrad=True), adamw),
+    (adamw, of_torch(torch.optim.RAdam)),
+    (sgd, momentum),
+]
+FOREIGN = [
+    (lean, adamw, "AdamW cannot", "saved by recipe 'adapm_lean', which lacks 'exp_avg'"),
+    (lean, sgd, "SGD cannot", "saved by recipe 'adapm_lean', which lacks 'momentum'"),
+    (lean, of_torch(torch.optim.RMSprop), "RMSprop cannot", "which lacks 'alpha'"),
+    (sgd, adamw, "AdamW cannot", "with the hyperparameters lr, momentum, dampening", "which lacks 'betas', 'eps'"),
+    (sgd, lean, "AdaPMLean cannot", "with the hyperparameters lr, momentum, dampening", "which lacks 'betas', 'eps'"),
+    (of_torch(torch.optim.Adamax), lean, "AdaPMLean cannot", "which lacks 'exp_avg_sq'"),
+    (adamw, of_torch(torch.optim.Adamax), "Adamax cannot", "which lacks 'exp_inf'"),
+    (adamw, of_torch(torch.optim.Adagrad), "Adagrad cannot", "which lacks 'lr_decay'"),
+]
+
+
+def after_a_step(make: Any, world: World, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = shard(towers("net", seed=seed), world)
+    optimizer = make(model)
+    step(model, optimizer, 0)
+    return model, optimizer
+
+
+@case
+def other_kinds_of_optimizers(ranks: dict[int, World], folder: Path) -> None:
+    """What can go on takes a step; what would fail in the step is refused before anything changes."""
+    world = ranks[2]
+    for number, (format, cell) in enumerate(itertools.product(FORMATS, (*FITTING, *FOREIGN)) if world.mine else ()):
+        make, other, *texts = cell
+        save(folder / str(number), *after_a_step(make, world), format=format, world=world)
+        model, optimizer = after_a_step(other, world, seed=1)
+        if texts:
+            texts += ["Nothing was loaded", "Use the optimizer of the run that saved it", "leave out `ckpt_path`"]
+            with unchanged(model, optimizer), raises(ValueError, *texts):
+                load(folder / str(number), model, optimizer, world=world)
+        else:
+            load(folder / str(number), model, optimizer, world=world)
+        step(model, optimizer, 1)
 
 
 @case

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_memopt import AdaPMLean
 from lightning_memopt.strategy import MemOptFSDPStrategy
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
 from tests._compare import assert_equal
-from tests.distributed._checkpoints import FORMATS, Case, World, raises, whole_params
+from tests.distributed._checkpoints import FORMATS, Case, World, raises, whole_params, whole_state
 
 TRAINERS: list[Case] = []
 RANKS = 4
@@ -193,6 +194,40 @@ def a_file_is_one_of_lightnings(ranks: dict[int, World], folder: Path) -> None:
 
 
 @case
+def saves_are_waited_for(ranks: dict[int, World], folder: Path) -> None:
+    """When `fit` returns, what was saved in the background is there."""
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            time.sleep(0.5)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    last = ModelCheckpoint(folder, filename="last")
+    trainer(folder, "file", last, plugins=[AsyncCheckpointIO(Slow())], max_epochs=1).fit(Module())
+    if dist.get_rank() == 0:
+        assert (folder / "last.ckpt").is_file()
+
+
+@case
+def a_directory_becomes_a_file(ranks: dict[int, World], folder: Path) -> None:
+    """By a fit that has no steps left to take."""
+    model = Module()
+    fitted = trainer(folder, "directory", max_epochs=1)
+    fitted.fit(model)
+    fitted.save_checkpoint(folder / "directory")
+    other = Module(seed=1)
+    again = trainer(folder, "file", max_epochs=None, max_steps=fitted.global_step)
+    again.fit(other, ckpt_path=folder / "directory")
+    again.save_checkpoint(folder / "file")
+    assert again.global_step == fitted.global_step
+    assert_equal(whole_params(other), whole_params(model))
+    assert_equal(whole_state(again.optimizers[0]), whole_state(fitted.optimizers[0]))
+    content = torch.load(folder / "file", weights_only=True)
+    assert_equal(content["state_dict"], whole_params(model))
+    assert content["global_step"] == fitted.global_step
+
+
+@case
 def plugins_of_the_user_are_used(ranks: dict[int, World], folder: Path) -> None:
     class Own(TorchCheckpointIO):
         saved: list[Any] = []
@@ -206,7 +241,7 @@ def plugins_of_the_user_are_used(ranks: dict[int, World], folder: Path) -> None:
         assert own.strategy.checkpoint_io is plugin
         own.fit(model)
         own.save_checkpoint(path)
-        plugin.teardown()
+        own.strategy.teardown()  # as at the end of every fit
         dist.barrier()
         assert isinstance(getattr(plugin, "checkpoint_io", plugin), inner)
         other = Module(seed=1)

@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -180,6 +182,63 @@ def accumulation_reduces_once_per_step_if_asked() -> None:
         assert counted.calls == expected
     for every in (True, False):
         against_ddp(Direct, MemOptFSDPStrategy(sync_every_batch=every), FINDS_UNUSED, accumulate_grad_batches=2)
+
+
+class Watching(LanguageModule):
+    """Keeps the gradients that `on_before_optimizer_step` sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        assert all(isinstance(param.grad, DTensor) for param in self.parameters())
+        self.seen.append({name: whole(param.grad) for name, param in self.named_parameters()})
+
+
+@case(2)
+def hooks_before_the_step_see_reduced_unclipped_gradients() -> None:
+    reference = LanguageModule()
+    batches = global_batches(2 * reference.batch_size)
+    sum(reference.loss(batch) / 2 for batch in batches[:2]).backward()  # type: ignore[union-attr]
+    for every in (True, False):
+        module = Watching()
+        strategy = MemOptFSDPStrategy(sync_every_batch=every)
+        fit(module, strategy, max_steps=2, accumulate_grad_batches=2, gradient_clip_val=1e-4)
+        assert len(module.losses) == 4
+        assert len(module.seen) == 2  # once per step, not per batch
+        for name, param in reference.named_parameters():
+            torch.testing.assert_close(module.seen[0][name], param.grad, rtol=1e-4, atol=1e-6)
+
+
+class Accumulating(LanguageModule):
+    """Manual optimization: a step after every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer, last = self.optimizers(), batch_idx % 2
+        blocked = getattr(self.trainer.strategy, "block_backward_sync", contextlib.nullcontext)
+        with contextlib.nullcontext() if last else blocked():
+            self.manual_backward(self.loss(batch) / 2)
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@case(2)
+def users_block_the_reduction_in_manual_optimization() -> None:
+    reference = Accumulating()
+    fit(reference, "ddp", max_steps=2)
+    for every, expected in ((True, 12), (False, 6)):  # of three units, in four batches or two steps
+        module = Accumulating()
+        with Counted("reduce_scatter") as counted:
+            fit(module, MemOptFSDPStrategy(sync_every_batch=every), max_steps=2)
+        assert counted.calls == expected
+        close(module, reference)
+        same_everywhere(module)
 
 
 class Direct(LanguageModule):
@@ -834,6 +893,36 @@ def different_models_on_the_ranks_are_refused() -> None:
     assert not any(isinstance(param, DTensor) for param in module.parameters())
 
 
+class PastForward(LanguageModule):
+    """Uses what is in the network without calling the network."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        hidden = torch.nn.functional.embedding(batch, self.model.embed_tokens.weight)
+        return nn.functional.linear(hidden, self.model.lm_head.weight).square().mean()
+
+
+@case(2)
+def weights_that_nothing_gathers_are_explained() -> None:
+    for stage in ("fit", "validate", "test", "predict"):
+        module = PastForward()
+        module.predict_step = lambda batch, batch_idx, module=module: module.loss(batch)  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="got mixed torch.Tensor and DTensor") as caught:
+            getattr(trainer(max_steps=1), stage)(module)
+        (note,) = caught.value.__notes__
+        assert "its outermost units are 'model'." in note
+        assert "torch.distributed.fsdp.register_fsdp_forward_method" in note
+
+
+@case(2)
+def callbacks_that_average_weights_are_refused() -> None:
+    for make in (partial(StochasticWeightAveraging, 0.01), WeightAveraging):
+        module, callback = LanguageModule(), make()
+        with raises(TypeError, f"The callback {type(callback).__name__} averages", "leave it out", "strategy='ddp'"):
+            fit(module, callbacks=[callback])
+        assert not any(isinstance(param, DTensor) for param in module.parameters())
+        trainer(callbacks=[make()]).validate(LanguageModule(), verbose=False)
+
+
 @case(2)
 def batch_norms_are_synchronised_if_asked() -> None:
     module = LanguageModule()
@@ -895,15 +984,14 @@ def the_strategy_is_lightnings_own_kind() -> None:
     assert made.global_step == 1
 
 
-def _command(tmp: Path, config: str) -> LightningModule:
-    from lightning_memopt.cli import MemOptCLI
-
+def _command(tmp: Path, config: str, cli: str = "lightning_memopt.cli.MemOptCLI") -> LightningModule:
+    module, _, name = cli.rpartition(".")
     path = tmp / f"rank{dist.get_rank()}.yaml"
     path.write_text(config)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "plugins": [Spawned()]}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 2, "num_sanity_val_steps": 0}
     with contextlib.redirect_stdout(io.StringIO()):
-        made = MemOptCLI(
+        made = getattr(import_module(module), name)(
             LanguageModule,
             args=["fit", "--config", str(path)],
             trainer_defaults={**quiet, "max_steps": 3},
@@ -929,6 +1017,24 @@ def command_line() -> None:
                 "optimizer: {class_path: lightning_memopt.AdaPMLean, init_args: {lr: 0.01}}\n"
             )
             module = _command(Path(folder), config)
+            same_everywhere(module)
+            close(module, by_hand, 1e-6)
+
+
+@case(2)
+def command_line_of_lightning() -> None:
+    """LightningCLI makes the optimizer of `parameters()` without names, and finds the strategy by its class."""
+    options = "wrap: tests.distributed._training.Block, activation_checkpointing: torch.nn.Linear"
+    strategy = f"{{class_path: lightning_memopt.MemOptFSDPStrategy, init_args: {{{options}}}}}"
+    with tempfile.TemporaryDirectory() as folder:
+        for path, kind in (("lightning_memopt.AdaPMLean", lm.AdaPMLean), ("torch.optim.AdamW", torch.optim.AdamW)):
+            by_hand = LanguageModule(optimizer=lambda it, kind=kind: kind(it.parameters(), lr=0.01))
+            fit(by_hand)
+            optimizer = f"{{class_path: {path}, init_args: {{lr: 0.01}}}}"
+            config = f"seed_everything: false\ntrainer: {{strategy: {strategy}}}\noptimizer: {optimizer}\n"
+            module = _command(Path(folder), config, "lightning.pytorch.cli.LightningCLI")
+            assert type(module.trainer.optimizers[0]) is kind
+            assert {type(unit).__name__ for _, unit in units_of(module)} == {"FSDPBlock", "FSDPNetwork"}
             same_everywhere(module)
             close(module, by_hand, 1e-6)
 
