@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_memopt as lm
 from lightning_memopt.strategy.placement import shard_dims
 from lightning_memopt.strategy.wrapping import find_units
-from tests._models import LENGTH, VOCAB
+from tests._models import LENGTH, VOCAB, tiny_llama
 from tests._ranks import run_ranks
 
 STEPS, BATCH, LR = 20, 12, 1e-3
@@ -29,18 +28,7 @@ Weights = dict[str, Tensor]
 
 def llama() -> nn.Module:
     """Return a LLaMA with sides that 3 and 4 ranks do not divide evenly."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=24,
-        intermediate_size=41,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=LENGTH,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(hidden=24, intermediate=41, layers=1)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh, average: bool) -> Weights:
