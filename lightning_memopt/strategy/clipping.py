@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.layout import local_tensor
+
 
 @torch.no_grad()
 def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -28,7 +30,7 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     total = torch.linalg.vector_norm(torch.stack([norm.float().to(whole[0].device) for norm in whole]))
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
-        local = _local(grad)
+        local = local_tensor(grad)
         local.mul_(scale.to(local.device))
     return total
 
@@ -40,8 +42,4 @@ def clip_grad_value_(params: Iterable[Tensor], limit: float) -> None:
     assert math.isfinite(limit)
     for param in params:
         if param.grad is not None:
-            _local(param.grad).clamp_(-limit, limit)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_tensor(param.grad).clamp_(-limit, limit)

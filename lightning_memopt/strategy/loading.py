@@ -16,13 +16,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from lightning_memopt.layout import fill_
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local
 from lightning_memopt.strategy.directory import inspect
 from lightning_memopt.strategy.fitting import check_family
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
-from lightning_memopt.strategy.states import allocated, by_position, copy_part, cut
+from lightning_memopt.strategy.states import allocated, by_position, cut
 
 Optimizers = Sequence[torch.optim.Optimizer]
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimi
     with torch.no_grad():
         for name in ours.keys() & weights.keys():
             if isinstance(ours[name], Tensor):
-                copy_part(ours[name], weights[name])
+                fill_(ours[name], weights[name])
             else:
                 ours[name] = weights[name]
     _adopt(model, {name: ours[name] for name in ours if name in weights})

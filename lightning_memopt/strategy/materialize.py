@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.layout import local_tensor
+
 Modules = Sequence[tuple[str, nn.Module]]
 Owners = Mapping[nn.Module, Any]
 
@@ -173,7 +175,7 @@ def _refuse(left: Iterable[tuple[str, nn.Module, list[str]]]) -> None:
 
 
 def _has_sentinel(tensor: Tensor) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor)
     if local.dtype == torch.bool:
         return False
     if local.is_floating_point() or local.is_complex():

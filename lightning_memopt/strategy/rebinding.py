@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_memopt.layout import local_tensor
 from lightning_memopt.optimizer import MemOpt
 
 
@@ -119,8 +120,7 @@ def _part(optimizer: Optimizer, key: str, value: Any, old: Tensor, new: Tensor) 
             f"of shape {tuple(old.shape)}, which cannot be sharded with it: give the strategy an optimizer that has "
             "not taken steps, and resume with `ckpt_path`."
         )
-    local = new.to_local() if isinstance(new, DTensor) else new
-    value = value.to(local.device)
+    value = value.to(local_tensor(new).device)
     if isinstance(new, DTensor) and not isinstance(value, DTensor):
         # Every rank has the whole and takes its part; no communication.
         return distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)

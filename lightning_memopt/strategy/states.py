@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lightning_memopt.layout import fill_
+from lightning_memopt.optimizer import MemOpt
 
 # What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -98,10 +100,10 @@ def by_position(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, mode
 def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a state dict by position with real tensors, placed as today, in the place of those on the meta device.
 
-    The optimizer says how if it has ``allocate_state_dict``; otherwise what has its parameter's shape is placed as the
+    An optimizer of this package says how; of others, what has its parameter's shape is placed as the
     parameter is, and everything else is whole on every rank.
     """
-    if hasattr(optimizer, "allocate_state_dict"):
+    if isinstance(optimizer, MemOpt):
         return optimizer.allocate_state_dict(saved)
     state = _with_params(saved, optimizer, _allocate)
     return {"state": state, "param_groups": saved["param_groups"]}
@@ -110,20 +112,11 @@ def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
 def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a state dict by position as the optimizer can load it, from one with whole tensors.
 
-    An optimizer that has ``allocate_state_dict`` cuts whole tensors itself, when it loads them.
+    An optimizer of this package cuts whole tensors itself, when it loads them.
     """
-    if hasattr(optimizer, "allocate_state_dict"):
+    if isinstance(optimizer, MemOpt):
         return dict(saved)
     return {"state": _with_params(saved, optimizer, _cut), "param_groups": saved["param_groups"]}
-
-
-def copy_part(target: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of a whole tensor into a parameter, buffer or state tensor, without communication."""
-    if isinstance(target, DTensor):
-        sizes, start = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        whole = whole[tuple(slice(begin, begin + size) for begin, size in zip(start, sizes, strict=True))]
-        target = target.to_local()
-    target.copy_(whole)
 
 
 def gathered(value: Any, keep: bool) -> Any:
@@ -169,5 +162,5 @@ def _cut(value: Tensor, param: Tensor) -> Tensor:
     if value.shape != param.shape or not value.ndim:
         return value
     mine = _allocate(value, param)
-    copy_part(mine, value)
+    fill_(mine, value)
     return mine

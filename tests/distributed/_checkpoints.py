@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_memopt import MemOpt
-from lightning_memopt.layout import local_tensor
+from lightning_memopt.layout import fill_, local_tensor
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
 from lightning_memopt.strategy.loading import load_checkpoint
 from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
-from lightning_memopt.strategy.states import copy_part, gathered
+from lightning_memopt.strategy.states import gathered
 from tests._compare import assert_equal
 
 FAMILIES = ("adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor")
@@ -99,7 +99,7 @@ def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
         whole = torch.randn(param.shape, generator=generator).to(param.dtype)
         if param.requires_grad:
             param.grad = torch.empty_like(param)
-            copy_part(param.grad, whole)
+            fill_(param.grad, whole)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -132,7 +132,7 @@ def difference(model: nn.Module, expected: dict[str, Tensor], *, exact: bool) ->
     wrong = []
     for name, param in model.named_parameters():
         part = torch.empty_like(param)
-        copy_part(part, expected[name])
+        fill_(part, expected[name])
         mine, theirs = local_tensor(param.detach()), local_tensor(part.detach())
         error = float((mine.double() - theirs.double()).norm() / expected[name].double().norm())
         if mine.dtype != expected[name].dtype or not error <= (0 if exact else 1e-5):
