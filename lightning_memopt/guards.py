@@ -30,7 +30,8 @@ class Unusable:
 
     def wants(self) -> list[Gather]:
         """Return what has to be gathered for :meth:`positions`, to share a collective with other requests."""
-        cuts = [cut for layout in self._layouts for cut in layout.ranks()]
+        alike = {(layout.mesh, layout.placements): layout for layout in self._layouts}  # a few, however deep the model
+        cuts = [cut for layout in alike.values() for cut in layout.ranks()]
         if len({id(cut.group) for cut in cuts}) != 1:
             return []
         cut = cuts[0]
