@@ -182,19 +182,19 @@ class Block:
         )
         for key, tensor in whole.items():
             local_tensor(state[self.prefix + key]).copy_(self.cuts[key].mine(tensor))
-        self._apply(param, direction, denominator, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        self.apply(param, direction, denominator, lr=float(group["lr"]), weight_decay=group["weight_decay"])
 
-    def _apply(self, param: Tensor, direction: Direction, denominator: Denominator, **rates: Any) -> None:
-        """Update this rank's weights."""
+    def apply(self, param: Tensor, direction: Direction, denominator: Denominator, **rates: float) -> None:
+        """Update this rank's weights; ``lr`` and ``weight_decay`` are given as in :func:`apply_`."""
         mine = self.layout.take(param)
-        rates["dtype"] = self.layout.dtype
+        dtype = self.layout.dtype
         if self.work.gathered:  # the update is that of the whole block: of a copy in which only our part counts
             whole = mine.new_zeros(self.work.local)
             part = self.layout.cut_of_block().mine(whole).copy_(mine)
-            apply_(whole, direction, denominator, **rates)
+            apply_(whole, direction, denominator, dtype=dtype, **rates)
             mine.copy_(part)
         else:
-            apply_(mine, direction, denominator, **rates)
+            apply_(mine, direction, denominator, dtype=dtype, **rates)
         target = local_tensor(param)
         if mine.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
             # No view of the weights is a matrix (channels-last convolutions): a copy was updated.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.conversion import converted
 from lightning_memopt.groups import HYPERPARAMETERS, SCHEDULED, check_group
-from lightning_memopt.layout import fill_, full_tensor
+from lightning_memopt.layout import full_tensor
 
 Blocks = tuple[Block, ...]
 
@@ -68,33 +69,6 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
     for old, new in zip(theirs, blocks, strict=True):
         state.update(converted(old, new if convert else old, saved))
     return blocks if convert else theirs, state
-
-
-def converted(old: Block, new: Block, state: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
-    """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
-
-    A sharded block is put together on every rank, and every rank keeps its part of the result.
-
-    Args:
-        old: The block that the state belongs to.
-        new: The same block with another recipe, or elsewhere.
-        state: The state; keys have the block's prefix.
-        keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
-    """
-    result: dict[str, Tensor] = {}
-    for before, after in zip(old.kinds, new.kinds, strict=True):
-        source = {key: state[old.prefix + key] for key in before.keys}
-        stays = after.keeps_state_of(before, new.layout)
-        if not stays:
-            dense = before.to_dense({key: full_tensor(value) for key, value in source.items()}, old.layout.whole())
-            source = after.from_dense(dense, new.layout.whole())
-        if not (stays and keep and old.work.gathered == new.work.gathered):
-            target = after.init(new.work)
-            for key, value in source.items():
-                fill_(target[key], value)
-            source = target
-        result.update({new.prefix + key: value for key, value in source.items()})
-    return result
 
 
 def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[str, Tensor]]:

@@ -77,8 +77,8 @@ def request(*sums: Sum) -> Generator[Requests, None, tuple[Tensor, ...]]:
     A task yields what it waits for and is resumed when some of it is answered. No full-size tensor may be alive in the
     caller when it asks: all blocks wait here together.
     """
-    groups = [entry.layout.groups(entry.over) for entry in sums]
-    asked = [Pending(entry, found[0]) if found else None for entry, found in zip(sums, groups, strict=True)]
+    groups = [entry.layout.group(entry.over) for entry in sums]
+    asked = [Pending(entry, group) if group is not None else None for entry, group in zip(sums, groups, strict=True)]
     values = [None if pending else entry.value for entry, pending in zip(sums, asked, strict=True)]
     del sums
     while waiting := tuple(pending for pending in asked if pending is not None and not pending.answered):

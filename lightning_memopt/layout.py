@@ -175,9 +175,16 @@ class Layout:
 
     # ------------------------------------------------------------------ how the block is sharded
 
-    def groups(self, dim: int) -> list[Any]:
-        """Return the process groups over which the work on dimension ``dim`` (negative) of ``matrix`` is divided."""
-        return [] if self.gathered else [self.mesh.get_group(position) for position in self._shards(dim)]
+    def group(self, dim: int) -> Any | None:
+        """Return the process group over which the work on dimension ``dim`` (negative) of ``matrix`` is divided."""
+        positions = [] if self.gathered else self._shards(dim)
+        assert len(positions) < 2, "two mesh dimensions shard one dimension, which _check refuses"
+        return self.mesh.get_group(positions[0]) if positions else None
+
+    def mesh_groups(self) -> list[Any]:
+        """Return the process groups of all mesh dimensions, those that replicate the block included."""
+        count = self.mesh.ndim if self.mesh is not None else 0
+        return [self.mesh.get_group(position) for position in range(count) if self.mesh.size(position) > 1]
 
     def _shards(self, dim: int | None = None) -> list[int]:
         """Return the mesh dimensions of more than one rank that shard the block, or one dimension of ``matrix``."""
@@ -328,6 +335,13 @@ class Layout:
     def along(self, tensor: Tensor, *, at: int, dim: int) -> Tensor:
         """Return this rank's part of a tensor whose dimension ``at`` runs along all of dimension ``dim``."""
         return tensor.narrow(at, self.offset[dim], self.local[dim])
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return this rank's part of a tensor that broadcasts against the whole block, as a view."""
+        for dim, size in enumerate(whole.shape):
+            if size != 1:
+                whole = whole.narrow(dim, self.offset[dim], self.local[dim])
+        return whole
 
     def ranks(self) -> list[Cut]:
         """Return, for every mesh dimension that shards the block, its ranks: a cut of one number each."""

@@ -159,13 +159,21 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
 def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets in float64: ``[..., m, rank]``, ``[..., rank]``, ``[..., rank, n]``.
 
-    Singular values that are zero but for the rounding of the matrix have no directions: theirs are noise, another one
-    on every machine. They come back as zeros.
+    Through the float64 Gram matrix of the short side, a chunk of the matrix at a time: singular vectors of all of it
+    would take several times its memory. Singular values that are zero but for the rounding of the matrix have no
+    directions: theirs are noise, another one on every machine. They come back as zeros.
     """
-    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
-    alive = s > s[..., :1] * 4 * torch.finfo(torch.float32).eps
-    return u * alive.unsqueeze(-2), s * alive, vt * alive.unsqueeze(-1)
+    if matrix.shape[-2] < matrix.shape[-1]:
+        u, s, vt = leading_triplets(matrix.mT, rank)
+        return vt.mT, s, u.mT
+    values, vectors = signed_eigh(gram(matrix))
+    values, v = values[..., -rank:].flip(-1), vectors[..., -rank:].flip(-1)
+    resolution = (4 * torch.finfo(torch.float32).eps) ** 2
+    alive = values > values[..., :1] * resolution
+    v = v * alive.unsqueeze(-2)
+    u = matmul(matrix, v)
+    s = torch.linalg.vector_norm(u, dim=-2)
+    return u / torch.where(s > 0, s, 1.0).unsqueeze(-2), s, v.mT
 
 
 @dataclass(frozen=True)

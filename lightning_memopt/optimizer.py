@@ -14,7 +14,9 @@ from torch import Tensor
 from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
-from lightning_memopt.checkpoint import allocated, converted, loaded, loaded_groups
+from lightning_memopt.checkpoint import allocated, loaded, loaded_groups
+from lightning_memopt.consensus import require_same
+from lightning_memopt.conversion import DROPPED, converted, release
 from lightning_memopt.guards import Unusable, exact_arithmetic
 from lightning_memopt.layout import Layout, aligned, arithmetic_dtype
 from lightning_memopt.plan import Plan, Recipe, known_options
@@ -424,45 +426,85 @@ class MemOpt(torch.optim.Optimizer):
     # ------------------------------------------------------------------ changing and reading the plan
 
     @torch.no_grad()
-    def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]]) -> None:
+    def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:
         """Change kinds or ranks of blocks between two steps, converting their state one block at a time.
 
+        A larger rank keeps the momentum exactly, a smaller one its best approximation. Where parameters are sharded,
+        all ranks call this together, and it first checks that they ask for the same.
+
         Args:
-            changes: Block name → a :class:`Recipe`, or a mapping such as ``{"momentum": "low_rank", "rank": 7}``.
+            changes: Block name → a :class:`Recipe`, or a mapping such as ``{"momentum": "low_rank", "rank": 7}``;
+                carried out in this order.
+            dropped: What becomes of momentum that the new state cannot hold: ``release`` moves the weights now by what
+                it would have moved them in the steps to come, lr · β₁/(1−β₁) · ΔM / D; ``discard`` forgets it.
 
         Raises:
             ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
             NotImplementedError: If a kind cannot work with a block as it is sharded; nothing has changed.
+            RuntimeError: If ranks ask for different changes; nothing has changed.
         """
         self._require_names()
-        places = {block.name: (param, block) for param, blocks in self._blocks.items() for block in blocks}
-        converted = []
+        for group, param, old, new in self._agreed(changes, dropped):
+            state = self.state.get(param, {})
+            if state:
+                nothing_to_release = dropped == "discard" or float(state["step"]) == 0
+                on_loss = None if nothing_to_release else release(old, new, param, state, group)
+                fresh = converted(old, new, state, keep=True, on_loss=on_loss)
+                for kind in old.kinds:
+                    for key in kind.keys:
+                        del state[old.prefix + key]
+                state.update(fresh)
+            self._reformatted[old.name] = new.recipe
+            self._blocks[param] = tuple(new if entry is old else entry for entry in self._blocks[param])
+
+    def _agreed(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
+        """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
+        error = None
+        try:
+            planned = self._planned(changes, dropped)
+            lines = [f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned]
+            lines.append(f"dropped={dropped}")
+        except (ValueError, TypeError, NotImplementedError) as caught:
+            error, lines = caught, [f"{type(caught).__name__}: {caught}"]
+        layouts = [block.layout for blocks in self._blocks.values() for block in blocks]
+        groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
+        if groups:
+            try:
+                device = next(iter(groups.values()))[1]
+                require_same("what to reformat", lines, [group for group, _ in groups.values()], device)
+            except RuntimeError:
+                if error is None:
+                    raise
+        if error is not None:
+            raise error
+        return planned
+
+    def _planned(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
+        """Return group, parameter, block as it is and block as it will be, for every block that changes, checked."""
+        if dropped not in DROPPED:
+            raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
+        places = {
+            block.name: (group, param, block)
+            for group in self.param_groups
+            for param in group["params"]
+            for block in self._blocks.get(param, ())
+        }
+        planned = []
         for name, change in changes.items():
             if name not in places:
                 raise ValueError(unknown("block", name, list(places)))
-            param, block = places[name]
-            new = replace(block, recipe=block.recipe.changed(change).resolve(block.layout))
-            for old_kind, new_kind in zip(block.kinds, new.kinds, strict=True):
-                if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, block.layout):
+            group, param, old = places[name]
+            new = replace(old, recipe=old.recipe.changed(change).resolve(old.layout))
+            for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
+                if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
                     raise ValueError(
                         f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
                         f"{new_kind.name!r} could go on from; build a new optimizer instead."
                     )
             new.check()
-            converted.append((param, block, new))
-        for param, block, new in converted:
-            self._convert(param, block, new)
-
-    def _convert(self, param: Tensor, block: Block, new: Block) -> None:
-        state = self.state.get(param, {})
-        fresh = converted(block, new, state, keep=True) if state and new.recipe != block.recipe else None
-        self._reformatted[block.name] = new.recipe
-        self._blocks[param] = tuple(new if entry is block else entry for entry in self._blocks[param])
-        if fresh is not None:
-            for kind in block.kinds:
-                for key in kind.keys:
-                    del state[block.prefix + key]
-            state.update(fresh)
+            if new.recipe != old.recipe:
+                planned.append((group, param, old, new))
+        return planned
 
     def snapshot(self) -> Snapshot:
         """Return frozen facts about all blocks.

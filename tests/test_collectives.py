@@ -19,8 +19,8 @@ class FakeLayout:
 
     sharded: tuple[tuple[int, str], ...] = ()
 
-    def groups(self, dim):
-        return [group for over, group in self.sharded if over == dim]
+    def group(self, dim):
+        return next((group for over, group in self.sharded if over == dim), None)
 
 
 WHOLE, ROWS, COLUMNS = FakeLayout(), FakeLayout(((-2, "A"),)), FakeLayout(((-1, "B"),))

@@ -25,9 +25,9 @@ LEVELS: list[list[set[str]]] = [
     [{"layout"}],
     [{"collectives", "kind"}],
     [{"momentum"}, {"second_moment"}, {"roles"}],
-    [{"plan", "recipes", "snapshot", "guards"}],
+    [{"plan", "recipes", "snapshot", "guards", "consensus"}],
     [{"block"}],
-    [{"groups", "checkpoint", "stepping"}],
+    [{"groups", "conversion", "checkpoint", "stepping"}],
     [{"optimizer", "planner"}],
     [{"optimizers"}],
     [{"strategy"}, {"callbacks", "metrics"}],
@@ -48,7 +48,19 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "layout": LIGHTNING,
     "collectives": LIGHTNING,
     **dict.fromkeys(
-        ("guards", "block", "groups", "checkpoint", "stepping", "optimizer", "optimizers", "planner"), LIGHTNING
+        (
+            "consensus",
+            "guards",
+            "block",
+            "groups",
+            "conversion",
+            "checkpoint",
+            "stepping",
+            "optimizer",
+            "optimizers",
+            "planner",
+        ),
+        LIGHTNING,
     ),
     "metrics": (DISTRIBUTED,),
 }

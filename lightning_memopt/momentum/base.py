@@ -61,5 +61,25 @@ class Momentum(Kind):
         """
         raise NotImplementedError
 
+    def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """Return ``[..., m, r]`` and ``[..., r, n]`` whose product is M, or None if the kind keeps no factors of it."""
+        return None
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return M; of a kind that keeps factors, their product."""
+        factors = self.factors(state, layout)
+        if factors is None:
+            raise NotImplementedError(f"The momentum kind {self.name!r} defines neither factors nor to_dense.")
+        left, right = factors
+        return left @ right
+
+    def resized(self, state: State, layout: Layout) -> State | None:
+        """Return state that goes on from that of the same kind at another rank, or None to go through the dense form.
+
+        A larger rank keeps M exactly, a smaller one keeps its best approximation. State and layout are those of a whole
+        block on one process.
+        """
+        return None
+
 
 MOMENTA: Registry[type[Momentum]] = Registry("momentum kind")

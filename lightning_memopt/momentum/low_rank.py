@@ -94,9 +94,22 @@ class LowRankMomentum(Momentum):
         draw = layout.part_of(tick.normal(shape, wide), at=-1, dim=-1)
         return torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
 
-    def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return Q R."""
-        return state["low_rank_q"].to(layout.dtype) @ state["low_rank_r"].to(layout.dtype)
+    def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return Q and R."""
+        return state["low_rank_q"].to(layout.dtype), state["low_rank_r"].to(layout.dtype)
+
+    def resized(self, state: State, layout: Layout) -> State:
+        """Truncate the singular value decomposition of Q R, or add zeros, which the next power iteration replaces."""
+        mine = self.init(layout)
+        rank, (q, r) = mine["low_rank_q"].shape[-1], (state[key] for key in self.keys)
+        if rank < q.shape[-1]:
+            # Stored in bfloat16, the columns of Q are orthonormal to three digits only.
+            q, triangle = torch.linalg.qr(q.double())
+            u, s, vt = leading_triplets(triangle @ r.double(), rank)
+            q, r = q @ u, s.unsqueeze(-1) * vt
+        store_(mine["low_rank_q"][..., : q.shape[-1]], q)
+        store_(mine["low_rank_r"][..., : r.shape[-2], :], r)
+        return mine
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
         """Keep the best approximation of rank r: the leading singular triplets, zeros where the rank falls short."""

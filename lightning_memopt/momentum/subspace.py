@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_memopt.collectives import Sum, request, together
 from lightning_memopt.layout import Layout, Sizes, Whole
-from lightning_memopt.linalg import leading_triplets, matmul, store_
+from lightning_memopt.linalg import gram, leading_triplets, matmul, signed_eigh, store_
 from lightning_memopt.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
 from lightning_memopt.momentum.rank import check_rank, resolve_rank
@@ -102,10 +102,22 @@ class SubspaceMomentum(Momentum):
             noise = noise.part((*[slice(0, None)] * (basis.ndim - 2), slice(start, None)))
         store_(target, basis, noise)
 
-    def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return X Pᵀ, or its transpose for a wide block."""
-        tall = state["subspace_x"].to(layout.dtype) @ state["subspace_p"].to(layout.dtype).mT
-        return tall if _sides(layout)[0] == -2 else tall.mT
+    def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return X and Pᵀ, or P and Xᵀ for a wide block."""
+        basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
+        return (momentum, basis.mT) if _sides(layout)[0] == -2 else (basis, momentum.mT)
+
+    def resized(self, state: State, layout: Layout) -> State:
+        """Keep the directions of the subspace that hold most momentum, or add zeros, which a new subspace replaces."""
+        mine = self.init(layout)
+        rank, (basis, momentum) = mine["subspace_p"].shape[-1], (state[key] for key in self.keys)
+        if rank < basis.shape[-1]:
+            # Directions are kept also where they hold no momentum yet, as in the first steps.
+            turn = signed_eigh(gram(momentum))[1][..., -rank:].flip(-1)
+            basis, momentum = basis.double() @ turn, momentum.double() @ turn
+        store_(mine["subspace_p"][..., : basis.shape[-1]], basis)
+        store_(mine["subspace_x"][..., : momentum.shape[-1]], momentum)
+        return mine
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
         """Keep what the leading singular vectors of the momentum span."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Denominator:
     correction: float = 1.0
     eps: float = 0.0
     run: int | None = None
+
+    def part(self, layout: Layout) -> Denominator:
+        """Return this rank's part of a whole block's denominator without runs."""
+        assert self.run is None
+        return replace(self, squares=tuple(layout.part(square) for square in self.squares))  # type: ignore[arg-type]
 
     def at(self, index: Index, dtype: torch.dtype, columns: int) -> Tensor | None:
         """Return what broadcasts against one chunk of the block, or None for 1."""
@@ -68,6 +73,13 @@ class SecondMoment(Kind):
             tick: The step being taken.
         """
         raise NotImplementedError
+
+    def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
+        """Return the denominator of the last step once more.
+
+        State and layout are those of a whole block on one process.
+        """
+        return Denominator((self.to_dense(state, layout),), self.correction(beta2, tick), eps)
 
     def accumulate_(self, state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
         """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""

@@ -30,6 +30,10 @@ class NoSecondMoment(SecondMoment):
         yield from ()
         return Denominator()
 
+    def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
+        """Return a denominator of 1."""
+        return Denominator()
+
     def from_dense(self, square: Tensor, layout: Layout) -> State:
         """Forget the second moment."""
         return {}

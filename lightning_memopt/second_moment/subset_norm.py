@@ -80,6 +80,13 @@ class SubsetNormSecondMoment(SecondMoment):
         square = square * sizes if self.reduction == "sum" else square
         return Denominator((square,), self.correction(beta2, tick), eps, run)
 
+    def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
+        """Return the denominator of the last step once more."""
+        square = state["subset_norm_sq"].to(layout.dtype)
+        square = square * self._sizes(layout) if self.reduction == "sum" else square
+        dense = self.to_dense({"subset_norm_sq": square}, layout)
+        return Denominator((dense,), self.correction(beta2, tick), eps)
+
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Spread each subset's mean over its elements."""
         square = state["subset_norm_sq"].to(layout.dtype)

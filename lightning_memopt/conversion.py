@@ -1,0 +1,107 @@
+"""State of one block turned into that of other kinds or ranks, and what is lost by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.block import Block
+from lightning_memopt.guards import exact_arithmetic
+from lightning_memopt.kind import Kind, State
+from lightning_memopt.layout import Layout, fill_, full_tensor
+from lightning_memopt.momentum import Direction, Momentum
+from lightning_memopt.tick import Tick
+
+# What becomes of momentum that a smaller state cannot hold.
+DROPPED = ("release", "discard")
+Loss = Callable[[State, State], None]
+
+
+def converted(
+    old: Block, new: Block, state: Mapping[str, Tensor], *, keep: bool = False, on_loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
+
+    A sharded block is put together on every rank, and every rank keeps its part of the result.
+
+    Args:
+        old: The block that the state belongs to.
+        new: The same block with another recipe, or elsewhere.
+        state: The state; keys have the block's prefix.
+        keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
+        on_loss: Called with the whole momentum state before and after, where the latter has fewer numbers.
+    """
+    result: dict[str, Tensor] = {}
+    for before, after in zip(old.kinds, new.kinds, strict=True):
+        source = {key: state[old.prefix + key] for key in before.keys}
+        stays = after.keeps_state_of(before, new.layout)
+        if not stays:
+            whole = {key: full_tensor(value) for key, value in source.items()}
+            source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
+            if on_loss is not None and isinstance(before, Momentum) and _numbers(source) < _numbers(whole):
+                on_loss(whole, source)
+        if not (stays and keep and old.work.gathered == new.work.gathered):
+            target = after.init(new.work)
+            for key, value in source.items():
+                fill_(target[key], value)
+            source = target
+        result.update({new.prefix + key: value for key, value in source.items()})
+    return result
+
+
+def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) -> State:
+    """Return the whole state of ``after`` that goes on from the whole one of ``before``."""
+    if isinstance(after, Momentum) and type(before) is type(after):
+        resized = after.resized(state, new)
+        if resized is not None:
+            return resized
+    return after.from_dense(before.to_dense(state, old), new)
+
+
+def _numbers(state: State) -> int:
+    return sum(value.numel() for value in state.values())
+
+
+def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Loss:
+    """Return what moves the weights by momentum that is about to be lost, as the steps to come would have.
+
+    A part ΔM of the momentum that no state keeps would have been in the next updates with weights β₁, β₁², ...::
+
+        W ← W − lr · β₁ / (1 − β₁) · ΔM / D
+
+    with the denominator of the last step. It is the rule by which low-rank momentum (AdaPM, arXiv 2510.09103) releases
+    what its factors drop.
+    """
+
+    def on_loss(before: State, after: State) -> None:
+        beta1, beta2 = group["betas"]
+        kind, layout = old.recipe.second_moment, old.layout.whole()
+        tick = Tick(int(state["step"].item()), old.key, old.index)
+        square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
+        denominator = kind.denominator(square, layout, beta2=beta2, eps=group["eps"], tick=tick)
+        lost = _difference(old, new, before, after, beta1 / (1 - beta1))
+        with exact_arithmetic({param.device.type}):
+            old.apply(param, lost, denominator.part(old.work), lr=float(group["lr"]), weight_decay=0.0)
+
+    return on_loss
+
+
+def _difference(old: Block, new: Block, before: State, after: State, weight: float) -> Direction:
+    """Return ``weight`` times this rank's part of the momentum that ``before`` holds and ``after`` does not."""
+    layout, work = old.layout.whole(), old.work
+    base = torch.zeros((), dtype=layout.dtype, device=layout.device).expand(work.local)
+    lefts, rights = [], []
+    for block, state, sign in ((old, before, weight), (new, after, -weight)):
+        momentum = block.recipe.momentum
+        factors = momentum.factors(state, layout)
+        if factors is not None:
+            lefts.append(work.part_of(factors[0], at=-2, dim=-2) * sign)
+            rights.append(work.part_of(factors[1], at=-1, dim=-1))
+        elif state:
+            base = base + work.part(momentum.to_dense(state, layout)) * sign
+    if not lefts:
+        return Direction(base)
+    return Direction(base, 1.0, torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))
