@@ -23,11 +23,16 @@ from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMo
 from lightning_memopt.snapshot import BlockFacts, Snapshot
 
 if TYPE_CHECKING:
+    from lightning_memopt.callbacks import AdaptiveMomentum
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy
 
 # Need more than torch: imported when they are asked for.
-_LAZY = {"MemOptCLI": "lightning_memopt.cli", "MemOptFSDPStrategy": "lightning_memopt.strategy"}
+_LAZY = {
+    "AdaptiveMomentum": "lightning_memopt.callbacks",
+    "MemOptCLI": "lightning_memopt.cli",
+    "MemOptFSDPStrategy": "lightning_memopt.strategy",
+}
 
 try:
     import lightning.pytorch as _lightning  # noqa: F401
@@ -52,6 +57,7 @@ __all__ = [
     "AdamMini",
     "AdamSN",
     "AdamSNSM",
+    "AdaptiveMomentum",
     "BlockFacts",
     "Denominator",
     "Direction",

@@ -141,12 +141,23 @@ class Block:
             local_bytes=sum(value.untyped_storage().nbytes() for value in local.values()),
         )
 
+    def missing(self, state: State, keys: tuple[str, ...]) -> list[Gather]:
+        """Return what ranks have to put together to see those of the state tensors that :attr:`cuts` names."""
+        wanted = []
+        for key in keys:
+            if key in self.cuts:
+                tensor = state[self.prefix + key]
+                wanted.append(Gather(local_tensor(tensor), self.cuts[key], tensor.numel() * tensor.element_size()))
+        return wanted
+
+    def seen(self, state: State, keys: tuple[str, ...], gathered: Sequence[Tensor]) -> State:
+        """Return state tensors as the kinds see them, given what :meth:`missing` asked for."""
+        found = dict(zip((key for key in keys if key in self.cuts), gathered, strict=True))
+        return {**self.part(state, keys), **found}
+
     def wants(self, grad: Tensor, state: State) -> list[Gather]:
         """Return what ranks have to put together before :meth:`update`; the same on all of them."""
-        wanted = []
-        for key, cut in self.cuts.items():
-            tensor = state[self.prefix + key]
-            wanted.append(Gather(local_tensor(tensor), cut, tensor.numel() * tensor.element_size()))
+        wanted = self.missing(state, tuple(self.cuts))
         if self.work.gathered:
             size = torch.Size(self.layout.matrix).numel() * grad.element_size()
             wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block(), size))

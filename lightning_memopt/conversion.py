@@ -32,7 +32,7 @@ def converted(
         new: The same block with another recipe, or elsewhere.
         state: The state; keys have the block's prefix.
         keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
-        on_loss: Called with the whole momentum state before and after, where the latter has fewer numbers.
+        on_loss: Called with the whole momentum state before and after, where the latter holds fewer ranks.
     """
     result: dict[str, Tensor] = {}
     for before, after in zip(old.kinds, new.kinds, strict=True):
@@ -41,7 +41,7 @@ def converted(
         if not stays:
             whole = {key: full_tensor(value) for key, value in source.items()}
             source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
-            if on_loss is not None and isinstance(before, Momentum) and _numbers(source) < _numbers(whole):
+            if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
                 on_loss(whole, source)
         if not (stays and keep and old.work.gathered == new.work.gathered):
             target = after.init(new.work)
@@ -54,6 +54,8 @@ def converted(
 
 def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) -> State:
     """Return the whole state of ``after`` that goes on from the whole one of ``before``."""
+    if not state or not after.keys:  # nothing is there, or nothing is kept: no dense form is needed
+        return after.init(new)
     if isinstance(after, Momentum) and type(before) is type(after):
         resized = after.resized(state, new)
         if resized is not None:
@@ -61,8 +63,17 @@ def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) 
     return after.from_dense(before.to_dense(state, old), new)
 
 
-def _numbers(state: State) -> int:
-    return sum(value.numel() for value in state.values())
+def _rank(kind: Kind, state: State, layout: Layout) -> int:
+    """Return the largest rank of momentum that a whole state can hold; 0 for what is no momentum.
+
+    Not its numbers: in a square block, factors of half the rank already have as many as the dense momentum.
+    """
+    if not isinstance(kind, Momentum):
+        return 0
+    factors = kind.factors(state, layout.whole()) if state else None
+    if factors is not None:
+        return min(factors[0].shape[-1], layout.short_side)
+    return layout.short_side if state else 0
 
 
 def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Loss:

@@ -483,12 +483,7 @@ class MemOpt(torch.optim.Optimizer):
         """Return group, parameter, block as it is and block as it will be, for every block that changes, checked."""
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
-        places = {
-            block.name: (group, param, block)
-            for group in self.param_groups
-            for param in group["params"]
-            for block in self._blocks.get(param, ())
-        }
+        places = {block.name: (group, param, block) for group, param, block in self.blocks()}
         planned = []
         for name, change in changes.items():
             if name not in places:
@@ -505,6 +500,18 @@ class MemOpt(torch.optim.Optimizer):
             if new.recipe != old.recipe:
                 planned.append((group, param, old, new))
         return planned
+
+    def blocks(self) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
+        """Yield all blocks as they are now, each with its parameter group and its parameter."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                for block in self._blocks.get(param, ()):
+                    yield group, param, block
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped because of a non-finite gradient."""
+        return self._counts["skipped"]
 
     def snapshot(self) -> Snapshot:
         """Return frozen facts about all blocks.
@@ -523,7 +530,7 @@ class MemOpt(torch.optim.Optimizer):
             ),
             step=max((int(state["step"].item()) for state in states), default=0),
             counter_bytes=sum(state["step"].untyped_storage().nbytes() for state in states),
-            skipped=self._counts["skipped"],
+            skipped=self.skipped,
         )
 
     def plan_table(self) -> str:

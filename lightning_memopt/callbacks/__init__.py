@@ -1,0 +1,6 @@
+"""Lightning callbacks."""
+
+from lightning_memopt.callbacks.adaptive_momentum import AdaptiveMomentum
+from lightning_memopt.callbacks.policies import POLICIES, Candidate, Problem
+
+__all__ = ["POLICIES", "AdaptiveMomentum", "Candidate", "Problem"]

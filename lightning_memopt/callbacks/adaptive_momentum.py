@@ -1,0 +1,338 @@
+"""AdaptiveMomentum: gives each block the momentum that training shows it needs, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.callbacks.allocation import (
+    Changes,
+    Kinds,
+    adamw_momentum_bytes,
+    adaptable,
+    candidate,
+    momentum_bytes,
+    trained_matrices,
+    vector_bytes,
+)
+from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure
+from lightning_memopt.callbacks.budget import check_budget, parse_budget
+from lightning_memopt.callbacks.console import say
+from lightning_memopt.callbacks.moves import moves, restless
+from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
+from lightning_memopt.consensus import require_same
+from lightning_memopt.conversion import DROPPED
+from lightning_memopt.signals import BlockSignals, Probe
+from lightning_memopt.sizes import format_bytes
+from lightning_memopt.snapshot import Snapshot
+
+SHOWN_MOVES = 4
+
+
+class AdaptiveMomentum(Callback):
+    """Changes the momentum of each block during training, within a budget over all blocks.
+
+    Before the first step the budget is divided evenly. Every `every_n_steps` steps of the optimizer the policy reads
+    what the gradients have shown (:class:`~lightning_memopt.signals.BlockSignals`) and may change a few blocks, until
+    the allocation freezes. Works with every strategy and with every recipe that has momentum.
+
+    Args:
+        budget: Bytes that momentum may take over all ranks, projections included: a fraction of AdamW's momentum, a
+            number of bytes, or text such as ``"512MiB"`` or ``"5%"``. None: the smallest allocation that keeps
+            `quality`.
+        policy: ``uniform``, ``energy``, ``benefit``, ``schedule``, ``paper``, or a function
+            (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
+        every_n_steps: Steps between two decisions.
+        start: Step after which the first decision is taken; None means `every_n_steps`.
+        freeze_after: When the allocation freezes: a fraction of the training, or a number of steps; None for never.
+        quality: Without a budget, the share of momentum's energy that is to be kept.
+        min_rank: The smallest rank of momentum that a block has if it has any.
+        max_moves: Blocks that may change in one decision.
+        dropped: What becomes of momentum that a smaller rank cannot hold: ``release`` or ``discard``, as in
+            :meth:`~lightning_memopt.MemOpt.reformat`.
+        optimizer_idx: Which of the module's optimizers; needed where several can be adapted.
+        log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
+            every decision.
+        figures: Whether to draw the allocation over time when training ends: ``allocation.png`` in the log directory,
+            and in loggers that take figures.
+
+    Attributes:
+        history: One entry per decision: ``step``, ``moves`` (block → ranks before and after), ``ranks`` (of all
+            blocks), ``momentum_bytes``, ``oscillation`` and ``residual`` (of all blocks). Rank 0 is no momentum.
+
+    Raises:
+        ValueError: If a value is not valid, the message says what is; at the start of fit if there is no optimizer
+            that can be adapted, or the budget is too small.
+    """
+
+    def __init__(
+        self,
+        budget: float | int | str | None = 0.05,
+        policy: str | Policy = "uniform",
+        *,
+        every_n_steps: int = 100,
+        start: int | None = None,
+        freeze_after: float | int | None = 0.3,
+        quality: float = 0.5,
+        min_rank: int = 1,
+        max_moves: int = 8,
+        dropped: str = "release",
+        optimizer_idx: int | None = None,
+        log: bool = False,
+        figures: bool = False,
+    ) -> None:
+        parse_budget(budget, 1 << 40)
+        start = every_n_steps if start is None else start
+        whole = {"every_n_steps": every_n_steps, "start": start, "min_rank": min_rank, "max_moves": max_moves}
+        for name, value in whole.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if not 0 < quality <= 1:
+            raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
+        if freeze_after is not None and not (
+            freeze_after >= 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1
+        ):
+            raise ValueError(
+                f"`freeze_after` must be a fraction of the training in (0, 1], a number of steps, or None, got "
+                f"{freeze_after!r}."
+            )
+        if dropped not in DROPPED:
+            raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
+        self.policy: Policy = POLICIES.get(policy) if isinstance(policy, str) else policy
+        self.budget, self.every_n_steps, self.start, self.freeze_after = budget, every_n_steps, start, freeze_after
+        self.quality, self.min_rank, self.max_moves, self.dropped = quality, min_rank, max_moves, dropped
+        self.optimizer_idx, self.log, self.figures = optimizer_idx, log, figures
+        self.history: list[dict[str, Any]] = []
+        self._loaded: Mapping[str, Any] | None = None
+        self._optimizer: Any = None
+        self._probe: Any = None
+        self._kinds: Any = None
+        self._names: set[str] = set()
+        self._seen, self._frozen = 0, False
+
+    # ------------------------------------------------------------------ what a subclass may override
+
+    def propose(self, snapshot: Snapshot, signals: Mapping[str, BlockSignals]) -> Mapping[str, Any]:
+        """Return changes of the plan, as :meth:`MemOpt.reformat` takes them; every rank must return the same.
+
+        Args:
+            snapshot: What every block is and keeps.
+            signals: What the gradients of every block have shown, by its name.
+        """
+        return self._changes(moves(problem := self._problem(signals), self.policy(problem), self.max_moves))
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        """Name under which the state is saved: one per optimizer."""
+        return self._generate_state_key(optimizer_idx=self.optimizer_idx)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the optimizer.
+
+        Raises:
+            ValueError: If none can be adapted, or several.
+        """
+        self._optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
+        self._kinds = Kinds.of(self._optimizer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on where a checkpoint left off, or divide the budget.
+
+        Raises:
+            ValueError: If the budget is too small, or the policy needs to know the length of training and cannot.
+        """
+        self._trainer, self._probe = trainer, Probe(self._optimizer)
+        self._frozen, self._seen = False, 0
+        if isinstance(self.freeze_after, float) and self._progress() is None:
+            rank_zero_warn(
+                f"`freeze_after` {self.freeze_after:g} is a share of a training whose length is not known: the "
+                "allocation never freezes. Set max_steps or max_epochs, or give a number of steps."
+            )
+        if self._loaded is None:
+            self.history = []
+            self._allocate()
+            return
+        self._probe.load_state_dict(self._loaded["probe"])
+        self.history, self._seen = list(self._loaded["history"]), self._probe.steps
+        self._loaded, self._names = None, self._trained()
+        say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}.")
+        budget = self._budget_bytes()
+        if budget is not None and self._bytes({}) > budget:  # another one than when it was saved
+            self._allocate()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Divide the budget again when other parameters train than before."""
+        if self._trained() != self._names:
+            self._allocate()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide, if a decision is due."""
+        before, self._seen = self._decisions(self._seen), self._probe.steps
+        if self._frozen:
+            return
+        if self._phase() >= 1:
+            self._freeze()
+        elif self._decisions(self._seen) > before:
+            signals = self._probe.read()
+            self._carry_out(self.propose(self._optimizer.snapshot(), signals), signals)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what came out, and draw it where that was asked for."""
+        self._probe.stop()
+        decisions = [entry for entry in self.history if entry["step"] > 0]
+        late = sum(len(entry["moves"]) for entry in decisions[len(decisions) // 2 :])
+        count = sum(len(entry["moves"]) for entry in decisions)
+        say(f"AdaptiveMomentum: decisions {len(decisions)}, moves {count}, in the later half {late}; {self._size()}.")
+        if self.figures and self.history:
+            add_figure(trainer, "allocation", self.plot)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the optimizer go."""
+        if self._probe is not None:
+            self._probe.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return history and signals, as numbers and tensors, the same on every rank; all ranks ask together."""
+        if self._probe is None:
+            return {}
+        return {"history": list(self.history), "probe": self._probe.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; the optimizer brings its own allocation along."""
+        self._loaded = state_dict or None
+
+    # ------------------------------------------------------------------ pictures
+
+    def plot(self, value: str = "rank") -> Any:
+        """Return a matplotlib figure of all blocks over the steps: ``rank``, ``oscillation`` or ``residual``."""
+        return allocation_figure(self.history, value)
+
+    # ------------------------------------------------------------------ deciding
+
+    def _decisions(self, steps: int) -> int:
+        """Return how many decisions are due in the first ``steps`` steps."""
+        return 0 if steps < self.start else (steps - self.start) // self.every_n_steps + 1
+
+    def _progress(self) -> float | None:
+        """Return how much of the training is over; None where its length is not known."""
+        trainer = self._trainer
+        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        if total == float("inf"):
+            return None
+        # With manual optimization every optimizer counts its own steps, and only max_steps counts them all.
+        count = trainer.global_step if trainer.max_steps > 0 else trainer.global_step / len(trainer.optimizers)
+        return min(1.0, count / max(1, total))
+
+    def _phase(self) -> float:
+        """Return how much is over of the time until the allocation freezes; 0 where that is not known."""
+        if isinstance(self.freeze_after, int):
+            return self._probe.steps / self.freeze_after
+        return (self._progress() or 0.0) / (self.freeze_after or 1.0)
+
+    def _problem(self, signals: Mapping[str, BlockSignals]) -> Problem:
+        """Return what the policy decides on: all blocks but those that go back and forth, and what these leave."""
+        blocks, pinned = self._candidates(signals), restless(self.history)
+        fixed = vector_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
+        budget = self._budget_bytes()
+        return Problem(
+            blocks=tuple(block for block in blocks if block.name not in pinned),
+            budget=None if budget is None else budget - fixed,
+            quality=self.quality,
+            min_rank=self.min_rank,
+            progress=None if self._progress() is None else min(1.0, self._phase()),
+        )
+
+    def _changes(self, ranks: Mapping[str, int]) -> Changes:
+        blocks = {block.name: block for block in self._candidates({})}
+        return {name: self._kinds.change(blocks[name], rank) for name, rank in ranks.items()}
+
+    def _allocate(self) -> None:
+        """Give every block what the policy wants, in one go."""
+        self._names = self._trained()
+        problem = self._problem({})
+        check_budget(problem, vector_bytes(self._optimizer))
+        target = self.policy(problem)
+        differing = [block for block in problem.blocks if target[block.name] != block.rank]
+        differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
+        self._carry_out(self._changes({block.name: target[block.name] for block in differing}), {})
+
+    def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
+        """Change the optimizer, once all ranks have the same changes and the budget holds; keep a record."""
+        blocks = self._candidates(signals)
+        if changes:
+            self._agree(changes)
+            size, budget = self._bytes(changes), self._budget_bytes()
+            if budget is not None and size > budget:
+                raise ValueError(
+                    f"propose() returned changes that would take momentum to {format_bytes(size)}; the budget is "
+                    f"{format_bytes(budget)}. Nothing has changed."
+                )
+            self._optimizer.reformat(changes, dropped=self.dropped)
+        after = {block.name: block.rank for block in self._candidates({})}
+        seen = [(block, block.signals) for block in blocks if block.signals is not None]
+        entry = {
+            "step": self._probe.steps,
+            "moves": {
+                block.name: [block.rank, after[block.name]] for block in blocks if block.rank != after[block.name]
+            },
+            "ranks": after,
+            "momentum_bytes": self._bytes({}),
+            "oscillation": {block.name: shown.oscillation for block, shown in seen},
+            "residual": {
+                block.name: 0.0 if block.rank >= block.dense_rank else shown.residual(block.rank)
+                for block, shown in seen
+            },
+        }
+        self.history.append(entry)
+        self._report(entry)
+
+    def _agree(self, changes: Mapping[str, Any]) -> None:
+        """Check that all processes decided alike, also where each has the whole model."""
+        if self._trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+            lines = [f"{name}: {change}" for name, change in changes.items()]
+            require_same("AdaptiveMomentum's changes", lines, [dist.group.WORLD], self._trainer.strategy.root_device)
+
+    def _freeze(self) -> None:
+        self._frozen = True
+        self._probe.stop()
+        say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._size()}.")
+
+    # ------------------------------------------------------------------ facts
+
+    def _trained(self) -> set[str]:
+        return {block.name for block in trained_matrices(self._optimizer)}
+
+    def _candidates(self, signals: Mapping[str, BlockSignals]) -> tuple[Candidate, ...]:
+        return tuple(candidate(block, signals) for block in trained_matrices(self._optimizer))
+
+    def _bytes(self, changes: Mapping[str, Any]) -> int:
+        return momentum_bytes(self._optimizer, changes)
+
+    def _budget_bytes(self) -> int | None:
+        return parse_budget(self.budget, adamw_momentum_bytes(self._optimizer))
+
+    def _size(self) -> str:
+        size, dense = self._bytes({}), adamw_momentum_bytes(self._optimizer)
+        return f"{format_bytes(size)} of momentum, {size / max(1, dense):.1%} of AdamW's"
+
+    def _report(self, entry: Mapping[str, Any]) -> None:
+        moved = [f"{name} {old} → {new}" for name, (old, new) in entry["moves"].items()]
+        if len(self.history) == 1:
+            say(f"AdaptiveMomentum starts with {self._size()}, in {len(self._names)} blocks.")
+        elif moved:
+            more = f" and {len(moved) - SHOWN_MOVES} more" if len(moved) > SHOWN_MOVES else ""
+            say(f"AdaptiveMomentum, step {entry['step']}: {', '.join(moved[:SHOWN_MOVES])}{more}; {self._size()}.")
+        if self.log:
+            values = {"rank": entry["ranks"], "oscillation": entry["oscillation"], "residual": entry["residual"]}
+            scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}
+            for logger in self._trainer.loggers:
+                logger.log_metrics(scalars, step=self._trainer.global_step)

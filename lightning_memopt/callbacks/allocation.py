@@ -1,0 +1,152 @@
+"""From an optimizer's blocks to a question for a policy, and from its answer to changes of the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from lightning_memopt.block import Block
+from lightning_memopt.callbacks.policies import Candidate
+from lightning_memopt.momentum import MOMENTA, Momentum
+from lightning_memopt.optimizer import MemOpt
+from lightning_memopt.signals import BlockSignals
+
+Changes = dict[str, dict[str, Any]]
+
+
+def adaptable(optimizers: Sequence[torch.optim.Optimizer], index: int | None) -> MemOpt:
+    """Return the optimizer to adapt.
+
+    Args:
+        optimizers: All optimizers of a module.
+        index: Which one, or None: the only one that can be adapted.
+
+    Raises:
+        ValueError: If it cannot be adapted, or there is more than one.
+    """
+    if index is not None and not 0 <= index < len(optimizers):
+        raise ValueError(f"`optimizer_idx` is {index}, but the module has {len(optimizers)} optimizers.")
+    reasons = [_reason_against(optimizer) for optimizer in optimizers]
+    able = [place for place, reason in enumerate(reasons) if not reason and index in (None, place)]
+    if len(able) > 1:
+        raise ValueError(
+            f"Optimizers {', '.join(map(str, able))} can be adapted: choose one with `optimizer_idx`, one callback "
+            "for each."
+        )
+    if not able:
+        found = [f"optimizer {place}: {reason}" for place, reason in enumerate(reasons) if index in (None, place)]
+        raise ValueError(
+            f"AdaptiveMomentum has nothing to adapt ({'; '.join(found) or 'the module has no optimizer'}). Return an "
+            "optimizer such as lightning_memopt.AdaPMLean from configure_optimizers, or remove the callback."
+        )
+    optimizer = optimizers[able[0]]
+    assert isinstance(optimizer, MemOpt)
+    return optimizer
+
+
+def _reason_against(optimizer: torch.optim.Optimizer) -> str:
+    """Return why an optimizer cannot be adapted; empty if it can."""
+    if not isinstance(optimizer, MemOpt):
+        return f"{type(optimizer).__name__} is no optimizer of lightning_memopt"
+    optimizer.snapshot()  # says what to do if names are not known yet
+    blocks = list(trained_matrices(optimizer))
+    if not blocks:
+        return "it trains no matrix"
+    if not any(block.recipe.momentum.keys for block in blocks):
+        return f"its recipe {optimizer.param_groups[0]['recipe']!r} has no momentum"
+    if any(group["betas"][0] == 0 for group in optimizer.param_groups):
+        return "its beta1 is 0, which means no momentum"
+    return ""
+
+
+def trained_matrices(optimizer: MemOpt) -> Iterator[Block]:
+    """Yield the blocks whose momentum can be changed: those that train and are no vectors."""
+    for _, param, block in optimizer.blocks():
+        if param.requires_grad and not block.layout.vector:
+            yield block
+
+
+def rank_of(block: Block, dense_rank: int) -> int:
+    """Return the rank that the block's momentum counts as: 0 for none, `dense_rank` for dense."""
+    momentum = block.recipe.momentum
+    if not momentum.keys:
+        return 0
+    return min(getattr(momentum, "rank", dense_rank), dense_rank)
+
+
+def candidate(block: Block, signals: Mapping[str, BlockSignals]) -> Candidate:
+    """Return what a policy may know of a block."""
+    *stack, m, n = block.layout.matrix
+    found = Candidate(
+        name=block.name,
+        role=block.role,
+        count=prod(stack),
+        m=m,
+        n=n,
+        rank=0,
+        itemsize=block.layout.state_dtype.itemsize,
+        signals=signals.get(block.name),
+    )
+    return replace(found, rank=rank_of(block, found.dense_rank))
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The momentum kinds that ranks stand for.
+
+    Attributes:
+        compressed: A kind with a rank, with the options that every block of a rank between none and dense gets.
+    """
+
+    compressed: Momentum
+
+    @staticmethod
+    def of(optimizer: MemOpt) -> Kinds:
+        """Return those of the optimizer's recipe: the kind with a rank that most blocks have, else low rank."""
+        momenta = [block.recipe.momentum for block in trained_matrices(optimizer)]
+        names = Counter(momentum.name for momentum in momenta if hasattr(momentum, "rank"))
+        if not names:
+            return Kinds(MOMENTA.get("low_rank")())
+        (name, _), *_ = names.most_common()
+        return Kinds(next(momentum for momentum in momenta if momentum.name == name))
+
+    def change(self, block: Candidate, rank: int) -> dict[str, Any]:
+        """Return the change that gives a block momentum of a rank, as :meth:`MemOpt.reformat` takes it."""
+        if rank == 0:
+            return {"momentum": "none"}
+        if rank >= block.dense_rank:
+            return {"momentum": "dense"}
+        return {"momentum": replace(self.compressed, rank=rank)}  # type: ignore[call-arg]
+
+
+def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
+    """Return the bytes of momentum of everything that trains, over all ranks, as they would be after changes."""
+    total = 0
+    for _, param, block in optimizer.blocks():
+        if param.requires_grad:
+            recipe = block.recipe
+            if block.name in changes:
+                recipe = recipe.changed(changes[block.name]).resolve(block.layout)
+            total += recipe.momentum.nbytes(block.layout)
+    return total
+
+
+def vector_bytes(optimizer: MemOpt) -> int:
+    """Return the bytes of momentum of the vectors that train, which no policy changes."""
+    return sum(
+        block.recipe.momentum.nbytes(block.layout)
+        for _, param, block in optimizer.blocks()
+        if param.requires_grad and block.layout.vector
+    )
+
+
+def adamw_momentum_bytes(optimizer: MemOpt) -> int:
+    """Return the bytes of momentum that ``torch.optim.AdamW`` would keep for everything that trains."""
+    return sum(
+        prod(block.layout.shape) * param.element_size() for _, param, block in optimizer.blocks() if param.requires_grad
+    )

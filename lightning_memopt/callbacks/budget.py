@@ -1,0 +1,83 @@
+"""How many bytes of momentum there may be, and whether they can do at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning_memopt.callbacks.policies.base import Candidate, Problem
+from lightning_memopt.sizes import format_bytes, parse_bytes
+
+_ALLOWED = (
+    "a fraction of AdamW's momentum as a float in (0, 1] or a text such as '5%', or bytes as an integer of at least 2 "
+    "or a text such as '512MiB'"
+)
+
+
+def parse_budget(budget: float | int | str | None, momentum_of_adamw: int) -> int | None:
+    """Return a budget in bytes; None where there is none.
+
+    Raises:
+        TypeError: If it is neither a number nor a text.
+        ValueError: If it is out of range, cannot be read, or is the integer 1.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, float | int | str):
+        raise TypeError(f"`budget` must be {_ALLOWED}, got {budget!r}.")
+    if isinstance(budget, str):
+        return _of_text(budget, momentum_of_adamw)
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise _refusal(budget)
+        return int(budget * momentum_of_adamw)
+    if budget == 1:
+        raise ValueError("`budget` 1 could mean one byte or all of AdamW's momentum; write '1B' or 1.0.")
+    if budget < 1:
+        raise _refusal(budget)
+    return budget
+
+
+def smallest(blocks: Iterable[Candidate], min_rank: int) -> int:
+    """Return the bytes of momentum with the smallest rank everywhere."""
+    return sum(block.nbytes(min_rank) for block in blocks)
+
+
+def check_budget(problem: Problem, fixed: int) -> None:
+    """Check that a budget for all momentum is enough for the smallest allocation.
+
+    Args:
+        problem: The blocks, with the budget for all momentum.
+        fixed: Bytes of momentum that cannot be changed.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    # Also for policies that switch momentum off: where no block should have any, all get some.
+    least = smallest(problem.blocks, problem.min_rank) + fixed
+    if problem.budget is not None and least > problem.budget:
+        raise ValueError(
+            f"`budget` is {_exact(problem.budget)}, but rank {problem.min_rank} for every matrix and the momentum that "
+            f"cannot be changed ({format_bytes(fixed)}) take {_exact(least)}; give at least that, or lower `min_rank`."
+        )
+
+
+def _of_text(budget: str, momentum_of_adamw: int) -> int:
+    percent = budget.strip().removesuffix("%")
+    try:
+        if percent != budget.strip():
+            return parse_budget(float(percent) / 100, momentum_of_adamw) or 0
+        size = parse_bytes(budget)
+    except ValueError:
+        raise _refusal(budget) from None
+    if size < 1:
+        raise _refusal(budget)
+    return size
+
+
+def _refusal(budget: object) -> ValueError:
+    return ValueError(f"`budget` must be {_ALLOWED}, got {budget!r}.")
+
+
+def _exact(size: int) -> str:
+    # Rounded alone, the smallest budget would be refused again when it is copied from the message.
+    return f"{size} bytes ({format_bytes(size)})"

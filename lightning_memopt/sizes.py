@@ -1,0 +1,41 @@
+"""Sizes in bytes, as people write them."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+_BINARY = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))}
+_DECIMAL = {unit: 1000**power for power, unit in enumerate(("kB", "MB", "GB", "TB"), start=1)}
+_UNITS = _BINARY | _DECIMAL
+_FACTORS = {unit.lower(): factor for unit, factor in _UNITS.items()}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that a text such as "512MiB", "1.5 GB" or "300000" means.
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it is not a number and a unit, or not a whole number of bytes where the unit is bytes.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A size must be a text such as '512MiB', got {text!r}.")
+    match = _SIZE.fullmatch(text.strip())
+    factor = _FACTORS.get(match[2].lower() or "b") if match else None
+    size = Decimal(match[1]) * factor if match and factor else None
+    if size is None or (factor == 1 and size % 1):
+        raise ValueError(
+            f"A size must be a whole number of bytes, or a number and one of {', '.join(_UNITS)}, such as '512MiB' or "
+            f"'1.5 GB', got {text!r}."
+        )
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    """Return a number of bytes in the binary unit that suits it, rounded: "1.5 MiB"."""
+    for unit, factor in _BINARY.items():
+        number = f"{size / factor:.1f}".removesuffix(".0")
+        if float(number) < 1024 or unit == "TiB":
+            break
+    return f"{number} {unit}"
