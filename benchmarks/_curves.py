@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _report import markdown
+from _report import markdown, origins
 from _train import Settings
 from _variants import REFERENCE, VARIANTS
 
@@ -76,10 +76,6 @@ def page(results: Results, settings: Settings, grid: Sequence[float]) -> str:
         f"{settings.layers} layers, width {settings.hidden}, {settings.heads} heads, vocabulary {settings.vocabulary}"
     )
     stated = ", ".join(f"{lr:g}" for lr in grid)
-    origins = {
-        title: "; ".join(sorted({f"`{run[key]}`" if key == "command" else run[key] for run in results}))
-        for title, key in (("date", "date"), ("machine", "machine"), ("commit", "commit"), ("command", "command"))
-    }
     return f"""# Convergence
 
 A LLaMA ({shape}, untied head) trained from scratch on tokens of the {settings.data}: {settings.steps} steps of
@@ -99,7 +95,7 @@ Differences under about 0.4% are ties. One small model and one corpus: read it a
 
 {markdown(*tuning(results))}
 
-{chr(10).join(f"- {title}: {value}" for title, value in origins.items())}
+{origins(results)}
 """
 
 

@@ -7,8 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,13 @@ def provenance(device: str = "cpu", threads: int | None = None) -> str:
         "command": f"`{command()}`",
     }
     return "\n".join(f"- {key}: {value}" for key, value in facts.items())
+
+
+def origins(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the same list for results that were made at several times, each of which says when, where and how."""
+    facts = {key: {result[key] for result in results} for key in ("date", "machine", "commit", "command")}
+    facts["command"] = {f"`{each}`" for each in facts["command"]}
+    return "\n".join(f"- {key}: {'; '.join(sorted(values))}" for key, values in facts.items())
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Tokens = dict[str, Tensor]
-_tokens: Tokens = {}
+TOKENS: Tokens = {}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:
 def start_worker(path: str) -> None:
     """Prepare a worker process: one thread, and the tokens."""
     torch.set_num_threads(1)
-    _tokens.update(torch.load(path, weights_only=True))
+    TOKENS.update(torch.load(path, weights_only=True))
 
 
 def build_model(settings: Settings) -> nn.Module:
@@ -128,7 +128,7 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     model = build_model(settings)
     optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay)
-    tokens, window = _tokens["train"], torch.arange(settings.length + 1)
+    tokens, window = TOKENS["train"], torch.arange(settings.length + 1)
     curve: list[tuple[int, float]] = []
     finite = True
     for step, starts in enumerate(batches(tokens, run.seed, settings)):
@@ -143,8 +143,8 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
         optimizer.zero_grad()
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             seen = (step + 1) * settings.batch * settings.length
-            curve.append((seen, validate(model, _tokens["validation"], settings, settings.curve_tokens)))
-    loss = validate(model, _tokens["validation"], settings, settings.validation_tokens) if finite else math.nan
+            curve.append((seen, validate(model, TOKENS["validation"], settings, settings.curve_tokens)))
+    loss = validate(model, TOKENS["validation"], settings, settings.validation_tokens) if finite else math.nan
     result = {"loss": loss if math.isfinite(loss) else None, "curve": curve, **_state(optimizer, model)}
     return {**asdict(run), **result, "seconds": round(time.perf_counter() - started, 1)}
 

@@ -1,0 +1,138 @@
+"""The models of benchmarks/adaptive.py: how each is built, what it is fed with, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _adaptive_images import CLASSES, SIDE, images
+from _train import Settings, Tokens, batches, build_model, loss_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_memopt import NamingScheme, Rule, register_naming_scheme
+
+IMAGES = 16  # per step
+PATCH = 4
+
+# What the built-in schemes do not know of transformers' ViT; they know its attention.
+register_naming_scheme(
+    NamingScheme(
+        "vit of the benchmark",
+        (
+            Rule(r"embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.weight)$", ("embedding",)),
+            Rule(r"mlp\.fc[12]\.weight$", ("mlp",)),
+            Rule(r"(^|\.)classifier\.weight$", ("head",)),
+        ),
+    )
+)
+Batches = Sequence[Tensor] | Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model of the comparison.
+
+    Attributes:
+        title: What the page calls it.
+        task: What it learns from what, in words.
+        build: Returns the model with weights drawn from torch's generator.
+        training: Returns the batches of all steps, given tokens, settings and a seed.
+        held_out: Returns the batches of the validation, given tokens and settings.
+        loss: Returns the mean loss of a batch; all batches of a list have the same size.
+        lrs: Learning rates to try, with the best somewhere inside.
+    """
+
+    title: str
+    task: str
+    build: Callable[[Settings], nn.Module]
+    training: Callable[[Tokens, Settings, int], Batches]
+    held_out: Callable[[Tokens, Settings], Batches]
+    loss: Callable[..., Tensor]
+    lrs: tuple[float, ...]
+
+
+def gpt2(settings: Settings) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=settings.vocabulary,
+        n_embd=settings.hidden,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        n_positions=settings.length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def vit(settings: Settings) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=settings.hidden,
+        intermediate_size=4 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        image_size=SIDE,
+        patch_size=PATCH,
+        num_channels=1,
+        num_labels=CLASSES,
+    )
+    return ViTForImageClassification(config)
+
+
+def text_batches(tokens: Tokens, settings: Settings, seed: int) -> Batches:
+    starts = batches(tokens["train"], seed, settings)
+    return list(tokens["train"][starts[..., None] + torch.arange(settings.length + 1)].long())
+
+
+def held_out_text(tokens: Tokens, settings: Settings) -> Batches:
+    """Return windows that follow each other."""
+    text, length = tokens["validation"].long(), settings.length
+    windows = min(settings.validation_tokens // length, (len(text) - 1) // length) // 32 * 32
+    return text[: windows * length + 1].unfold(0, length + 1, length).split(32)
+
+
+def image_batches(tokens: Tokens, settings: Settings, seed: int) -> Batches:
+    pixels, labels = images(settings.steps * IMAGES, seed)
+    return list(zip(pixels.split(IMAGES), labels.split(IMAGES), strict=True))
+
+
+def held_out_images(tokens: Tokens, settings: Settings) -> Batches:
+    """Return an image for every 32 tokens of text."""
+    pixels, labels = images(settings.validation_tokens // 32, seed=-1)
+    return list(zip(pixels.split(64), labels.split(64), strict=True))
+
+
+def image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    pixels, labels = batch
+    return F.cross_entropy(model(pixel_values=pixels).logits, labels)
+
+
+_TEXT: dict[str, Any] = {
+    "training": text_batches,
+    "held_out": held_out_text,
+    "loss": loss_of,
+    "lrs": (1e-3, 2e-3, 4e-3),
+}
+_IMAGES: dict[str, Any] = {
+    "training": image_batches,
+    "held_out": held_out_images,
+    "loss": image_loss,
+    "lrs": (5e-4, 1e-3, 2e-3),
+}
+FAMILIES = {
+    "llama": Family("LLaMA", "untied head; the next token of Python's standard library", build_model, **_TEXT),
+    "gpt2": Family("GPT-2", "tied head, query, key and value in one weight; the same tokens", gpt2, **_TEXT),
+    "vit": Family("ViT", f"{CLASSES} classes of made images", vit, **_IMAGES),
+}

@@ -1,0 +1,213 @@
+"""The page of benchmarks/adaptive.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from _adaptive_models import FAMILIES
+from _adaptive_train import POLICIES, REFERENCES, UNIFORM, AdaptiveSettings
+from _curves import loss_or_inf
+from _report import markdown, origins
+
+Result = Mapping[str, Any]
+WITHOUT = "without"
+
+
+def middle(budgets: Iterable[float]) -> float:
+    """Return the budget in the middle, the one at which everything is run with all seeds."""
+    ordered = sorted(budgets)
+    return ordered[len(ordered) // 2]
+
+
+def tried(results: Sequence[Result], model: str, budget: float) -> dict[float, float]:
+    """Return learning rate → loss of the runs that choose it: uniform, at the middle budget, with the first seed."""
+    mine = [r for r in results if (r["model"], r["policy"], r["budget"]) == (model, UNIFORM, budget)]
+    first = min((r["seed"] for r in mine), default=None)
+    return {r["lr"]: loss_or_inf(r) for r in sorted(mine, key=lambda r: r["lr"]) if r["seed"] == first}
+
+
+def chosen(results: Sequence[Result], budget: float) -> list[Result]:
+    """Return the runs of each model at its learning rate."""
+    grids = {model: tried(results, model, budget) for model in FAMILIES}
+    best = {model: min(grid, key=lambda lr: grid[lr]) for model, grid in grids.items() if grid}
+    return [r for r in results if r["model"] in best and r["lr"] == best[r["model"]]]
+
+
+def by_seed(results: Sequence[Result], model: str, policy: str, budget: float | None) -> dict[int, Result]:
+    """Return the runs of one row, by seed."""
+    mine = [r for r in results if (r["model"], r["policy"], r["budget"]) == (model, policy, budget)]
+    return {r["seed"]: r for r in sorted(mine, key=lambda r: r["seed"])}
+
+
+def spread(losses: Sequence[float]) -> float:
+    """Return the standard deviation; not a number where there is none."""
+    return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else math.nan
+
+
+def mean_of(runs: Iterable[Result], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def compared(mine: Mapping[int, Result], uniform: Mapping[int, Result]) -> list[str]:
+    """Return the mean difference to uniform with the same seed, in how many seeds it is less, and the verdict."""
+    seeds = mine.keys() & uniform.keys()
+    pairs = [(loss_or_inf(mine[seed]), loss_or_inf(uniform[seed])) for seed in seeds]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    if not pairs:
+        return ["", "", ""]
+    differences = [one - other for one, other in pairs]
+    mean = statistics.fmean(differences)
+    noise = max(spread([one for one, _ in pairs]), spread([other for _, other in pairs]))
+    verdict = "better" if mean < -noise else "worse" if mean > noise else "tie"
+    own = spread(differences)
+    shown = f"{mean:+.3f}" + ("" if math.isnan(own) else f" ± {own:.3f}")
+    return [shown, f"{sum(d < 0 for d in differences)} of {len(pairs)}", "" if math.isnan(noise) else verdict]
+
+
+HEAD = [
+    "policy",
+    "budget",
+    "seeds",
+    "loss",
+    "spread",
+    "to uniform",
+    "lower in",
+    "beyond the spread",
+    "momentum at the end",
+    "on average",
+    "moves",
+]
+
+
+COST_HEAD = ["callback", "median, ms", "to without", "mean, ms", "to without"]
+
+
+def rows_of(results: Sequence[Result], model: str, budgets: Sequence[float]) -> list[list[str]]:
+    """Return the rows of one model's table."""
+    places = [(policy, None) for policy in REFERENCES] + [(p, b) for b in sorted(budgets) for p in POLICIES]
+    rows = []
+    for policy, budget in places:
+        runs = by_seed(results, model, policy, budget)
+        if not runs:
+            continue
+        losses = [loss_or_inf(run) for run in runs.values()]
+        own = spread(losses)
+        against = ["", "", ""]
+        if budget is not None and policy != UNIFORM:
+            against = compared(runs, by_seed(results, model, UNIFORM, budget))
+        shares = [f"{mean_of(runs.values(), key):.2%}" for key in ("momentum_end", "momentum_mean")]
+        facts = [f"{len(runs)}", f"{statistics.fmean(losses):.3f}", "" if math.isnan(own) else f"{own:.3f}"]
+        moves = "" if budget is None else f"{mean_of(runs.values(), 'moves'):.0f}"
+        rows.append([policy, "" if budget is None else f"{budget:.1%}", *facts, *against, *shares, moves])
+    return rows
+
+
+def role_rows(results: Sequence[Result], model: str, budget: float) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of the mean final rank of each role, over blocks and seeds."""
+    found = {policy: list(by_seed(results, model, policy, budget).values()) for policy in POLICIES}
+    roles = list(dict.fromkeys(role for runs in found.values() for run in runs for role in run["ranks_by_role"]))
+    rows = [
+        [policy, *(f"{statistics.fmean(run['ranks_by_role'][role] for run in runs):.1f}" for role in roles)]
+        for policy, runs in found.items()
+        if runs
+    ]
+    return ["policy", *(role.replace("_", " ") for role in roles)], rows
+
+
+def cost_rows(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[list[str]]:
+    """Return the rows of the table of times."""
+    return [
+        [
+            name,
+            *_times(rounds, seconds[WITHOUT], statistics.median),
+            *_times(rounds, seconds[WITHOUT], statistics.fmean),
+        ]
+        for name, rounds in seconds.items()
+    ]
+
+
+def _times(
+    mine: Sequence[Sequence[float]], without: Sequence[Sequence[float]], average: Callable[[Iterable[float]], float]
+) -> list[str]:
+    """Return the milliseconds of an average step, and the median over rounds of the ratio to one without."""
+    ratio = statistics.median(average(one) / average(other) for one, other in zip(mine, without, strict=True))
+    return [f"{average([second for one in mine for second in one]) * 1e3:.1f}", f"{ratio - 1:+.1%}"]
+
+
+def model_section(results: Sequence[Result], model: str, budgets: Sequence[float]) -> str:
+    family, grid = FAMILIES[model], tried(results, model, middle(budgets))
+    best = min(grid, key=lambda lr: grid[lr])
+    losses = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in grid.items())
+    here = chosen(results, middle(budgets))
+    return f"""## {family.title}
+
+{family.task[0].upper()}{family.task[1:]}. Learning rate {best:g} for all (tried with {UNIFORM}: {losses}).
+
+{markdown(HEAD, rows_of(here, model, budgets))}
+
+Mean rank of a role's matrices at the end, at {middle(budgets):.1%} (0: no momentum):
+
+{markdown(*role_rows(here, model, middle(budgets)))}
+"""
+
+
+def cost_section(cost: Result | None) -> str:
+    if cost is None:
+        return ""
+    every = cost["settings"]["every_n_steps"]
+    return f"""## Cost
+
+Milliseconds from the start of one training step of the LLaMA to the start of the next, with `adapm_lean` and each
+policy at {cost["budget"]:.0%}, on one thread: trainings of {cost["steps"]} steps take turns in one process,
+{cost["rounds"]} of each; "to without" is the median over these of the ratio to the one without the callback. Signals
+are read all the time (`freeze_after=1`), and a decision is taken every {every} steps: it is in the mean, not in the
+median. Matrices as small as these are the worst case: reading signals takes some small operations per block, and
+forward and backward of 512 tokens are quickly done.
+
+{markdown(COST_HEAD, cost_rows(cost["seconds_per_step"]))}
+
+{origins([cost])}
+"""
+
+
+def page(results: Sequence[Result], cost: Result | None, settings: AdaptiveSettings, budgets: Sequence[float]) -> str:
+    """Return the markdown page."""
+    models = [model for model in FAMILIES if tried(results, model, middle(budgets))]
+    stated = ", ".join(f"{budget:.1%}" for budget in sorted(budgets))
+    return f"""# Policies of AdaptiveMomentum
+
+Which blocks deserve momentum, when all of it may take only {stated} of AdamW's? The policies of the callback
+`AdaptiveMomentum` at equal bytes, on three small models ({settings.layers} layers, width {settings.hidden},
+{settings.heads} heads; vocabulary {settings.vocabulary} for text) under the Lightning Trainer: {settings.steps} steps
+of {settings.batch} x {settings.length} tokens (ViT: 16 images of 37 patches), {settings.warmup:.0%} linear warm-up,
+then a cosine to {settings.final_lr:.0%} of the learning rate, weight decay {settings.weight_decay:g}, gradients clipped
+to norm {settings.clip:g}; decisions every {settings.every_n_steps} steps from step {settings.start} on, until
+{settings.freeze_after:.0%} of the training. Everything but momentum is `adapm_lean`'s. The first rows are without the
+callback; AdamW is torch's.
+
+At a given seed all runs have the same initial weights and batches. The learning rate is chosen with {UNIFORM} at the
+middle budget and the first seed, and is then the same for all, AdamW included, which is therefore not tuned. "loss" is
+the mean over held-out data at the end, "spread" its standard deviation over seeds. "to uniform" is the difference to
+{UNIFORM} at the same budget and seed, mean ± standard deviation over seeds; "beyond the spread" says whether its mean
+is more than the larger of the two spreads. Momentum is in units of AdamW's; "moves" counts changed
+ranks after the first division of the budget. Bytes are not quite equal: ranks are whole numbers, `schedule` goes down
+to half of the budget, and `paper`, where momentum for all values does not fit, gives them twice the rank of the rest.
+Small models, short trainings: they show what a policy does, not what it is worth at scale.
+
+![loss against momentum](adaptive.png)
+
+{chr(10).join(model_section(results, model, budgets) for model in models)}
+## Allocation
+
+Ranks over the steps on the LLaMA at {middle(budgets):.1%}, with the first seed:
+
+![rank of every block over the steps](adaptive_allocation.png)
+
+{cost_section(cost)}
+## Origin of the losses
+
+{origins(results)}
+"""

@@ -1,0 +1,218 @@
+"""One training run of benchmarks/adaptive.py: a small model under the Lightning Trainer, on one core."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from _adaptive_models import FAMILIES
+from _train import TOKENS, Settings, lr_factor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import lightning_memopt
+
+ADAMW, LEAN, UNIFORM = "AdamW", "adapm_lean", "uniform"
+REFERENCES = (ADAMW, LEAN)
+POLICIES = (UNIFORM, "energy", "benefit", "schedule", "paper")
+PLOTTED = "llama"  # the model whose ranks are drawn block by block
+WARM_UP = 5  # steps that are not timed
+BETAS = (0.9, 0.95)  # adapm_lean's
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
+
+
+@dataclass(frozen=True)
+class AdaptiveSettings(Settings):
+    """What all runs share; the last three are the callback's."""
+
+    steps: int = 250
+    validation_tokens: int = 32768
+    every_n_steps: int = 15
+    start: int = 15
+    freeze_after: float = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from the others; the references have no callback and no budget."""
+
+    model: str
+    policy: str
+    budget: float | None
+    lr: float
+    seed: int
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Run:
+        """Return which run a result is of."""
+        return cls(**{key: result[key] for key in cls.__dataclass_fields__})
+
+    def callback(self, settings: AdaptiveSettings) -> Any:
+        """Return the callback to be measured, None for a reference."""
+        if self.budget is None:
+            return None
+        return lightning_memopt.AdaptiveMomentum(
+            budget=self.budget,
+            policy=self.policy,
+            every_n_steps=settings.every_n_steps,
+            start=settings.start,
+            freeze_after=settings.freeze_after,
+        )
+
+
+class Module(LightningModule):
+    """One of the models with its loss and optimizer."""
+
+    def __init__(self, run: Run, settings: AdaptiveSettings) -> None:
+        super().__init__()
+        self.run, self.settings, self.family = run, settings, FAMILIES[run.model]
+        torch.manual_seed(run.seed)
+        self.model = self.family.build(settings).train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss."""
+        return self.family.loss(self.model, batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss; all batches have the same size."""
+        self.log("loss", self.family.loss(self.model, batch), batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer with warm-up and cosine."""
+        options: dict[str, Any] = {"lr": self.run.lr, "betas": BETAS, "weight_decay": self.settings.weight_decay}
+        if self.run.policy == ADAMW:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), **options, fused=True)
+        else:
+            optimizer = lightning_memopt.AdaPMLean(self.named_parameters(), **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Meter(Callback):
+    """Note when each step starts and, if asked to, how much momentum there is in it, as a share of AdamW's."""
+
+    def __init__(self, bytes_too: bool = True) -> None:
+        self.bytes_too = bytes_too
+        self.snapshot: lightning_memopt.Snapshot | None = None
+        self.shares: list[float] = []
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the time, and the momentum that this step works with."""
+        self.starts.append(time.perf_counter())
+        if self.bytes_too:
+            self.measure(trainer.optimizers[0])
+
+    def measure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the bytes."""
+        if isinstance(optimizer, lightning_memopt.MemOpt):
+            self.snapshot = optimizer.snapshot()
+            self.shares.append(2 * self.snapshot.momentum_bytes / self.snapshot.adamw_bytes)
+        else:
+            self.shares.append(1.0)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds from the start of a step to the start of the next, whatever callbacks do between them."""
+        return [after - before for before, after in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def trainer(settings: AdaptiveSettings, callbacks: Sequence[Any]) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        gradient_clip_val=settings.clip,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[callback for callback in callbacks if callback is not None],
+    )
+
+
+def loader(batches: Any) -> DataLoader[Any]:
+    return DataLoader(batches, batch_size=None)
+
+
+def train(run: Run, settings: AdaptiveSettings) -> dict[str, Any]:
+    """Train once and return what goes into the results; the loss of a run that diverged is None."""
+    started = time.perf_counter()
+    module, meter, callback = Module(run, settings), Meter(), run.callback(settings)
+    held_out = module.family.held_out(TOKENS, settings)
+    fit = trainer(settings, [meter, callback])
+    try:
+        with redirect_stdout(io.StringIO()):  # where the callback tells what it does
+            fit.fit(module, loader(module.family.training(TOKENS, settings, run.seed)), loader(held_out))
+        loss = fit.callback_metrics["loss"].item()
+    except FloatingPointError:
+        loss = math.nan
+    history = [] if callback is None else callback.history
+    return {
+        **asdict(run),
+        "loss": loss if math.isfinite(loss) else None,
+        "momentum_end": meter.shares[-1],
+        "momentum_mean": sum(meter.shares) / len(meter.shares),
+        "moves": sum(len(entry["moves"]) for entry in history if entry["step"] > 0),
+        "ranks_by_role": ranks_by_role(meter.snapshot),
+        "allocation": allocation(history) if run.model == PLOTTED else None,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def ranks_by_role(snapshot: lightning_memopt.Snapshot | None) -> dict[str, float]:
+    """Return the mean rank of each role's matrices; dense momentum counts as the rank that takes its memory."""
+    ranks: dict[str, list[float]] = {}
+    for block in () if snapshot is None else snapshot.blocks:
+        if len(block.shape) > 1:
+            dense = block.momentum_bytes / (block.adamw_bytes / 2) * _dense_rank(block.shape)
+            ranks.setdefault(block.role, []).append(dense if block.rank is None else block.rank)
+    return {role: round(sum(each) / len(each), 2) for role, each in ranks.items()}
+
+
+def _dense_rank(shape: Sequence[int]) -> int:
+    """Return the smallest rank whose factors take no less memory than the matrix."""
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) == 4 else shape[-2:]
+    return -(-rows * columns // (rows + columns))
+
+
+def allocation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return steps, blocks and the rank of each block from each of the steps on; None if nothing was decided."""
+    if not history:
+        return None
+    blocks = list(history[0]["ranks"])
+    ranks = [[entry["ranks"][block] for block in blocks] for entry in history]
+    return {"steps": [entry["step"] for entry in history], "blocks": blocks, "ranks": ranks}
+
+
+def cost(runs: Mapping[str, Run], settings: AdaptiveSettings, rounds: int, steps: int) -> dict[str, list[list[float]]]:
+    """Return the seconds of every step of every round, by name; short trainings take turns, in alternating order."""
+    brief = replace(settings, steps=steps, freeze_after=1.0)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
+    _timed(next(iter(runs.values())), brief, seed=0)  # the first one in a process is slow
+    for index in range(rounds):
+        for name in list(runs)[:: -1 if index % 2 else 1]:
+            seconds[name].append(_timed(runs[name], brief, seed=index))
+    return seconds
+
+
+def _timed(run: Run, settings: AdaptiveSettings, seed: int) -> list[float]:
+    module, meter = Module(run, settings), Meter(bytes_too=False)
+    batches = module.family.training(TOKENS, settings, seed)
+    with redirect_stdout(io.StringIO()):
+        trainer(settings, [meter, run.callback(settings)]).fit(module, loader(batches))
+    return meter.seconds[WARM_UP:]
