@@ -12,22 +12,8 @@ from _train import Settings, Tokens, batches, build_model, loss_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_memopt import NamingScheme, Rule, register_naming_scheme
-
 IMAGES = 16  # per step
 PATCH = 4
-
-# What the built-in schemes do not know of transformers' ViT; they know its attention.
-register_naming_scheme(
-    NamingScheme(
-        "vit of the benchmark",
-        (
-            Rule(r"embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.weight)$", ("embedding",)),
-            Rule(r"mlp\.fc[12]\.weight$", ("mlp",)),
-            Rule(r"(^|\.)classifier\.weight$", ("head",)),
-        ),
-    )
-)
 Batches = Sequence[Tensor] | Sequence[tuple[Tensor, Tensor]]
 
 

@@ -90,6 +90,40 @@ def test_gpt2_is_transposed_and_fused():
     assert found["transformer.h.0.attn.c_attn.bias"] == (Part("vector"),)
 
 
+def test_bert_from_transformers():
+    layer = "bert.encoder.layer.0"
+    shapes = {
+        "bert.embeddings.word_embeddings.weight": (16, 4),
+        "bert.embeddings.token_type_embeddings.weight": (2, 4),
+        f"{layer}.attention.self.query.weight": (4, 4),
+        f"{layer}.attention.self.key.weight": (4, 4),
+        f"{layer}.attention.self.value.weight": (4, 4),
+        f"{layer}.attention.output.dense.weight": (4, 4),
+        f"{layer}.intermediate.dense.weight": (16, 4),
+        f"{layer}.output.dense.weight": (4, 16),
+        f"{layer}.output.LayerNorm.weight": (4,),
+        "cls.predictions.decoder.weight": (16, 4),
+        "cls.predictions.transform.dense.weight": (4, 4),
+    }
+    expected = ["embedding", "embedding", "query", "key", "value", "attention_output", "mlp", "mlp", "vector", "head"]
+    assert list(roles(shapes.items()).values()) == [(role,) for role in (*expected, "other")]
+
+
+def test_vit_from_transformers():
+    layer = "vit.layers.0"
+    shapes = {
+        "vit.embeddings.position_embeddings": (1, 5, 4),
+        "vit.embeddings.patch_embeddings.projection.weight": (4, 1, 2, 2),
+        f"{layer}.attention.q_proj.weight": (4, 4),
+        f"{layer}.attention.o_proj.weight": (4, 4),
+        f"{layer}.mlp.fc1.weight": (16, 4),
+        f"{layer}.mlp.fc2.weight": (4, 16),
+        "classifier.weight": (3, 4),
+    }
+    expected = ["embedding", "embedding", "query", "attention_output", "mlp", "mlp", "head"]
+    assert list(roles(shapes.items()).values()) == [(role,) for role in expected]
+
+
 def test_nanogpt_has_gpt2s_names_and_linear_weights():
     shapes = {
         "transformer.wte.weight": (16, 4),

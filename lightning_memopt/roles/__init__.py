@@ -1,6 +1,6 @@
 """Roles of weights; importing this package registers the built-in model families."""
 
-from lightning_memopt.roles import gpt2, llama, nanogpt, torch_attention
+from lightning_memopt.roles import bert, gpt2, llama, nanogpt, torch_attention, vit
 from lightning_memopt.roles.base import (
     NAMING_SCHEMES,
     ROLES,
@@ -18,6 +18,7 @@ __all__ = [
     "NamingScheme",
     "Part",
     "Rule",
+    "bert",
     "canonical_names",
     "classify",
     "gpt2",
@@ -25,4 +26,5 @@ __all__ = [
     "nanogpt",
     "register_naming_scheme",
     "torch_attention",
+    "vit",
 ]
