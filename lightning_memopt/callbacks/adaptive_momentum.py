@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -113,7 +113,7 @@ class AdaptiveMomentum(Callback):
         self._probe: Any = None
         self._kinds: Any = None
         self._names: set[str] = set()
-        self._seen, self._frozen = 0, False
+        self._seen, self._frozen, self._length = 0, False, 0.0
 
     # ------------------------------------------------------------------ what a subclass may override
 
@@ -124,7 +124,8 @@ class AdaptiveMomentum(Callback):
             snapshot: What every block is and keeps.
             signals: What the gradients of every block have shown, by its name.
         """
-        return self._changes(moves(problem := self._problem(signals), self.policy(problem), self.max_moves))
+        problem = self._problem(signals, restless(self.history))
+        return self._changes(moves(problem, self.policy(problem), self.max_moves))
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -150,6 +151,9 @@ class AdaptiveMomentum(Callback):
         """
         self._trainer, self._probe = trainer, Probe(self._optimizer)
         self._frozen, self._seen = False, 0
+        # Every optimizer's steps count, but the estimate from epochs knows of one.
+        limited = trainer.max_steps > 0
+        self._length = trainer.max_steps if limited else trainer.estimated_stepping_batches * len(trainer.optimizers)
         if isinstance(self.freeze_after, float) and self._progress() is None:
             rank_zero_warn(
                 f"`freeze_after` {self.freeze_after:g} is a share of a training whose length is not known: the "
@@ -224,13 +228,9 @@ class AdaptiveMomentum(Callback):
 
     def _progress(self) -> float | None:
         """Return how much of the training is over; None where its length is not known."""
-        trainer = self._trainer
-        total = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
-        if total == float("inf"):
+        if self._length == float("inf"):
             return None
-        # With manual optimization every optimizer counts its own steps, and only max_steps counts them all.
-        count = trainer.global_step if trainer.max_steps > 0 else trainer.global_step / len(trainer.optimizers)
-        return min(1.0, count / max(1, total))
+        return min(1.0, self._trainer.global_step / max(1, self._length))
 
     def _phase(self) -> float:
         """Return how much is over of the time until the allocation freezes; 0 where that is not known."""
@@ -238,9 +238,9 @@ class AdaptiveMomentum(Callback):
             return self._probe.steps / self.freeze_after
         return (self._progress() or 0.0) / (self.freeze_after or 1.0)
 
-    def _problem(self, signals: Mapping[str, BlockSignals]) -> Problem:
-        """Return what the policy decides on: all blocks but those that go back and forth, and what these leave."""
-        blocks, pinned = self._candidates(signals), restless(self.history)
+    def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
+        """Return what the policy decides on: all blocks but those that stay as they are, and the bytes these leave."""
+        blocks = self._candidates(signals)
         fixed = vector_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
         budget = self._budget_bytes()
         return Problem(
@@ -258,7 +258,7 @@ class AdaptiveMomentum(Callback):
     def _allocate(self) -> None:
         """Give every block what the policy wants, in one go."""
         self._names = self._trained()
-        problem = self._problem({})
+        problem = self._problem({}, pinned=())
         check_budget(problem, vector_bytes(self._optimizer))
         target = self.policy(problem)
         differing = [block for block in problem.blocks if target[block.name] != block.rank]
@@ -268,8 +268,8 @@ class AdaptiveMomentum(Callback):
     def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
         """Change the optimizer, once all ranks have the same changes and the budget holds; keep a record."""
         blocks = self._candidates(signals)
+        self._agree(changes)  # also if there are none: other ranks may have some
         if changes:
-            self._agree(changes)
             size, budget = self._bytes(changes), self._budget_bytes()
             if budget is not None and size > budget:
                 raise ValueError(

@@ -13,6 +13,10 @@ def known(blocks: Iterable[Candidate]) -> bool:
     return all(block.signals is not None for block in blocks)
 
 
+# Shares are sums of many floats: a wanted one must not be missed by their rounding.
+ROUNDING = 1e-9
+
+
 class Spectra:
     """Shares of the momentum of some blocks.
 
@@ -29,10 +33,10 @@ class Spectra:
         self._kept = {name: [0.0, *accumulate(values)] for name, values in self.gains.items()}
 
     def kept(self, ranks: Mapping[str, int]) -> float:
-        """Return the share of all momentum that these ranks keep."""
+        """Return the share of all momentum that these ranks keep, rounded up."""
         if self._empty:
             return 1.0
-        return sum(self.weight[name] * kept[ranks[name]] for name, kept in self._kept.items())
+        return sum(self.weight[name] * kept[ranks[name]] for name, kept in self._kept.items()) + ROUNDING
 
 
 def gains(block: Candidate) -> list[float]:
@@ -43,9 +47,10 @@ def gains(block: Candidate) -> list[float]:
     first = list(signals.spectrum[: block.short])
     # Of momentum that is dense or none no direction is known; the even spread promises least.
     last = first[-1] if first else 0.0
-    energies = first + tail(signals.residual_energy, last, block.short - len(first))
+    # What a young basis keeps need not be the largest there is, but a basis of any rank comes to hold that.
+    energies = sorted(first + tail(signals.residual_energy, last, block.short - len(first)), reverse=True)
     whole = sum(energies)
-    shares = [energy / whole for energy in energies]
+    shares = [energy / whole for energy in energies] if whole else [1 / block.short] * block.short
     # Dense momentum keeps what no lower rank does.
     return [*shares[: block.dense_rank - 1], sum(shares[block.dense_rank - 1 :])]
 
@@ -55,8 +60,8 @@ def tail(energy: float, last: float, count: int) -> list[float]:
 
     The values are last · q, last · q², …, with the one q between 0 and 1 for which the sum is right.
     """
-    if count == 0 or last * count <= energy:
-        return [energy / count] * count
+    if last * count <= energy:
+        return [energy / max(1, count)] * count
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
