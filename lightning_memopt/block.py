@@ -15,7 +15,7 @@ from lightning_memopt.kind import State
 from lightning_memopt.layout import Cut, Layout, local_tensor
 from lightning_memopt.linalg import chunks
 from lightning_memopt.momentum import MOMENTA, Direction, Momentum
-from lightning_memopt.plan import Recipe
+from lightning_memopt.plan import Plan, Recipe, check_change
 from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.snapshot import BlockFacts
 from lightning_memopt.tick import Tick
@@ -34,6 +34,7 @@ class Block:
         key: Its :func:`~lightning_memopt.tick.block_key`.
         index: Its position in the optimizer.
         itemsize: Bytes per element of the parameter.
+        plan: The plan that its first recipe is from; kinds that it changes to have the plan's options.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Block:
     key: int
     index: int
     itemsize: int
+    plan: Plan
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -77,6 +79,25 @@ class Block:
             return {}
         cuts = {key: self.work.cut_of(sizes) for kind in self.kinds for key, sizes in kind.sizes(self.work).items()}
         return {key: cut for key, cut in cuts.items() if cut is not None}
+
+    def changed(self, change: Recipe | Mapping[str, Any]) -> Block:
+        """Return the block with another recipe: a whole one, or kinds and options by name.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If a kind or option is unknown, or does not fit the block.
+        """
+        if not isinstance(change, Recipe):
+            check_change(change)
+            change = {
+                key: self.plan.kind(key, value, self.name, self.role)
+                if key in ("momentum", "second_moment")
+                and isinstance(value, str)
+                and value != getattr(self.recipe, key).name
+                else value
+                for key, value in change.items()
+            }
+        return replace(self, recipe=self.recipe.changed(change).resolve(self.layout))
 
     def moved(self, param: Tensor) -> Block:
         """Return the same block of another parameter of the same weights."""
@@ -117,7 +138,7 @@ class Block:
             mine = getattr(self.recipe, axis)
             names = [name for name in table.names() if table.get(name).keys and keys.issuperset(table.get(name).keys)]
             name = names[0] if names else "none"
-            kind = mine if mine.name == name else table.get(name)()
+            kind = mine if mine.name == name else self.plan.kind(axis, name, self.name, self.role)
             found[axis] = kind.infer({key: state[self.prefix + key] for key in kind.keys}, self.layout)
             keys -= set(kind.keys)
         if keys:

@@ -324,6 +324,7 @@ class MemOpt(torch.optim.Optimizer):
             key=block_key(self._seed, full_name),
             index=index,
             itemsize=param.element_size(),
+            plan=plan,
         )
 
     def _build(self, blocks: Mapping[Tensor, tuple[Block, ...]]) -> None:
@@ -464,7 +465,7 @@ class MemOpt(torch.optim.Optimizer):
             planned = self._planned(changes, dropped)
             lines = [f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned]
             lines.append(f"dropped={dropped}")
-        except (ValueError, TypeError, NotImplementedError) as caught:
+        except Exception as caught:  # whatever it is, other ranks must hear of it
             error, lines = caught, [f"{type(caught).__name__}: {caught}"]
         layouts = [block.layout for blocks in self._blocks.values() for block in blocks]
         groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
@@ -489,7 +490,7 @@ class MemOpt(torch.optim.Optimizer):
             if name not in places:
                 raise ValueError(unknown("block", name, list(places)))
             group, param, old = places[name]
-            new = replace(old, recipe=old.recipe.changed(change).resolve(old.layout))
+            new = old.changed(change)
             for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
                 if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
                     raise ValueError(

@@ -167,14 +167,32 @@ class Plan:
         chosen = {getattr(recipe, axis).name for recipe in self.roles.values()}
         return name in chosen | {_wanted(change, axis) for change in self.overrides.values()}
 
+    def kind(self, axis: str, name: str, name_of_block: str, role: str) -> Any:
+        """Return the kind of this name as a block has it: by its recipe, else as the plan has it elsewhere.
+
+        Args:
+            axis: ``momentum`` or ``second_moment``.
+            name: The kind's name.
+            name_of_block: The block's name.
+            role: Its role.
+        """
+        own = getattr(self.recipe(name_of_block, role), axis)
+        if own.name == name:
+            return own
+        kind = self._elsewhere(axis, name) or _AXES[axis].get(name)()
+        return replace(kind, **{key: value for key, value in self.options.items() if key in kind.options()})
+
+    def _elsewhere(self, axis: str, name: str | None) -> Any:
+        """Return the kind of this name as some role has it."""
+        kinds = (getattr(entry, axis) for entry in self.roles.values())
+        return next((kind for kind in kinds if kind.name == name), None)
+
     def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
         """Replace the name of a kind that is new to ``recipe`` by that kind as the plan has it elsewhere."""
         found = dict(change)
         for axis in _AXES:
-            if change.get(axis) == getattr(recipe, axis).name:
-                continue
-            elsewhere = (getattr(entry, axis) for entry in self.roles.values())
-            found[axis] = next((kind for kind in elsewhere if kind.name == change.get(axis)), change.get(axis))
+            if change.get(axis) != getattr(recipe, axis).name:
+                found[axis] = self._elsewhere(axis, change.get(axis)) or change.get(axis)
         return {key: value for key, value in found.items() if value is not None}
 
     def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]]) -> None:

@@ -259,11 +259,6 @@ def test_incomplete_state_dicts_are_refused():
     refused(optimizer, saved, "mixes dtypes")
 
 
-def test_reformat_needs_names():
-    with pytest.raises(ValueError, match="has no name"):
-        lm.AdaPMLean(tiny_llama().parameters()).reformat({"lm_head.weight": {"rank": 3}})
-
-
 def test_broken_state_is_refused_by_name():
     model = tiny_llama()
     optimizer = lm.AdaPMLean(model.named_parameters())
@@ -279,98 +274,6 @@ def test_broken_state_is_refused_by_name():
         saved = copy.deepcopy(optimizer.state_dict())
         change(saved["state"][0])
         refused(optimizer, saved, match)
-
-
-# ----------------------------------------------------------------------------------------------------------- reformat
-
-
-@pytest.mark.parametrize(
-    ("block", "change", "expected"),
-    [
-        ("lm_head.weight", {"rank": 9}, ("low_rank", 9, "factored")),
-        ("lm_head.weight", {"momentum": "dense"}, ("dense", None, "factored")),
-        ("lm_head.weight", {"momentum": "none"}, ("none", None, "factored")),
-        ("lm_head.weight", {"momentum": "subspace", "rank": 5, "gap": 4}, ("subspace", 5, "factored")),
-        ("lm_head.weight", {"second_moment": "subset_norm"}, ("low_rank", 4, "subset_norm")),
-        ("lm_head.weight", {"second_moment": "dense"}, ("low_rank", 4, "dense")),
-        ("lm_head.weight", {"second_moment": "blockwise"}, ("low_rank", 4, "blockwise")),
-        ("model.norm.weight", {"momentum": "none"}, ("none", None, "dense")),
-    ],
-)
-def test_reformat_changes_one_block_and_training_goes_on(block, change, expected):
-    model = tiny_llama()
-    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
-    losses = train(model, optimizer, 20)
-    optimizer.reformat({block: change})
-    facts = next(facts for facts in optimizer.snapshot().blocks if facts.name == block)
-    assert (facts.momentum, facts.rank, facts.second_moment) == expected
-    assert facts.local_bytes == facts.momentum_bytes + facts.second_moment_bytes
-    more = train(model, optimizer, 10, seed=1)
-    assert max(more) < max(losses)
-
-
-def test_shrinking_keeps_the_best_approximation():
-    model = tiny_llama()
-    optimizer = lm.AdaPMLean(model.named_parameters(), rank=12)
-    train(model, optimizer, 5)
-    state = optimizer.state[model.lm_head.weight]
-    dense = state["low_rank_q"] @ state["low_rank_r"]
-    optimizer.reformat({"lm_head.weight": {"rank": 3}})
-    state = optimizer.state[model.lm_head.weight]
-    error = torch.linalg.matrix_norm(dense - state["low_rank_q"] @ state["low_rank_r"])
-    tail = torch.linalg.svdvals(dense.double())[3:].square().sum().sqrt()
-    torch.testing.assert_close(error.double(), tail, rtol=1e-3, atol=1e-9)
-
-
-def test_growing_keeps_the_momentum():
-    model = tiny_llama()
-    optimizer = lm.AdaPMLean(model.named_parameters(), rank=3)
-    train(model, optimizer, 5)
-    state = optimizer.state[model.lm_head.weight]
-    dense = state["low_rank_q"] @ state["low_rank_r"]
-    optimizer.reformat({"lm_head.weight": {"momentum": "dense"}})
-    torch.testing.assert_close(optimizer.state[model.lm_head.weight]["exp_avg"], dense, rtol=0, atol=0)
-    optimizer.reformat({"lm_head.weight": {"momentum": "low_rank", "rank": 8}})
-    state = optimizer.state[model.lm_head.weight]
-    torch.testing.assert_close(state["low_rank_q"] @ state["low_rank_r"], dense, rtol=1e-5, atol=1e-8)
-
-
-def test_reformat_of_what_stays_keeps_the_tensors():
-    model = tiny_llama()
-    optimizer = lm.AdamSNSM(model.named_parameters())
-    train(model, optimizer, 2)
-    state = optimizer.state[model.lm_head.weight]
-    basis = state["subspace_p"]
-    optimizer.reformat({"lm_head.weight": {"gap": 5}})
-    assert optimizer.state[model.lm_head.weight]["subspace_p"] is basis
-    assert optimizer._blocks[model.lm_head.weight][0].recipe.momentum.gap == 5
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"lm_head": {"rank": 3}}, "Unknown block 'lm_head'. Did you mean 'lm_head.weight'"),
-        ({"lm_head.weight": {"rank": 0}}, "`rank` must be an integer of at least 1"),
-        ({"lm_head.weight": {"momentum": "low"}}, "Unknown momentum kind 'low'"),
-        ({"lm_head.weight": {"gap": 3}}, "Option 'gap' means nothing to momentum 'low_rank'"),
-        ({"model.norm.weight": {"momentum": "low_rank"}}, r"'low_rank' needs a matrix, but 'model\.norm\.weight'"),
-    ],
-)
-def test_a_refused_reformat_changes_nothing(changes, match):
-    model = tiny_llama()
-    optimizer = lm.AdaPMLean(model.named_parameters())
-    train(model, optimizer, 1)
-    before = optimizer.snapshot()
-    with pytest.raises(ValueError, match=match):
-        optimizer.reformat({"model.embed_tokens.weight": {"rank": 2}, **changes})
-    assert optimizer.snapshot() == before
-
-
-def test_no_second_moment_cannot_become_one():
-    model = tiny_llama()
-    optimizer = lm.MemOpt(model.named_parameters(), overrides={"head": {"second_moment": "none"}})
-    with pytest.raises(ValueError, match="keeps nothing that 'factored' could go on from"):
-        optimizer.reformat({"lm_head.weight": {"second_moment": "factored"}})
 
 
 def test_snapshots_need_no_data():
@@ -404,14 +307,3 @@ def test_adamw_is_continued_with_every_recipe(recipe):
     assert_equal(optimizer.state[norm]["exp_avg_sq"], adamw.state[norm]["exp_avg_sq"])
     losses += train(model, optimizer, 4, seed=1)
     assert max(losses[8:]) < losses[0] + 0.2
-
-
-def test_reformat_that_is_refused_changes_nothing():
-    model = torch.nn.Linear(16, 24, bias=False)
-    optimizer = lm.AdamMini(model.named_parameters())
-    before = repr(optimizer)
-    with pytest.raises(ValueError, match="`outputs_per_number` 5 does not divide the outputs"):
-        optimizer.reformat({"weight": {"second_moment": "blockwise", "outputs_per_number": 5}})
-    assert repr(optimizer) == before
-    model.weight.grad = torch.ones_like(model.weight)
-    optimizer.step()

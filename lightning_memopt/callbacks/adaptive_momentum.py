@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_memopt._registry import unknown
 from lightning_memopt.callbacks.allocation import (
     Changes,
-    Kinds,
     adamw_momentum_bytes,
     adaptable,
     candidate,
+    change_to,
+    compressed_kind,
     momentum_bytes,
     trained_matrices,
     vector_bytes,
@@ -111,7 +112,7 @@ class AdaptiveMomentum(Callback):
         self._loaded: Mapping[str, Any] | None = None
         self._optimizer: Any = None
         self._probe: Any = None
-        self._kinds: Any = None
+        self._compressed = ""
         self._names: set[str] = set()
         self._seen, self._frozen, self._length = 0, False, 0.0
 
@@ -141,7 +142,7 @@ class AdaptiveMomentum(Callback):
             ValueError: If none can be adapted, or several.
         """
         self._optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
-        self._kinds = Kinds.of(self._optimizer)
+        self._compressed = compressed_kind(self._optimizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint left off, or divide the budget.
@@ -253,7 +254,7 @@ class AdaptiveMomentum(Callback):
 
     def _changes(self, ranks: Mapping[str, int]) -> Changes:
         blocks = {block.name: block for block in self._candidates({})}
-        return {name: self._kinds.change(blocks[name], rank) for name, rank in ranks.items()}
+        return {name: change_to(blocks[name], rank, self._compressed) for name, rank in ranks.items()}
 
     def _allocate(self) -> None:
         """Give every block what the policy wants, in one go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 
 from lightning_memopt.block import Block
 from lightning_memopt.callbacks.policies import Candidate
-from lightning_memopt.momentum import MOMENTA, Momentum
 from lightning_memopt.optimizer import MemOpt
 from lightning_memopt.signals import BlockSignals
 
@@ -95,33 +94,20 @@ def candidate(block: Block, signals: Mapping[str, BlockSignals]) -> Candidate:
     return replace(found, rank=rank_of(block, found.dense_rank))
 
 
-@dataclass(frozen=True)
-class Kinds:
-    """The momentum kinds that ranks stand for.
+def compressed_kind(optimizer: MemOpt) -> str:
+    """Return the momentum kind that ranks between none and dense stand for: that of most blocks, else low rank."""
+    momenta = [block.recipe.momentum for block in trained_matrices(optimizer)]
+    names = Counter(momentum.name for momentum in momenta if hasattr(momentum, "rank"))
+    return names.most_common(1)[0][0] if names else "low_rank"
 
-    Attributes:
-        compressed: A kind with a rank, with the options that every block of a rank between none and dense gets.
-    """
 
-    compressed: Momentum
-
-    @staticmethod
-    def of(optimizer: MemOpt) -> Kinds:
-        """Return those of the optimizer's recipe: the kind with a rank that most blocks have, else low rank."""
-        momenta = [block.recipe.momentum for block in trained_matrices(optimizer)]
-        names = Counter(momentum.name for momentum in momenta if hasattr(momentum, "rank"))
-        if not names:
-            return Kinds(MOMENTA.get("low_rank")())
-        (name, _), *_ = names.most_common()
-        return Kinds(next(momentum for momentum in momenta if momentum.name == name))
-
-    def change(self, block: Candidate, rank: int) -> dict[str, Any]:
-        """Return the change that gives a block momentum of a rank, as :meth:`MemOpt.reformat` takes it."""
-        if rank == 0:
-            return {"momentum": "none"}
-        if rank >= block.dense_rank:
-            return {"momentum": "dense"}
-        return {"momentum": replace(self.compressed, rank=rank)}  # type: ignore[call-arg]
+def change_to(block: Candidate, rank: int, compressed: str) -> dict[str, Any]:
+    """Return the change that gives a block momentum of a rank, as :meth:`MemOpt.reformat` takes it."""
+    if rank == 0:
+        return {"momentum": "none"}
+    if rank >= block.dense_rank:
+        return {"momentum": "dense"}
+    return {"momentum": compressed, "rank": rank}
 
 
 def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
@@ -129,10 +115,8 @@ def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
     total = 0
     for _, param, block in optimizer.blocks():
         if param.requires_grad:
-            recipe = block.recipe
-            if block.name in changes:
-                recipe = recipe.changed(changes[block.name]).resolve(block.layout)
-            total += recipe.momentum.nbytes(block.layout)
+            changed = block.changed(changes[block.name]) if block.name in changes else block
+            total += changed.recipe.momentum.nbytes(block.layout)
     return total
 
 

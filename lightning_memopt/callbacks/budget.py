@@ -43,21 +43,22 @@ def smallest(blocks: Iterable[Candidate], min_rank: int) -> int:
 
 
 def check_budget(problem: Problem, fixed: int) -> None:
-    """Check that a budget for all momentum is enough for the smallest allocation.
+    """Check that the budget is enough for the smallest allocation.
 
     Args:
-        problem: The blocks, with the budget for all momentum.
-        fixed: Bytes of momentum that cannot be changed.
+        problem: The blocks, with the budget that is theirs.
+        fixed: Bytes of momentum that cannot be changed, which the budget of all momentum includes.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not; the message counts all momentum, as users do.
     """
     # Also for policies that switch momentum off: where no block should have any, all get some.
-    least = smallest(problem.blocks, problem.min_rank) + fixed
+    least = smallest(problem.blocks, problem.min_rank)
     if problem.budget is not None and least > problem.budget:
         raise ValueError(
-            f"`budget` is {_exact(problem.budget)}, but rank {problem.min_rank} for every matrix and the momentum that "
-            f"cannot be changed ({format_bytes(fixed)}) take {_exact(least)}; give at least that, or lower `min_rank`."
+            f"`budget` is {_exact(problem.budget + fixed)}, but rank {problem.min_rank} for every matrix and the "
+            f"momentum that cannot be changed ({format_bytes(fixed)}) take {_exact(least + fixed)}; give at least "
+            "that, or lower `min_rank`."
         )
 
 

@@ -103,6 +103,42 @@ def before_the_first_step(ranks: dict[int, World], folder: Path) -> None:
 
 
 @case
+def kinds_that_changed(ranks: dict[int, World], folder: Path) -> None:
+    """Saved right after a change of kinds, and a step later; an optimizer built with the defaults goes on."""
+    layer = "net.layers.0"
+    for first, second in ((ranks[3], ranks[2]), (ranks[2], ranks[2])):
+        expected: dict[int, Any] = {}
+        if first.mine:
+            model = shard(towers("net"), first)
+            optimizer = lean(model)
+            optimizer.reformat({f"{layer}.mlp.up_proj.weight": {"momentum": "none"}})
+            for number in (0, 1):
+                step(model, optimizer, number)
+            optimizer.reformat(
+                {
+                    f"{layer}.mlp.up_proj.weight": {"momentum": "low_rank", "rank": 2},
+                    f"{layer}.self_attn.q_proj.weight": {"momentum": "subspace", "rank": 3},
+                    "net.embed_tokens.weight": {"momentum": "dense", "second_moment": "subset_norm"},
+                }
+            )
+            for number in (2, 3):
+                for format in FORMATS:
+                    save(folder / f"{first.size}-{format}-{number}", model, optimizer, format=format, world=first)
+                step(model, optimizer, number)
+                expected[number] = whole_params(model)
+        box = [expected]
+        dist.broadcast_object_list(box, src=0)
+        for format, number in itertools.product(FORMATS, (2, 3)) if second.mine else ():
+            model = shard(towers("net", seed=1), second)
+            optimizer = lean(model)
+            load(folder / f"{first.size}-{format}-{number}", model, optimizer, world=second)
+            kinds = [block.momentum for block in optimizer.snapshot().blocks]
+            assert kinds == ["dense", "subspace", "low_rank", "dense"]
+            step(model, optimizer, number)
+            assert not difference(model, box[0][number], exact=first is second)
+
+
+@case
 def several_optimizers_and_groups(ranks: dict[int, World], folder: Path) -> None:
     """Each optimizer gets its own state, though the model lists parameters in another order than the groups do."""
 

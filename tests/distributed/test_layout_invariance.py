@@ -17,6 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+import lightning_memopt as lm
 from lightning_memopt.block import Block
 from lightning_memopt.kind import Kind
 from lightning_memopt.layout import Layout, Slot
@@ -164,13 +165,13 @@ RESULTS: dict[str, Any] = {}
 class Probe(Block):
     """A block that keeps direction and denominator instead of updating weights."""
 
-    def _apply(self, param: Any, direction: Any, denominator: Any, **rates: Any) -> None:
+    def apply(self, param: Any, direction: Any, denominator: Any, **rates: Any) -> None:
         RESULTS[self.name] = dense(denominator if "second moment" in self.name else direction, self.work)
 
 
 def probe(kind: Kind, layout: Layout, name: str = "block") -> Probe:
     recipe = Recipe(kind, NoSecondMoment()) if isinstance(kind, Momentum) else Recipe(NoMomentum(), kind)
-    return Probe(name, "other", recipe, layout, "", tick_at(1).key, 0, 4)
+    return Probe(name, "other", recipe, layout, "", tick_at(1).key, 0, 4, lm.load_plan("adamw"))
 
 
 @dataclass
@@ -278,7 +279,8 @@ def torn_fused_blocks(mesh: Any) -> None:
             for found, param in zip(blocks, params, strict=True):
                 for start, length in zip(starts, lengths, strict=True):
                     layout = Layout.of(param, slot=Slot(0, start, length))
-                    found.append(Block(f"{start}", "other", recipe.resolve(layout), layout, f"{start}.", 7, 0, 4))
+                    plan = lm.load_plan("adamw")
+                    found.append(Block(f"{start}", "other", recipe.resolve(layout), layout, f"{start}.", 7, 0, 4, plan))
             states = [{key: value for block in found for key, value in block.init().items()} for found in blocks]
             for number in range(1, 7):
                 grad = gradient((size, 8), number)
