@@ -177,14 +177,14 @@ class Probe:
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names, numbers and tensors, the same on every rank, which ask together."""
-        self._put_together()
-        average = self._over_ranks(self._average)
+        """Return names, numbers and tensors, the same on every rank, which ask together; nothing changes."""
         return {
             "steps": self.steps,
             "blocks": list(self._rows),
-            "average": average.cpu(),
+            "average": self._over_ranks(self._average).cpu(),
             "sums": self._ours.cpu(),
+            # Apart from the sums, which would else be rounded differently from those of a run that is not saved.
+            "latest": self._over_ranks(self._mine).cpu(),
             "readings": {name: [list(pair) for pair in pairs] for name, pairs in self._readings.items()},
         }
 
@@ -199,6 +199,7 @@ class Probe:
                 mine = row.places
                 self._average[row.position, mine] = state["average"][position].to(self._average)[mine]
                 self._ours[row.position] = state["sums"][position].to(self._ours)
+                self._mine[row.position] = row.share * state["latest"][position].to(self._mine)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,10 @@ class AdaptiveMomentum(Callback):
         self._probe.load_state_dict(self._loaded["probe"])
         self.history, self._seen = list(self._loaded["history"]), self._probe.steps
         self._loaded, self._names = None, self._trained()
-        say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}.")
+        self._frozen = self._is_over()
+        if self._frozen:
+            self._probe.stop()
+        say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
         budget = self._budget_bytes()
         if budget is not None and self._bytes({}) > budget:  # another one than when it was saved
             self._allocate()
@@ -184,7 +187,7 @@ class AdaptiveMomentum(Callback):
         before, self._seen = self._decisions(self._seen), self._probe.steps
         if self._frozen:
             return
-        if self._phase() >= 1:
+        if self._is_over():
             self._freeze()
         elif self._decisions(self._seen) > before:
             signals = self._probe.read()
@@ -238,6 +241,9 @@ class AdaptiveMomentum(Callback):
         if isinstance(self.freeze_after, int):
             return self._probe.steps / self.freeze_after
         return (self._progress() or 0.0) / (self.freeze_after or 1.0)
+
+    def _is_over(self) -> bool:
+        return self.freeze_after is not None and self._phase() >= 1
 
     def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
         """Return what the policy decides on: all blocks but those that stay as they are, and the bytes these leave."""
