@@ -240,9 +240,13 @@ def test_benefit_switches_beyond_the_thresholds():
     assert decide("benefit", blocks, 1 << 20) == {"a": 8, "b": 0}
 
 
-def test_benefit_never_ends_with_nothing():
-    blocks = [block("a", oscillation=0.3), block("b", oscillation=0.1)]
-    assert decide("benefit", blocks, 6 * 128) == {"a": 3, "b": 3}
+def test_benefit_decides_nothing_while_few_oscillate():
+    drifting = [block(name, oscillation=0.1, rank=rank) for name, rank in (("a", 2), ("b", 3), ("c", 0), ("d", 1))]
+    kept = {"a": 2, "b": 3, "c": 0, "d": 1, "e": 1}
+    swinging = block("e", oscillation=-0.3, rank=1)
+    assert decide("benefit", [*drifting, swinging], 1 << 20) == kept, "one of five"
+    assert decide("benefit", [*drifting[:3], swinging], 1 << 20)["a"] == 0, "one of four"
+    assert decide("benefit", [*drifting, swinging], 5 * 128) == dict.fromkeys(kept, 1), "the budget comes first"
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------
