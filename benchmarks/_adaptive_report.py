@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from _adaptive_models import FAMILIES
@@ -13,7 +13,6 @@ from _curves import loss_or_inf
 from _report import markdown, origins
 
 Result = Mapping[str, Any]
-WITHOUT = "without"
 
 
 def middle(budgets: Iterable[float]) -> float:
@@ -82,7 +81,7 @@ HEAD = [
 ]
 
 
-COST_HEAD = ["callback", "median, ms", "to without", "mean, ms", "to without"]
+COST_HEAD = ["", "ms", "share of a step"]
 
 
 def rows_of(results: Sequence[Result], model: str, budgets: Sequence[float]) -> list[list[str]]:
@@ -117,24 +116,12 @@ def role_rows(results: Sequence[Result], model: str, budget: float) -> tuple[lis
     return ["policy", *(role.replace("_", " ") for role in roles)], rows
 
 
-def cost_rows(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[list[str]]:
+def cost_rows(seconds: Mapping[str, Sequence[float]]) -> list[list[str]]:
     """Return the rows of the table of times."""
-    return [
-        [
-            name,
-            *_times(rounds, seconds[WITHOUT], statistics.median),
-            *_times(rounds, seconds[WITHOUT], statistics.fmean),
-        ]
-        for name, rounds in seconds.items()
-    ]
-
-
-def _times(
-    mine: Sequence[Sequence[float]], without: Sequence[Sequence[float]], average: Callable[[Iterable[float]], float]
-) -> list[str]:
-    """Return the milliseconds of an average step, and the median over rounds of the ratio to one without."""
-    ratio = statistics.median(average(one) / average(other) for one, other in zip(mine, without, strict=True))
-    return [f"{average([second for one in mine for second in one]) * 1e3:.1f}", f"{ratio - 1:+.1%}"]
+    step, whole = statistics.median(seconds["step"]), len(seconds["step"])
+    decisions = sum(seconds["decisions"]) / whole
+    rows = [("training step", step), ("signals", statistics.median(seconds["signals"])), ("decisions", decisions)]
+    return [[name, f"{value * 1e3:.2f}", f"{value / step:.1%}"] for name, value in rows]
 
 
 def model_section(results: Sequence[Result], model: str, budgets: Sequence[float]) -> str:
@@ -156,18 +143,13 @@ Mean rank of a role's matrices at the end, at {middle(budgets):.1%} (0: no momen
 
 def cost_section(cost: Result | None) -> str:
     if cost is None:
-        return ""
+        return "Not measured."
     every = cost["settings"]["every_n_steps"]
-    return f"""## Cost
+    return f"""One training of the LLaMA, {cost["steps"]} steps with the policy `{cost["policy"]}` at {cost["budget"]:.1%},
+on one thread; a decision every {every} steps, changes of the state included. "signals" is what is done after every step of the optimizer, "decisions" everything else, as a mean over all steps. Matrices as small as these are
+the worst case: a few small operations per block, while forward and backward of 512 tokens are quickly done.
 
-Milliseconds from the start of one training step of the LLaMA to the start of the next, with `adapm_lean` and each
-policy at {cost["budget"]:.0%}, on one thread: trainings of {cost["steps"]} steps take turns in one process,
-{cost["rounds"]} of each; "to without" is the median over these of the ratio to the one without the callback. Signals
-are read all the time (`freeze_after=1`), and a decision is taken every {every} steps: it is in the mean, not in the
-median. Matrices as small as these are the worst case: reading signals takes some small operations per block, and
-forward and backward of 512 tokens are quickly done.
-
-{markdown(COST_HEAD, cost_rows(cost["seconds_per_step"]))}
+{markdown(COST_HEAD, cost_rows(cost["seconds"]))}
 
 {origins([cost])}
 """

@@ -7,10 +7,11 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from _adaptive_models import FAMILIES
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_memopt
+from lightning_memopt.signals import Probe
 
 ADAMW, LEAN, UNIFORM = "AdamW", "adapm_lean", "uniform"
 REFERENCES = (ADAMW, LEAN)
@@ -199,20 +201,28 @@ def allocation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"steps": [entry["step"] for entry in history], "blocks": blocks, "ranks": ranks}
 
 
-def cost(runs: Mapping[str, Run], settings: AdaptiveSettings, rounds: int, steps: int) -> dict[str, list[list[float]]]:
-    """Return the seconds of every step of every round, by name; short trainings take turns, in alternating order."""
+def cost(run: Run, settings: AdaptiveSettings, steps: int) -> dict[str, list[float]]:
+    """Return the seconds of every step, and of what the callback does in it: after the optimizer's step, and else.
+
+    Timed from inside: the difference between runs with and without is smaller than what runs differ by anyway.
+    """
     brief = replace(settings, steps=steps, freeze_after=1.0)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
-    _timed(next(iter(runs.values())), brief, seed=0)  # the first one in a process is slow
-    for index in range(rounds):
-        for name in list(runs)[:: -1 if index % 2 else 1]:
-            seconds[name].append(_timed(runs[name], brief, seed=index))
-    return seconds
+    seconds: dict[str, list[float]] = {"signals": [], "decisions": []}
 
+    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name].append(time.perf_counter() - started)
 
-def _timed(run: Run, settings: AdaptiveSettings, seed: int) -> list[float]:
-    module, meter = Module(run, settings), Meter(bytes_too=False)
-    batches = module.family.training(TOKENS, settings, seed)
-    with redirect_stdout(io.StringIO()):
-        trainer(settings, [meter, run.callback(settings)]).fit(module, loader(batches))
-    return meter.seconds[WARM_UP:]
+        return wrapper
+
+    module, meter, callback = Module(run, brief), Meter(bytes_too=False), run.callback(brief)
+    batches = module.family.training(TOKENS, brief, run.seed)
+    for hook in ("on_before_optimizer_step", "on_train_batch_end"):
+        setattr(callback, hook, timed(getattr(callback, hook), "decisions"))
+    with redirect_stdout(io.StringIO()), mock.patch.object(Probe, "_after_step", timed(Probe._after_step, "signals")):
+        trainer(brief, [meter, callback]).fit(module, loader(batches))
+    return {"step": meter.seconds[WARM_UP:], **seconds}

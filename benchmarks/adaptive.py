@@ -2,7 +2,7 @@
 
     python benchmarks/adaptive.py --jobs 2           # everything; can be stopped and started again
     python benchmarks/adaptive.py --models llama --policies uniform benefit
-    python benchmarks/adaptive.py --cost             # only: how long a training step takes with and without
+    python benchmarks/adaptive.py --cost             # only: how much of a training step the callback takes
     python benchmarks/adaptive.py --report           # only rewrite the page and the plots from the results
     python benchmarks/adaptive.py --trial            # a minute, on made-up tokens, into a temporary folder
 
@@ -29,14 +29,15 @@ from typing import Any
 import torch
 from _adaptive_models import FAMILIES
 from _adaptive_plots import plot_allocation, plot_losses
-from _adaptive_report import COST_HEAD, HEAD, WITHOUT, chosen, cost_rows, middle, page, rows_of, tried
-from _adaptive_train import LEAN, POLICIES, REFERENCES, UNIFORM, AdaptiveSettings, Run, cost, train
+from _adaptive_report import COST_HEAD, HEAD, chosen, cost_rows, middle, page, rows_of, tried
+from _adaptive_train import POLICIES, REFERENCES, UNIFORM, AdaptiveSettings, Run, cost, train
 from _report import OUTPUT, command, commit, date, machine, show
 from _train import load_tokens, start_worker
 
 BUDGETS = (0.025, 0.05, 0.1)
 TRIAL = {"steps": 24, "every_n_steps": 4, "start": 4, "validation_tokens": 4096, "data": "synthetic"}
-COST_STEPS = 50
+COST_STEPS = 120
+COSTLY = "energy"  # the policy with most moves
 Result = dict[str, Any]
 
 
@@ -68,7 +69,7 @@ def read(path: Path, settings: AdaptiveSettings) -> tuple[list[Result], Result |
     """Return the finished runs that were made with these settings, and the last measurement of the cost."""
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record["settings"] == dataclasses.asdict(settings)]
-    costs = [record for record in records if "seconds_per_step" in record]
+    costs = [record for record in records if "loss" not in record]
     return [record for record in records if "loss" in record], costs[-1] if costs else None
 
 
@@ -124,20 +125,16 @@ def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: f
 
 
 def measure_cost(args: argparse.Namespace, settings: AdaptiveSettings) -> None:
-    """Time the steps of the LLaMA with every policy and without."""
+    """Time the steps of the LLaMA, and the callback in them."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tokens.pt")
         torch.save(load_tokens(settings, args.root), path)
         start_worker(path)
-    budget, lr, seed = middle(args.budgets), FAMILIES["llama"].lrs[0], args.seeds[0]
-    runs = {WITHOUT: Run("llama", LEAN, None, lr, seed)}
-    runs |= {policy: Run("llama", policy, budget, lr, seed) for policy in args.policies}
+    run = Run("llama", COSTLY, middle(args.budgets), FAMILIES["llama"].lrs[0], args.seeds[0])
     steps = min(COST_STEPS, settings.steps)
-    seconds = cost(runs, settings, args.rounds, steps)
-    facts = {"budget": budget, "rounds": args.rounds, "steps": steps}
-    rounded = {name: [[round(second, 5) for second in one] for one in each] for name, each in seconds.items()}
-    append({"seconds_per_step": rounded, **facts}, args, settings)
-    show("training step", COST_HEAD, cost_rows(seconds))
+    seconds = {name: [round(each, 6) for each in found] for name, found in cost(run, settings, steps).items()}
+    append({"seconds": seconds, "policy": run.policy, "budget": run.budget, "steps": steps}, args, settings)
+    show("the callback in a training step", COST_HEAD, cost_rows(seconds))
 
 
 def parse() -> argparse.Namespace:
@@ -152,7 +149,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--root", help="folder of text files to train on instead of Python's standard library")
     parser.add_argument("--output", type=Path, help="folder of the page, the plots and the results")
-    parser.add_argument("--rounds", type=int, default=6, help="how often everything is timed for --cost")
     parser.add_argument("--cost", action="store_true", help="train nothing to the end, time training steps")
     parser.add_argument("--report", action="store_true", help="train nothing, write the page and the plots")
     parser.add_argument("--trial", action="store_true", help="a short run of everything")
