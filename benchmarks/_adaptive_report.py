@@ -145,9 +145,10 @@ def cost_section(cost: Result | None) -> str:
     if cost is None:
         return "Not measured."
     every = cost["settings"]["every_n_steps"]
-    return f"""One training of the LLaMA, {cost["steps"]} steps with the policy `{cost["policy"]}` at {cost["budget"]:.1%},
-on one thread; a decision every {every} steps, changes of the state included. "signals" is what is done after every step of the optimizer, "decisions" everything else, as a mean over all steps. Matrices as small as these are
-the worst case: a few small operations per block, while forward and backward of 512 tokens are quickly done.
+    return f"""One training of the LLaMA, {cost["steps"]} steps with the policy `{cost["policy"]}`, on one thread;
+a decision every {every} steps, changes of the state included. "signals" is what is done after every step of the
+optimizer, "decisions" everything else, as a mean over all steps. Matrices as small as these are the worst case: a few
+small operations per block, while forward and backward of 512 tokens are quickly done.
 
 {markdown(COST_HEAD, cost_rows(cost["seconds"]))}
 
