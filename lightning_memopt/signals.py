@@ -67,7 +67,7 @@ class Probe:
     def __init__(self, optimizer: MemOpt) -> None:
         """Watch an optimizer, from its next step on."""
         self.steps = 0
-        self._optimizer = optimizer
+        self._optimizer, self._follows = optimizer, True
         self._skipped = optimizer.skipped
         self._rows: dict[str, _Row] = {}
         # One row per block. The average M where the sample is this rank's, zero elsewhere.
@@ -77,6 +77,10 @@ class Probe:
         # Of every block ‖M‖² and the spectrum's shares in it: weighted sums over all readings, and the weights.
         self._readings: dict[str, list[list[float]]] = {}
         self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def rest(self) -> None:
+        """Only count steps from now on."""
+        self._follows = False
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -90,6 +94,8 @@ class Probe:
             self._skipped = self._optimizer.skipped
             return
         self.steps += 1
+        if not self._follows:
+            return
         seen = [
             (group["betas"][0], param.grad, self._row(block))
             for group, param, block in self._matrices()
@@ -280,7 +286,8 @@ def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]
     factors = block.recipe.momentum.factors(state, block.work)
     if factors is None:
         return
-    left, right = yield from request(Sum(gram(factors[0]), block.work, -2), Sum(gram(factors[1].mT), block.work, -1))
+    rows, columns = (_mine(factor, dim, block.work) for factor, dim in zip(factors, (-2, -1), strict=True))
+    left, right = yield from request(Sum(gram(rows), block.work, -2), Sum(gram(columns.mT), block.work, -1))
     values, vectors = torch.linalg.eigh(left)
     root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     squares = torch.linalg.eigvalsh(root @ right @ root).clamp(min=0).flip(-1)
@@ -288,3 +295,8 @@ def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]
     if len(block.work.matrix) > 2:
         (squares,) = yield from request(Sum(squares, block.work, -3))
     spectra[block.name] = squares
+
+
+def _mine(factor: Tensor, dim: int, layout: Layout) -> Tensor:
+    """Return this rank's part of a factor along a dimension of the block; some kinds need all of it on every rank."""
+    return layout.along(factor, at=dim, dim=dim) if factor.shape[dim] == layout.matrix[dim] else factor

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,9 +20,10 @@ from lightning_memopt.callbacks.allocation import (
     candidate,
     change_to,
     compressed_kind,
+    fixed_bytes,
+    matrix_bytes,
     momentum_bytes,
     trained_matrices,
-    vector_bytes,
 )
 from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure
 from lightning_memopt.callbacks.budget import check_budget, parse_budget
@@ -104,6 +108,8 @@ class AdaptiveMomentum(Callback):
             )
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
+        if figures and find_spec("matplotlib") is None:  # not after days of training
+            raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
         self.policy: Policy = POLICIES.get(policy) if isinstance(policy, str) else policy
         self.budget, self.every_n_steps, self.start, self.freeze_after = budget, every_n_steps, start, freeze_after
         self.quality, self.min_rank, self.max_moves, self.dropped = quality, min_rank, max_moves, dropped
@@ -152,38 +158,38 @@ class AdaptiveMomentum(Callback):
         """
         self._trainer, self._probe = trainer, Probe(self._optimizer)
         self._frozen, self._seen = False, 0
-        # Every optimizer's steps count, but the estimate from epochs knows of one.
-        limited = trainer.max_steps > 0
-        self._length = trainer.max_steps if limited else trainer.estimated_stepping_batches * len(trainer.optimizers)
+        self._length = _length(trainer)
         if isinstance(self.freeze_after, float) and self._progress() is None:
             rank_zero_warn(
                 f"`freeze_after` {self.freeze_after:g} is a share of a training whose length is not known: the "
                 "allocation never freezes. Set max_steps or max_epochs, or give a number of steps."
             )
         if self._loaded is None:
-            self.history = []
+            self.history, self._names = [], set()
             self._allocate()
             return
         self._probe.load_state_dict(self._loaded["probe"])
         self.history, self._seen = list(self._loaded["history"]), self._probe.steps
-        self._loaded, self._names = None, self._trained()
+        self._loaded, self._names = None, {name for entry in self.history for name in entry["ranks"]}
         self._frozen = self._is_over()
         if self._frozen:
-            self._probe.stop()
+            self._probe.rest()
         say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
         budget = self._budget_bytes()
         if budget is not None and self._bytes({}) > budget:  # another one than when it was saved
             self._allocate()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Divide the budget again when other parameters train than before."""
-        if self._trained() != self._names:
-            self._allocate()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Divide the budget again where parameters train that never did before, just before they get momentum."""
+        self._make_room()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Decide, if a decision is due."""
+        self._make_room()  # steps of an optimizer without Lightning's wrapper have no hook
         before, self._seen = self._decisions(self._seen), self._probe.steps
         if self._frozen:
             return
@@ -200,7 +206,7 @@ class AdaptiveMomentum(Callback):
         late = sum(len(entry["moves"]) for entry in decisions[len(decisions) // 2 :])
         count = sum(len(entry["moves"]) for entry in decisions)
         say(f"AdaptiveMomentum: decisions {len(decisions)}, moves {count}, in the later half {late}; {self._size()}.")
-        if self.figures and self.history:
+        if self.figures and self.history and not getattr(trainer, "fast_dev_run", False):
             add_figure(trainer, "allocation", self.plot)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -210,13 +216,14 @@ class AdaptiveMomentum(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return history and signals, as numbers and tensors, the same on every rank; all ranks ask together."""
-        if self._probe is None:
-            return {}
+        if self._probe is None or self._loaded is not None:  # not begun yet
+            return dict(self._loaded or {})
         return {"history": list(self.history), "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; the optimizer brings its own allocation along."""
         self._loaded = state_dict or None
+        self.history = list(state_dict.get("history", []))
 
     # ------------------------------------------------------------------ pictures
 
@@ -248,7 +255,7 @@ class AdaptiveMomentum(Callback):
     def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
         """Return what the policy decides on: all blocks but those that stay as they are, and the bytes these leave."""
         blocks = self._candidates(signals)
-        fixed = vector_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
+        fixed = fixed_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
         budget = self._budget_bytes()
         return Problem(
             blocks=tuple(block for block in blocks if block.name not in pinned),
@@ -262,13 +269,24 @@ class AdaptiveMomentum(Callback):
         blocks = {block.name: block for block in self._candidates({})}
         return {name: change_to(blocks[name], rank, self._compressed) for name, rank in ranks.items()}
 
+    def _make_room(self) -> None:
+        """Divide the budget again where parameters train that never did before."""
+        if not self._trained() <= self._names:
+            self._allocate()
+
     def _allocate(self) -> None:
         """Give every block what the policy wants, in one go."""
-        self._names = self._trained()
+        self._names |= self._trained()
         problem = self._problem({}, pinned=())
-        check_budget(problem, vector_bytes(self._optimizer))
+        check_budget(problem, fixed_bytes(self._optimizer))
         target = self.policy(problem)
-        differing = [block for block in problem.blocks if target[block.name] != block.rank]
+        # A recipe may give small blocks a rank that takes more than dense momentum, which counts as dense.
+        sizes = matrix_bytes(self._optimizer)
+        differing = [
+            block
+            for block in problem.blocks
+            if target[block.name] != block.rank or sizes[block.name] > block.nbytes(block.rank)
+        ]
         differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
         self._carry_out(self._changes({block.name: target[block.name] for block in differing}), {})
 
@@ -310,7 +328,7 @@ class AdaptiveMomentum(Callback):
 
     def _freeze(self) -> None:
         self._frozen = True
-        self._probe.stop()
+        self._probe.rest()
         say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._size()}.")
 
     # ------------------------------------------------------------------ facts
@@ -343,3 +361,11 @@ class AdaptiveMomentum(Callback):
             scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}
             for logger in self._trainer.loggers:
                 logger.log_metrics(scalars, step=self._trainer.global_step)
+
+
+def _length(trainer: Trainer) -> float:
+    """Return the steps of all optimizers in the whole training; infinite where that is not known."""
+    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    # It knows of one optimizer only, and returns -1 where the data have no length.
+    estimate = trainer.estimated_stepping_batches
+    return limit if estimate == -1 else min(limit, estimate * len(trainer.optimizers))

@@ -111,26 +111,31 @@ def change_to(block: Candidate, rank: int, compressed: str) -> dict[str, Any]:
 
 
 def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
-    """Return the bytes of momentum of everything that trains, over all ranks, as they would be after changes."""
+    """Return the bytes of momentum of all blocks, over all ranks, as they would be after changes."""
     total = 0
-    for _, param, block in optimizer.blocks():
-        if param.requires_grad:
-            changed = block.changed(changes[block.name]) if block.name in changes else block
-            total += changed.recipe.momentum.nbytes(block.layout)
+    for block in _holders(optimizer):
+        changed = block.changed(changes[block.name]) if block.name in changes else block
+        total += changed.recipe.momentum.nbytes(block.layout)
     return total
 
 
-def vector_bytes(optimizer: MemOpt) -> int:
-    """Return the bytes of momentum of the vectors that train, which no policy changes."""
-    return sum(
-        block.recipe.momentum.nbytes(block.layout)
-        for _, param, block in optimizer.blocks()
-        if param.requires_grad and block.layout.vector
-    )
+def matrix_bytes(optimizer: MemOpt) -> dict[str, int]:
+    """Return the bytes of momentum of every block whose momentum can be changed."""
+    return {block.name: block.recipe.momentum.nbytes(block.layout) for block in trained_matrices(optimizer)}
+
+
+def fixed_bytes(optimizer: MemOpt) -> int:
+    """Return the bytes of momentum that no policy changes: of vectors, and of blocks that train no more."""
+    return momentum_bytes(optimizer, {}) - sum(matrix_bytes(optimizer).values())
+
+
+def _holders(optimizer: MemOpt) -> Iterator[Block]:
+    """Yield the blocks that have momentum: those that train, or did before they were frozen."""
+    for _, param, block in optimizer.blocks():
+        if param.requires_grad or optimizer.state.get(param):
+            yield block
 
 
 def adamw_momentum_bytes(optimizer: MemOpt) -> int:
-    """Return the bytes of momentum that ``torch.optim.AdamW`` would keep for everything that trains."""
-    return sum(
-        prod(block.layout.shape) * param.element_size() for _, param, block in optimizer.blocks() if param.requires_grad
-    )
+    """Return the bytes of momentum that ``torch.optim.AdamW`` would keep for the same blocks."""
+    return sum(prod(block.layout.shape) * block.itemsize for block in _holders(optimizer))

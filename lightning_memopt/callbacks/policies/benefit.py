@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_memopt.callbacks.policies.base import POLICIES, Candidate, Problem
@@ -17,7 +18,7 @@ ENOUGH = 0.25
 
 
 @POLICIES.register("benefit")
-def benefit(problem: Problem) -> dict[str, int]:
+def benefit(problem: Problem) -> Mapping[str, int]:
     """Switch momentum on where gradients swing back and forth, off where they do not, with one rank for all."""
     if not known(problem.blocks):
         return uniform(problem)
@@ -25,8 +26,8 @@ def benefit(problem: Problem) -> dict[str, int]:
         ranks = at_hand(problem)
         fits = problem.budget is None or total(problem.blocks, ranks) <= problem.budget
         return ranks if fits else uniform(problem)
-    ranks = uniform(replace(problem, blocks=tuple(block for block in problem.blocks if _is_on(block))))
-    return {block.name: ranks.get(block.name, 0) for block in problem.blocks}
+    on = uniform(replace(problem, blocks=tuple(block for block in problem.blocks if _is_on(block))))
+    return {block.name: on.get(block.name, 0) for block in problem.blocks}
 
 
 def _oscillation(block: Candidate) -> float:
