@@ -65,14 +65,15 @@ def arguments(path):
     mode = ["--parser_mode=omegaconf+"] if "${" in path.read_text() else []
     if "model" in content:
         return [*mode, "fit", f"--config={path}"]
-    if "optimizer" in content:
+    if "optimizer" in content or "trainer" in content:
         return ["fit", f"--config={CONFIGS / 'demo.yaml'}", f"--config={path}"]
     return ["fit", f"--config={CONFIGS / 'demo.yaml'}", "--optimizer=lightning_memopt.MemOpt",
             f"--optimizer.recipe={path}", "--optimizer.lr=1e-3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_config_trains(name, small):
+def test_every_config_trains(name, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for checkpoints
     cli = MemOptCLI(args=[*arguments(CONFIGS / name), *small])
     assert cli.trainer.global_step == 3
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
@@ -82,6 +83,8 @@ def test_every_config_trains(name, small):
         blocks = {block.name: block for block in optimizer.snapshot().blocks}
         assert {"embedding", "query", "key", "value", "attention_output", "mlp"} <= {b.role for b in blocks.values()}
         assert "other" not in {block.role for block in blocks.values()}
+        if name == "adaptive.yaml":
+            assert sum(b.momentum_bytes for b in blocks.values()) <= 0.05 * optimizer.snapshot().adamw_bytes / 2
         if name == "recipe.yaml":
             assert blocks["model.model.layers.0.mlp.up_proj.weight"].momentum == "dense"
             assert blocks["model.model.layers.1.mlp.up_proj.weight"].rank == 8

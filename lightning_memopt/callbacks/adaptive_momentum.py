@@ -110,6 +110,8 @@ class AdaptiveMomentum(Callback):
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
         if figures and find_spec("matplotlib") is None:  # not after days of training
             raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
+        if not (isinstance(policy, str) or callable(policy)):
+            raise TypeError(f"`policy` must be a function or one of {', '.join(POLICIES.names())}, got {policy!r}.")
         self.policy: Policy = POLICIES.get(policy) if isinstance(policy, str) else policy
         self.budget, self.every_n_steps, self.start, self.freeze_after = budget, every_n_steps, start, freeze_after
         self.quality, self.min_rank, self.max_moves, self.dropped = quality, min_rank, max_moves, dropped
@@ -159,7 +161,7 @@ class AdaptiveMomentum(Callback):
         self._trainer, self._probe = trainer, Probe(self._optimizer)
         self._frozen, self._seen = False, 0
         self._length = _length(trainer)
-        if isinstance(self.freeze_after, float) and self._progress() is None:
+        if isinstance(self.freeze_after, float) and not self._has_end():
             rank_zero_warn(
                 f"`freeze_after` {self.freeze_after:g} is a share of a training whose length is not known: the "
                 "allocation never freezes. Set max_steps or max_epochs, or give a number of steps."
@@ -249,6 +251,10 @@ class AdaptiveMomentum(Callback):
             return self._probe.steps / self.freeze_after
         return (self._progress() or 0.0) / (self.freeze_after or 1.0)
 
+    def _has_end(self) -> bool:
+        """Return whether it is known when the allocation freezes, or training ends."""
+        return isinstance(self.freeze_after, int) or self._progress() is not None
+
     def _is_over(self) -> bool:
         return self.freeze_after is not None and self._phase() >= 1
 
@@ -262,7 +268,7 @@ class AdaptiveMomentum(Callback):
             budget=None if budget is None else budget - fixed,
             quality=self.quality,
             min_rank=self.min_rank,
-            progress=None if self._progress() is None else min(1.0, self._phase()),
+            progress=min(1.0, self._phase()) if self._has_end() else None,
         )
 
     def _changes(self, ranks: Mapping[str, int]) -> Changes:
@@ -298,8 +304,8 @@ class AdaptiveMomentum(Callback):
             size, budget = self._bytes(changes), self._budget_bytes()
             if budget is not None and size > budget:
                 raise ValueError(
-                    f"propose() returned changes that would take momentum to {format_bytes(size)}; the budget is "
-                    f"{format_bytes(budget)}. Nothing has changed."
+                    f"The policy, or propose(), wants changes that would take momentum to {format_bytes(size)}; the "
+                    f"budget is {format_bytes(budget)}. Nothing has changed."
                 )
             self._optimizer.reformat(changes, dropped=self.dropped)
         after = {block.name: block.rank for block in self._candidates({})}

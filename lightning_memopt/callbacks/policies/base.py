@@ -60,7 +60,7 @@ class Problem:
         budget: Bytes that they may have together, or None: the smallest allocation of the wanted quality.
         quality: Where there is no budget, the share of momentum's energy that is to be kept.
         min_rank: The smallest rank that is not 0.
-        progress: How much of the training is over, from 0 to 1; None where its length is not known.
+        progress: How much of the time until the allocation freezes is over, from 0 to 1; None where that is not known.
     """
 
     blocks: tuple[Candidate, ...]
