@@ -76,6 +76,7 @@ class Probe:
         self._mine = self._ours = torch.zeros(0, 4, dtype=torch.float64)
         # Of every block ‖M‖² and the spectrum's shares in it: weighted sums over all readings, and the weights.
         self._readings: dict[str, list[list[float]]] = {}
+        self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def rest(self) -> None:
@@ -103,16 +104,30 @@ class Probe:
         ]
         if not seen:
             return
+        places, rows, share, decay = self._tables([(beta, row) for beta, _, row in seen])
         new = self._average.new_zeros(len(seen), SAMPLE)
-        places = torch.cat([row.places + index * SAMPLE for index, (_, _, row) in enumerate(seen)])
         new.view(-1)[places] = torch.cat([row.take(grad).to(new) for _, grad, row in seen])
-        rows = torch.tensor([row.position for *_, row in seen], device=new.device)
         old = self._average[rows]
-        share = new.new_tensor([row.share for *_, row in seen])
         sums = [(new * old).sum(1), new.square().sum(1), old.square().sum(1), share]
         self._mine[rows] += torch.stack(sums, dim=1).double()
-        decay = new.new_tensor([beta for beta, *_ in seen]).unsqueeze(1)
         self._average[rows] = old * decay + new * (1 - decay)
+
+    def _tables(self, seen: list[tuple[float, _Row]]) -> tuple[Tensor, ...]:
+        """Return places, rows, shares and decays of these blocks, the same tensors as long as nothing changes.
+
+        Made from numbers on the CPU, they would cost a copy to the device each in every step.
+        """
+        key = [(beta, id(row)) for beta, row in seen]
+        if self._latest is None or self._latest[0] != key:
+            new = self._average.new_tensor
+            tables = (
+                torch.cat([row.places + index * SAMPLE for index, (_, row) in enumerate(seen)]),
+                torch.tensor([row.position for _, row in seen], device=self._average.device),
+                new([row.share for _, row in seen]),
+                new([beta for beta, _ in seen]).unsqueeze(1),
+            )
+            self._latest = (key, tables)
+        return self._latest[1]
 
     def _matrices(self) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
         return (entry for entry in self._optimizer.blocks() if not entry[2].layout.vector)
