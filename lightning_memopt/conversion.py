@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,8 +95,12 @@ def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], 
         square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
         denominator = kind.denominator(square, layout, beta2=beta2, eps=group["eps"], tick=tick)
         lost = _difference(old, new, before, after, beta1 / (1 - beta1))
+        denominator = denominator.part(old.work)
+        # Where a gradient was always 0 the factors still hold something, which eps would blow up.
+        known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
+        denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
         with exact_arithmetic({param.device.type}):
-            old.apply(param, lost, denominator.part(old.work), lr=float(group["lr"]), weight_decay=0.0)
+            old.apply(param, lost, denominator, lr=float(group["lr"]), weight_decay=0.0)
 
     return on_loss
 

@@ -77,12 +77,12 @@ class AdaptiveMomentum(Callback):
 
     def __init__(
         self,
-        budget: float | int | str | None = 0.05,
+        budget: int | float | str | None = 0.05,
         policy: str | Policy = "uniform",
         *,
         every_n_steps: int = 100,
         start: int | None = None,
-        freeze_after: float | int | None = 0.3,
+        freeze_after: int | float | None = 0.3,
         quality: float = 0.5,
         min_rank: int = 1,
         max_moves: int = 8,
