@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trial", action="store_true", help="a short run of everything")
     args = parser.parse_args()
     if args.trial:
-        args.seeds, args.lrs, args.budgets, args.rounds = args.seeds[:1], args.lrs or [1e-3], [middle(args.budgets)], 1
+        args.seeds, args.lrs, args.budgets = args.seeds[:1], args.lrs or [1e-3], [middle(args.budgets)]
     args.output = args.output or (Path(tempfile.mkdtemp(prefix="adaptive-")) if args.trial else OUTPUT)
     return args
 
