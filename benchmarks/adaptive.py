@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from _adaptive_models import FAMILIES
 from _adaptive_plots import plot_allocation, plot_losses
 from _adaptive_report import COST_HEAD, HEAD, chosen, cost_rows, middle, page, rows_of, tried
 from _adaptive_train import POLICIES, REFERENCES, UNIFORM, AdaptiveSettings, Run, cost, train
+from _pool import train_in_pool
 from _report import OUTPUT, command, commit, date, machine, show
 from _train import load_tokens, start_worker
 
@@ -83,32 +82,14 @@ def append(record: Result, args: argparse.Namespace, settings: AdaptiveSettings)
 
 def train_all(args: argparse.Namespace, settings: AdaptiveSettings) -> None:
     """Run everything that is missing, several processes at a time."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "tokens.pt")
-        torch.save(load_tokens(settings, args.root), path)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, context, start_worker, (path,)) as pool:
-            for result in schedule(pool, args, settings):
-                append(result, args, settings)
-
-
-def schedule(pool: ProcessPoolExecutor, args: argparse.Namespace, settings: AdaptiveSettings) -> Iterator[Result]:
-    """Yield results as they come; which runs are started depends on them."""
     results, _ = read(args.output / "adaptive.jsonl", settings)
-    running: dict[Future[Result], Run] = {}
-    started, finished = time.perf_counter(), 0
-    while True:
-        todo = [run for run in needed(results, args) if run not in running.values()]
-        for run in todo[: args.jobs - len(running)]:
-            running[pool.submit(train, run, settings)] = run
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            running.pop(future)
-            results.append(future.result())
-            finished += 1
-            report_progress(results, args, (time.perf_counter() - started) / finished)
-            yield results[-1]
+    tokens, started = load_tokens(settings, args.root), time.perf_counter()
+    finished = train_in_pool(
+        train, settings, tokens, results=results, needed=lambda found: needed(found, args), jobs=args.jobs
+    )
+    for count, result in enumerate(finished, start=1):
+        report_progress(results, args, (time.perf_counter() - started) / count)
+        append(result, args, settings)
 
 
 def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: float) -> None:

@@ -15,19 +15,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from _curves import loss_or_inf, page, plot, table
+from _pool import train_in_pool
 from _report import OUTPUT, command, commit, date, machine, show
-from _train import Run, Settings, load_tokens, start_worker, train
+from _train import Run, Settings, load_tokens, train
 from _variants import DEFAULT, VARIANTS
 
 GRID = (1e-3, 2e-3, 4e-3)
@@ -72,38 +68,21 @@ def read(path: Path, settings: Settings) -> list[Result]:
 
 def train_all(args: argparse.Namespace, settings: Settings) -> None:
     """Run everything that is missing, several processes at a time."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     args.results.parent.mkdir(parents=True, exist_ok=True)
     facts = {"date": date(), "machine": machine(threads=1), "commit": commit(), "command": command()}
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "tokens.pt")
-        torch.save(load_tokens(settings, args.root), path)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, context, start_worker, (path,)) as pool:
-            for result in schedule(pool, args, settings):
-                betas = list(VARIANTS[result["variant"]].betas)
-                record = {**result, "betas": betas, "settings": dataclasses.asdict(settings), **facts}
-                with args.results.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-
-
-def schedule(pool: ProcessPoolExecutor, args: argparse.Namespace, settings: Settings) -> Iterator[Result]:
-    """Yield results as they come; which runs are started depends on them."""
     results: list[Result] = read(args.results, settings)
-    running: dict[Future[Result], Run] = {}
-    started, finished = time.perf_counter(), 0
-    while True:
-        todo = [run for name in args.variants for run in needed(name, results, args.lrs, args.seeds)]
-        for run in [run for run in todo if run not in running.values()][: args.jobs - len(running)]:
-            running[pool.submit(train, run, settings)] = run
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            running.pop(future)
-            results.append(future.result())
-            finished += 1
-            report_progress(results, args, (time.perf_counter() - started) / finished)
-            yield results[-1]
+
+    def todo(found: list[Result]) -> list[Run]:
+        return [run for name in args.variants for run in needed(name, found, args.lrs, args.seeds)]
+
+    tokens, started = load_tokens(settings, args.root), time.perf_counter()
+    finished = train_in_pool(train, settings, tokens, results=results, needed=todo, jobs=args.jobs)
+    for count, result in enumerate(finished, start=1):
+        report_progress(results, args, (time.perf_counter() - started) / count)
+        betas = list(VARIANTS[result["variant"]].betas)
+        record = {**result, "betas": betas, "settings": dataclasses.asdict(settings), **facts}
+        with args.results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: float) -> None:
