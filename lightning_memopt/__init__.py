@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_memopt.measuring import take_snapshot
 from lightning_memopt.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.optimizer import MemOpt
 from lightning_memopt.optimizers import (
@@ -20,10 +21,11 @@ from lightning_memopt.plan import Plan, Recipe
 from lightning_memopt.recipes import load_plan, recipe_names
 from lightning_memopt.roles import NamingScheme, Rule, classify, register_naming_scheme
 from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
-from lightning_memopt.snapshot import BlockFacts, Snapshot
+from lightning_memopt.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
 
 if TYPE_CHECKING:
-    from lightning_memopt.callbacks import AdaptiveMomentum
+    from lightning_memopt import metrics
+    from lightning_memopt.callbacks import AdaptiveMomentum, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy
 
@@ -32,6 +34,7 @@ _LAZY = {
     "AdaptiveMomentum": "lightning_memopt.callbacks",
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
+    "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
 }
 
 try:
@@ -66,7 +69,10 @@ __all__ = [
     "MemOptFSDPStrategy",
     "Momentum",
     "NamingScheme",
+    "OptimizerMemoryMonitor",
+    "PartBytes",
     "Plan",
+    "ProcessMemory",
     "RMSPropSN",
     "Recipe",
     "Rule",
@@ -74,12 +80,16 @@ __all__ = [
     "Snapshot",
     "classify",
     "load_plan",
+    "metrics",
     "recipe_names",
     "register_naming_scheme",
+    "take_snapshot",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return import_module("lightning_memopt.metrics")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

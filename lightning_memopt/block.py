@@ -17,7 +17,8 @@ from lightning_memopt.linalg import chunks
 from lightning_memopt.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.plan import Plan, Recipe, check_change
 from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
-from lightning_memopt.snapshot import BlockFacts
+from lightning_memopt.snapshot import BlockFacts, PartBytes
+from lightning_memopt.storages import Storages
 from lightning_memopt.tick import Tick
 
 
@@ -145,21 +146,33 @@ class Block:
             raise ValueError(f"the state has unknown keys {sorted(keys)}")
         return Recipe(**found)
 
-    def facts(self, state: Mapping[str, Tensor]) -> BlockFacts:
-        """Return what a snapshot says about the block."""
+    def facts(self, state: Mapping[str, Tensor], storages: Storages) -> BlockFacts:
+        """Return what a snapshot says about the block; ``storages`` knows what has been counted before."""
         momentum, second_moment = self.kinds
-        local = self.part(state, (*momentum.keys, *second_moment.keys)) if state else {}
+        projections = momentum.projection_keys
+
+        def parts(nbytes: Mapping[str, int]) -> PartBytes:
+            return PartBytes(
+                momentum=sum(nbytes.get(key, 0) for key in momentum.keys if key not in projections),
+                projections=sum(nbytes.get(key, 0) for key in projections),
+                second_moment=sum(nbytes.get(key, 0) for key in second_moment.keys),
+            )
+
+        keys = (*momentum.keys, *second_moment.keys) if state else ()
+        shapes = momentum.shapes(self.layout) | second_moment.shapes(self.layout)
+        size = self.layout.state_dtype.itemsize
         return BlockFacts(
             name=self.name,
             role=self.role,
             shape=self.layout.shape,
+            full_rank=self.layout.short_side,
             momentum=momentum.name,
             rank=getattr(momentum, "rank", None),
             second_moment=second_moment.name,
-            momentum_bytes=momentum.nbytes(self.layout),
-            second_moment_bytes=second_moment.nbytes(self.layout),
+            state=parts({key: torch.Size(shape).numel() * size for key, shape in shapes.items()}),
+            local=parts({key: storages.count([state[self.prefix + key]]) for key in keys}),
             adamw_bytes=2 * torch.Size(self.layout.shape).numel() * self.itemsize,
-            local_bytes=sum(value.untyped_storage().nbytes() for value in local.values()),
+            local_adamw_bytes=2 * torch.Size(self.layout.local).numel() * self.itemsize,
         )
 
     def missing(self, state: State, keys: tuple[str, ...]) -> list[Gather]:

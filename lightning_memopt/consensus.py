@@ -1,4 +1,4 @@
-"""That all ranks are about to do the same, checked before any of them does."""
+"""How many ranks there are, and that all are about to do the same, checked before any of them does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Return the number of processes in the job: 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:

@@ -136,7 +136,7 @@ class Layout:
         if slot is not None:
             shape[slot.dim] = slot.length
         dtype = arithmetic_dtype(param)
-        matrix = _matrix(tuple(shape), flatten)
+        matrix = as_matrix(tuple(shape), flatten)
         mesh, local, offset, torn, local_slot = None, matrix, (0,) * len(matrix), False, slot
         placements: tuple[Any, ...] = ()
         if DTensor is not None and isinstance(param, DTensor):
@@ -147,7 +147,7 @@ class Layout:
                 torn = any(p.is_shard(slot.dim) and mesh.size(i) > 1 for i, p in enumerate(placements))
                 local_slot = _overlap(slot, start[slot.dim], mine[slot.dim])
                 mine[slot.dim], start[slot.dim] = local_slot.length, max(0, start[slot.dim] - slot.start)
-            local = _matrix(tuple(mine), flatten)
+            local = as_matrix(tuple(mine), flatten)
             if len(shape) > 0:
                 offset = (
                     (0, *start) if len(shape) == 1 else tuple(start if len(shape) == len(matrix) else (start[0], 0))
@@ -417,7 +417,8 @@ def _overlap(slot: Slot, start: int, length: int) -> Slot:
     return Slot(slot.dim, low, high - low)
 
 
-def _matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
+def as_matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
+    """Return a shape as ``[..., m, n]``; see :attr:`Layout.matrix`."""
     if len(shape) < 2:
         return (1, math.prod(shape))
     if len(shape) <= 3 and not (flatten and len(shape) == 3):

@@ -15,7 +15,7 @@ from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
 from lightning_memopt.checkpoint import allocated, loaded, loaded_groups
-from lightning_memopt.consensus import require_same
+from lightning_memopt.consensus import require_same, world_size
 from lightning_memopt.conversion import DROPPED, converted, release
 from lightning_memopt.guards import Unusable, exact_arithmetic
 from lightning_memopt.layout import Layout, aligned, arithmetic_dtype
@@ -24,6 +24,7 @@ from lightning_memopt.recipes import load_plan
 from lightning_memopt.roles import Part, canonical_names, classify
 from lightning_memopt.snapshot import Snapshot
 from lightning_memopt.stepping import Step, Update
+from lightning_memopt.storages import Storages
 from lightning_memopt.tick import block_key
 
 NONFINITE = ("raise", "skip")
@@ -522,16 +523,18 @@ class MemOpt(torch.optim.Optimizer):
         """
         self._require_names()
         states = [state for state in self.state.values() if state]
+        storages = Storages()
         return Snapshot(
             blocks=tuple(
-                block.facts(self.state.get(param, {}))
+                block.facts(self.state.get(param, {}), storages)
                 for param in self._all_params()
                 if param.requires_grad or self.state.get(param)
                 for block in self._blocks[param]
             ),
             step=max((int(state["step"].item()) for state in states), default=0),
-            counter_bytes=sum(state["step"].untyped_storage().nbytes() for state in states),
+            counter_bytes=storages.count(state["step"] for state in states),
             skipped=self.skipped,
+            world_size=world_size(),
         )
 
     def plan_table(self) -> str:

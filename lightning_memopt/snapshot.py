@@ -7,32 +7,91 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class PartBytes:
+    """Bytes of optimizer state, by what it is for.
+
+    Attributes:
+        momentum: Momentum, without projections.
+        projections: Bases of the subspaces that momentum lives in.
+        second_moment: Second moments.
+        other: Anything else that an optimizer keeps.
+    """
+
+    momentum: int = 0
+    projections: int = 0
+    second_moment: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return self.momentum + self.projections + self.second_moment + self.other
+
+
+@dataclass(frozen=True)
 class BlockFacts:
-    """What one block is and keeps. Bytes are over all ranks unless called local.
+    """What one block is and keeps. Bytes are those of the whole block, held once, unless called local.
 
     Attributes:
         name: The parameter's name; with ``:role`` where the parameter holds several blocks.
         role: Its role.
         shape: Its global shape.
+        full_rank: Rank that momentum has where nothing of it is left out: the short side of the block as a matrix.
         momentum: Name of its momentum kind.
         rank: Rank of its momentum, where the kind has one.
         second_moment: Name of its second-moment kind.
-        momentum_bytes: Bytes of its momentum state, projections included.
-        second_moment_bytes: Bytes of its second-moment state.
+        state: Bytes of its state.
+        local: Bytes of the storages in which this rank holds its part of the state, each counted once.
         adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for it, in the dtype of the parameter.
-        local_bytes: Bytes that this rank keeps for it.
+        local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
     """
 
     name: str
     role: str
     shape: tuple[int, ...]
+    full_rank: int
     momentum: str
     rank: int | None
     second_moment: str
-    momentum_bytes: int
-    second_moment_bytes: int
+    state: PartBytes
+    local: PartBytes
     adamw_bytes: int
-    local_bytes: int
+    local_adamw_bytes: int
+
+    @property
+    def momentum_bytes(self) -> int:
+        """Bytes of its momentum, projections included."""
+        return self.state.momentum + self.state.projections
+
+    @property
+    def second_moment_bytes(self) -> int:
+        """Bytes of its second moment."""
+        return self.state.second_moment
+
+    @property
+    def local_bytes(self) -> int:
+        """Bytes that this rank holds for it."""
+        return self.local.total
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What a model and the rest of the process take on this rank, in bytes; storages are counted once.
+
+    Attributes:
+        device: Where the parameters are, and what ``peak`` is about.
+        parameters: Parameters.
+        gradients: Gradients that are alive.
+        buffers: Buffers of modules.
+        peak: The most memory that was ever in use: on a GPU by tensors (``torch.cuda.max_memory_allocated``), on a CPU
+            the resident set of the process, interpreter and libraries included.
+    """
+
+    device: str
+    parameters: int
+    gradients: int
+    buffers: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -44,27 +103,31 @@ class Snapshot:
         step: The largest number of steps any parameter has taken.
         counter_bytes: Bytes of the step counters, which AdamW has, too, and no total below includes.
         skipped: Steps that were skipped because of a non-finite gradient.
+        world_size: Number of processes in the job, of which this is what one has seen.
+        memory: Everything beside the state; only where a module was given.
     """
 
     blocks: tuple[BlockFacts, ...]
     step: int = 0
     counter_bytes: int = 0
     skipped: int = 0
+    world_size: int = 1
+    memory: ProcessMemory | None = None
 
     @property
     def momentum_bytes(self) -> int:
-        """Bytes of momentum, over all blocks and ranks."""
+        """Bytes of momentum of all blocks, projections included."""
         return sum(block.momentum_bytes for block in self.blocks)
 
     @property
     def second_moment_bytes(self) -> int:
-        """Bytes of second moments, over all blocks and ranks."""
+        """Bytes of second moments of all blocks."""
         return sum(block.second_moment_bytes for block in self.blocks)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of momentum and second moments, over all blocks and ranks."""
-        return self.momentum_bytes + self.second_moment_bytes
+        """Bytes of the state of all blocks."""
+        return sum(block.state.total for block in self.blocks)
 
     @property
     def adamw_bytes(self) -> int:
@@ -73,7 +136,7 @@ class Snapshot:
 
     @property
     def local_bytes(self) -> int:
-        """Bytes of momentum and second moments on this rank."""
+        """Bytes of state on this rank."""
         return sum(block.local_bytes for block in self.blocks)
 
     @property
@@ -91,7 +154,7 @@ class Snapshot:
                 "×".join(map(str, block.shape)) or "1",
                 block.momentum if block.rank is None else f"{block.momentum} r={block.rank}",
                 block.second_moment,
-                f"{block.momentum_bytes + block.second_moment_bytes:,}",
+                f"{block.state.total:,}",
                 f"{block.adamw_bytes:,}",
             )
             for block in self.blocks

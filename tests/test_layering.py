@@ -21,7 +21,7 @@ ROOT = Path(lightning_memopt.__file__).parent
 # A module imports from lower levels only. Modules of one level do not import each other where they are siblings (two
 # sets on one level), and not in circles anywhere.
 LEVELS: list[list[set[str]]] = [
-    [{"_registry", "linalg", "sizes", "tick"}],
+    [{"_registry", "linalg", "sizes", "storages", "tick"}],
     [{"layout"}],
     [{"collectives", "kind"}],
     [{"momentum"}, {"second_moment"}, {"roles"}],
@@ -29,7 +29,7 @@ LEVELS: list[list[set[str]]] = [
     [{"block"}],
     [{"groups", "conversion", "checkpoint", "stepping"}],
     [{"optimizer", "planner"}],
-    [{"optimizers", "signals"}],
+    [{"optimizers", "signals", "measuring"}],
     [{"strategy"}, {"callbacks", "metrics"}],
     [{"cli"}],
 ]
@@ -41,7 +41,19 @@ MAY_IMPORT_SIBLING = {("callbacks", "metrics")}
 DISTRIBUTED, LIGHTNING = "torch.distributed", ("lightning", "pytorch_lightning", "lightning_fabric")
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("_registry", "sizes", "tick", "linalg", "kind", "momentum", "second_moment", "snapshot", "plan", "recipes"),
+        (
+            "_registry",
+            "sizes",
+            "storages",
+            "tick",
+            "linalg",
+            "kind",
+            "momentum",
+            "second_moment",
+            "snapshot",
+            "plan",
+            "recipes",
+        ),
         (DISTRIBUTED, *LIGHTNING),
     ),
     "roles": ("torch", *LIGHTNING),
@@ -60,6 +72,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
             "optimizers",
             "planner",
             "signals",
+            "measuring",
         ),
         LIGHTNING,
     ),

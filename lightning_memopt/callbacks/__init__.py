@@ -1,6 +1,7 @@
 """Lightning callbacks."""
 
 from lightning_memopt.callbacks.adaptive_momentum import AdaptiveMomentum
+from lightning_memopt.callbacks.memory_monitor import OptimizerMemoryMonitor
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Problem
 
-__all__ = ["POLICIES", "AdaptiveMomentum", "Candidate", "Problem"]
+__all__ = ["POLICIES", "AdaptiveMomentum", "Candidate", "OptimizerMemoryMonitor", "Problem"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,14 @@ class Direction:
 
 @dataclass(frozen=True)
 class Momentum(Kind):
-    """A momentum kind: turns gradients into directions. Its dense statistic is the average M of the gradients."""
+    """A momentum kind: turns gradients into directions. Its dense statistic is the average M of the gradients.
+
+    Attributes:
+        projection_keys: Those of its ``keys`` that hold the basis of a subspace, which is counted apart from what is
+            kept in it.
+    """
+
+    projection_keys: ClassVar[tuple[str, ...]] = ()
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick

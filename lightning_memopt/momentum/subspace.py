@@ -41,6 +41,7 @@ class SubspaceMomentum(Momentum):
 
     name: ClassVar[str] = "subspace"
     keys: ClassVar[tuple[str, ...]] = ("subspace_p", "subspace_x")
+    projection_keys: ClassVar[tuple[str, ...]] = ("subspace_p",)
 
     rank: int | float = 1 / 8
     gap: int = 10

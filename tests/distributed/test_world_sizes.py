@@ -312,7 +312,8 @@ def reformat_equals_that_of_one_process(mesh: DeviceMesh) -> None:
         two.step()
     for name in params:
         assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, name
-    facts = [[block.__dict__ | {"local_bytes": 0} for block in entry.snapshot().blocks] for entry in (one, two)]
+    local = {"local": None, "local_adamw_bytes": None}
+    facts = [[block.__dict__ | local for block in entry.snapshot().blocks] for entry in (one, two)]
     assert facts[0] == facts[1]
 
 

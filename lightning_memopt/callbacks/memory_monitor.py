@@ -1,0 +1,216 @@
+"""OptimizerMemoryMonitor: measures and reports what the optimizer's state takes, during training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_memopt.callbacks.allocation_figure import add_figure
+from lightning_memopt.callbacks.console import say
+from lightning_memopt.callbacks.memory_report import SCALARS, block_table, show_plan, summary, write_json
+from lightning_memopt.measuring import take_snapshot
+from lightning_memopt.metrics import MemorySavings, MomentumAllocation, OptimizerStateBytes, PeakMemory
+from lightning_memopt.metrics.base import SnapshotMetric
+from lightning_memopt.metrics.heat_map import figure_size
+from lightning_memopt.snapshot import Snapshot
+
+PROGRESS_BAR = "saved %"
+FILE = "memory.json"
+
+
+class OptimizerMemoryMonitor(Callback):
+    """Measures the optimizer's state and the memory around it, with any strategy and any optimizer.
+
+    It measures as soon as there is state (at the start of training; after the first step of optimizers that make it
+    then), every `every_n_steps` steps of the optimizer, and at the end. All processes measure together, the first one
+    reports: a table when state is there, one line at the end, scalars to the loggers, the fraction saved in the
+    progress bar, and, with the first measurement and when training ends or fails, the file ``memory.json`` in the log
+    directory (the root directory without a logger).
+
+    Scalars, in bytes over all processes unless noted, counters of steps included in the first two:
+    ``memopt/state_bytes``, ``memopt/state_bytes_rank`` (the most on one), ``memopt/state_bytes_global`` (held once),
+    ``memopt/momentum_bytes`` (without projections), ``memopt/projection_bytes``, ``memopt/second_moment_bytes``,
+    ``memopt/other_bytes``; ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of
+    AdamW's); ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the
+    most on one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
+
+    Args:
+        every_n_steps: Steps of the optimizer between two measurements.
+        figures: Whether to draw, at the end, the bytes by role and kind (``memory.png``) and the momentum of all
+            blocks over the steps (``momentum.png``), into the log directory and into loggers that take figures.
+
+    Attributes:
+        history: One entry per measurement: ``step`` and the scalars without ``memopt/``.
+
+    Raises:
+        ValueError: If `every_n_steps` is not a positive integer.
+        ImportError: If figures are asked for without matplotlib.
+    """
+
+    def __init__(self, every_n_steps: int = 100, *, figures: bool = False) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be an integer of at least 1, got {every_n_steps!r}.")
+        if figures and find_spec("matplotlib") is None:  # not after days of training
+            raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
+        self.every_n_steps, self.figures = every_n_steps, figures
+        self.history: list[dict[str, float]] = []
+        self._loaded: Mapping[str, Any] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.history = []
+        self._state, self._savings = OptimizerStateBytes(), MemorySavings()
+        # All processes have the same allocation, and only the first one draws it.
+        self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
+        self._found: dict[str, Tensor] = {}
+        self._shown, self._logged, self._measured, self._next = False, False, -1, 0
+        self._folder: Path | None = None
+        self._content: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ Lightning's hooks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on where a checkpoint left off."""
+        self._begin()
+        self.history = [dict(entry) for entry in self._loaded.get("history", [])]
+        for metric in (self._state, self._savings, self._peak, self._allocation):
+            metric.to(trainer.strategy.root_device)
+        if self._loaded:
+            self._allocation.load_state_dict(self._loaded["allocation"])
+        self._loaded, self._next = {}, trainer.global_step
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # ranks agree on it in a collective
+        self._folder = folder if not getattr(trainer, "fast_dev_run", False) else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure before the first batch, when all callbacks have begun."""
+        if self._measured < 0:
+            self._measure(trainer, pl_module)
+            self._next = trainer.global_step + 1 if not self._shown else self._next
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Count gradients, which may be gone after the step."""
+        if trainer.global_step + 1 >= self._next:
+            self._peak.update(take_snapshot([], pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure, if it is time to."""
+        if trainer.global_step >= self._next:
+            self._measure(trainer, pl_module)
+        if not self._logged and self._shown:  # the progress bar keeps what it was given last
+            saved = 100 * self.history[-1]["saved"]
+            pl_module.log(PROGRESS_BAR, saved, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
+            self._logged = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure for the last time, and say and draw what came out."""
+        if trainer.global_step != self._measured:
+            self._measure(trainer, pl_module)
+        if not self.history:
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+            say(f"OptimizerMemoryMonitor: there was no optimizer state to measure ({names}).")
+            return
+        say(summary(self.history[-1]))
+        self._write()
+        if self.figures and self._folder is not None:
+            add_figure(trainer, "memory", self.plot)
+            if self._allocation.matrices:
+                add_figure(trainer, "momentum", self.plot_allocation)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what was measured until then."""
+        self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the measurements so far."""
+        if self._loaded:  # training has not begun
+            return dict(self._loaded)
+        return {"history": self.history, "allocation": dict(self._allocation.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned."""
+        self._loaded = state_dict
+        self.history = [dict(entry) for entry in state_dict["history"]]
+
+    # ------------------------------------------------------------------ pictures
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure of the bytes by role and kind."""
+        return _figure(self._state, self._found, (8, 5))
+
+    def plot_allocation(self) -> Any:
+        """Return a matplotlib figure of the momentum of all blocks over the steps."""
+        return _figure(self._allocation, self._allocation.compute(), figure_size(len(self._allocation.matrices)))
+
+    # ------------------------------------------------------------------ measuring
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, together with all other processes."""
+        snapshot = take_snapshot(trainer.optimizers, pl_module)
+        self._measured = trainer.global_step
+        self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
+        self._peak.update(snapshot)
+        here = any(block.local_bytes or block.state.total for block in snapshot.blocks)
+        if not trainer.strategy.reduce_boolean_decision(here, all=False):
+            return
+        if here:  # other optimizers may divide their state so that a process has none
+            for metric in (self._state, self._savings, self._allocation):
+                metric.update(snapshot)
+        self._found = self._state.compute()
+        found = {
+            **self._found,
+            **{f"saved/{name}": x for name, x in self._savings.compute().items()},
+            **{f"memory/{name}": x for name, x in self._peak.compute().items()},
+        }
+        scalars = {name: float(found[key]) for name, key in SCALARS.items()}
+        entry = {"step": trainer.global_step, **scalars}
+        while self.history and self.history[-1]["step"] >= entry["step"]:  # measured again, after a restart
+            self.history.pop()
+        self.history.append(entry)
+        if trainer.is_global_zero:
+            self._report(trainer, snapshot)
+        self._shown, self._logged = True, False
+
+    def _report(self, trainer: Trainer, snapshot: Snapshot) -> None:
+        """Show, log and keep what was measured; on the first process."""
+        scalars = {f"memopt/{name}": x for name, x in self.history[-1].items() if name != "step"}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+        self._content = {
+            "optimizers": list(map(_title, trainer.optimizers)),
+            "world_size": snapshot.world_size,
+            "bytes": {name: int(size) for name, size in self._found.items()},
+            "history": self.history,
+            "blocks": block_table(snapshot),
+        }
+        if not self._shown:
+            many = f", on {snapshot.world_size} processes together" if snapshot.world_size > 1 else ""
+            show_plan(snapshot, f"Optimizer state of {', '.join(self._content['optimizers'])}{many}")
+            self._write()
+
+    def _write(self) -> None:
+        if self._content and self._folder is not None:
+            write_json(self._folder / FILE, self._content)
+
+
+def _title(optimizer: torch.optim.Optimizer) -> str:
+    """Return an optimizer's class, and its recipe where it has one."""
+    recipes = dict.fromkeys(group["recipe"] for group in optimizer.param_groups if "recipe" in group)
+    return f"{type(optimizer).__name__} ({', '.join(recipes)})" if recipes else type(optimizer).__name__
+
+
+def _figure(metric: SnapshotMetric, value: Mapping[str, Tensor], size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    metric.plot(value, figure.add_subplot())
+    return figure

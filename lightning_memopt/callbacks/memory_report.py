@@ -1,0 +1,129 @@
+"""What OptimizerMemoryMonitor shows: a table, a sentence, and a file that scripts can read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
+
+from lightning_memopt.sizes import format_bytes
+from lightning_memopt.snapshot import BlockFacts, Snapshot
+
+# Logged scalar (below memopt/) → where it comes from.
+SCALARS = {
+    "state_bytes": "total",
+    "state_bytes_rank": "rank",
+    "state_bytes_global": "global",
+    "momentum_bytes": "momentum",
+    "projection_bytes": "projections",
+    "second_moment_bytes": "second_moment",
+    "other_bytes": "other",
+    "saved": "saved/state",
+    "saved_momentum": "saved/momentum",
+    "saved_second_moment": "saved/second_moment",
+    "peak_bytes": "memory/peak",
+    "parameter_bytes": "memory/parameters",
+    "gradient_bytes": "memory/gradients",
+    "rest_bytes": "memory/rest",
+}
+COLUMNS = ("role", "blocks", "params", "momentum", "second moment", "state", "AdamW", "saved")
+
+
+def rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
+    """Return the lines of the table: blocks of one role and the same kinds together, then all of them."""
+    groups: dict[tuple[str, str, str], list[BlockFacts]] = {}
+    for block in snapshot.blocks:
+        groups.setdefault((block.role, block.momentum, block.second_moment), []).append(block)
+    lines = [
+        (role, *_numbers(blocks)[:2], _with_ranks(momentum, blocks), second_moment, *_numbers(blocks)[2:])
+        for (role, momentum, second_moment), blocks in groups.items()
+    ]
+    count, parameters, *sizes = _numbers(snapshot.blocks)
+    return [*lines, ("all", count, parameters, "", "", *sizes)]
+
+
+def show_plan(snapshot: Snapshot, title: str) -> None:
+    """Print the table of what every role has and takes, in colour where rich is installed."""
+    lines = rows(snapshot)
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title, snapshot.table(), sep="\n")
+        return
+    console = Console()
+    narrow = console.width < 100
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, int(not narrow)), pad_edge=False)
+    for column in COLUMNS:
+        kind = column in ("momentum", "second moment")
+        shown.add_column(column, justify="left" if kind or column == "role" else "right", no_wrap=not kind)
+    for line in lines[:-1]:
+        shown.add_row(*line)
+    shown.add_section()
+    shown.add_row(*lines[-1], style="bold")
+    console.print(shown)
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """Return one line on what was measured last.
+
+    Args:
+        values: An entry of the monitor's history.
+    """
+    size = {name: format_bytes(round(values[name])) for name in values if name.endswith(("_bytes", "_rank"))}
+    return (
+        f"Optimizer state: {size['state_bytes']} in all, {size['state_bytes_rank']} on one rank; saved "
+        f"{values['saved']:.1%} of AdamW's (momentum {values['saved_momentum']:.1%}, second moment "
+        f"{values['saved_second_moment']:.1%}). Peak memory of a rank: {size['peak_bytes']} (parameters "
+        f"{size['parameter_bytes']}, gradients {size['gradient_bytes']}, optimizer state {size['state_bytes_rank']}, "
+        f"rest {size['rest_bytes']})."
+    )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file for scripts; readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1))
+    scratch.replace(path)
+
+
+def block_table(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """Return what the file says of every block."""
+    return [
+        {
+            "name": block.name,
+            "role": block.role,
+            "shape": list(block.shape),
+            "momentum": block.momentum,
+            "rank": block.rank,
+            "second_moment": block.second_moment,
+            "state_bytes": block.state.total,
+            "adamw_bytes": block.adamw_bytes,
+        }
+        for block in snapshot.blocks
+    ]
+
+
+def _numbers(blocks: Sequence[BlockFacts]) -> tuple[str, str, str, str, str]:
+    state, adamw = sum(block.state.total for block in blocks), sum(block.adamw_bytes for block in blocks)
+    return (
+        f"{len(blocks)}",
+        get_human_readable_count(sum(prod(block.shape) for block in blocks)).strip(),
+        format_bytes(state),
+        format_bytes(adamw),
+        f"{1 - state / adamw:.1%}" if adamw else "",
+    )
+
+
+def _with_ranks(momentum: str, blocks: Iterable[BlockFacts]) -> str:
+    ranks = sorted({block.rank for block in blocks if block.rank is not None})
+    if not ranks:
+        return momentum
+    return f"{momentum} r={ranks[0]}" if len(ranks) == 1 else f"{momentum} r={ranks[0]}–{ranks[-1]}"

@@ -1,0 +1,81 @@
+"""What the metrics have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_memopt.consensus import world_size
+from lightning_memopt.snapshot import Snapshot
+
+Axes = Any  # of matplotlib, which is imported only to draw
+
+
+class SnapshotMetric(Metric):
+    """A metric of the last snapshot it was given."""
+
+    is_differentiable = False
+    # forward() would otherwise add up the states of two calls.
+    full_state_update = True
+
+    def plot(
+        self,
+        val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
+        ax: Axes | None = None,
+    ) -> tuple[Any, Axes]:
+        """Draw one result, or several over time.
+
+        Args:
+            val: What :meth:`compute` or ``forward`` returned, or a list of such results; None computes it.
+            ax: A matplotlib axis to draw on; None makes a figure.
+
+        Returns:
+            Figure and axis.
+        """
+        val = self.compute() if val is None else val
+        if not isinstance(val, Mapping):
+            return self._plot([dict(entry) for entry in val], ax)
+        if ax is None:
+            from matplotlib import pyplot
+
+            _, ax = pyplot.subplots(layout="constrained")
+        self._draw(val, ax)
+        return ax.get_figure(), ax
+
+    def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
+        """Draw one result."""
+        raise NotImplementedError
+
+
+def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
+    """Return a snapshot that a metric can count.
+
+    Args:
+        snapshot: The snapshot.
+        state: Whether there has to be state.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is from a job of another size, or there is no state.
+    """
+    if not isinstance(snapshot, Snapshot):
+        raise TypeError(
+            f"A metric is updated with a Snapshot, got {type(snapshot).__name__}: take one with "
+            "`optimizer.snapshot()`, or of any optimizer with `lightning_memopt.take_snapshot(optimizer, model)`."
+        )
+    if snapshot.world_size != world_size():
+        raise ValueError(
+            f"The snapshot was taken in a job of {snapshot.world_size} processes, this one has {world_size()}: its "
+            "local bytes are those of one rank there. Take a new one here, or use the metric's function, which reads "
+            "any snapshot by itself."
+        )
+    if state and not any(block.local_bytes or block.state.total for block in snapshot.blocks):
+        raise ValueError(
+            f"The snapshot has {len(snapshot.blocks)} blocks and no state. Most of torch's optimizers make theirs in "
+            "the first step: take the snapshot after it. An optimizer that keeps none, such as SGD without momentum, "
+            "has nothing to measure."
+        )
+    return snapshot

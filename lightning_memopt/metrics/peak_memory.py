@@ -1,0 +1,108 @@
+"""What the most memory that was ever in use consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.metrics.bars import bars
+from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
+from lightning_memopt.snapshot import Snapshot
+
+PARTS = ("parameters", "gradients", "buffers", "optimizer_state")
+
+
+def peak_memory(snapshot: Snapshot) -> dict[str, int]:
+    """Return the peak of one process's memory and its parts, in bytes.
+
+    Args:
+        snapshot: What this process has seen, of a module, too: ``take_snapshot(optimizer, module)``.
+
+    Returns:
+        ``peak``, and what it is the sum of: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (counters
+        included) and ``rest``: activations, temporaries, memory of the allocator; on a CPU interpreter and libraries,
+        too. Gradients count where they are alive when the snapshot is taken, as before a step of the optimizer.
+
+    Raises:
+        ValueError: If the snapshot knows of no module.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.Linear(100, 10)
+        >>> optimizer = lm.MemOpt(model.named_parameters(), recipe="adamw")
+        >>> found = peak_memory(lm.take_snapshot(optimizer, model))
+        >>> found["parameters"], found["gradients"], found["optimizer_state"]
+        (4040, 0, 8088)
+        >>> found["peak"] == sum(found.values()) - found["peak"]
+        True
+    """
+    *parts, peak = _sizes(snapshot)
+    return _parts(parts, peak)
+
+
+class PeakMemory(SnapshotMetric):
+    """The most memory that a process used, and its parts: each the largest of all snapshots and processes.
+
+    As :func:`peak_memory`; ``rest`` is what the largest parts leave of the largest peak.
+
+    Args:
+        **kwargs: As in ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.Linear(100, 10)
+        >>> optimizer = lm.MemOpt(model.named_parameters(), recipe="adamw")
+        >>> metric = PeakMemory()
+        >>> metric.update(lm.take_snapshot(optimizer, model))
+        >>> model(torch.ones(1, 100)).sum().backward()
+        >>> metric.update(lm.take_snapshot(optimizer, model))
+        >>> int(metric.compute()["gradients"])
+        4040
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    most: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("most", torch.zeros(len(PARTS) + 1, dtype=torch.int64), dist_reduce_fx="max")
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take a snapshot; of every part the largest counts.
+
+        Raises:
+            ValueError: If the snapshot knows of no module, or it is from a job of another size.
+        """
+        sizes = torch.tensor(_sizes(checked(snapshot, state=False)), device=self.device)
+        self.most = torch.maximum(self.most, sizes)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all numbers by name, in bytes."""
+        *parts, peak = self.most.tolist()
+        return {name: torch.tensor(size, device=self.device) for name, size in _parts(parts, peak).items()}
+
+    def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
+        """Draw the parts as bars."""
+        bars(ax, {"": {name.replace("_", " "): float(val[name]) for name in (*PARTS, "rest", "peak")}})
+        ax.set_title("the most memory on one rank")
+
+
+def _sizes(snapshot: Snapshot) -> list[int]:
+    memory = snapshot.memory
+    if memory is None:
+        raise ValueError(
+            "The snapshot knows nothing but the optimizer's state: take it with the model, "
+            "`lightning_memopt.take_snapshot(optimizer, model)`."
+        )
+    state = snapshot.local_bytes + snapshot.counter_bytes
+    return [memory.parameters, memory.gradients, memory.buffers, state, memory.peak]
+
+
+def _parts(parts: Sequence[int], peak: int) -> dict[str, int]:
+    rest = max(0, peak - sum(parts))
+    return {"peak": peak, **dict(zip(PARTS, parts, strict=True)), "rest": rest}

@@ -1,0 +1,106 @@
+"""How much of AdamW's state is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
+from lightning_memopt.snapshot import Snapshot
+
+
+def memory_savings(snapshot: Snapshot) -> dict[str, float]:
+    """Return the fractions of AdamW's state that one process does not hold.
+
+    AdamW keeps two numbers per parameter that trains, in the dtype of the parameter. Step counters count on neither
+    side. What is measured are the storages of the state; negative where they take more than AdamW's.
+
+    Args:
+        snapshot: What this process has seen.
+
+    Returns:
+        ``momentum`` (with projections), ``second_moment``, and ``state`` for all of it.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256)
+        >>> savings = memory_savings(lm.AdaPMLean(model.named_parameters()).snapshot())
+        >>> {name: round(fraction, 4) for name, fraction in savings.items()}
+        {'momentum': 0.8912, 'second_moment': 0.9603, 'state': 0.9257}
+    """
+    return _fractions(_sizes(snapshot))
+
+
+class MemorySavings(SnapshotMetric):
+    """Fractions of AdamW's state on the same parameters that are gone, over all processes.
+
+    As :func:`memory_savings`, of the bytes of all processes together.
+
+    Args:
+        **kwargs: As in ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256)
+        >>> metric = MemorySavings()
+        >>> metric.update(lm.MemOpt(model.named_parameters(), recipe="adamw").snapshot())
+        >>> float(metric.compute()["state"])
+        0.0
+    """
+
+    higher_is_better = True
+    plot_upper_bound = 1.0
+
+    sizes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sizes", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take a snapshot, in place of the last one.
+
+        Raises:
+            ValueError: If there is no state, or it is from a job of another size.
+        """
+        self.sizes = torch.tensor(_sizes(checked(snapshot)), device=self.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the fractions by name."""
+        fractions = _fractions(self.sizes.tolist())
+        return {name: torch.tensor(x, device=self.device) for name, x in fractions.items()}
+
+    def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
+        """Draw the fractions as bars."""
+        labels = [name.replace("_", " ") for name in val]
+        drawn = ax.barh(labels, [float(x) for x in val.values()], color="tab:green")
+        ax.bar_label(drawn, [f"{float(x):.1%}" for x in val.values()], padding=3)
+        ax.set_xlim(min(0.0, *(float(x) for x in val.values())), 1.15)
+        ax.axvline(1, color="black", linestyle="dashed", linewidth=1)
+        ax.invert_yaxis()
+        ax.set_xlabel("fraction of AdamW's state that is gone")
+
+
+def _sizes(snapshot: Snapshot) -> list[int]:
+    """Return local bytes of momentum, second moments, all state, and AdamW's state."""
+    local = [block.local for block in snapshot.blocks]
+    return [
+        sum(entry.momentum + entry.projections for entry in local),
+        sum(entry.second_moment for entry in local),
+        sum(entry.total for entry in local),
+        sum(block.local_adamw_bytes for block in snapshot.blocks),
+    ]
+
+
+def _fractions(sizes: Sequence[int]) -> dict[str, float]:
+    momentum, second_moment, state, adamw = sizes
+    if not adamw:
+        return {"momentum": 0.0, "second_moment": 0.0, "state": 0.0}
+    return {
+        "momentum": 1 - 2 * momentum / adamw,
+        "second_moment": 1 - 2 * second_moment / adamw,
+        "state": 1 - state / adamw,
+    }

@@ -1,0 +1,121 @@
+"""How much optimizer state there is, by part, role and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.metrics.bars import bars
+from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
+from lightning_memopt.momentum import MOMENTA
+from lightning_memopt.roles import ROLES
+from lightning_memopt.second_moment import SECOND_MOMENTS
+from lightning_memopt.snapshot import BlockFacts, Snapshot
+
+PARTS = ("momentum", "projections", "second_moment", "other")
+
+
+def optimizer_state_bytes(snapshot: Snapshot) -> dict[str, int]:
+    """Return the bytes of optimizer state that one process holds: storages, each counted once.
+
+    Args:
+        snapshot: What this process has seen.
+
+    Returns:
+        ``total``, and the parts it is the sum of: ``momentum`` (without projections), ``projections``,
+        ``second_moment``, ``other`` and ``counters`` (of steps). Then the same bytes without counters by
+        ``role/<role>``, and those of momentum (with projections) and second moment by ``kind/<axis>/<kind>``.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(1000, 64)})
+        >>> optimizer = lm.AdaPMLean(model.named_parameters(), rank=2)
+        >>> sizes = optimizer_state_bytes(optimizer.snapshot())
+        >>> {name: sizes[name] for name in ("momentum", "second_moment", "counters", "total")}
+        {'momentum': 8512, 'second_moment': 4256, 'counters': 4, 'total': 12772}
+    """
+    blocks = snapshot.blocks
+    parts = {part: sum(getattr(block.local, part) for block in blocks) for part in PARTS}
+    found = {"total": sum(parts.values()) + snapshot.counter_bytes, **parts, "counters": snapshot.counter_bytes}
+    for role in ROLES:
+        found[f"role/{role}"] = sum(block.local_bytes for block in blocks if block.role == role)
+    for kind in _kinds(MOMENTA.names()):
+        found[f"kind/momentum/{kind}"] = sum(_momentum(block) for block in blocks if block.momentum == kind)
+    for kind in _kinds(SECOND_MOMENTS.names()):
+        held = (block.local.second_moment for block in blocks if block.second_moment == kind)
+        found[f"kind/second_moment/{kind}"] = sum(held)
+    return found
+
+
+class OptimizerStateBytes(SnapshotMetric):
+    """Bytes of optimizer state, measured where they are held.
+
+    As :func:`optimizer_state_bytes`, summed over all processes, so that what several hold counts for each; and
+
+    - ``rank``: the most that one process holds, counters included,
+    - ``global``: the bytes of the state if one process held all of it once, counters not included.
+
+    Under ``memopt_fsdp`` the parts of all ranks add up to ``global``; under DDP every rank has all of it.
+
+    Args:
+        **kwargs: As in ``torchmetrics.Metric``.
+
+    Example:
+        >>> import torch, lightning_memopt as lm
+        >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256)
+        >>> metric = OptimizerStateBytes()
+        >>> metric.update(lm.AdaPMLean(model.named_parameters()).snapshot())
+        >>> {name: int(metric.compute()[name]) for name in ("total", "rank", "role/value")}
+        {'total': 29744, 'rank': 29744, 'role/value': 2560}
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    held: Tensor
+    most: Tensor
+    whole: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._keys = list(optimizer_state_bytes(Snapshot(())))
+        self.add_state("held", torch.zeros(len(self._keys), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("most", torch.tensor(0), dist_reduce_fx="max")
+        self.add_state("whole", torch.tensor(0), dist_reduce_fx="max")
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take a snapshot, in place of the last one.
+
+        Raises:
+            ValueError: If there is no state, or it is from a job of another size.
+        """
+        sizes = optimizer_state_bytes(checked(snapshot))
+        self.held = torch.tensor([sizes[key] for key in self._keys], device=self.device)
+        self.most = torch.tensor(sizes["total"], device=self.device)
+        self.whole = torch.tensor(snapshot.state_bytes, device=self.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return all numbers by name, in bytes."""
+        return {**dict(zip(self._keys, self.held, strict=True)), "rank": self.most, "global": self.whole}
+
+    def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
+        """Draw the bytes by role, kind and part as bars."""
+        groups = [
+            ("role", {key.removeprefix("role/"): val[key] for key in val if key.startswith("role/")}),
+            ("momentum", {key.rpartition("/")[2]: val[key] for key in val if key.startswith("kind/momentum/")}),
+            ("second moment", {key.rpartition("/")[2]: val[key] for key in val if key.startswith("kind/second")}),
+        ]
+        bars(ax, {name: {key: float(x) for key, x in table.items() if x > 0} for name, table in groups})
+        ax.set_title("optimizer state of all ranks, by role and by kind")
+
+
+def _momentum(block: BlockFacts) -> int:
+    return block.local.momentum + block.local.projections
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """Return the kinds that a block may have: ours, and what other optimizers do."""
+    return [*names, "other"]
