@@ -24,9 +24,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
+from torchmetrics import MetricCollection  # noqa: E402
 
-from lightning_memopt import MemOptCLI  # noqa: E402
+import lightning_memopt as lm  # noqa: E402
 
 CONFIGS = HERE / "configs"
 RUNS = {
@@ -45,6 +45,7 @@ class Result:
     val_loss: float
     state_bytes: int
     rank_bytes: int
+    saved: float
     steps_per_second: float
 
 
@@ -79,24 +80,17 @@ def _wait(module: LightningModule) -> None:
         torch.cuda.synchronize(module.device)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the bytes of this process's memory behind the optimizer's state tensors, every storage counted once."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    tensors = [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
-    return sum(
-        {storage.data_ptr(): storage.nbytes() for storage in map(torch.Tensor.untyped_storage, tensors)}.values()
-    )
-
-
 def run(recipe: str, args: list[str]) -> Result:
     """Train as the command line would, and validate the result."""
     timer = StepTimer()
-    cli = MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *processes(), *args])
+    cli = lm.MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *processes(), *args])
     (optimizer,) = cli.trainer.optimizers
     (metrics,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-    mine = torch.tensor(float(state_bytes(optimizer)), dtype=torch.float64, device=cli.model.device)
-    total, most = (int(cli.trainer.strategy.reduce(mine.clone(), reduce_op=op)) for op in ("sum", "max"))
-    return Result(recipe, metrics["val_loss"], total, most, timer.steps_per_second)
+    snapshot = lm.take_snapshot(optimizer, cli.model)
+    memory = MetricCollection([lm.metrics.OptimizerStateBytes(), lm.metrics.MemorySavings()]).to(cli.model.device)
+    memory.update(snapshot)
+    found = {name: value.item() for name, value in memory.compute().items()}
+    return Result(recipe, metrics["val_loss"], found["total"], found["rank"], found["saved"], timer.steps_per_second)
 
 
 def processes() -> list[str]:
@@ -108,18 +102,17 @@ def processes() -> list[str]:
 
 
 def table(results: list[Result]) -> Table:
-    """Return the comparison; the first result is the one that the others save against."""
+    """Return the comparison; what is saved is measured against AdamW's state for the same parameters."""
     shown = Table(title="The same model, data and steps")
     for column in ("recipe", "val. loss", "state (MiB)", "per rank (MiB)", "saved", "steps/s"):
         shown.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
     for result in results:
-        saved = 1 - result.state_bytes / results[0].state_bytes
         shown.add_row(
             result.recipe,
             f"{result.val_loss:.3f}",
             f"{result.state_bytes / 2**20:.2f}",
             f"{result.rank_bytes / 2**20:.2f}",
-            f"{saved:.1%}" if result is not results[0] else "",
+            f"{result.saved:.1%}",
             f"{result.steps_per_second:.2f}",
         )
     return shown

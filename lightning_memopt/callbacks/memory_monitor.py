@@ -166,11 +166,7 @@ class OptimizerMemoryMonitor(Callback):
             for metric in (self._state, self._savings, self._allocation):
                 metric.update(snapshot)
         self._found = self._state.compute()
-        found = {
-            **self._found,
-            **{f"saved/{name}": x for name, x in self._savings.compute().items()},
-            **{f"memory/{name}": x for name, x in self._peak.compute().items()},
-        }
+        found = {**self._found, **self._savings.compute(), **self._peak.compute()}
         scalars = {name: float(found[key]) for name, key in SCALARS.items()}
         entry = {"step": trainer.global_step, **scalars}
         while self.history and self.history[-1]["step"] >= entry["step"]:  # measured again, after a restart

@@ -23,13 +23,13 @@ SCALARS = {
     "projection_bytes": "projections",
     "second_moment_bytes": "second_moment",
     "other_bytes": "other",
-    "saved": "saved/state",
-    "saved_momentum": "saved/momentum",
-    "saved_second_moment": "saved/second_moment",
-    "peak_bytes": "memory/peak",
-    "parameter_bytes": "memory/parameters",
-    "gradient_bytes": "memory/gradients",
-    "rest_bytes": "memory/rest",
+    "saved": "saved",
+    "saved_momentum": "saved_momentum",
+    "saved_second_moment": "saved_second_moment",
+    "peak_bytes": "peak",
+    "parameter_bytes": "parameters",
+    "gradient_bytes": "gradients",
+    "rest_bytes": "rest",
 }
 COLUMNS = ("role", "blocks", "params", "momentum", "second moment", "state", "AdamW", "saved")
 

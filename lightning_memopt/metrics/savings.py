@@ -22,14 +22,14 @@ def memory_savings(snapshot: Snapshot) -> dict[str, float]:
         snapshot: What this process has seen.
 
     Returns:
-        ``momentum`` (with projections), ``second_moment``, and ``state`` for all of it.
+        ``saved``, of all state, ``saved_momentum`` (with projections) and ``saved_second_moment``.
 
     Example:
         >>> import torch, lightning_memopt as lm
         >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256)
         >>> savings = memory_savings(lm.AdaPMLean(model.named_parameters()).snapshot())
         >>> {name: round(fraction, 4) for name, fraction in savings.items()}
-        {'momentum': 0.8912, 'second_moment': 0.9603, 'state': 0.9257}
+        {'saved': 0.9257, 'saved_momentum': 0.8912, 'saved_second_moment': 0.9603}
     """
     return _fractions(_sizes(snapshot))
 
@@ -47,7 +47,7 @@ class MemorySavings(SnapshotMetric):
         >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256)
         >>> metric = MemorySavings()
         >>> metric.update(lm.MemOpt(model.named_parameters(), recipe="adamw").snapshot())
-        >>> float(metric.compute()["state"])
+        >>> float(metric.compute()["saved"])
         0.0
     """
 
@@ -98,9 +98,9 @@ def _sizes(snapshot: Snapshot) -> list[int]:
 def _fractions(sizes: Sequence[int]) -> dict[str, float]:
     momentum, second_moment, state, adamw = sizes
     if not adamw:
-        return {"momentum": 0.0, "second_moment": 0.0, "state": 0.0}
+        return {"saved": 0.0, "saved_momentum": 0.0, "saved_second_moment": 0.0}
     return {
-        "momentum": 1 - 2 * momentum / adamw,
-        "second_moment": 1 - 2 * second_moment / adamw,
-        "state": 1 - state / adamw,
+        "saved": 1 - state / adamw,
+        "saved_momentum": 1 - 2 * momentum / adamw,
+        "saved_second_moment": 1 - 2 * second_moment / adamw,
     }
