@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 import lightning_memopt as lm
 from lightning_memopt import collectives
-from lightning_memopt.strategy.placement import shard_dims
-from lightning_memopt.strategy.wrapping import find_units
+from lightning_memopt.placement import shard_dims
+from lightning_memopt.wrapping import find_units
 from tests._traffic import Traffic
 
 # hidden, intermediate, layers, heads, vocabulary

@@ -18,15 +18,15 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt.placement import shard_dim, shard_dims
 from lightning_memopt.strategy import register
 from lightning_memopt.strategy.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_memopt.strategy.materialize import convert, move, pretrained_owners, refuse_uninitializable
 from lightning_memopt.strategy.mesh import resolved_data_size
-from lightning_memopt.strategy.placement import shard_dim, shard_dims
 from lightning_memopt.strategy.precision import sharded_plugin, sharding_policy
 from lightning_memopt.strategy.rebinding import KnownParameters, rebind
 from lightning_memopt.strategy.refusals import refuse_fsdp1, refuse_parameters
-from lightning_memopt.strategy.wrapping import blocks, find_units, own_modules, resolve_policy
+from lightning_memopt.wrapping import blocks, find_units, own_modules, resolve_policy
 from tests._models import big_gpt2, big_llama, tiny_gpt2, tiny_llama
 
 

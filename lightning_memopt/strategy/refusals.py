@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_memopt.strategy.wrapping import Unit
+from lightning_memopt.wrapping import Unit
 
 # Older versions of Lightning do not have both.
 _AVERAGING = tuple(

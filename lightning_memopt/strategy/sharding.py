@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_memopt.placement import renamed, shard_dims
 from lightning_memopt.strategy.initial import broadcast, broadcast_replicas
 from lightning_memopt.strategy.materialize import (
     Modules,
@@ -24,9 +25,8 @@ from lightning_memopt.strategy.materialize import (
     refuse_uninitializable,
 )
 from lightning_memopt.strategy.mesh import shard_size
-from lightning_memopt.strategy.placement import renamed, shard_dims
 from lightning_memopt.strategy.precision import ShardedHalfPrecision, sharding_policy
-from lightning_memopt.strategy.wrapping import Unit, own_modules
+from lightning_memopt.wrapping import Unit, own_modules
 
 _RECORD = "_memopt_sharding"
 

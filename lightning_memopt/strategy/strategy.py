@@ -34,7 +34,7 @@ from lightning_memopt.strategy.sharding import (
     shard,
     sharded_modules,
 )
-from lightning_memopt.strategy.wrapping import blocks, find_units, resolve_policy
+from lightning_memopt.wrapping import blocks, find_units, resolve_policy
 
 Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
 
