@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lightning_memopt as lm  # noqa: E402
-from tests._models import LLAMA_SHAPES, big_gpt2, big_llama  # noqa: E402
+from lightning_memopt.planner.skeletons import skeleton  # noqa: E402
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")
 INTRO = """# Recipes and the size of their state
@@ -21,6 +21,9 @@ This page is made by `python docs/tables.py`; a test checks that it is up to dat
 Momentum × second moment. Ranks are fractions of a matrix's short side, at least 4; `vector` stands for everything with
 fewer than two dimensions, `other` for matrices whose part in the model is unknown.
 """
+MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
+    "GPT-2 1.5B": "gpt2-1.5b"
+}
 SIZES = """
 ## Size of the state
 
@@ -59,7 +62,7 @@ def recipe_table() -> str:
 
 def size_tables() -> tuple[str, str]:
     """Return the share of the state and of the momentum that every recipe keeps, for every architecture."""
-    models = {f"LLaMA {size}": big_llama(size) for size in LLAMA_SHAPES} | {"GPT-2 1.5B": big_gpt2()}
+    models = {label: skeleton(name) for label, name in MODELS.items()}
     variants = {f"`{name}`": {"recipe": name} for name in lm.recipe_names()}
     variants["`adam_snsm`, rank 1/4"] = {"recipe": "adam_snsm", "rank": 1 / 4}
     whole, momentum = [], []

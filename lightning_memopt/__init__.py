@@ -18,6 +18,7 @@ from lightning_memopt.optimizers import (
     RMSPropSN,
 )
 from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.planner import MemoryPlan, plan_memory
 from lightning_memopt.recipes import load_plan, recipe_names
 from lightning_memopt.roles import NamingScheme, Rule, classify, register_naming_scheme
 from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
@@ -67,6 +68,7 @@ __all__ = [
     "MemOpt",
     "MemOptCLI",
     "MemOptFSDPStrategy",
+    "MemoryPlan",
     "Momentum",
     "NamingScheme",
     "OptimizerMemoryMonitor",
@@ -81,6 +83,7 @@ __all__ = [
     "classify",
     "load_plan",
     "metrics",
+    "plan_memory",
     "recipe_names",
     "register_naming_scheme",
     "take_snapshot",

@@ -1,16 +1,25 @@
 """The command line: LightningCLI that gives our optimizers the names of the parameters.
 
 ``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
+``lightning-memopt plan`` tells what a run will need; see :mod:`lightning_memopt.plan_command`.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import warnings
 from argparse import SUPPRESS, Action
+from importlib import import_module
 from typing import Any
 
+import torch
+
+from lightning_memopt import plan_command
 from lightning_memopt.optimizer import MemOpt
+from lightning_memopt.plan_command import Configured
+from lightning_memopt.planner.planning import Candidate
 
 try:
     import jsonargparse
@@ -26,6 +35,8 @@ except ImportError as error:
     ) from error
 
 PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
+# What an optimizer is told that its state does not depend on.
+RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "nonfinite", "seed")
 
 
 class BindNames(Callback):
@@ -146,8 +157,70 @@ class MemOptCLI(LightningCLI):
             )
 
 
+# Short forms that the Trainer accepts.
+_SHORT = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+
+
+class _ModelOnly(MemOptCLI):
+    """Read a config as ``fit`` does, and make only the model of it, on the meta device."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and leave random numbers alone."""
+        super().parse_arguments(parser, args)
+        self.config[self.config.subcommand].seed_everything = False
+
+    def instantiate_classes(self) -> None:
+        """Make the model."""
+        command = str(self.subcommand)
+        given = self.config[command]
+        self.precision = _SHORT.get(given.trainer.precision, str(given.trainer.precision))
+        part = jsonargparse.Namespace(subcommand=command)
+        part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
+        try:
+            with torch.device("meta"):
+                # Optimizers wait for their parameters, but files that their arguments name are read here.
+                made = self.parser.instantiate_classes(part)[command]
+                self.model, self.optimizer = made.model, made.optimizer
+                if is_overridden("configure_model", self.model):
+                    self.model.configure_model()
+        except Exception as error:
+            raise ValueError(
+                f"The model {given.model.get('class_path', '')} could not be made on the meta device "
+                f"({type(error).__name__}: {error}). If it is because weights, data or the trainer are not there when "
+                "a run is planned: load and ask for them in `setup`, not in `__init__` or `configure_model`."
+            ) from error
+        self.subcommand = None  # nothing is run
+
+
+def _configured(args: list[str]) -> Configured:
+    """Return the model and the optimizer of a config; ``args`` are those of ``lightning-memopt fit``."""
+    quiet = {"exit_on_error": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
+        cli = _ModelOnly(args=args, parser_kwargs={**quiet, "fit": quiet})
+    optimizer, precision = cli.optimizer, cli.precision
+    if not optimizer:
+        return Configured(cli.model, None, precision)
+    module, _, name = optimizer.class_path.rpartition(".")
+    cls = getattr(import_module(module), name)
+    if not issubclass(cls, MemOpt):
+        return Configured(cli.model, None, precision)
+    options = optimizer.init_args.as_dict()
+    defaults = {key: entry.default for key, entry in inspect.signature(cls).parameters.items()}
+    shown = [
+        f"{key}={value.get('name', '…') if isinstance(value, dict) else value}"
+        for key, value in options.items()
+        if key == "recipe" or (key not in RATES and value != defaults.get(key))
+    ]
+    label = f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
+    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), precision)
+
+
 def main() -> None:
     """Run the command line. Classes of modules in the working directory are found, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+    if sys.argv[1:2] == ["plan"]:
+        sys.exit(plan_command.main(sys.argv[2:], _configured))
+    epilog = "lightning-memopt plan tells what a run will need on every rank: see lightning-memopt plan --help."
+    MemOptCLI(parser_kwargs={"prog": "lightning-memopt", "epilog": epilog})

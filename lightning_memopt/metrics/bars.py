@@ -17,7 +17,10 @@ def bars(ax: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
         ax: The axis.
         groups: Group → label → bytes.
     """
-    labels, sizes, colours, places = [], [], [], []
+    labels: list[str] = []
+    sizes: list[float] = []
+    colours: list[str] = []
+    places: list[float] = []
     for position, (colour, table) in enumerate(zip(COLOURS, groups.values(), strict=False)):
         places += [len(labels) + row + position / 2 for row in range(len(table))]  # groups stand apart
         labels += list(table)

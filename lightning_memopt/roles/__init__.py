@@ -9,6 +9,7 @@ from lightning_memopt.roles.base import (
     Rule,
     canonical_names,
     classify,
+    names_without_role,
     register_naming_scheme,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "classify",
     "gpt2",
     "llama",
+    "names_without_role",
     "nanogpt",
     "register_naming_scheme",
     "torch_attention",

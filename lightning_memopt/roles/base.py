@@ -136,6 +136,17 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
     }
 
 
+def names_without_role(model: Any) -> list[str]:
+    """Return the canonical names of a module's matrices that no naming scheme knows; their role is ``other``."""
+    named = [(name, tuple(param.shape)) for name, param in model.named_parameters()]
+    schemes = [NAMING_SCHEMES.get(name) for name in NAMING_SCHEMES.names()]
+    return [
+        name
+        for name, (_, shape) in zip(canonical_names(name for name, _ in named), named, strict=True)
+        if len(shape) > 1 and not any(scheme.rule(name, shape) for scheme in schemes)
+    ]
+
+
 def head_dims(model: Any) -> dict[str, int]:
     """Return the outputs per attention head for every parameter below a module that tells them."""
     raw = [name for name, _ in model.named_parameters()]

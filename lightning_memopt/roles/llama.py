@@ -13,6 +13,7 @@ LLAMA = register_naming_scheme(
             Rule(r"(attn|attention)\.(v_proj|wv)\.weight$", ("value",)),
             Rule(r"(attn|attention)\.(o_proj|wo)\.weight$", ("attention_output",)),
             Rule(r"(mlp|feed_forward)\.(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)\.weight$", ("mlp",)),
+            Rule(r"\.(mlp|block_sparse_moe)\.gate\.weight$", ("other",)),  # of a mixture of experts
             Rule(r"\.experts\.(\d+\.)?(gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3)(\.weight)?$", ("mlp",)),
         ),
     )

@@ -1,0 +1,82 @@
+"""A model of which only the sizes are wanted: by name, from a configuration of transformers, or given."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_memopt.planner.skeletons import skeleton
+
+
+def find_model(model: str | os.PathLike[str] | nn.Module) -> tuple[str, nn.Module]:
+    """Return a name and a module, on the meta device unless it was given.
+
+    Args:
+        model: A name of :func:`~lightning_memopt.planner.skeletons.model_names`, the path of a transformers
+            configuration (``config.json``) or of the folder that holds it, or a module.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the name is unknown, or the file is no configuration of a model.
+        FileNotFoundError: If there is no such file.
+        ImportError: If a configuration is given and transformers is missing.
+    """
+    if isinstance(model, nn.Module):
+        return type(model).__name__, model
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"`model` must be a name, the path of a transformers config file, or a module, got {model!r}.")
+    text, path = os.fspath(model), Path(model)
+    if path.exists() or path.suffix == ".json" or isinstance(model, os.PathLike) or os.sep in text:
+        return _from_config(path)
+    return text.lower(), skeleton(text)
+
+
+def _from_config(path: Path) -> tuple[str, nn.Module]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no model configuration {str(file)!r} (working directory: {os.getcwd()}).")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"Reading the model configuration {str(path)!r} needs transformers: pip install transformers."
+        ) from error
+    name = file.resolve().parent.name if file.name == "config.json" else file.stem
+    try:
+        entries = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON ({error}): give the config.json of a model.") from error
+    kind = entries.get("model_type") if isinstance(entries, dict) else None
+    library = f"transformers {transformers.__version__}"
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{str(file)!r} has the `model_type` {kind!r}, which {library} does not know: give the config.json of a "
+            "model whose code is in transformers, or plan for the module itself."
+        )
+    try:
+        with torch.device("meta"):
+            return name, _build(transformers.CONFIG_MAPPING[kind].from_dict(entries))
+    except Exception as error:
+        raise ValueError(
+            f"{library} makes no model of {str(file)!r} ({' '.join(str(error).split())}): correct the file."
+        ) from error
+
+
+def _build(config: Any) -> nn.Module:
+    """Return the model of the architecture that a configuration names, or that of language modelling, or the bare one.
+
+    In float32: how a checkpoint was saved is nothing that a run follows.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)(config).float()
+    language = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if language else transformers.AutoModel
+    return auto.from_config(config).float()

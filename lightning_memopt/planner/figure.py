@@ -1,0 +1,76 @@
+"""A picture of what a rank holds at several numbers of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan
+from lightning_memopt.sizes import format_bytes
+
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+# Lines of recipes may lie on each other: each has a look of its own, beyond the colour.
+_STYLES = (("-", "o"), (":", "s"), ("-.", "^"), ("-", "D"), (":", "v"))
+
+
+def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
+    """Return a matplotlib figure: a line per recipe, total and optimizer state per rank against the number of ranks.
+
+    Args:
+        plans: From :func:`~lightning_memopt.planner.sweep_memory`.
+
+    Raises:
+        ValueError: If there are none.
+        ImportError: If matplotlib is missing.
+    """
+    if not plans:
+        raise ValueError("There is nothing to plot: plan for at least one number of ranks.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plotting a sweep needs matplotlib: pip install matplotlib.") from error
+
+    first = plans[0]
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    whole, state = figure.subplots(1, 2)
+    for names, look in _looks(plans).items():
+        position = next(position for position, row in enumerate(first.rows) if row.recipe == names[0])
+        rows = [plan.rows[position] for plan in plans]
+        sizes = [plan.world_size for plan in plans]
+        whole.plot(sizes, [row.total_bytes for row in rows], label="\n= ".join(names), markersize=4, **look)
+        state.plot(sizes, [row.state_bytes for row in rows], markersize=4, **look)
+    if first.gpu_memory is not None:
+        label = f"{format_bytes(first.gpu_memory)} per device"
+        whole.axhline(first.gpu_memory, color="tab:red", linewidth=2, label=label)
+    for axes, title in ((whole, "all but activations"), (state, "optimizer state")):
+        _scale(axes, [plan.world_size for plan in plans])
+        axes.set_title(title)
+    whole.set_ylabel("per rank")
+    figure.suptitle(f"{first.model}: {first.parameters:,} parameters, {first.precision}")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def _looks(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Return how lines look, by the names of the recipes whose line it is: those that need the same at every size."""
+    same: dict[tuple[int, ...], list[str]] = {}
+    for position, row in sorted(enumerate(plans[0].rows), key=lambda entry: -entry[1].state_bytes):
+        same.setdefault(tuple(plan.rows[position].state_bytes for plan in plans), []).append(row.recipe)
+    looks = {}
+    for position, names in enumerate(same.values()):
+        style, marker = _STYLES[position % len(_STYLES)]
+        looks[tuple(names)] = {"color": _COLOURS[position % len(_COLOURS)], "linestyle": style, "marker": marker}
+        if ADAMW in names:
+            looks[tuple(names)] = {"color": "black", "linestyle": "--", "marker": "o"}
+    return looks
+
+
+def _scale(axes: Any, sizes: Sequence[int]) -> None:
+    """Make both axes logarithmic, with sizes in binary units."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, position: format_bytes(round(value)))
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("ranks")

@@ -1,0 +1,149 @@
+"""Frozen facts about the memory that a training run will need, and their table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_memopt.sizes import format_bytes
+
+ADAMW = "torch.optim.AdamW"
+COLUMNS = (
+    "recipe",
+    "parameters",
+    "gradients",
+    "optimizer state",
+    "saved",
+    "largest block, unsharded",
+    "total",
+    "left for activations",
+)
+
+
+@dataclass(frozen=True)
+class RecipeMemory:
+    """What one rank holds with one recipe, in bytes.
+
+    Attributes:
+        recipe: Its name; the first row is that of ``torch.optim.AdamW``.
+        state_bytes: Optimizer state.
+        total_bytes: Parameters, gradients, optimizer state and the unsharded parameters of the largest block.
+        saved: Fraction of AdamW's state that is gone.
+        remaining: What the device has left for activations; None where its memory is not known.
+        fits: Whether something is left; None where the device's memory is not known.
+    """
+
+    recipe: str
+    state_bytes: int
+    total_bytes: int
+    saved: float
+    remaining: int | None = None
+    fits: bool | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the rank that holds the most holds between forward and step, in bytes.
+
+    Counted are parameters as ``fully_shard`` pads them, gradients after they were reduced, optimizer state, and the
+    whole parameters of the largest module that ``fully_shard`` gathers at once. Not counted are activations, the
+    gradients of that module before they are reduced, modules gathered ahead of it or around it, temporaries of
+    collectives and of the step, buffers, the counters of steps, and what an allocator adds.
+
+    Attributes:
+        model: Name of the model.
+        parameters: Number of parameters, shared ones counted once.
+        world_size: Number of ranks.
+        precision: Lightning's name of the precision.
+        gpu_memory: Memory of one device, where given.
+        parameter_bytes: Parameters.
+        gradient_bytes: Gradients of those that train.
+        counter_bytes: Counters of steps, one per parameter that trains, in the memory of the CPU and in no total.
+        unsharded_bytes: Parameters of the largest unit, gathered in the dtype in which it computes; 0 on one rank.
+        largest_unit: Its name; None on one rank.
+        matrices: Number of parameters of two and more dimensions.
+        unknown: Names of those that no naming scheme knows; their role is ``other``.
+        rows: One entry per recipe, after that of ``torch.optim.AdamW``.
+    """
+
+    model: str
+    parameters: int
+    world_size: int
+    precision: str
+    gpu_memory: int | None
+    parameter_bytes: int
+    gradient_bytes: int
+    counter_bytes: int
+    unsharded_bytes: int
+    largest_unit: str | None
+    matrices: int
+    unknown: tuple[str, ...]
+    rows: tuple[RecipeMemory, ...]
+
+    @property
+    def first_fit(self) -> str | None:
+        """The recipe that fits and keeps the most state; None if none fits or the device's memory is not known."""
+        fitting = [row for row in self.rows if row.fits]
+        return max(fitting, key=lambda row: row.state_bytes).recipe if fitting else None
+
+    def row(self, recipe: str) -> RecipeMemory:
+        """Return the entry of a recipe.
+
+        Raises:
+            KeyError: If it was not planned.
+        """
+        for row in self.rows:
+            if row.recipe == recipe:
+                return row
+        raise KeyError(f"{recipe!r} was not planned; there are {', '.join(row.recipe for row in self.rows)}.")
+
+    def title(self) -> str:
+        """Return in one line what was planned."""
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {self.precision}, memory per rank"
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the text of every row, in the order of :data:`COLUMNS`.
+
+        Recipes that treat blocks by roles, which some do not have here, are marked with an asterisk.
+        """
+        mark = " *" if self.unknown else ""
+        return [
+            (
+                row.recipe + (mark if row.recipe != ADAMW else ""),
+                format_bytes(self.parameter_bytes),
+                format_bytes(self.gradient_bytes),
+                format_bytes(row.state_bytes),
+                f"{row.saved:.1%}" if row.recipe != ADAMW else "",
+                format_bytes(self.unsharded_bytes),
+                format_bytes(row.total_bytes),
+                "" if row.remaining is None else remaining(row.remaining),
+            )
+            for row in self.rows
+        ]
+
+    def note(self) -> str:
+        """Return what the asterisk means; empty where there is none."""
+        if not self.unknown:
+            return ""
+        return f"* {len(self.unknown)} of {self.matrices} matrices have no known role and count as 'other'."
+
+    def table(self) -> str:
+        """Return a plain-text table."""
+        header = COLUMNS if self.gpu_memory is not None else COLUMNS[:-1]
+        rows = [header, *(cells[: len(header)] for cells in self.cells())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        first, *others = (
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+        )
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([self.title(), "", first, rule, *others, *filter(None, [self.note()])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as what JSON has."""
+        return {**asdict(self), "unknown": list(self.unknown), "first_fit": self.first_fit}
+
+
+def remaining(size: int) -> str:
+    """Return what is left, or by how much it is too little."""
+    return format_bytes(size) if size >= 0 else f"-{format_bytes(-size)}"

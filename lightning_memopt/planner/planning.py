@@ -1,0 +1,292 @@
+"""What a training run needs on every rank, told without running it: the optimizer itself, on the meta device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.layout import local_tensor
+from lightning_memopt.optimizer import MemOpt
+from lightning_memopt.placement import shard_dims
+from lightning_memopt.plan import Plan
+from lightning_memopt.planner.architectures import find_model
+from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
+from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_parameter, whole_parameter
+from lightning_memopt.recipes import load_plan, recipe_names
+from lightning_memopt.roles import names_without_role
+from lightning_memopt.sizes import parse_bytes
+from lightning_memopt.wrapping import Unit, find_units, own_modules
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+RecipeT = str | os.PathLike[str] | Mapping[str, Any] | Plan
+ModelT = str | os.PathLike[str] | nn.Module
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer to plan with.
+
+    Attributes:
+        label: What it is called in the table.
+        build: Makes it of parameters.
+    """
+
+    label: str
+    build: Callable[[Iterable[Tensor]], MemOpt]
+
+
+def plan_memory(
+    model: ModelT,
+    recipe: RecipeT | Sequence[RecipeT] | None = None,
+    *,
+    world_size: int = 1,
+    gpu_memory: str | int | None = None,
+    precision: str = "32-true",
+) -> MemoryPlan:
+    """Return what a model needs on the rank that holds the most, with AdamW and with recipes.
+
+    Nothing is allocated: the optimizer is built on the meta device, with parameters that are sharded and wrapped as
+    ``strategy="memopt_fsdp"`` does it, so its state has exactly the bytes of a run's.
+
+    Args:
+        model: A name of :func:`~lightning_memopt.planner.skeletons.model_names`; the path of a transformers
+            configuration (``config.json``), or of the folder that holds it; or a module, which stays as it is.
+        recipe: A recipe's name, the path or the content of a recipe file, a plan, or a list of these. None means all
+            recipes that have a name.
+        world_size: Number of ranks. One holds everything whole.
+        gpu_memory: Memory of one device, such as "24GiB", or in bytes.
+        precision: ``32-true`` and ``bf16-mixed`` leave parameters in the dtype of the module, float32 unless it says
+            otherwise; ``bf16-true`` converts them, and with them gradients and AdamW's state, not that of recipes.
+
+    Raises:
+        ValueError: If a name, a size or the precision is not valid; the message says what is.
+        TypeError: If an argument has the wrong type.
+        FileNotFoundError: If a path leads nowhere.
+        ImportError: If a configuration file is given and transformers is missing.
+
+    Example:
+        >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1GiB")
+        >>> plan.parameters, plan.row("adapm_lean").state_bytes, plan.first_fit
+        (134105856, 12108800, 'adam_mini')
+    """
+    name, module = find_model(model)
+    options: Any = {"gpu_memory": gpu_memory, "precision": precision}
+    return plan_module(module, candidates(recipe), name=name, world_size=world_size, **options)
+
+
+def sweep_memory(
+    model: ModelT,
+    recipe: RecipeT | Sequence[RecipeT] | None = None,
+    *,
+    world_sizes: Iterable[int] = (1, 2, 4, 8, 16, 32, 64),
+    gpu_memory: str | int | None = None,
+    precision: str = "32-true",
+) -> tuple[MemoryPlan, ...]:
+    """Return the plans for several numbers of ranks; everything else as in :func:`plan_memory`."""
+    name, module = find_model(model)
+    options: Any = {"gpu_memory": gpu_memory, "precision": precision}
+    found = candidates(recipe)
+    return tuple(plan_module(module, found, name=name, world_size=size, **options) for size in world_sizes)
+
+
+def candidates(recipe: RecipeT | Sequence[RecipeT] | None) -> list[Candidate]:
+    """Return the optimizers for recipes, as :func:`plan_memory` takes them.
+
+    Raises:
+        ValueError: If the list is empty, or a recipe is unknown.
+    """
+    given: Any = recipe_names() if recipe is None else recipe
+    entries = given if isinstance(given, list | tuple) else [given]
+    if not entries:
+        raise ValueError(f"`recipe` is an empty list: name some of {', '.join(recipe_names())}, or leave it out.")
+    return [_candidate(load_plan(entry)) for entry in entries]
+
+
+def _candidate(plan: Plan) -> Candidate:
+    return Candidate(plan.name, lambda params: MemOpt(params, recipe=plan))
+
+
+def plan_module(
+    module: nn.Module,
+    optimizers: Sequence[Candidate],
+    *,
+    name: str,
+    world_size: int = 1,
+    rank: int = 0,
+    gpu_memory: str | int | None = None,
+    precision: str = "32-true",
+) -> MemoryPlan:
+    """Return the plan for one rank; where a dimension is divided unevenly, the first ranks hold more than the last.
+
+    Args:
+        module: The model, which stays as it is.
+        optimizers: What to plan with, beside AdamW.
+        name: What the model is called.
+        world_size: See :func:`plan_memory`.
+        rank: The rank.
+        gpu_memory: See :func:`plan_memory`.
+        precision: See :func:`plan_memory`.
+
+    Raises:
+        ValueError: As :func:`plan_memory`, and if the module has no parameters, or some without a shape.
+    """
+    _check(module, world_size, precision)
+    capacity = _capacity(gpu_memory)
+    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision)
+    largest = max(sharding.units, key=sharding.gathered, default=None)
+    unsharded = sharding.gathered(largest) if largest is not None else 0
+    params = list(module.parameters())
+    stored = {param: sharding.stored(param) for param in params}
+    fixed = sum(stored.values()) + sum(stored[param] for param in params if param.requires_grad) + unsharded
+    copy = outline(module, sharding.planned)
+    adamw = sum(
+        2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
+    )
+
+    def row(label: str, state: int) -> RecipeMemory:
+        left = None if capacity is None else capacity - fixed - state
+        saved = 1 - state / adamw if adamw else 0.0
+        return RecipeMemory(label, state, fixed + state, saved, left, None if left is None else left > 0)
+
+    return MemoryPlan(
+        model=name,
+        parameters=sum(param.numel() for param in params),
+        world_size=world_size,
+        precision=precision,
+        gpu_memory=capacity,
+        parameter_bytes=sum(stored.values()),
+        gradient_bytes=sum(stored[param] for param in params if param.requires_grad),
+        counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in params),
+        unsharded_bytes=unsharded,
+        largest_unit=largest.name if largest is not None else None,
+        matrices=sum(param.ndim > 1 for param in params),
+        unknown=tuple(names_without_role(module)),
+        rows=(row(ADAMW, adamw), *(row(entry.label, _state_bytes(copy, entry)) for entry in optimizers)),
+    )
+
+
+@dataclass(frozen=True)
+class _Sharding:
+    """How the strategy would divide a module.
+
+    Attributes:
+        mesh: The ranks.
+        precision: Lightning's name of the precision.
+        units: What is gathered together; none on one rank.
+        own: The parameters of every unit, without those of units inside of it.
+        dims: The dimension along which every parameter of a unit is divided.
+    """
+
+    mesh: PlannedMesh
+    precision: str
+    units: tuple[Unit, ...]
+    own: dict[nn.Module, list[nn.Parameter]]
+    dims: dict[Tensor, int]
+
+    @staticmethod
+    def of(module: nn.Module, name: str, mesh: PlannedMesh, precision: str) -> _Sharding:
+        """Return what the strategy would do with a module."""
+        if mesh.ranks == 1:
+            return _Sharding(mesh, precision, (), {}, {})
+        units = _units(module, name)
+        modules = {unit.module for unit in units}
+        own = {
+            unit.module: list(
+                dict.fromkeys(
+                    param
+                    for _, inner in own_modules(unit.module, modules)
+                    for param in inner.parameters(recurse=False)
+                    if param.ndim > 0
+                )
+            )
+            for unit in units
+        }
+        divided = {param for params in own.values() for param in params}
+        dims = {param: dim for param, dim in shard_dims(module, mesh.ranks).items() if param in divided}
+        return _Sharding(mesh, precision, tuple(units), own, dims)
+
+    def planned(self, param: nn.Parameter) -> nn.Parameter:
+        """Return what the rank holds of a parameter; what is in no unit is whole on every rank."""
+        dtype = self._dtype(param)
+        if param not in self.dims:
+            return whole_parameter(param, dtype)
+        return sharded_parameter(param, dtype, dim=self.dims[param], mesh=self.mesh)
+
+    def stored(self, param: Tensor) -> int:
+        """Return the bytes behind a parameter, or its gradient, on every rank: that of the first, others are padded."""
+        return self._numbers(param) * self._dtype(param).itemsize
+
+    def gathered(self, unit: Unit) -> int:
+        """Return the bytes of a unit's parameters while they are whole."""
+        half = self.precision == "bf16-mixed"
+        return sum(
+            self._numbers(param)
+            * self.mesh.ranks
+            * (torch.bfloat16 if half and param.is_floating_point() else self._dtype(param)).itemsize
+            for param in self.own[unit.module]
+        )
+
+    def _numbers(self, param: Tensor) -> int:
+        if param not in self.dims:
+            return param.numel()
+        length = param.shape[self.dims[param]]
+        return -(-length // self.mesh.ranks) * (param.numel() // max(1, length))
+
+    def _dtype(self, param: Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16-true" and param.is_floating_point() else param.dtype
+
+
+def _units(module: nn.Module, name: str) -> list[Unit]:
+    """Return the units of a LightningModule, or of one that holds the module alone, which is then called ``name``."""
+    if hasattr(module, "training_step"):
+        return find_units(module)
+    root = nn.Module()
+    root.add_module("model", module)
+    return [
+        Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost)
+        for unit in find_units(root)
+    ]
+
+
+def _state_bytes(copy: nn.Module, candidate: Candidate) -> int:
+    """Return the bytes of an optimizer's state; it learns names and heads at once, so that state is made once."""
+    optimizer = candidate.build(list(copy.parameters()))
+    optimizer.bind(copy)
+    return optimizer.snapshot().local_bytes
+
+
+def _check(module: nn.Module, world_size: int, precision: str) -> None:
+    if isinstance(world_size, bool) or not isinstance(world_size, int):
+        raise TypeError(f"`world_size` must be an integer, got {world_size!r}.")
+    if world_size < 1:
+        raise ValueError(f"`world_size` must be at least 1, got {world_size}.")
+    if precision not in PRECISIONS:
+        raise ValueError(unknown("precision", precision, list(PRECISIONS)))
+    named = list(module.named_parameters())
+    if not named:
+        raise ValueError(
+            f"{type(module).__name__} has no parameters to plan for: make its layers in `__init__`, or call what makes "
+            "them, such as `configure_model`, first."
+        )
+    lazy = [name for name, param in named if is_lazy(param)]
+    if lazy:
+        raise ValueError(
+            f"Parameters without a shape cannot be planned for: {', '.join(map(repr, lazy))}. Give the lazy modules "
+            "their sizes, or call the module once."
+        )
+
+
+def _capacity(gpu_memory: str | int | None) -> int | None:
+    if gpu_memory is None:
+        return None
+    size = gpu_memory if isinstance(gpu_memory, int) and not isinstance(gpu_memory, bool) else parse_bytes(gpu_memory)  # type: ignore[arg-type]
+    if size <= 0:
+        raise ValueError(f"`gpu_memory` must be more than 0 bytes, got {gpu_memory!r}: for instance '24GiB'.")
+    return size
