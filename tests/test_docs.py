@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_memopt as lm
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+MEMORY = (ROOT / "docs" / "memory.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[-2][:40])
-def test_python_in_the_readme_runs(code, tmp_path, monkeypatch, capsys):
+SCRIPTS = [code for page in (README, MEMORY) for code in blocks("python", page) if ">>>" not in code]
+
+
+@pytest.mark.parametrize("code", SCRIPTS, ids=lambda code: code.split("\n")[-2][:40])
+def test_python_in_the_pages_runs(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -32,7 +39,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
-    from lightning_memopt.cli import MemOptCLI
+    from lightning_memopt.cli import MemOptCLI, main
 
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -41,6 +48,14 @@ def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *args = shlex.split(line)
     assert program == "lightning-memopt"
+    if args[0] == "plan":
+        monkeypatch.setattr(sys, "argv", [program, *args])
+        if "--config" not in args:
+            monkeypatch.chdir(tmp_path)  # for pictures
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 0
+        return
     small = {
         "--trainer.default_root_dir": tmp_path,
         "--trainer.limit_val_batches": 1,
@@ -85,3 +100,89 @@ def test_nothing_is_left_to_fill_in():
 def test_the_page_of_recipes_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "tables.py"))["page"]
     assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: python docs/tables.py > docs/recipes.md"
+
+
+def test_examples_on_the_page_of_memory_print_what_it_says():
+    code = "".join(block for block in blocks("python", MEMORY) if ">>>" in block)
+    example = doctest.DocTestParser().get_doctest(code, {}, "memory.md", None, 0)
+    assert len(example.examples) > 8
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def shares(snapshot: lm.Snapshot, roles: tuple[str, ...], *parts: str) -> float:
+    """Return the share of AdamW's state that some parts of the blocks of some roles take, in percent."""
+    taken = sum(getattr(block.state, part) for block in snapshot.blocks if block.role in roles for part in parts)
+    return 100 * taken / snapshot.adamw_bytes
+
+
+def page_table(first: str) -> dict[str, list[float]]:
+    """Return the numbers of a table of the page, by the first cell, from the line that starts with ``first`` on."""
+    lines = MEMORY[MEMORY.index(first) :].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: [float(cell.rstrip("%")) for cell in row[1:]] for row in rows}
+
+
+LINEAR = ("query", "key", "value", "attention_output", "mlp")
+ALL = (*LINEAR, "embedding", "head", "vector")
+PARTS = ("momentum", "projections", "second_moment")
+
+
+def planned(name: str, cls: type, **options: object) -> lm.Snapshot:
+    from lightning_memopt.planner.skeletons import skeleton
+
+    model = skeleton(name).to(options.pop("dtype", torch.float32))
+    optimizer = cls(model.named_parameters(), lr=1e-3, **options)
+    optimizer.bind(model)
+    return optimizer.snapshot()
+
+
+def test_what_snsm_keeps_is_as_the_page_of_memory_says():
+    snapshot = planned("llama-1b", lm.AdamSNSM, rank=512)
+    groups = {"linear weights of the layers": LINEAR, "head": ("head",), "embedding": ("embedding",)}
+    groups |= {"norms": ("vector",), "all": ALL}
+    found = page_table("| what | momentum | projections")
+    assert list(found) == list(groups)
+    for label, roles in groups.items():
+        exact = [*(shares(snapshot, roles, part) for part in PARTS), shares(snapshot, roles, *PARTS)]
+        assert found[label] == pytest.approx(exact, abs=0.0051), label
+    layers = [block for block in snapshot.blocks if block.role in LINEAR]
+    adamw = sum(block.adamw_bytes for block in layers)
+    without = sum(block.state.momentum + block.state.second_moment for block in layers)
+    half = planned("llama-1b", lm.AdamSNSM, rank=512, dtype=torch.bfloat16)
+    stated = {
+        "same weights, ([0-9.]+)% are left": 100 * sum(block.state.total for block in layers) / adamw,
+        "Without them it is ([0-9.]+)%": shares(snapshot, ALL, "momentum", "second_moment"),
+        "on the layers alone ([0-9.]+)%": 100 * without / adamw,
+        "twice the share, ([0-9.]+)%": 100 * (1 - half.saved),
+        "which keeps ([0-9.]+)%": 100 * (1 - planned("llama-1b", lm.AdamSNSM).saved),
+    }
+    for pattern, exact in stated.items():
+        assert float(re.search(pattern, MEMORY)[1]) == pytest.approx(exact, abs=0.051), pattern
+
+
+def test_what_adapm_keeps_is_as_the_page_of_memory_says():
+    snapshots = [planned(name, lm.AdaPMMini) for name in ("llama-1b", "gpt2-xl")]
+    matrices = tuple(role for role in ALL if role != "vector")
+    groups = {
+        "momentum of values (dense)": (("value",), "momentum"),
+        "momentum of queries, keys, MLPs, head (rank 1/64)": (("query", "key", "mlp", "head"), "momentum"),
+        "momentum of embeddings and attention outputs": (("embedding", "attention_output"), "momentum"),
+        "second moments of all matrices": (matrices, "second_moment"),
+        "norms and biases, both": (("vector",), *PARTS),
+        "all": (ALL, *PARTS),
+    }
+    found = page_table("| what | LLaMA 1B | GPT-2 1.5B |")
+    assert list(found) == list(groups)
+    for label, (roles, *parts) in groups.items():
+        assert found[label] == pytest.approx([shares(each, roles, *parts) for each in snapshots], abs=0.0051), label
+    gone = re.search(r"Momentum alone: ([0-9.]+)% gone on LLaMA 1B, ([0-9.]+)% on GPT-2", MEMORY)
+    exact = [100 - 2 * shares(each, ALL, "momentum", "projections") for each in snapshots]
+    assert list(map(float, gone.groups())) == pytest.approx(exact, abs=0.051)
+
+
+def test_the_plan_on_the_page_of_memory_is_what_is_planned():
+    plan = lm.plan_memory("llama-3-70b", world_size=64, gpu_memory="24GiB")
+    for cells in plan.cells():
+        (line,) = (line for line in MEMORY.splitlines() if line.startswith(f"{cells[0]} ") and "GiB" in line)
+        for cell in cells[1:]:
+            assert cell in line, line
