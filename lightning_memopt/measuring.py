@@ -76,7 +76,7 @@ def peak_bytes(device: torch.device) -> int:
     On a GPU: by tensors, since the start or the last ``torch.cuda.reset_peak_memory_stats``. On a CPU: the resident set
     of the process; 0 where the system does not tell.
     """
-    backend = torch.get_device_module(device)
+    backend: Any = getattr(torch, device.type, None)
     if hasattr(backend, "max_memory_allocated"):
         return backend.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -147,7 +147,12 @@ def _unnamed(param: Tensor) -> Part:
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Return the numbers that a state keeps in tensors, and all other tensors, by the key they are found under."""
     found = {key: list(_tensors(value)) for key, value in state.items()}
-    scalars = {key: state[key] for key in found if isinstance(state[key], Tensor) and state[key].ndim == 0}
+    statistics = MOMENTUM + SECOND_MOMENT  # of a parameter without dimensions they are numbers, too
+    scalars = {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.ndim == 0 and key not in statistics
+    }
     return scalars, {key: tensors for key, tensors in found.items() if key not in scalars}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ class OptimizerMemoryMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, together with all other processes."""
-        snapshot = take_snapshot(trainer.optimizers, pl_module)
+        # Not all optimizers count their steps, and the trainer's are those that loggers show.
+        snapshot = replace(take_snapshot(trainer.optimizers, pl_module), step=trainer.global_step)
         self._measured = trainer.global_step
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
         self._peak.update(snapshot)

@@ -49,7 +49,7 @@ def heat_map(
     every = -(-len(names) // MAX_LABELS)
     ax.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("step of the optimizer")
+    ax.set_xlabel("step")
     bar = ax.get_figure().colorbar(mesh, ax=ax, label=label)
     if ranks:
         largest = int(norm.vmax)
