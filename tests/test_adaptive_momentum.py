@@ -342,6 +342,36 @@ def test_policy_as_a_function():
         fit(Module(), AdaptiveMomentum(0.3, lambda problem: {b.name: b.dense_rank for b in problem.blocks}))
 
 
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda problem: {}, "None"),
+        (lambda problem: None, "None"),
+        (lambda problem: {block.name: 1.5 for block in problem.blocks}, "1.5"),
+        (lambda problem: {block.name: -1 for block in problem.blocks}, "-1"),
+        (lambda problem: {block.name: block.dense_rank + 1 for block in problem.blocks}, "[0-9]+"),
+    ],
+)
+def test_a_policy_that_answers_wrongly_is_told_so(answer, found):
+    with pytest.raises(
+        ValueError, match=rf"The policy '<lambda>' answered {found} for '.*embed_tokens.*from 0 to [0-9]+"
+    ):
+        fit(Module(), AdaptiveMomentum(0.3, answer))
+
+
+def test_after_an_exception_the_optimizer_is_let_go():
+    class Failing(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 2:
+                raise RuntimeError("no more")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(module, AdaptiveMomentum(0.3))
+    (optimizer,) = (module.optimizers(use_pl_optimizer=False),)
+    assert not optimizer._optimizer_step_post_hooks
+
+
 # --- what users see --------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from lightning_memopt.callbacks.budget import check_budget, parse_budget
 from lightning_memopt.callbacks.console import say
 from lightning_memopt.callbacks.moves import moves, restless
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
+from lightning_memopt.callbacks.policies.base import answer
 from lightning_memopt.consensus import require_same
 from lightning_memopt.conversion import DROPPED
 from lightning_memopt.signals import BlockSignals, Probe
@@ -134,7 +135,7 @@ class AdaptiveMomentum(Callback):
             signals: What the gradients of every block have shown, by its name.
         """
         problem = self._problem(signals, restless(self.history))
-        return self._changes(moves(problem, self.policy(problem), self.max_moves))
+        return self._changes(moves(problem, answer(self.policy, problem), self.max_moves))
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -211,6 +212,11 @@ class AdaptiveMomentum(Callback):
         if self.figures and self.history and not getattr(trainer, "fast_dev_run", False):
             add_figure(trainer, "allocation", self.plot)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the optimizer go, which may outlive the training."""
+        if self._probe is not None:
+            self._probe.stop()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the optimizer go."""
         if self._probe is not None:
@@ -285,7 +291,7 @@ class AdaptiveMomentum(Callback):
         self._names |= self._trained()
         problem = self._problem({}, pinned=())
         check_budget(problem, fixed_bytes(self._optimizer))
-        target = self.policy(problem)
+        target = answer(self.policy, problem)
         # A recipe may give small blocks a rank that takes more than dense momentum, which counts as dense.
         sizes = matrix_bytes(self._optimizer)
         differing = [

@@ -73,3 +73,20 @@ class Problem:
 # Returns the rank of every block, by name: 0, or from `min_rank` to the block's `dense_rank`.
 Policy = Callable[[Problem], Mapping[str, int]]
 POLICIES: Registry[Policy] = Registry("policy")
+
+
+def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
+    """Return what a policy wants, checked.
+
+    Raises:
+        ValueError: If it does not give every block a rank that the block can have.
+    """
+    ranks = policy(problem)
+    for block in problem.blocks:
+        rank = ranks.get(block.name) if isinstance(ranks, Mapping) else ranks
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= block.dense_rank:
+            raise ValueError(
+                f"The policy {getattr(policy, '__name__', policy)!r} answered {rank!r} for {block.name!r}: it must map "
+                f"the name of every block to an integer, here from 0 to {block.dense_rank}."
+            )
+    return ranks
