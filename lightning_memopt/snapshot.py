@@ -140,6 +140,11 @@ class Snapshot:
         return sum(block.local_bytes for block in self.blocks)
 
     @property
+    def has_state(self) -> bool:
+        """Whether there is any state."""
+        return any(block.local_bytes or block.state.total for block in self.blocks)
+
+    @property
     def saved(self) -> float:
         """Fraction of AdamW's state that is gone."""
         return 1 - self.state_bytes / self.adamw_bytes if self.adamw_bytes else 0.0

@@ -29,7 +29,7 @@ class OptimizerMemoryMonitor(Callback):
     """Measures the optimizer's state and the memory around it, with any strategy and any optimizer.
 
     It measures as soon as there is state (at the start of training; after the first step of optimizers that make it
-    then), every `every_n_steps` steps of the optimizer, and at the end. All processes measure together, the first one
+    then), every `every_n_steps` of the trainer's steps, and at the end. All processes measure together, the first one
     reports: a table when state is there, one line at the end, scalars to the loggers, the fraction saved in the
     progress bar, and, with the first measurement and when training ends or fails, the file ``memory.json`` in the log
     directory (the root directory without a logger).
@@ -42,7 +42,7 @@ class OptimizerMemoryMonitor(Callback):
     most on one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
 
     Args:
-        every_n_steps: Steps of the optimizer between two measurements.
+        every_n_steps: Steps of the trainer (those of all optimizers) between two measurements.
         figures: Whether to draw, at the end, the bytes by role and kind (``memory.png``) and the momentum of all
             blocks over the steps (``momentum.png``), into the log directory and into loggers that take figures.
 
@@ -91,8 +91,11 @@ class OptimizerMemoryMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure before the first batch, when all callbacks have begun."""
         if self._measured < 0:
-            self._measure(trainer, pl_module)
-            self._next = trainer.global_step + 1 if not self._shown else self._next
+            complete = all(optimizer.state for optimizer in trainer.optimizers)
+            if trainer.strategy.reduce_boolean_decision(complete):
+                self._measure(trainer, pl_module)
+            else:
+                self._measured, self._next = trainer.global_step, trainer.global_step + 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -107,7 +110,7 @@ class OptimizerMemoryMonitor(Callback):
         """Measure, if it is time to."""
         if trainer.global_step >= self._next:
             self._measure(trainer, pl_module)
-        if not self._logged and self._shown:  # the progress bar keeps what it was given last
+        if self._shown and not self._logged and not trainer.barebones:  # the progress bar keeps what it was given last
             saved = 100 * self.history[-1]["saved"]
             pl_module.log(PROGRESS_BAR, saved, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
             self._logged = True
@@ -161,12 +164,10 @@ class OptimizerMemoryMonitor(Callback):
         self._measured = trainer.global_step
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
         self._peak.update(snapshot)
-        here = any(block.local_bytes or block.state.total for block in snapshot.blocks)
-        if not trainer.strategy.reduce_boolean_decision(here, all=False):
+        if not trainer.strategy.reduce_boolean_decision(snapshot.has_state, all=False):
             return
-        if here:  # other optimizers may divide their state so that a process has none
-            for metric in (self._state, self._savings, self._allocation):
-                metric.update(snapshot)
+        for metric in (self._state, self._savings, self._allocation):
+            metric.update(snapshot)
         self._found = self._state.compute()
         found = {**self._found, **self._savings.compute(), **self._peak.compute()}
         scalars = {name: float(found[key]) for name, key in SCALARS.items()}

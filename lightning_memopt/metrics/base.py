@@ -55,7 +55,7 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
 
     Args:
         snapshot: The snapshot.
-        state: Whether there has to be state.
+        state: Whether there has to be state, where the job is one process.
 
     Raises:
         TypeError: If it is none.
@@ -72,10 +72,14 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
             "local bytes are those of one rank there. Take a new one here, or use the metric's function, which reads "
             "any snapshot by itself."
         )
-    if state and not any(block.local_bytes or block.state.total for block in snapshot.blocks):
-        raise ValueError(
-            f"The snapshot has {len(snapshot.blocks)} blocks and no state. Most of torch's optimizers make theirs in "
-            "the first step: take the snapshot after it. An optimizer that keeps none, such as SGD without momentum, "
-            "has nothing to measure."
-        )
+    if state and not snapshot.has_state and snapshot.world_size == 1:
+        raise no_state()
     return snapshot
+
+
+def no_state() -> ValueError:
+    """Return the error about a snapshot without state; one process of many may have none of its own."""
+    return ValueError(
+        "There is no optimizer state to measure. Most of torch's optimizers make theirs in the first step: take the "
+        "snapshot after it. An optimizer that keeps none, such as SGD without momentum, has nothing to measure."
+    )

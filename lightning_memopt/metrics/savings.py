@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
+from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
 from lightning_memopt.snapshot import Snapshot
 
 
@@ -69,7 +69,13 @@ class MemorySavings(SnapshotMetric):
         self.sizes = torch.tensor(_sizes(checked(snapshot)), device=self.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the fractions by name."""
+        """Return the fractions by name.
+
+        Raises:
+            ValueError: If no process has any state.
+        """
+        if not self.sizes[2]:
+            raise no_state()
         fractions = _fractions(self.sizes.tolist())
         return {name: torch.tensor(x, device=self.device) for name, x in fractions.items()}
 

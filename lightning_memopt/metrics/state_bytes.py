@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.metrics.bars import bars
-from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
+from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
 from lightning_memopt.momentum import MOMENTA
 from lightning_memopt.roles import ROLES
 from lightning_memopt.second_moment import SECOND_MOMENTS
@@ -98,7 +98,13 @@ class OptimizerStateBytes(SnapshotMetric):
         self.whole = torch.tensor(snapshot.state_bytes, device=self.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return all numbers by name, in bytes."""
+        """Return all numbers by name, in bytes.
+
+        Raises:
+            ValueError: If no process has any state.
+        """
+        if not self.held.any():
+            raise no_state()
         return {**dict(zip(self._keys, self.held, strict=True)), "rank": self.most, "global": self.whole}
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
