@@ -41,8 +41,6 @@ class MomentumAllocation(SnapshotMetric):
     processes have the same plan and must be updated alike. The history is part of the metric's ``state_dict``.
 
     Attributes:
-        blocks: Names of the blocks, in the order of their columns.
-        matrices: Those of them that are no vectors: what :meth:`plot` draws.
         steps: The steps since which the entries hold, ``[entries]``.
 
     Args:
@@ -70,8 +68,8 @@ class MomentumAllocation(SnapshotMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.blocks: list[str] = []
-        self.matrices: list[str] = []
+        self._names: list[str] = []
+        self._drawn: list[str] = []
         self._kinds: list[str] = []
         same: dict[str, Any] = {"dist_reduce_fx": "max", "persistent": True}
         self.add_state("steps", torch.zeros(0, dtype=torch.int64), **same)
@@ -86,12 +84,12 @@ class MomentumAllocation(SnapshotMetric):
             ValueError: If there is no state, or it is from a job of another size.
         """
         found = momentum_allocation(checked(snapshot))
-        _extend(self.blocks, found)
-        _extend(self.matrices, (block.name for block in snapshot.blocks if block.role != "vector"))
+        _extend(self._names, found)
+        _extend(self._drawn, (block.name for block in snapshot.blocks if block.role != "vector"))
         _extend(self._kinds, (kind for kind, _ in found.values()))
         absent = ("", UNKNOWN)
-        ranks = [found.get(name, absent)[1] for name in self.blocks]
-        codes = [self._kinds.index(found[name][0]) if name in found else UNKNOWN for name in self.blocks]
+        ranks = [found.get(name, absent)[1] for name in self._names]
+        codes = [self._kinds.index(found[name][0]) if name in found else UNKNOWN for name in self._names]
         self.until = torch.tensor(snapshot.step, device=self.device)
         earlier = int((self.steps < snapshot.step).sum())
         if earlier and self._row(self.ranks, earlier) == ranks and self._row(self.kind_codes, earlier) == codes:
@@ -108,13 +106,12 @@ class MomentumAllocation(SnapshotMetric):
 
         -1 stands for a block that was not there yet, or whose rank is not known.
         """
-        return {name: self.ranks[:, column] for column, name in enumerate(self.blocks[: self.ranks.shape[1]])}
+        return {name: self.ranks[:, column] for column, name in self._columns()}
 
     def kinds(self) -> dict[str, list[str]]:
         """Return the momentum kinds of every block, one per entry; empty where the block was not there yet."""
         names = [*self._kinds, ""]
-        columns = self.kind_codes.T.tolist()
-        return {name: [names[code] for code in codes] for name, codes in zip(self.blocks, columns, strict=False)}
+        return {name: [names[code] for code in self.kind_codes[:, column].tolist()] for column, name in self._columns()}
 
     def plot(
         self,
@@ -136,26 +133,40 @@ class MomentumAllocation(SnapshotMetric):
         return super().plot(val, ax)
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
-        kinds = self.kinds()
+        kinds, drawn = self.kinds(), set(self._drawn)
         table = {
-            f"{name}  {kinds[name][-1]}": ranks.reshape(-1).tolist()
-            for name, ranks in val.items()
-            if name in self.matrices
+            f"{name}  {kinds[name][-1]}": ranks.reshape(-1).tolist() for name, ranks in val.items() if name in drawn
         }
         heat_map(ax, self.steps.tolist(), table, until=int(self.until))
 
+    def _columns(self) -> list[tuple[int, str]]:
+        """Return place and name of the blocks that the history knows: names outlive a reset, as forward() needs it."""
+        known = (self.kind_codes != UNKNOWN).any(0).tolist()
+        return [(column, name) for column, name in enumerate(self._names[: len(known)]) if known[column]]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks."""
+        return [name for _, name in self._columns()]
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the blocks that are no vectors: what :meth:`plot` draws."""
+        drawn = set(self._drawn)
+        return [name for name in self.blocks if name in drawn]
+
     def get_extra_state(self) -> dict[str, list[str]]:
         """Return the names that the numbers in the state stand for."""
-        return {"blocks": list(self.blocks), "matrices": list(self.matrices), "kinds": list(self._kinds)}
+        return {"blocks": list(self._names), "matrices": list(self._drawn), "kinds": list(self._kinds)}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         """Take what :meth:`get_extra_state` returned."""
-        self.blocks, self.matrices, self._kinds = (list(state[key]) for key in ("blocks", "matrices", "kinds"))
+        self._names, self._drawn, self._kinds = (list(state[key]) for key in ("blocks", "matrices", "kinds"))
 
     def _row(self, table: Tensor, count: int) -> list[int]:
         """Return the last of ``count`` rows, as long as there are blocks now."""
         row = table[count - 1].tolist()
-        return row + [UNKNOWN] * (len(self.blocks) - len(row))
+        return row + [UNKNOWN] * (len(self._names) - len(row))
 
     def _with_row(self, table: Tensor, row: list[int]) -> Tensor:
         wide = torch.full((len(table) + 1, len(row)), UNKNOWN, device=self.device)
