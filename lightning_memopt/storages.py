@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# Not all of their public namesakes work on tensors that are not coalesced.
+_SPARSE: dict[torch.layout, tuple[str, ...]] = {torch.sparse_coo: ("_indices", "_values")}
+_SPARSE |= dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values"))
+_SPARSE |= dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values"))
 
 
 class Storages:
@@ -32,10 +38,12 @@ class Storages:
 
 def _inner(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors in which a tensor keeps its values."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor also lists its mesh
+                yield from _inner(part)
+    elif tensor.layout is torch.strided:
         yield tensor
-        return
-    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-    for part in parts:
-        if isinstance(part, Tensor):  # a DTensor also lists its mesh
-            yield from _inner(part)
+    else:
+        yield from (getattr(tensor, name)() for name in _SPARSE[tensor.layout])

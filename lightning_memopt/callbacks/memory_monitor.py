@@ -16,7 +16,13 @@ from lightning_memopt.callbacks.allocation_figure import add_figure
 from lightning_memopt.callbacks.console import say
 from lightning_memopt.callbacks.memory_report import SCALARS, block_table, show_plan, summary, write_json
 from lightning_memopt.measuring import take_snapshot
-from lightning_memopt.metrics import MemorySavings, MomentumAllocation, OptimizerStateBytes, PeakMemory
+from lightning_memopt.metrics import (
+    MemorySavings,
+    MomentumAllocation,
+    OptimizerStateBytes,
+    PeakMemory,
+    momentum_allocation,
+)
 from lightning_memopt.metrics.base import SnapshotMetric
 from lightning_memopt.metrics.heat_map import figure_size
 from lightning_memopt.snapshot import Snapshot
@@ -70,6 +76,7 @@ class OptimizerMemoryMonitor(Callback):
         # All processes have the same allocation, and only the first one draws it.
         self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
         self._found: dict[str, Tensor] = {}
+        self._plan: dict[str, tuple[str, int]] = {}
         self._shown, self._logged, self._measured, self._next = False, False, -1, 0
         self._folder: Path | None = None
         self._content: dict[str, Any] = {}
@@ -117,10 +124,15 @@ class OptimizerMemoryMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure for the last time, and say and draw what came out."""
-        if trainer.global_step != self._measured:
+        plan = momentum_allocation(take_snapshot(trainer.optimizers, pl_module))
+        if trainer.global_step != self._measured or plan != self._plan:  # callbacks after this one may change it
             self._measure(trainer, pl_module)
         if not self.history:
-            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+            # Where there is none, Lightning has one of its own.
+            given = [
+                optimizer for optimizer in trainer.optimizers if not type(optimizer).__module__.startswith("lightning.")
+            ]
+            names = ", ".join(map(_title, given)) or "no optimizer"
             say(f"OptimizerMemoryMonitor: there was no optimizer state to measure ({names}).")
             return
         say(summary(self.history[-1]))
@@ -161,7 +173,7 @@ class OptimizerMemoryMonitor(Callback):
         """Measure, together with all other processes."""
         # Not all optimizers count their steps, and the trainer's are those that loggers show.
         snapshot = replace(take_snapshot(trainer.optimizers, pl_module), step=trainer.global_step)
-        self._measured = trainer.global_step
+        self._measured, self._plan = trainer.global_step, momentum_allocation(snapshot)
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
         self._peak.update(snapshot)
         if not trainer.strategy.reduce_boolean_decision(snapshot.has_state, all=False):
