@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def take_snapshot(
         >>> snapshot.state_bytes, snapshot.adamw_bytes, snapshot.memory.parameters
         (8000, 8000, 4000)
     """
-    given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(dict.fromkeys(optimizers))
     storages = Storages()
     memory = _memory(module, storages) if module is not None else None
     names = _names(module)
@@ -146,7 +147,7 @@ def _unnamed(param: Tensor) -> Part:
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Return the numbers that a state keeps in tensors, and all other tensors, by the key they are found under."""
-    found = {key: list(_tensors(value)) for key, value in state.items()}
+    found = {key: list(_tensors(value, set())) for key, value in state.items()}
     statistics = MOMENTUM + SECOND_MOMENT  # of a parameter without dimensions they are numbers, too
     scalars = {
         key: value
@@ -156,13 +157,18 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[
     return scalars, {key: tensors for key, tensors in found.items() if key not in scalars}
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     """Yield all tensors in a value: in containers, and in attributes of objects, where some optimizers hide theirs."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif hasattr(leaf, "__dict__") and not callable(leaf):
-            yield from (tensor for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, Tensor))
+        elif isinstance(leaf, nn.Module):
+            yield from (*leaf.parameters(), *leaf.buffers())
+        elif id(leaf) not in seen and not isinstance(leaf, type | FunctionType | BuiltinFunctionType | ModuleType):
+            seen.add(id(leaf))
+            slots = (slot for cls in type(leaf).__mro__ for slot in getattr(cls, "__slots__", ()))
+            held = [getattr(leaf, slot, None) for slot in slots] + list(getattr(leaf, "__dict__", {}).values())
+            yield from _tensors(held, seen)
 
 
 def _number(value: Any) -> float:

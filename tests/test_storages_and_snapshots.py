@@ -554,11 +554,11 @@ def test_names_do_not_depend_on_wrappers(model):
 
 
 def test_a_part_called_module_below_a_wrapper_keeps_its_role(model):
-    """As under DDP: what wrappers add to names is taken away once, not as often as names are looked at."""
+    """As under DDP: names from which the wrapper's part was taken away are not taken for others the next time."""
     wrapped = nn.ModuleDict({"module": nn.ModuleDict({"module": model})})
     for optimizer in (torch.optim.AdamW(wrapped.parameters()), lm.AdaPMLean(wrapped.named_parameters())):
         blocks = by_name(lm.take_snapshot(optimizer, wrapped))
-        assert blocks["module.lm_head.weight"].role == "head", type(optimizer).__name__
+        assert blocks["lm_head.weight"].role == "head", type(optimizer).__name__
 
 
 # --- state in unusual places -----------------------------------------------------------------------------------------

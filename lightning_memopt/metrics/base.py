@@ -73,13 +73,13 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
             "any snapshot by itself."
         )
     if state and not snapshot.has_state and snapshot.world_size == 1:
-        raise no_state()
+        raise no_state(f"in the {len(snapshot.blocks)} blocks of the snapshot")
     return snapshot
 
 
-def no_state() -> ValueError:
+def no_state(where: str) -> ValueError:
     """Return the error about a snapshot without state; one process of many may have none of its own."""
     return ValueError(
-        "There is no optimizer state to measure. Most of torch's optimizers make theirs in the first step: take the "
-        "snapshot after it. An optimizer that keeps none, such as SGD without momentum, has nothing to measure."
+        f"There is no optimizer state to measure {where}. Most of torch's optimizers make theirs in the first step: take "
+        "the snapshot after it. An optimizer that keeps none, such as SGD without momentum, has nothing to measure."
     )

@@ -75,7 +75,7 @@ class MemorySavings(SnapshotMetric):
             ValueError: If no process has any state.
         """
         if not self.sizes[2]:
-            raise no_state()
+            raise no_state("on any process")
         fractions = _fractions(self.sizes.tolist())
         return {name: torch.tensor(x, device=self.device) for name, x in fractions.items()}
 

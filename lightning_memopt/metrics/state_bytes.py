@@ -104,7 +104,7 @@ class OptimizerStateBytes(SnapshotMetric):
             ValueError: If no process has any state.
         """
         if not self.held.any():
-            raise no_state()
+            raise no_state("on any process")
         return {**dict(zip(self._keys, self.held, strict=True)), "rank": self.most, "global": self.whole}
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:

@@ -98,10 +98,10 @@ def register_naming_scheme(scheme: NamingScheme) -> NamingScheme:
 def canonical_names(names: Iterable[str]) -> list[str]:
     """Strip what ``torch.compile``, DDP, FSDP and activation checkpointing add to parameters' names.
 
-    DDP's ``module.`` is stripped where all names have it.
+    DDP's ``module.`` is stripped where all names have it, as often as they have it: names that were stripped stay.
     """
     bare = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
-    if bare and all(len(parts) > 1 and parts[0] == "module" for parts in bare):
+    while bare and all(len(parts) > 1 and parts[0] == "module" for parts in bare):
         bare = [parts[1:] for parts in bare]
     return [".".join(parts) for parts in bare]
 
