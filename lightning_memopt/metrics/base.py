@@ -80,6 +80,7 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
 def no_state(where: str) -> ValueError:
     """Return the error about a snapshot without state; one process of many may have none of its own."""
     return ValueError(
-        f"There is no optimizer state to measure {where}. Most of torch's optimizers make theirs in their first"
-        " step: take the snapshot after it. An optimizer that keeps none, such as SGD without momentum, has nothing to measure."
+        f"There is no optimizer state to measure {where}. Most of torch's optimizers make theirs in the first step:"
+        " take the snapshot after it. An optimizer that keeps none, such as SGD without momentum,"
+        " has nothing to measure."
     )
