@@ -39,3 +39,8 @@ def format_bytes(size: int) -> str:
         if float(number) < 1024 or unit == "TiB":
             break
     return f"{number} {unit}"
+
+
+def format_share(share: float) -> str:
+    """Return a fraction in percent, rounded: "97.4%", and never "-0.0%"."""
+    return f"{round(share, 3) + 0.0:.1%}"

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_memopt.callbacks.budget import check_budget, parse_budget, smallest
 from lightning_memopt.callbacks.policies import Candidate, Problem
-from lightning_memopt.sizes import format_bytes, parse_bytes
+from lightning_memopt.sizes import format_bytes, format_share, parse_bytes
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
@@ -145,3 +145,10 @@ def test_check_budget():
 def test_the_smallest_budget_does_not_depend_on_the_ranks_at_hand():
     blocks = tuple(replace(block, rank=block.dense_rank) for block in BLOCKS)
     check_budget(Problem(blocks, budget=192), fixed=0)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.9742, "97.4%"), (0.0, "0.0%"), (-0.0004, "0.0%"), (-0.5, "-50.0%"), (1.0, "100.0%")]
+)
+def test_shares(share, text):
+    assert format_share(share) == text

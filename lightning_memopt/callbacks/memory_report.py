@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.model_summary import get_human_readable_count
 
-from lightning_memopt.sizes import format_bytes
+from lightning_memopt.sizes import format_bytes, format_share
 from lightning_memopt.snapshot import BlockFacts, Snapshot
 
 # Logged scalar (below memopt/) → where it comes from.
@@ -79,8 +79,8 @@ def summary(values: Mapping[str, float]) -> str:
     size = {name: format_bytes(round(values[name])) for name in values if name.endswith(("_bytes", "_rank"))}
     return (
         f"Optimizer state: {size['state_bytes']} in all, {size['state_bytes_rank']} on one rank; saved "
-        f"{values['saved']:.1%} of AdamW's (momentum {values['saved_momentum']:.1%}, second moment "
-        f"{values['saved_second_moment']:.1%}). Peak memory of a rank: {size['peak_bytes']} (parameters "
+        f"{format_share(values['saved'])} of AdamW's (momentum {format_share(values['saved_momentum'])}, second moment "
+        f"{format_share(values['saved_second_moment'])}). Peak memory of a rank: {size['peak_bytes']} (parameters "
         f"{size['parameter_bytes']}, gradients {size['gradient_bytes']}, optimizer state {size['state_bytes_rank']}, "
         f"rest {size['rest_bytes']})."
     )
@@ -118,7 +118,7 @@ def _numbers(blocks: Sequence[BlockFacts]) -> tuple[str, str, str, str, str]:
         get_human_readable_count(sum(prod(block.shape) for block in blocks)).strip(),
         format_bytes(state),
         format_bytes(adamw),
-        f"{1 - state / adamw:.1%}" if adamw else "",
+        format_share(1 - state / adamw) if adamw else "",
     )
 
 

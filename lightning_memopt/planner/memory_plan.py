@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_memopt.sizes import format_bytes
+from lightning_memopt.sizes import format_bytes, format_share
 
 ADAMW = "torch.optim.AdamW"
 COLUMNS = (
@@ -114,7 +114,7 @@ class MemoryPlan:
                 format_bytes(self.parameter_bytes),
                 format_bytes(self.gradient_bytes),
                 format_bytes(row.state_bytes),
-                f"{row.saved:.1%}" if row.recipe != ADAMW else "",
+                format_share(row.saved) if row.recipe != ADAMW else "",
                 format_bytes(self.unsharded_bytes),
                 format_bytes(row.total_bytes),
                 "" if row.remaining is None else remaining(row.remaining),
