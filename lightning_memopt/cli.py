@@ -20,6 +20,7 @@ from lightning_memopt import plan_command
 from lightning_memopt.optimizer import MemOpt
 from lightning_memopt.plan_command import Configured
 from lightning_memopt.planner.planning import Candidate
+from lightning_memopt.wrapping import resolve_policy
 
 try:
     import jsonargparse
@@ -157,10 +158,6 @@ class MemOptCLI(LightningCLI):
             )
 
 
-# Short forms that the Trainer accepts.
-_SHORT = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
-
-
 class _ModelOnly(MemOptCLI):
     """Read a config as ``fit`` does, and make only the model of it, on the meta device."""
 
@@ -173,7 +170,7 @@ class _ModelOnly(MemOptCLI):
         """Make the model."""
         command = str(self.subcommand)
         given = self.config[command]
-        self.precision = _SHORT.get(given.trainer.precision, str(given.trainer.precision))
+        self.run = _run_of(given.trainer)
         part = jsonargparse.Namespace(subcommand=command)
         part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
         try:
@@ -198,13 +195,13 @@ def _configured(args: list[str]) -> Configured:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
         cli = _ModelOnly(args=args, parser_kwargs={**quiet, "fit": quiet})
-    optimizer, precision = cli.optimizer, cli.precision
+    optimizer = cli.optimizer
     if not optimizer:
-        return Configured(cli.model, None, precision)
+        return Configured(cli.model, None, **cli.run)
     module, _, name = optimizer.class_path.rpartition(".")
     cls = getattr(import_module(module), name)
     if not issubclass(cls, MemOpt):
-        return Configured(cli.model, None, precision)
+        return Configured(cli.model, None, **cli.run)
     options = optimizer.init_args.as_dict()
     defaults = {key: entry.default for key, entry in inspect.signature(cls).parameters.items()}
     shown = [
@@ -213,7 +210,25 @@ def _configured(args: list[str]) -> Configured:
         if key == "recipe" or (key not in RATES and value != defaults.get(key))
     ]
     label = f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
-    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), precision)
+    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
+
+
+def _run_of(trainer: Any) -> dict[str, Any]:
+    """Return what the trainer's section of a config says about memory, as :class:`Configured` takes it."""
+    devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
+    known = str(devices).isdigit() and int(devices) > 0
+    found: dict[str, Any] = {"precision": trainer.precision, "ranks": int(devices) * nodes if known else None}
+    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
+    options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+    sharded = name in ("memopt_fsdp", "auto") or name.endswith(".MemOptFSDPStrategy")
+    if not sharded:
+        found["warning"] = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."
+    uncounted = [key for key in ("replicate_size", "tensor_parallel_size") if options.get(key, 1) != 1]
+    uncounted += ["cpu_offload"] if options.get("cpu_offload") else []
+    if uncounted:
+        what = ", ".join(uncounted)
+        found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
+    return {**found, "wrap": resolve_policy("wrap", options.get("wrap"))}
 
 
 def main() -> None:

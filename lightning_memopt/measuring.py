@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -34,7 +35,8 @@ def take_snapshot(
     """Return frozen facts about the state of optimizers, ours or others, as one snapshot.
 
     Optimizers of this package know their blocks. Of others, every parameter (every part of a fused one) is a block, its
-    role told by its name, and its state is what ``optimizer.state`` holds: none before the first step of most.
+    role told by its name, and its state is what ``optimizer.state`` holds. What a parameter has none for yet, as
+    before the first step of most, counts on neither side of what is saved.
 
     Args:
         optimizers: One or several.
@@ -42,6 +44,7 @@ def take_snapshot(
 
     Raises:
         ValueError: If an optimizer of this package does not know the names of its parameters yet.
+        TypeError: If what is given is no optimizer.
 
     Example:
         >>> import torch
@@ -53,7 +56,7 @@ def take_snapshot(
         >>> snapshot.state_bytes, snapshot.adamw_bytes, snapshot.memory.parameters
         (8000, 8000, 4000)
     """
-    given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(dict.fromkeys(optimizers))
+    given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else _checked(optimizers)
     storages = Storages()
     memory = _memory(module, storages) if module is not None else None
     names = _names(module)
@@ -71,6 +74,18 @@ def take_snapshot(
     )
 
 
+def _checked(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a sequence, each once.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    entries = list(dict.fromkeys(optimizers)) if isinstance(optimizers, Iterable) else [optimizers]
+    if not all(isinstance(entry, torch.optim.Optimizer) for entry in entries):
+        raise TypeError(f"`optimizers` must be an optimizer or a list of them, got {optimizers!r}.")
+    return entries
+
+
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory that was in use at any time.
 
@@ -81,9 +96,11 @@ def peak_bytes(device: torch.device) -> int:
     if hasattr(backend, "max_memory_allocated"):
         return backend.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # rather than getrusage, whose maximum a process inherits from the one that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    lines = status.read_text().splitlines() if status.exists() else []
+    # Rather than getrusage, whose maximum a process inherits from the one that started it.
+    found = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+    if found is not None:
+        return int(found) * 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -115,30 +132,57 @@ def _named_apart(snapshots: Iterable[Snapshot]) -> Iterator[BlockFacts]:
     for position, snapshot in enumerate(snapshots):
         names = {block.name for block in snapshot.blocks}
         for block in snapshot.blocks:
-            yield replace(block, name=f"{block.name}@{position}") if block.name in seen else block
+            if block.name in seen:  # AdamW would keep one state for it
+                block = replace(block, name=f"{block.name}@{position}", adamw_bytes=0, local_adamw_bytes=0)
+            yield block
         seen |= names
 
 
 def _foreign(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], module: nn.Module | None, storages: Storages
 ) -> Snapshot:
+    while isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):  # as ZeroRedundancyOptimizer does
+        optimizer = optimizer.optim  # type: ignore[attr-defined]
     params = [
         (names.get(param, f"param_groups.{group}.{position}"), param)
         for group, entry in enumerate(optimizer.param_groups)
         for position, param in enumerate(entry["params"])
     ]
-    parts = classify((name, tuple(param.shape)) for name, param in params) if module is not None else {}
+    parts = _parts(tuple((name, tuple(param.shape)) for name, param in params)) if module is not None else {}
     blocks: list[BlockFacts] = []
     counters = step = 0
     for name, param in params:
         state = optimizer.state.get(param, {})
         if not (param.requires_grad or state):
             continue
+        pending = not state and not _keeps_nothing(optimizer)
         scalars, tensors = _split(state)
         counters += storages.count(scalars.values())
         step = max(step, int(_number(state.get("step", 0))))
-        blocks += _blocks(name, param, parts.get(name, (_unnamed(param),)), tensors, storages)
+        found = _blocks(name, param, parts.get(name, (_unnamed(param),)), tensors, storages)
+        blocks += (replace(block, pending=pending) for block in found)
+    known = {id(param) for _, param in params}
+    rest = {key: list(_tensors(value, set())) for key, value in optimizer.state.items() if id(key) not in known}
+    blocks += [_apart(str(key), tensors, storages) for key, tensors in rest.items() if tensors]
     return Snapshot(tuple(blocks), step, counters)
+
+
+def _keeps_nothing(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer never has state, so that AdamW's is saved, instead of none yet."""
+    return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+
+
+def _apart(name: str, tensors: Sequence[Tensor], storages: Storages) -> BlockFacts:
+    """Return state that belongs to no parameter as a block of its own."""
+    local = storages.count(tensors)
+    held = PartBytes(other=local), PartBytes(other=_whole(tensors, local))
+    return BlockFacts(f"state.{name}", "other", (0,), 0, "none", None, "none", held[1], held[0], 0, 0)
+
+
+@lru_cache(maxsize=16)
+def _parts(named: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, tuple[Part, ...]]:
+    """Return the parts of parameters; a training asks again and again for the same."""
+    return classify(named)
 
 
 def _unnamed(param: Tensor) -> Part:

@@ -20,8 +20,10 @@ from lightning_memopt.planner.planning import PRECISIONS, Candidate, candidates,
 from lightning_memopt.planner.skeletons import model_names
 from lightning_memopt.recipes import recipe_names
 from lightning_memopt.sizes import format_bytes, parse_bytes
+from lightning_memopt.wrapping import Policy
 
 MOST_RANKS = 64
+PICTURES = (".png", ".pdf", ".svg")
 # Where the heads of columns are broken, so that the table has fewer than 100 characters in a line.
 _BREAKS = {"optimizer state": "optimizer\nstate", "largest block, unsharded": "largest\nblock,\nunsharded"}
 _BREAKS |= {"left for activations": "left for\nactivations"}
@@ -36,11 +38,17 @@ class Configured:
         module: The LightningModule, on the meta device.
         optimizer: The optimizer, where it is one of ours.
         precision: That of the trainer.
+        ranks: Its devices, where it says how many.
+        wrap: Which modules its strategy gathers together.
+        warning: What of its strategy is not planned; empty where all is.
     """
 
     module: nn.Module
     optimizer: Candidate | None
-    precision: str
+    precision: str | int | None = None
+    ranks: int | None = None
+    wrap: Policy | None = None
+    warning: str = ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,21 +71,24 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
         parser.error(f"unrecognized arguments: {' '.join(others)}. Settings of a run go with --config.")
     if options.plot is not None and not options.sweep:
         parser.error("--plot is the picture of a sweep: add --sweep.")
+    if options.plot is not None and Path(options.plot).suffix not in PICTURES:
+        parser.error(f"--plot {options.plot}: name a file that ends in one of {', '.join(PICTURES)}.")
     if options.plot is not None and not Path(options.plot).parent.is_dir():
         parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; make it first.")
     try:
         # A module may print what it likes while it is made, but scripts read the output.
         with redirect_stdout(sys.stderr):
-            name, module, optimizers, precision = _what(options, others, configured)
-        options.precision = options.precision or precision
-        plans = [_plan(options, name, module, optimizers, size) for size in _world_sizes(options)]
+            name, found, optimizers = _what(options, others, configured)
+        options.precision = options.precision or found.precision
+        options.world_size = options.world_size or found.ranks or 1
+        plans = [_plan(options, name, found, optimizers, size) for size in _world_sizes(options)]
         plot = _write_figure(options, plans) if options.sweep else None
     except _EXPECTED as error:
         parser.error(" ".join(str(error).split()))
-    _warn(plans[0])
+    _warn(plans[0], found.warning)
     if options.json:
-        found: Any = {"plans": [plan.to_dict() for plan in plans], "plot": plot} if plot else plans[0].to_dict()
-        print(json.dumps(found, indent=2))
+        shown: Any = {"plans": [plan.to_dict() for plan in plans], "plot": plot} if plot else plans[0].to_dict()
+        print(json.dumps(shown, indent=2))
     elif plot:
         _print_sweep(plans, plot)
     else:
@@ -112,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|PATH",
         help=f"{', '.join(recipe_names())}; or a recipe file. Several are compared; default: all.",
     )
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="Number of ranks (default: 1).")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="Number of ranks (default: the devices of the config, or 1)."
+    )
     parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="Memory of one device, for instance 24GiB.")
     parser.add_argument(
         "--precision",
@@ -139,16 +152,17 @@ def _size(text: str) -> int:
 
 def _what(
     options: argparse.Namespace, others: list[str], configured: Callable[[list[str]], Configured]
-) -> tuple[str, nn.Module, list[Candidate], str]:
-    """Return the model's name, the model, the optimizers to compare, and the precision."""
+) -> tuple[str, Configured, list[Candidate]]:
+    """Return the model's name, what is known of the run, and the optimizers to compare."""
     optimizers = candidates(options.recipe)
     if not options.config:
-        return *find_model(options.model), optimizers, PRECISIONS[0]
+        name, module = find_model(options.model)
+        return name, Configured(module, None), optimizers
     mode = [f"--parser_mode={options.parser_mode}"] if options.parser_mode else []
     files = [f"--config={path}" for path in options.config]
     found = configured([*mode, "fit", *files, *others])
     own = [found.optimizer] if found.optimizer is not None else []
-    return type(found.module).__name__, found.module, [*own, *optimizers], found.precision
+    return type(found.module).__name__, found, [*own, *optimizers]
 
 
 def _world_sizes(options: argparse.Namespace) -> list[int]:
@@ -159,15 +173,16 @@ def _world_sizes(options: argparse.Namespace) -> list[int]:
 
 
 def _plan(
-    options: argparse.Namespace, name: str, module: nn.Module, optimizers: list[Candidate], world_size: int
+    options: argparse.Namespace, name: str, found: Configured, optimizers: list[Candidate], world_size: int
 ) -> MemoryPlan:
     return plan_module(
-        module,
+        found.module,
         optimizers,
         name=name,
         world_size=world_size,
         gpu_memory=options.gpu_memory,
         precision=options.precision,
+        wrap=found.wrap,
     )
 
 
@@ -177,7 +192,9 @@ def _write_figure(options: argparse.Namespace, plans: list[MemoryPlan]) -> str:
     return path
 
 
-def _warn(plan: MemoryPlan) -> None:
+def _warn(plan: MemoryPlan, warning: str) -> None:
+    if warning:
+        print(f"Warning: {warning}", file=sys.stderr)
     if plan.unknown:
         first = ", ".join(plan.unknown[:3]) + (", …" if len(plan.unknown) > 3 else "")
         print(
@@ -212,8 +229,10 @@ def _print(plan: MemoryPlan, asked: list[str]) -> None:
 
     console, limited = _console(), plan.gpu_memory is not None
     table = _table(console, plan.title(), COLUMNS if limited else COLUMNS[:-1])
+    fits, not_fits = ("✓", "✗") if console.encoding.startswith("utf") else ("fits", "does not fit")
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
-        left = [Text(f"{cells[-1]} ✓", "green") if row.fits else Text(f"{cells[-1]} ✗", "red")] if limited else []
+        mark = Text(f"{cells[-1]} {fits}", "green") if row.fits else Text(f"{cells[-1]} {not_fits}", "red")
+        left = [mark] if limited else []
         table.add_row(*map(Text, cells[:-1]), *left)
     console.print(table)
     lines = [plan.note()]
@@ -271,7 +290,7 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
         cells = [Text(first.cells()[position][0]), *(Text(_gib(row.total_bytes), colours[row.fits]) for row in rows)]
         if limited:
             enough = [plan.world_size for plan, row in zip(plans, rows, strict=True) if row.fits]
-            cells.append(Text(str(enough[0]) if enough else "—"))
+            cells.append(Text(str(enough[0]) if enough else "none"))
         table.add_row(*cells)
     console.print(table)
     for line in filter(None, (first.note(), f"Plot: {plot}")):

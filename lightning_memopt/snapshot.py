@@ -44,6 +44,7 @@ class BlockFacts:
         local: Bytes of the storages in which this rank holds its part of the state, each counted once.
         adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for it, in the dtype of the parameter.
         local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
+        pending: Whether the optimizer has made no state for it yet, so that nothing can be said to be saved.
     """
 
     name: str
@@ -57,6 +58,7 @@ class BlockFacts:
     local: PartBytes
     adamw_bytes: int
     local_adamw_bytes: int
+    pending: bool = False
 
     @property
     def momentum_bytes(self) -> int:
@@ -146,8 +148,9 @@ class Snapshot:
 
     @property
     def saved(self) -> float:
-        """Fraction of AdamW's state that is gone."""
-        return 1 - self.state_bytes / self.adamw_bytes if self.adamw_bytes else 0.0
+        """Fraction of AdamW's state that is gone, of the blocks that are not pending."""
+        adamw = sum(block.adamw_bytes for block in self.blocks if not block.pending)
+        return 1 - self.state_bytes / adamw if adamw else 0.0
 
     def table(self) -> str:
         """Return a plain-text table of all blocks, with totals."""

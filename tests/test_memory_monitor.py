@@ -662,6 +662,49 @@ def test_a_parameter_in_two_optimizers_is_two_blocks(tmp_path):
     assert len(set(names)) == len(names)
 
 
+def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
+    (tmp_path / "memory.json").mkdir()
+    callback = OptimizerMemoryMonitor(2, figures=True)
+    with pytest.warns(UserWarning, match=r"could not write its report into .*: "):
+        fit(lean, callback, max_steps=4, default_root_dir=tmp_path)
+    assert steps(callback) == [0, 2, 4]
+    assert not list(tmp_path.glob(".memory.json*"))
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_the_report(tmp_path, monkeypatch):
+    from lightning_memopt.callbacks import memory_monitor
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Failing(Module):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("the real error")
+
+    monkeypatch.setattr(memory_monitor, "write_json", full)
+    with pytest.raises(RuntimeError, match="the real error"), pytest.warns(UserWarning, match="No space left"):
+        fit(Failing(lean), OptimizerMemoryMonitor(2), max_steps=4, default_root_dir=tmp_path)
+
+
+def test_state_that_comes_later_is_shown_when_it_is_there(capsys):
+    class Late(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            for position, optimizer in enumerate(self.optimizers()):
+                if position == 0 or batch_idx >= 3:
+                    optimizer.zero_grad()
+                    self.manual_backward(self.loss(batch_idx))
+                    optimizer.step()
+
+    def two(module: nn.Module) -> list[torch.optim.Optimizer]:
+        head, *others = list(module.parameters())
+        return [torch.optim.AdamW(others, lr=1e-3), torch.optim.AdamW([head], lr=1e-3)]
+
+    callback = OptimizerMemoryMonitor(2)
+    fit(Late(two), callback, max_steps=-1, max_epochs=1)
+    assert all(entry["saved"] == 0 for entry in callback.history)
+    assert capsys.readouterr().out.count("Optimizer state of AdamW") == 2
+
+
 def test_no_optimizer_is_no_state(capsys):
     class Without(Manual):
         def training_step(self, batch: Tensor, batch_idx: int) -> None:

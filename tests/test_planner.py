@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 pytest.importorskip("lightning.pytorch.cli")
@@ -286,7 +287,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
         (ValueError, "`world_size` must be at least 1, got 0", {"world_size": 0}),
         (TypeError, "`world_size` must be an integer, got 2.5", {"world_size": 2.5}),
         (ValueError, "such as '512MiB'.*got '24 gigs'", {"gpu_memory": "24 gigs"}),
-        (ValueError, "`gpu_memory` must be more than 0 bytes, got 0", {"gpu_memory": 0}),
+        (ValueError, "`gpu_memory` 0 means 0 bytes, too few", {"gpu_memory": 0}),
         (TypeError, "A size must be a text.*got 2.5", {"gpu_memory": 2.5}),
         (ValueError, "Unknown precision '16-mixed'.*bf16-mixed", {"precision": "16-mixed"}),
         (ValueError, "ReLU has no parameters.*configure_model", {"model": nn.ReLU()}),
@@ -583,3 +584,59 @@ def test_counters_are_told_apart():
     plan = lm.plan_memory(model, "adapm_lean")
     optimizer = lm.AdaPMLean(model.named_parameters())
     assert plan.counter_bytes == optimizer.snapshot().counter_bytes == 4 * len(list(model.parameters()))
+
+
+def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_path):
+    def config(strategy: Any, devices: Any = 2) -> tuple[dict[str, Any], str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, "devices": devices}}))
+        files = ["--config", str(CONFIGS / "demo.yaml"), "--config", str(path)]
+        code, out, error = run(*files, "--recipe", "adapm", "--json")
+        assert code == 0
+        return json.loads(out), error
+
+    def ours(**options: Any) -> dict[str, Any]:
+        return {"class_path": "lightning_memopt.MemOptFSDPStrategy", "init_args": options}
+
+    whole, error = config("memopt_fsdp")
+    assert whole["world_size"] == 2
+    assert error == ""
+    small, error = config(ours(wrap="torch.nn.Linear"))
+    assert small["unsharded_bytes"] != whole["unsharded_bytes"], "other modules are gathered together"
+    assert error == ""
+    for name, value in (("replicate_size", 2), ("cpu_offload", True)):
+        _, error = config(ours(**{name: value}))
+        assert f"Warning: {name} of the strategy is not planned" in error
+    _, error = config("ddp")
+    assert "Warning: The strategy 'ddp' is planned as 'memopt_fsdp'" in error
+    assert config("memopt_fsdp", "auto")[0]["world_size"] == 1
+
+
+def test_a_built_in_name_is_no_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    code, out, _ = run("--model", "gpt2", "--recipe", "adapm")
+    assert code == 0
+    assert "124,439,808" in out
+
+
+def test_an_architecture_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, "architectures": ["NoSuchModel"]}))
+    with pytest.warns(UserWarning, match="no NoSuchModel.*planned is LlamaForCausalLM"):
+        lm.plan_memory(path, "adapm")
+
+
+def test_short_forms_of_precision_and_sizes_without_a_unit():
+    assert lm.plan_memory("llama-60m", "adapm", precision="bf16").precision == "bf16-mixed"
+    with pytest.raises(ValueError, match="'16-mixed' as 'bf16-mixed'"):
+        lm.plan_memory("llama-60m", "adapm", precision="16-mixed")
+    with pytest.raises(ValueError, match="`gpu_memory` '24' means 24 bytes.*'24GiB'"):
+        lm.plan_memory("llama-60m", "adapm", gpu_memory="24")
+
+
+@pytest.mark.parametrize("path", ["noext", "picture.foo", "."])
+def test_a_picture_of_no_known_kind_is_refused_at_once(run, path):
+    code, _, error = run("--model", "llama-60m", "--sweep", "--plot", path)
+    assert code == 2
+    assert f"--plot {path}: name a file that ends in one of .png, .pdf, .svg" in error

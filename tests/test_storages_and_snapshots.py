@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,7 +297,55 @@ def test_before_the_first_step_there_is_no_state(model, make):
     assert (snapshot.state_bytes, snapshot.local_bytes, snapshot.counter_bytes, snapshot.step) == (0, 0, 0, 0)
     assert {(block.momentum, block.second_moment) for block in snapshot.blocks} == {("none", "none")}
     assert snapshot.adamw_bytes == 8 * numel(model)
-    assert snapshot.saved == 1
+    assert all(block.pending == (make is torch.optim.AdamW) for block in snapshot.blocks)
+    assert snapshot.saved == (make is torch.optim.SGD), "SGD without momentum never has state, AdamW has none yet"
+
+
+def test_what_has_no_state_yet_is_not_saved(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    first, *_ = model.parameters()
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    snapshot = lm.take_snapshot(optimizer, model)
+    assert 0 < sum(not block.pending for block in snapshot.blocks) < len(snapshot.blocks)
+    assert snapshot.saved == 0
+    assert lm.metrics.memory_savings(snapshot)["saved"] == 0
+
+
+def test_a_parameter_in_two_optimizers_has_one_adamw_to_compare_with():
+    weight = nn.Parameter(torch.zeros(5, 8))
+    weight.grad = torch.ones_like(weight)
+    optimizers = [torch.optim.AdamW([weight]), torch.optim.SGD([weight], lr=0.1, momentum=0.9)]
+    for optimizer in optimizers:
+        optimizer.step()
+    module = nn.Module()
+    module.weight = weight
+    assert lm.take_snapshot(optimizers, module).saved == -0.5
+
+
+def test_state_of_no_parameter_and_of_a_wrapped_optimizer_counts(model):
+    optimizer = stepped(model, torch.optim.AdamW)
+    before = lm.take_snapshot(optimizer, model).local_bytes
+    optimizer.state["global"] = {"buffer": torch.zeros(25)}
+    assert lm.take_snapshot(optimizer, model).local_bytes == before + 100
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.optim = inner
+
+    assert lm.take_snapshot(Wrapper(optimizer), model).local_bytes == before + 100
+
+
+@pytest.mark.parametrize("given", [3, None, "adamw", [None], [torch.zeros(2)]])
+def test_what_is_no_optimizer_is_refused(given, model):
+    with pytest.raises(TypeError, match="`optimizers` must be an optimizer or a list of them, got"):
+        lm.take_snapshot(given, model)
+
+
+def test_the_peak_where_the_system_does_not_list_it(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "Name: python\n")
+    assert peak_bytes(torch.device("cpu")) > 1 << 20
 
 
 def test_amsgrad_keeps_a_third_number_which_counts_as_second_moment(model):

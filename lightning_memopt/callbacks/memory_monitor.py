@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_memopt.callbacks.allocation_figure import add_figure
@@ -29,6 +32,7 @@ from lightning_memopt.snapshot import Snapshot
 
 PROGRESS_BAR = "saved %"
 FILE = "memory.json"
+SECONDS = 60.0  # between two writes of the file, which grows
 
 
 class OptimizerMemoryMonitor(Callback):
@@ -37,10 +41,11 @@ class OptimizerMemoryMonitor(Callback):
     It measures as soon as there is state (at the start of training; after the first step of optimizers that make it
     then), every `every_n_steps` of the trainer's steps, and at the end. All processes measure together, the first one
     reports: a table when state is there, one line at the end, scalars to the loggers, the fraction saved in the
-    progress bar, and, with the first measurement and when training ends or fails, the file ``memory.json`` in the log
-    directory (the root directory without a logger).
+    progress bar, and the file ``memory.json`` in the log directory (the root directory without a logger): with the
+    first measurement, at most once a minute, and when training ends or fails. Where that cannot be written, it warns.
 
-    Scalars, in bytes over all processes unless noted, counters of steps included in the first two:
+    Scalars, at the trainer's ``global_step``, in bytes over all processes unless noted, counters of steps included in
+    the first two:
     ``memopt/state_bytes``, ``memopt/state_bytes_rank`` (the most on one), ``memopt/state_bytes_global`` (held once),
     ``memopt/momentum_bytes`` (without projections), ``memopt/projection_bytes``, ``memopt/second_moment_bytes``,
     ``memopt/other_bytes``; ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of
@@ -77,9 +82,10 @@ class OptimizerMemoryMonitor(Callback):
         self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
         self._found: dict[str, Tensor] = {}
         self._plan: dict[str, tuple[str, int]] = {}
-        self._shown, self._logged, self._measured, self._next = False, False, -1, 0
+        self._shown, self._logged, self._measured, self._next = 0, False, -1, 0
         self._folder: Path | None = None
         self._content: dict[str, Any] = {}
+        self._written = 0.0
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -124,8 +130,9 @@ class OptimizerMemoryMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure for the last time, and say and draw what came out."""
-        plan = momentum_allocation(take_snapshot(trainer.optimizers, pl_module))
-        if trainer.global_step != self._measured or plan != self._plan:  # callbacks after this one may change it
+        # Callbacks after this one may have changed the plan.
+        changed = momentum_allocation(take_snapshot(trainer.optimizers, pl_module)) != self._plan
+        if trainer.strategy.reduce_boolean_decision(changed or trainer.global_step != self._measured, all=False):
             self._measure(trainer, pl_module)
         if not self.history:
             # Where there is none, Lightning has one of its own.
@@ -138,9 +145,10 @@ class OptimizerMemoryMonitor(Callback):
         say(summary(self.history[-1]))
         self._write()
         if self.figures and self._folder is not None:
-            add_figure(trainer, "memory", self.plot)
-            if self._allocation.matrices:
-                add_figure(trainer, "momentum", self.plot_allocation)
+            with _no_reason_to_stop(self._folder):
+                add_figure(trainer, "memory", self.plot)
+                if self._allocation.matrices:
+                    add_figure(trainer, "momentum", self.plot_allocation)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was measured until then."""
@@ -189,7 +197,7 @@ class OptimizerMemoryMonitor(Callback):
         self.history.append(entry)
         if trainer.is_global_zero:
             self._report(trainer, snapshot)
-        self._shown, self._logged = True, False
+        self._shown, self._logged = _complete(snapshot), False
 
     def _report(self, trainer: Trainer, snapshot: Snapshot) -> None:
         """Show, log and keep what was measured; on the first process."""
@@ -203,14 +211,31 @@ class OptimizerMemoryMonitor(Callback):
             "history": self.history,
             "blocks": block_table(snapshot),
         }
-        if not self._shown:
-            many = f", on {snapshot.world_size} processes together" if snapshot.world_size > 1 else ""
+        if _complete(snapshot) > self._shown:  # some optimizers make state when a parameter's first gradient comes
+            many = f", held once ({snapshot.world_size} processes)" if snapshot.world_size > 1 else ""
             show_plan(snapshot, f"Optimizer state of {', '.join(self._content['optimizers'])}{many}")
+        if time.monotonic() > self._written + SECONDS:
             self._write()
 
     def _write(self) -> None:
         if self._content and self._folder is not None:
-            write_json(self._folder / FILE, self._content)
+            self._written = time.monotonic()
+            with _no_reason_to_stop(self._folder):
+                write_json(self._folder / FILE, self._content)
+
+
+def _complete(snapshot: Snapshot) -> int:
+    """Return the number of blocks that have all state they will have."""
+    return sum(not block.pending for block in snapshot.blocks)
+
+
+@contextmanager
+def _no_reason_to_stop(folder: Path) -> Iterator[None]:
+    """Warn where a report cannot be written, as on a full disk: it is not worth a training, nor its own error."""
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(f"OptimizerMemoryMonitor could not write its report into {str(folder)!r}: {error}.")
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:

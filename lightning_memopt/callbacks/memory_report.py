@@ -90,8 +90,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file for scripts; readers see the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1))
-    scratch.replace(path)
+    try:
+        scratch.write_text(json.dumps(content, indent=1))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def block_table(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -113,12 +116,13 @@ def block_table(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 def _numbers(blocks: Sequence[BlockFacts]) -> tuple[str, str, str, str, str]:
     state, adamw = sum(block.state.total for block in blocks), sum(block.adamw_bytes for block in blocks)
+    due = sum(block.adamw_bytes for block in blocks if not block.pending)
     return (
         f"{len(blocks)}",
         get_human_readable_count(sum(prod(block.shape) for block in blocks)).strip(),
         format_bytes(state),
         format_bytes(adamw),
-        format_share(1 - state / adamw) if adamw else "",
+        format_share(1 - state / due) if due else "",
     )
 
 

@@ -161,6 +161,7 @@ class MomentumAllocation(SnapshotMetric):
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         """Take what :meth:`get_extra_state` returned."""
+        self._computed = None  # that of the history before
         self._names, self._drawn, self._kinds = (list(state[key]) for key in ("blocks", "matrices", "kinds"))
 
     def _row(self, table: Tensor, count: int) -> list[int]:

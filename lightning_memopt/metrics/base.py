@@ -20,6 +20,8 @@ class SnapshotMetric(Metric):
     is_differentiable = False
     # forward() would otherwise add up the states of two calls.
     full_state_update = True
+    # What is drawn of several results; all of it where none are named.
+    lines: tuple[str, ...] = ()
 
     def plot(
         self,
@@ -37,7 +39,7 @@ class SnapshotMetric(Metric):
         """
         val = self.compute() if val is None else val
         if not isinstance(val, Mapping):
-            return self._plot([dict(entry) for entry in val], ax)
+            return self._plot([{key: entry[key] for key in self.lines or entry} for entry in val], ax)
         if ax is None:
             from matplotlib import pyplot
 

@@ -84,7 +84,7 @@ class MemorySavings(SnapshotMetric):
         labels = [name.replace("_", " ") for name in val]
         drawn = ax.barh(labels, [float(x) for x in val.values()], color="tab:green")
         ax.bar_label(drawn, [f"{float(x):.1%}" for x in val.values()], padding=3)
-        ax.set_xlim(min(0.0, *(float(x) for x in val.values())), 1.15)
+        ax.set_xlim(1.25 * min(0.0, *(float(x) for x in val.values())), 1.15)
         ax.axvline(1, color="black", linestyle="dashed", linewidth=1)
         ax.invert_yaxis()
         ax.set_xlabel("fraction of AdamW's state that is gone")
@@ -97,7 +97,7 @@ def _sizes(snapshot: Snapshot) -> list[int]:
         sum(entry.momentum + entry.projections for entry in local),
         sum(entry.second_moment for entry in local),
         sum(entry.total for entry in local),
-        sum(block.local_adamw_bytes for block in snapshot.blocks),
+        sum(block.local_adamw_bytes for block in snapshot.blocks if not block.pending),
     ]
 
 

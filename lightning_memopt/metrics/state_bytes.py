@@ -74,6 +74,7 @@ class OptimizerStateBytes(SnapshotMetric):
 
     higher_is_better = False
     plot_lower_bound = 0.0
+    lines = ("total", *PARTS)
 
     held: Tensor
     most: Tensor

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_memopt.planner.skeletons import skeleton
+from lightning_memopt.planner.skeletons import model_names, skeleton
 
 
 def find_model(model: str | os.PathLike[str] | nn.Module) -> tuple[str, nn.Module]:
@@ -31,6 +32,8 @@ def find_model(model: str | os.PathLike[str] | nn.Module) -> tuple[str, nn.Modul
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"`model` must be a name, the path of a transformers config file, or a module, got {model!r}.")
     text, path = os.fspath(model), Path(model)
+    if isinstance(model, str) and text.lower() in model_names() and not (path / "config.json").exists():
+        return text.lower(), skeleton(text)
     if path.exists() or path.suffix == ".json" or isinstance(model, os.PathLike) or os.sep in text:
         return _from_config(path)
     return text.lower(), skeleton(text)
@@ -74,9 +77,17 @@ def _build(config: Any) -> nn.Module:
     """
     import transformers
 
-    for name in config.architectures or ():
+    names = config.architectures or ()
+    for name in names:
         if hasattr(transformers, name):
             return getattr(transformers, name)(config).float()
     language = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if language else transformers.AutoModel
-    return auto.from_config(config).float()
+    model = auto.from_config(config).float()
+    if names:
+        warnings.warn(
+            f"transformers has no {', '.join(names)}, as the configuration names its architecture: planned is "
+            f"{type(model).__name__}. For a model with code of its own, plan for the module itself.",
+            stacklevel=2,
+        )
+    return model

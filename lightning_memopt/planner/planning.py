@@ -22,9 +22,12 @@ from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_param
 from lightning_memopt.recipes import load_plan, recipe_names
 from lightning_memopt.roles import names_without_role
 from lightning_memopt.sizes import parse_bytes
-from lightning_memopt.wrapping import Unit, find_units, own_modules
+from lightning_memopt.wrapping import Policy, Unit, find_units, own_modules
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+# Forms that the Trainer accepts, too.
+SHORT: dict[Any, str] = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+LEAST_MEMORY = 1 << 20
 RecipeT = str | os.PathLike[str] | Mapping[str, Any] | Plan
 ModelT = str | os.PathLike[str] | nn.Module
 
@@ -121,7 +124,8 @@ def plan_module(
     world_size: int = 1,
     rank: int = 0,
     gpu_memory: str | int | None = None,
-    precision: str = "32-true",
+    precision: str | int | None = "32-true",
+    wrap: Policy | None = None,
 ) -> MemoryPlan:
     """Return the plan for one rank; where a dimension is divided unevenly, the first ranks hold more than the last.
 
@@ -133,13 +137,15 @@ def plan_module(
         rank: The rank.
         gpu_memory: See :func:`plan_memory`.
         precision: See :func:`plan_memory`.
+        wrap: Which modules are gathered together, as the strategy's option of this name says it.
 
     Raises:
         ValueError: As :func:`plan_memory`, and if the module has no parameters, or some without a shape.
     """
-    _check(module, world_size, precision)
+    precision = _precision(precision)
+    _check(module, world_size)
     capacity = _capacity(gpu_memory)
-    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision)
+    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision, wrap)
     largest = max(sharding.units, key=sharding.gathered, default=None)
     unsharded = sharding.gathered(largest) if largest is not None else 0
     params = list(module.parameters())
@@ -191,11 +197,11 @@ class _Sharding:
     dims: dict[Tensor, int]
 
     @staticmethod
-    def of(module: nn.Module, name: str, mesh: PlannedMesh, precision: str) -> _Sharding:
+    def of(module: nn.Module, name: str, mesh: PlannedMesh, precision: str, wrap: Policy | None) -> _Sharding:
         """Return what the strategy would do with a module."""
         if mesh.ranks == 1:
             return _Sharding(mesh, precision, (), {}, {})
-        units = _units(module, name)
+        units = _units(module, name, wrap)
         modules = {unit.module for unit in units}
         own = {
             unit.module: list(
@@ -243,15 +249,15 @@ class _Sharding:
         return torch.bfloat16 if self.precision == "bf16-true" and param.is_floating_point() else param.dtype
 
 
-def _units(module: nn.Module, name: str) -> list[Unit]:
+def _units(module: nn.Module, name: str, wrap: Policy | None) -> list[Unit]:
     """Return the units of a LightningModule, or of one that holds the module alone, which is then called ``name``."""
     if hasattr(module, "training_step"):
-        return find_units(module)
+        return find_units(module, wrap)
     root = nn.Module()
     root.add_module("model", module)
     return [
         Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost)
-        for unit in find_units(root)
+        for unit in find_units(root, wrap)
     ]
 
 
@@ -262,13 +268,21 @@ def _state_bytes(copy: nn.Module, candidate: Candidate) -> int:
     return optimizer.snapshot().local_bytes
 
 
-def _check(module: nn.Module, world_size: int, precision: str) -> None:
+def _precision(precision: str | int | None) -> str:
+    found = SHORT.get(precision, precision)
+    if found not in PRECISIONS:
+        raise ValueError(
+            f"{unknown('precision', str(precision), list(PRECISIONS))} Of others, plan for the one that keeps the same "
+            "sizes: '16-mixed' as 'bf16-mixed'."
+        )
+    return str(found)
+
+
+def _check(module: nn.Module, world_size: int) -> None:
     if isinstance(world_size, bool) or not isinstance(world_size, int):
         raise TypeError(f"`world_size` must be an integer, got {world_size!r}.")
     if world_size < 1:
         raise ValueError(f"`world_size` must be at least 1, got {world_size}.")
-    if precision not in PRECISIONS:
-        raise ValueError(unknown("precision", precision, list(PRECISIONS)))
     named = list(module.named_parameters())
     if not named:
         raise ValueError(
@@ -287,6 +301,6 @@ def _capacity(gpu_memory: str | int | None) -> int | None:
     if gpu_memory is None:
         return None
     size = gpu_memory if isinstance(gpu_memory, int) and not isinstance(gpu_memory, bool) else parse_bytes(gpu_memory)  # type: ignore[arg-type]
-    if size <= 0:
-        raise ValueError(f"`gpu_memory` must be more than 0 bytes, got {gpu_memory!r}: for instance '24GiB'.")
+    if size < LEAST_MEMORY:
+        raise ValueError(f"`gpu_memory` {gpu_memory!r} means {size} bytes, too few: add a unit, as in '24GiB'.")
     return size
