@@ -80,7 +80,8 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
         with redirect_stdout(sys.stderr):
             name, found, optimizers = _what(options, others, configured)
         options.precision = options.precision or found.precision
-        options.world_size = options.world_size or found.ranks or 1
+        if options.world_size is None:
+            options.world_size = found.ranks or 1
         plans = [_plan(options, name, found, optimizers, size) for size in _world_sizes(options)]
         plot = _write_figure(options, plans) if options.sweep else None
     except _EXPECTED as error:

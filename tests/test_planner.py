@@ -640,3 +640,10 @@ def test_a_picture_of_no_known_kind_is_refused_at_once(run, path):
     code, _, error = run("--model", "llama-60m", "--sweep", "--plot", path)
     assert code == 2
     assert f"--plot {path}: name a file that ends in one of .png, .pdf, .svg" in error
+
+
+def test_no_rank_at_all_is_refused(run):
+    for size in ("0", "-2"):
+        code, _, error = run("--model", "llama-60m", "--recipe", "adapm", "--world-size", size)
+        assert code == 2
+        assert f"`world_size` must be at least 1, got {size}" in error
