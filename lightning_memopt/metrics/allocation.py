@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class MomentumAllocation(SnapshotMetric):
     A snapshot in which no block has changed only moves the end of the last entry on: the history is as long as the
     number of changes. One of an earlier step, as after a restart from a checkpoint, takes back what came later. All
     processes have the same plan and must be updated alike. The history is part of the metric's ``state_dict``.
+    :meth:`plot` draws the ranks of all matrices over the steps as a heat map.
 
     Attributes:
         steps: The steps since which the entries hold, ``[entries]``.
@@ -113,26 +114,8 @@ class MomentumAllocation(SnapshotMetric):
         names = [*self._kinds, ""]
         return {name: [names[code] for code in self.kind_codes[:, column].tolist()] for column, name in self._columns()}
 
-    def plot(
-        self,
-        val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
-        ax: Axes | None = None,
-    ) -> tuple[Any, Axes]:
-        """Draw the ranks of all blocks that are matrices over the steps, as a heat map.
-
-        Args:
-            val: What :meth:`compute` returned, of this metric as it is now; None computes it.
-            ax: A matplotlib axis to draw on; None makes a figure.
-
-        Returns:
-            Figure and axis.
-
-        Raises:
-            ValueError: If there is nothing to draw.
-        """
-        return super().plot(val, ax)
-
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
+        """Draw the ranks of the metric as it is now; raises ValueError if there is no matrix."""
         kinds, drawn = self.kinds(), set(self._drawn)
         table = {
             f"{name}  {kinds[name][-1]}": ranks.reshape(-1).tolist() for name, ranks in val.items() if name in drawn
