@@ -175,8 +175,19 @@ def _keeps_nothing(optimizer: torch.optim.Optimizer) -> bool:
 def _apart(name: str, tensors: Sequence[Tensor], storages: Storages) -> BlockFacts:
     """Return state that belongs to no parameter as a block of its own."""
     local = storages.count(tensors)
-    held = PartBytes(other=local), PartBytes(other=_whole(tensors, local))
-    return BlockFacts(f"state.{name}", "other", (0,), 0, "none", None, "none", held[1], held[0], 0, 0)
+    return BlockFacts(
+        name=f"state.{name}",
+        role="other",
+        shape=(0,),
+        full_rank=0,
+        momentum="none",
+        rank=None,
+        second_moment="none",
+        state=PartBytes(other=_whole(tensors, local)),
+        local=PartBytes(other=local),
+        adamw_bytes=0,
+        local_adamw_bytes=0,
+    )
 
 
 @lru_cache(maxsize=16)

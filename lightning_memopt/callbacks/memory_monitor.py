@@ -71,12 +71,11 @@ class OptimizerMemoryMonitor(Callback):
         if figures and find_spec("matplotlib") is None:  # not after days of training
             raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
         self.every_n_steps, self.figures = every_n_steps, figures
-        self.history: list[dict[str, float]] = []
         self._loaded: Mapping[str, Any] = {}
         self._begin()
 
     def _begin(self) -> None:
-        self.history = []
+        self.history: list[dict[str, float]] = []
         self._state, self._savings = OptimizerStateBytes(), MemorySavings()
         # All processes have the same allocation, and only the first one draws it.
         self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
@@ -136,9 +135,7 @@ class OptimizerMemoryMonitor(Callback):
             self._measure(trainer, pl_module)
         if not self.history:
             # Where there is none, Lightning has one of its own.
-            given = [
-                optimizer for optimizer in trainer.optimizers if not type(optimizer).__module__.startswith("lightning.")
-            ]
+            given = (entry for entry in trainer.optimizers if not type(entry).__module__.startswith("lightning."))
             names = ", ".join(map(_title, given)) or "no optimizer"
             say(f"OptimizerMemoryMonitor: there was no optimizer state to measure ({names}).")
             return

@@ -150,7 +150,8 @@ def plan_module(
     unsharded = sharding.gathered(largest) if largest is not None else 0
     params = list(module.parameters())
     stored = {param: sharding.stored(param) for param in params}
-    fixed = sum(stored.values()) + sum(stored[param] for param in params if param.requires_grad) + unsharded
+    gradients = sum(stored[param] for param in params if param.requires_grad)
+    fixed = sum(stored.values()) + gradients + unsharded
     copy = outline(module, sharding.planned)
     adamw = sum(
         2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
@@ -168,7 +169,7 @@ def plan_module(
         precision=precision,
         gpu_memory=capacity,
         parameter_bytes=sum(stored.values()),
-        gradient_bytes=sum(stored[param] for param in params if param.requires_grad),
+        gradient_bytes=gradients,
         counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in params),
         unsharded_bytes=unsharded,
         largest_unit=largest.name if largest is not None else None,
