@@ -9,11 +9,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from lightning_memopt.layout import Layout
 
 
 def world_size() -> int:
     """Return the number of processes in the job: 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process in the job."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def largest(values: Tensor, layout: Layout) -> Tensor:
+    """Return, for every value, the largest that a rank of the layout's mesh has; in place.
+
+    One collective, or one per dimension of a mesh that is only a part of the job.
+    """
+    groups = layout.mesh_groups()
+    if len(groups) > 1 and layout.mesh.size() == world_size():
+        groups = [dist.group.WORLD]
+    for group in groups:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
 
 
 def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:
