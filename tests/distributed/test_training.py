@@ -271,6 +271,31 @@ def clipping_by_norm_and_value() -> None:
         assert all(abs(seen[which] / limit - 1) < 1e-3 for seen in module.clipped), module.clipped
 
 
+class Dropping(LanguageModule):
+    """Loses gradients on the second rank, as code does that reacts to what only one rank sees."""
+
+    def __init__(self, lost: str) -> None:
+        super().__init__(optimizer=lambda it: lm.AdaPMLean(it.named_parameters(), lr=0.01))
+        self.lost = lost
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, param in self.named_parameters():
+            if dist.get_rank() == 1 and self.lost in name and self.global_step == 1:
+                param.grad = None
+
+
+@case(2)
+def gradients_that_one_rank_loses_are_named_on_both() -> None:
+    """With clipping, whose collectives come before those of the optimizer."""
+    for lost in ("lm_head", ""):
+        for options in ({}, {"gradient_clip_val": 0.5}):
+            module = Dropping(lost)
+            with raises(RuntimeError, "Ranks disagree about", f"{lost}.weight' has one on rank 0 and none on rank 1"):
+                fit(module, **options)
+            same_everywhere(module)
+            assert module.optimizers().state[module.model.lm_head.weight]["step"] == 1
+
+
 @case(2)
 def activation_checkpointing() -> None:
     def dropout() -> LightningModule:
