@@ -18,6 +18,7 @@ from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
 from lightning_memopt.strategy.directory import INDEX, PRINTS, REST, Print, check_replaceable, copy_others, fingerprint
+from lightning_memopt.strategy.planning import FirstRankPlanner
 from lightning_memopt.strategy.states import by_name, gathered
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
@@ -128,7 +129,8 @@ def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, 
     rank, size = rank_and_size(group)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(state, storage_writer=FileSystemWriter(folder, sync_files=True), process_group=group, no_dist=size == 1)
+        writer = FileSystemWriter(folder, sync_files=True)
+        save(state, storage_writer=writer, planner=FirstRankPlanner(), process_group=group, no_dist=size == 1)
     names = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
     return {name: fingerprint(folder / name) for name in [*names, *([INDEX] if rank == 0 else [])]}
 
