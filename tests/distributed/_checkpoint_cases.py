@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 
 from lightning_memopt import AdaPMLean, MemOpt
-from lightning_memopt.strategy import saving
+from lightning_memopt.strategy.checksums import ChecksummedStream
 from lightning_memopt.strategy.saving import optimizer_state
 from tests._compare import assert_equal
 from tests.distributed._checkpoints import (
@@ -515,7 +515,9 @@ def a_disk_that_is_full_on_one_rank(ranks: dict[int, World], folder: Path) -> No
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    for victim, (place, name) in itertools.product((0, 2), ((FileSystemWriter, "write_data"), (saving, "fingerprint"))):
+    for victim, (place, name) in itertools.product(
+        (0, 2), ((FileSystemWriter, "write_data"), (ChecksummedStream, "write"))
+    ):
         patched = mock.patch.object(place, name, full) if rank == victim else contextlib.nullcontext()
         with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
             save(path, model, optimizer, format="directory", world=ranks[4], global_step=2)
@@ -568,7 +570,7 @@ def flipped(path: Path, later: Path) -> None:
 
 
 def of_another_tool(path: Path, later: Path) -> None:
-    """Without fingerprints sizes must do."""
+    """Without checksums sizes must do."""
     torch.save({}, path / "meta.pt")
     cut_off("__1_0.distcp")(path, later)
 
