@@ -102,10 +102,12 @@ class OpenedDirectory:
         path = self.path / REST
         if not content.startswith(b"PK\x03\x04"):
             raise ValueError(f"{str(path)!r} is no checkpoint: it is empty, or torch.save did not write it.")
-        with naming(path):
+        stream = io.BytesIO(content)
+        with naming(path, stream):
             if self._verify:
-                verify_zip(io.BytesIO(content))
-            rest = torch.load(io.BytesIO(content), map_location="cpu", weights_only=self._weights_only)
+                verify_zip(stream)
+            stream.seek(0)
+            rest = torch.load(stream, map_location="cpu", weights_only=self._weights_only)
             if not isinstance(rest, dict):
                 raise TypeError(f"expected a mapping, found {type(rest).__name__}")
         return rest
@@ -270,8 +272,9 @@ class OpenedDirectory:
 
     def _load(self, index: MetadataIndex, weights_only: bool | None) -> Any:
         info = self.index.storage_data[index]
-        with naming(f"{self.path / info.relative_path}"):
-            return torch.load(self.stream(index), map_location="cpu", weights_only=weights_only)
+        stream = self.stream(index)
+        with naming(self.path / info.relative_path, stream):
+            return torch.load(stream, map_location="cpu", weights_only=weights_only)
 
     def stream(self, index: MetadataIndex) -> IO[bytes]:
         """Return what was saved for a key, or for a part of a tensor, in torch's format."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import pickle
+import pickletools
 import re
 import stat
 import zipfile
@@ -19,7 +21,7 @@ import torch
 from lightning_memopt.strategy.atomic import current
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
-_BLOCK = 1 << 20
+_BLOCK, _PICKLE_SIZE = 1 << 20, 1 << 24
 # What an `os.system` in a pickle is called on the system that wrote it.
 _SYSTEM_MODULES = {"posix": "os", "nt": "os"}
 
@@ -63,7 +65,7 @@ class OpenedFile:
             ValueError: If it is truncated or damaged.
             pickle.UnpicklingError: If it holds objects and only tensors and builtins are allowed.
         """
-        with naming(self.path):
+        with naming(self.path, self._stream):
             if verify and self._magic == _ZIP:
                 verify_zip(self._stream)
             self._stream.seek(0)
@@ -126,8 +128,12 @@ def verify_zip(stream: IO[bytes]) -> None:
 
 
 @contextmanager
-def naming(path: Path | str) -> Generator[None, None, None]:
+def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None, None, None]:
     """Turn whatever is raised while a file is read into an error that names it.
+
+    Args:
+        path: Its name.
+        stream: What is unpickled, to find out what it asks for; None where no setting makes it allowed.
 
     Raises:
         ValueError: If the file is damaged.
@@ -136,7 +142,7 @@ def naming(path: Path | str) -> Generator[None, None, None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise _forbidden(path, error) from error
+        raise _forbidden(path, error, stream) from error
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -145,15 +151,37 @@ def naming(path: Path | str) -> Generator[None, None, None]:
         ) from error
 
 
-def _forbidden(path: Path | str, error: pickle.UnpicklingError) -> pickle.UnpicklingError:
+def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> pickle.UnpicklingError:
     found = re.search(r"(?:GLOBAL |asks for `)([\w.]+)\.(\w+)", str(error))
-    if found is None:
-        return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {_TRUST}")
-    module = _SYSTEM_MODULES.get(found[1], found[1])
+    module, name = found.groups() if found else _asked_for(stream)
+    way_out = _TRUST if stream is not None else "Use another checkpoint."
+    if not name:
+        return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {way_out}")
     return pickle.UnpicklingError(
-        f"{str(path)!r} asks for `{module}.{found[2]}`, which is not allowed in a checkpoint: loading it could run "
-        f"code. Nothing was loaded. {_TRUST}"
+        f"{str(path)!r} asks for `{_SYSTEM_MODULES.get(module, module)}.{name}`, which is not allowed in a checkpoint: "
+        f"loading it could run code. Nothing was loaded. {way_out}"
     )
+
+
+def _asked_for(stream: IO[bytes] | None) -> tuple[str, str]:
+    """Return what a pickle asks for first, torch's own aside: torch's unpickler gives up before, on newer protocols."""
+    texts: list[str] = []
+    with contextlib.suppress(Exception):  # it is damaged, too
+        assert stream is not None
+        stream.seek(0)
+        content = stream.read(_PICKLE_SIZE)
+        if content.startswith(_ZIP):
+            stream.seek(0)
+            with zipfile.ZipFile(stream) as archive:
+                content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        for opcode, argument, _ in pickletools.genops(content):
+            if "UNICODE" in opcode.name:
+                texts.append(str(argument))
+            elif opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                module, name = str(argument).split(" ") if opcode.name == "GLOBAL" else texts[-2:]
+                if module.partition(".")[0] not in ("torch", "collections"):
+                    return module, name
+    return "", ""
 
 
 _TRUST = (
