@@ -31,6 +31,7 @@ from torch import nn
 
 # hidden, intermediate, layers, heads, vocabulary
 SIZES = {
+    "1b": (2048, 5461, 24, 32, 32000),
     "130m": (768, 2048, 12, 12, 32000),
     "60m": (512, 1376, 8, 8, 32000),
     "tiny": (64, 172, 2, 4, 512),

@@ -59,7 +59,7 @@ def on_first(action: Callable[[], T], group: Any = None) -> T:
 
 def _portable(error: BaseException | None) -> BaseException | None:
     """Return an exception that certainly pickles, without its traceback."""
-    if error is None or type(error).__module__ == "builtins":
+    if error is None or type(error).__module__ in ("builtins", "_pickle"):
         return error
     return RuntimeError(describe(error))
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import override
 
 from lightning_memopt.strategy import atomic
-from lightning_memopt.strategy.reading import read_torch_file
+from lightning_memopt.strategy.reading import OpenedFile
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Like Lightning's, but local files are replaced in one step, synced to the disk, and mapped into memory.
+    """Like Lightning's, but local files are replaced in one step, synced to the disk, verified and mapped into memory.
 
     Paths of remote file systems (``s3://...``) are left to the parent class.
+
+    Args:
+        verify: Whether to compare the checksums of everything in a file before it is used.
     """
+
+    def __init__(self, *, verify: bool = True) -> None:
+        super().__init__()
+        self.verify = verify
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -30,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
         else:
-            atomic.write_file(Path(path), lambda stream: torch.save(checkpoint, stream))
+            atomic.write_file(Path(path), lambda stream: save_with_checksums(checkpoint, stream))
 
     @override
     def load_checkpoint(
@@ -40,11 +50,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is truncated.
+            ValueError: If it is truncated or damaged.
+            pickle.UnpicklingError: If it asks for objects that are not allowed.
         """
         if is_local(path):
-            atomic.recover(Path(path))
-            return read_torch_file(Path(path), weights_only=weights_only, map_location=map_location or "cpu")
+            with closing(OpenedFile(Path(path))) as file:
+                return file.read(weights_only=weights_only, map_location=map_location or "cpu", verify=self.verify)
         # Lightning before 2.6 does not know the argument.
         options = {} if weights_only is None else {"weights_only": weights_only}
         return super().load_checkpoint(path, map_location=map_location, **options)
@@ -56,6 +67,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             atomic.discard(Path(path))
         else:
             super().remove_checkpoint(path)
+
+
+def save_with_checksums(value: Any, stream: Any) -> None:
+    """Write a file of torch's with a checksum of every entry, also where the user has switched these off."""
+    before = get_crc32_options()
+    set_crc32_options(True)
+    try:
+        torch.save(value, stream)
+    finally:
+        set_crc32_options(before)
+
+
+def innermost(checkpoint_io: CheckpointIO) -> CheckpointIO:
+    """Return what Lightning's wrappers, such as ``AsyncCheckpointIO``, are around."""
+    while isinstance(checkpoint_io, _WrappingCheckpointIO):
+        assert checkpoint_io.checkpoint_io is not None
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io
+
+
+def reads_plainly(checkpoint_io: CheckpointIO) -> bool:
+    """Return whether files are read by :class:`AtomicCheckpointIO` alone: nobody has overridden how."""
+    while isinstance(checkpoint_io, _WrappingCheckpointIO):
+        if type(checkpoint_io).load_checkpoint not in (
+            _WrappingCheckpointIO.load_checkpoint,
+            AsyncCheckpointIO.load_checkpoint,
+        ):
+            return False
+        checkpoint_io = checkpoint_io.checkpoint_io  # type: ignore[assignment]
+    return type(checkpoint_io).load_checkpoint is AtomicCheckpointIO.load_checkpoint
 
 
 def is_local(path: str | Path) -> bool:

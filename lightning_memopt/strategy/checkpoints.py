@@ -21,6 +21,8 @@ from lightning_memopt.strategy.saving import model_state, optimizer_state, save_
 class CheckpointingStrategy(ModelParallelStrategy):
     """ModelParallelStrategy whose checkpoints are atomic, complete, and load on any number of ranks."""
 
+    _verify: bool
+
     @override
     def teardown(self) -> None:
         super().teardown()
@@ -31,9 +33,10 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def checkpoint_io(self) -> CheckpointIO:
         """The user's CheckpointIO, or one that replaces files atomically."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
+            self._checkpoint_io = AtomicCheckpointIO(verify=self._verify)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # has no effect where the user gave one
+            # Has no effect where the user gave one.
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO(verify=self._verify)
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -85,4 +88,5 @@ class CheckpointingStrategy(ModelParallelStrategy):
             self.checkpoint_io,
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
+            verify=self._verify,
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, Metadata, load
+from torch.distributed.checkpoint import Metadata, load
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -18,12 +19,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from lightning_memopt.layout import fill_
 from lightning_memopt.strategy import atomic
-from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
-from lightning_memopt.strategy.checkpoint_io import is_local
-from lightning_memopt.strategy.directory import inspect
+from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
+from lightning_memopt.strategy.checkpoint_io import is_local, reads_plainly
 from lightning_memopt.strategy.fitting import check_family
+from lightning_memopt.strategy.opened import OpenedDirectory, open_together
+from lightning_memopt.strategy.reader import CheckedLoadPlanner, OpenedReader
+from lightning_memopt.strategy.reading import OpenedFile
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
-from lightning_memopt.strategy.states import allocated, by_position, cut
+from lightning_memopt.strategy.states import allocated, by_position, cut, parameter_names
 
 Optimizers = Sequence[torch.optim.Optimizer]
 T = TypeVar("T")
@@ -37,6 +40,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     weights_only: bool | None = None,
+    verify: bool = True,
     group: Any = None,
 ) -> dict[str, Any]:
     """Load weights and optimizer states and return the rest of the checkpoint.
@@ -48,25 +52,35 @@ def load_checkpoint(
         checkpoint_io: Lightning's CheckpointIO, which reads files.
         strict: Whether the model and the checkpoint must have the same names.
         weights_only: As for ``torch.load``.
+        verify: Whether to read everything once before it is used, to compare checksums and to look for NaN.
         group: The process group; None for all ranks.
 
     Raises:
-        ValueError: If there is no complete checkpoint, or its optimizers or their groups are others.
+        ValueError: If there is no complete and undamaged checkpoint, or its optimizers or their groups are others.
         RuntimeError: If names of weights are missing or too many under ``strict``, or shapes differ.
         KeyError: If there are optimizers, but no states in the checkpoint.
+        pickle.UnpicklingError: If a file asks for objects that are not allowed.
     """
-    local = is_local(path)
-    if local:
-        on_first(lambda: atomic.recover(Path(path)), group)
-    if local and Path(path).is_dir():
-        return _load_directory(Path(path), model, optimizers, strict, weights_only, group)
-    if local and not Path(path).is_file():
-        raise ValueError(
-            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name."
-        )
+    if is_local(path) and (atomic.current(Path(path)).is_dir() or reads_plainly(checkpoint_io)):
+        with closing(open_together(Path(path), lambda: _open(Path(path), weights_only, verify), group)) as opened:
+            if isinstance(opened, OpenedDirectory):
+                return _load_directory(opened, model, optimizers, strict, weights_only, group)
+            checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
+            return _load_whole(checkpoint, model, optimizers, strict)
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
     return _load_whole(checkpoint, model, optimizers, strict)
+
+
+def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirectory | OpenedFile:
+    place = atomic.current(path)
+    if place.is_dir():
+        return OpenedDirectory(path, weights_only=weights_only, verify=verify)
+    if not place.is_file():
+        raise ValueError(
+            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name."
+        )
+    return OpenedFile(path)
 
 
 def _read_on_all(read: Callable[[], T], group: Any) -> T:
@@ -110,38 +124,52 @@ def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimi
 
 
 def _load_directory(
-    path: Path, model: nn.Module, optimizers: Optimizers, strict: bool, weights_only: bool | None, group: Any
+    opened: OpenedDirectory,
+    model: nn.Module,
+    optimizers: Optimizers,
+    strict: bool,
+    weights_only: bool | None,
+    group: Any,
 ) -> dict[str, Any]:
-    share = rank_and_size(group)
-    contents = _read_on_all(lambda: inspect(path, share=share, weights_only=weights_only), group)
-    index = contents.index
+    index, prefix = opened.index, f"{WEIGHTS}."
+    finite = {prefix + name for name in parameter_names(model)}
+    read = (lambda key: True) if optimizers else (lambda key: key.startswith(prefix))  # noqa: E731
+    on_all(lambda: opened.check(rank_and_size(group), finite, read), group)
     saved = _saved_optimizers(index)
     _check_counts(list(saved.values()), optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
-    prefix = f"{WEIGHTS}."
     shapes = {
         key.removeprefix(prefix): _shape(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
     }
     _check_weights(shapes, ours, strict, fitting=bool(optimizers))
     if optimizers:
-        groups = {name: {"param_groups": tree["param_groups"]} for name, tree in saved.items()}
-        _read(path, groups, group, alone=True)
+        _read_groups(opened, saved)
     by_positions = [
         by_position(tree, optimizer, model) for tree, optimizer in zip(saved.values(), optimizers, strict=False)
     ]
     for state, optimizer in zip(by_positions, optimizers, strict=False):
         check_family(state, optimizer)
+    everything = []
     for name, tree, state, optimizer in zip(saved, saved.values(), by_positions, optimizers, strict=False):
         ready = allocated(state, optimizer)
         # The same dicts of one parameter's state, under the names of the checkpoint.
         entries = dict(zip(tree["state"], (ready["state"][index] for index in state["state"]), strict=True))
-        _read(path, {name: {"state": entries}}, group)
+        _read(opened, {name: {"state": entries}}, weights_only, group)
+        everything.append((optimizer, ready))
+    for optimizer, ready in everything:
         optimizer.load_state_dict(ready)
     weights = {name: value for name, value in ours.items() if name in shapes}
     state_dict = {WEIGHTS: weights}
-    _read(path, state_dict, group)
+    _read(opened, state_dict, weights_only, group)
     _adopt(model, state_dict[WEIGHTS])
-    return contents.rest
+    return opened.rest
+
+
+def _read_groups(opened: OpenedDirectory, trees: dict[str, dict[str, Any]]) -> None:
+    """Fill in the hyperparameters, which are few and needed whole on every rank."""
+    for key, place in opened.index.planner_data.items():
+        if place[0] in trees and place[1] == "param_groups":
+            set_element(trees, place, opened.whole(key))
 
 
 def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
@@ -152,8 +180,7 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
             continue
         entry, leaf = index.state_dict_metadata[key], None
         if isinstance(entry, TensorStorageMetadata):
-            device = "meta" if place[1] == "state" else "cpu"
-            leaf = torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+            leaf = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         set_element(trees, place, leaf)
     ordered = sorted(trees, key=lambda name: int(name.removeprefix("optimizer_")))
     return {name: {"state": {}, "param_groups": [], **trees[name]} for name in ordered}
@@ -164,23 +191,28 @@ def _shape(index: Metadata, key: str) -> torch.Size | None:
     return entry.size if isinstance(entry, TensorStorageMetadata) else None
 
 
-def _read(path: Path, state: dict[str, Any], group: Any, *, alone: bool = False) -> None:
-    """Read into the tensors of ``state``, and replace what is no tensor; every rank reads its part, or all if alone.
+def _read(opened: OpenedDirectory, state: dict[str, Any], weights_only: bool | None, group: Any) -> None:
+    """Read into the tensors of ``state``, and replace what is no tensor; every rank reads its part.
 
     Raises:
         ValueError: If a file cannot be read on any rank.
     """
-    alone = alone or rank_and_size(group)[1] == 1
 
     def read() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(state, storage_reader=FileSystemReader(path), process_group=group, no_dist=alone)
+            load(
+                state,
+                storage_reader=OpenedReader(opened),
+                planner=CheckedLoadPlanner(weights_only),
+                process_group=group,
+                no_dist=rank_and_size(group)[1] == 1,
+            )
 
     try:
         on_all(read, group)
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"Loading {str(path)!r} failed: {describe(error)}.") from error
+        raise ValueError(f"Loading {str(opened.path)!r} failed: {describe(error)}.") from error
 
 
 # ---------------------------------------------------------------------- whether it fits

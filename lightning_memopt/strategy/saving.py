@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,12 +17,14 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.directory import INDEX, PRINTS, REST, Print, check_replaceable, copy_others, fingerprint
+from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO, innermost, save_with_checksums
+from lightning_memopt.strategy.checksums import Checksum, ChecksummedFiles
+from lightning_memopt.strategy.directory import CHECKSUMS, REST, check_replaceable, copy_others
 from lightning_memopt.strategy.planning import FirstRankPlanner
 from lightning_memopt.strategy.states import by_name, gathered
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
+_TRIES = 20
 
 
 def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str, Any]:
@@ -80,16 +83,19 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
     rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
 
     on_first(lambda: check_replaceable(path), group)
+    new: Path | None = None
     try:
-        on_first(lambda: _begin(path), group)
-        prints = on_all(lambda: _write_shards(state, atomic.unfinished(path), group), group)
-        on_first(lambda: _finish(rest, path, {name: print_ for part in prints for name, print_ in part.items()}), group)
+        new = on_first(lambda: _begin(path), group)
+        parts = on_all(lambda: _write_shards(state, new, group), group)
+        sums = {name: entry for part in parts for name, entry in part.items()}
+        on_first(lambda: _finish(rest, new, path, sums), group)
     except (Exception, CheckpointException) as error:
-        if rank_and_size(group)[0] == 0:
-            atomic.abandon(path)
         raise OSError(
             f"Saving {str(path)!r} failed: {describe(error)}. What was saved under this name before is unchanged."
         ) from error
+    finally:
+        if new is not None and rank_and_size(group)[0] == 0:
+            atomic.abandon(new)  # nothing is there after a commit
 
 
 def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, group: Any = None) -> None:
@@ -108,40 +114,46 @@ def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, grou
 
     def write() -> None:
         check_replaceable(Path(path))
-        inner = checkpoint_io
-        while isinstance(inner, _WrappingCheckpointIO):
-            inner = inner.checkpoint_io
-        if not isinstance(inner, AtomicCheckpointIO) and Path(path).is_dir():
+        if not isinstance(innermost(checkpoint_io), AtomicCheckpointIO) and Path(path).is_dir():
             atomic.discard(Path(path))  # a distributed checkpoint, which nobody expects to find there
         checkpoint_io.save_checkpoint(checkpoint, path)
 
     on_first(write, group)
 
 
-def _begin(path: Path) -> None:
+def _begin(path: Path) -> Path:
+    """Return a new directory to save to, with what somebody has put beside the checkpoint that it replaces."""
     new = atomic.begin(path)
-    new.mkdir()
-    copy_others(path, new)
+    try:
+        new.mkdir()
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError, shutil.Error):  # another process has replaced the directory
+                copy_others(path, new)
+                return new
+        copy_others(path, new)
+        return new
+    except BaseException:
+        atomic.abandon(new)
+        raise
 
 
-def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, Print]:
-    """Write this rank's files, and return their fingerprints and on the first rank that of the index, too."""
-    rank, size = rank_and_size(group)
+def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, Checksum]:
+    """Write this rank's files, and return the checksums of all that it wrote."""
+    _, size = rank_and_size(group)
+    writer, files = FileSystemWriter(folder, sync_files=True), ChecksummedFiles()
+    writer.fs = files
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = FileSystemWriter(folder, sync_files=True)
         save(state, storage_writer=writer, planner=FirstRankPlanner(), process_group=group, no_dist=size == 1)
-    names = [path.name for path in folder.glob(f"__{rank}_*.distcp")]
-    return {name: fingerprint(folder / name) for name in [*names, *([INDEX] if rank == 0 else [])]}
+    return files.checksums
 
 
-def _finish(rest: dict[str, Any], path: Path, prints: dict[str, Print]) -> None:
-    folder = atomic.unfinished(path)
-    missing = [name for name in prints if not (folder / name).is_file()]
+def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksum]) -> None:
+    missing = [name for name in sums if not (new / name).is_file()]
     if missing:
         raise OSError(f"{missing[0]!r} of another rank is not there: all ranks must save to a file system they share")
-    atomic.write_synced(folder / REST, lambda stream: torch.save({**rest, PRINTS: prints}, stream))
-    atomic.commit(path)
+    atomic.write_synced(new / REST, lambda stream: save_with_checksums({**rest, CHECKSUMS: sums}, stream))
+    atomic.commit(new, path)
 
 
 def _gather(entries: Mapping[str, Any], keep: bool) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
             ``accumulate_grad_batches`` is more than 1; in between every rank keeps gradients of full size.
         cpu_offload: Whether parameters, gradients and optimizer state live in the CPU's memory.
         save_distributed_checkpoint: Whether a checkpoint is a directory with a file per rank, or one file.
+        verify: Whether a checkpoint is read once before it is loaded, to compare its checksums and to look for NaN.
         process_group_backend: None for the default of the device.
         timeout: Of collectives.
 
@@ -77,6 +78,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         sync_every_batch: bool = True,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
+        verify: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -91,6 +93,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         self._checkpoint_policy = resolve_policy("activation_checkpointing", given)
         self._reshard_after_forward = reshard_after_forward
         self._sync_every_batch = sync_every_batch
+        self._verify = verify
         self._cpu_offload = cpu_offload
         self._known = KnownParameters()
         self._syncing = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 
 from lightning_memopt import AdaPMLean, MemOpt
-from lightning_memopt.strategy import saving
+from lightning_memopt.strategy import opened as opened_module
+from lightning_memopt.strategy.checksums import ChecksummedStream
+from lightning_memopt.strategy.opened import OpenedDirectory, open_together
 from lightning_memopt.strategy.saving import optimizer_state
 from tests._compare import assert_equal
+from tests._faults import PLACES, Hostile, sums_renewed
 from tests.distributed._checkpoints import (
     FAMILIES,
     FORMATS,
@@ -515,7 +519,9 @@ def a_disk_that_is_full_on_one_rank(ranks: dict[int, World], folder: Path) -> No
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    for victim, (place, name) in itertools.product((0, 2), ((FileSystemWriter, "write_data"), (saving, "fingerprint"))):
+    for victim, (place, name) in itertools.product(
+        (0, 2), ((FileSystemWriter, "write_data"), (ChecksummedStream, "write"))
+    ):
         patched = mock.patch.object(place, name, full) if rank == victim else contextlib.nullcontext()
         with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
             save(path, model, optimizer, format="directory", world=ranks[4], global_step=2)
@@ -548,8 +554,9 @@ def truncated_and_mixed_directories(ranks: dict[int, World], folder: Path) -> No
             shutil.copytree(good, path)
             damage(path, later)
         dist.barrier(world.group)
-        with unchanged(model, optimizer), raises(ValueError, str(path), name, text):
+        with unchanged(model, optimizer), raises((ValueError, pickle.UnpicklingError), str(path), name, text):
             load(path, model, optimizer, world=world)
+    assert not (folder / "was-run").exists()
     load(good, model, optimizer, world=world)
 
 
@@ -568,7 +575,7 @@ def flipped(path: Path, later: Path) -> None:
 
 
 def of_another_tool(path: Path, later: Path) -> None:
-    """Without fingerprints sizes must do."""
+    """Without checksums sizes must do."""
     torch.save({}, path / "meta.pt")
     cut_off("__1_0.distcp")(path, later)
 
@@ -578,7 +585,19 @@ def from_more_ranks(path: Path, later: Path) -> None:
     shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp")
 
 
+def hostile(place: str) -> Any:
+    """A command that would make a file beside the checkpoint; sums made right again."""
+
+    def damage(path: Path, later: Path) -> None:
+        PLACES[place](path, Hostile(path.with_name("was-run")))
+        sums_renewed(path, drop=False)
+
+    return damage
+
+
 DAMAGES: list[tuple[Any, str, str]] = [
+    (hostile(".metadata, all of it"), ".metadata", "asks for `os.system`"),
+    (hostile("a hyperparameter"), ".distcp", "asks for `os.system`"),
     (lambda path, later: (path / ".metadata").unlink(), ".metadata", "is missing"),
     (lambda path, later: (path / "meta.pt").unlink(), "meta.pt", "is missing"),
     (lambda path, later: (path / "__1_0.distcp").unlink(), "__1_0.distcp", "is missing"),
@@ -595,6 +614,32 @@ DAMAGES: list[tuple[Any, str, str]] = [
     (of_another_tool, "__1_0.distcp", "truncated"),
     (from_more_ranks, "__2_0.distcp", "'.metadata' does not know it"),
 ]
+
+
+@case
+def ranks_that_open_different_saves(ranks: dict[int, World], folder: Path) -> None:
+    """They try again until they have the same one, or say so."""
+    world, rank = ranks[2], dist.get_rank()
+    if not world.mine:
+        return
+    model = shard(towers("net"), world)
+    optimizer = adamw(model)
+    for seed, path in enumerate((folder / "old", folder / "new")):
+        step(model, optimizer, seed)
+        save(path, model, optimizer, format="directory", world=world, global_step=seed)
+    tries = 0
+
+    def open_(settles: bool) -> OpenedDirectory:
+        nonlocal tries
+        tries += 1
+        return OpenedDirectory(folder / ("old" if rank and not (settles and tries > 3) else "new"))
+
+    opened = open_together(folder / "new", lambda: open_(True), world.group)
+    assert (opened.rest, tries) == ({"global_step": 1}, 4)
+    opened.close()
+    patched = mock.patch.object(opened_module, "_PAUSE", 0.0)
+    with patched, raises(ValueError, "The ranks found different checkpoints under", "is not on a file system that all"):
+        open_together(folder / "new", lambda: open_(False), world.group)
 
 
 @case

@@ -141,7 +141,7 @@ def difference(model: nn.Module, expected: dict[str, Tensor], *, exact: bool) ->
 
 
 @contextmanager
-def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
+def raises(kind: type[BaseException] | tuple[type[BaseException], ...], *texts: str) -> Iterator[None]:
     """Check for an exception, and that its message has all the texts."""
     try:
         yield
@@ -150,7 +150,7 @@ def raises(kind: type[BaseException], *texts: str) -> Iterator[None]:
         missing = [text for text in texts if text not in message]
         assert not missing, f"{missing} not in {message!r}"
         return
-    raise AssertionError(f"no {kind.__name__} was raised")
+    raise AssertionError(f"{kind} was not raised")
 
 
 @contextmanager

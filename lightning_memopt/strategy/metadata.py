@@ -1,0 +1,213 @@
+"""Reading torch's ``.metadata``, a pickle, without trust: it can import, call and build nothing but what it needs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+_TORCHS = "torch.distributed.checkpoint"
+# The classes of torch's own that have no behaviour here: their fields are taken and checked afterwards.
+_RECORDS = {
+    f"{_TORCHS}.metadata": (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+    ),
+    f"{_TORCHS}.filesystem": ("_StorageInfo",),
+}  # fmt: skip
+# What pickle writes for these. Others can ask for any amount of memory: a place in the memo by number, for one.
+_OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE",
+    "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS",
+    "EMPTY_DICT", "SETITEM", "SETITEMS",
+))  # fmt: skip
+_MEMORY_FORMATS = 3
+_SEPARATORS = re.compile(r"[/\\\0]")
+
+
+def parse_metadata(content: bytes) -> Metadata:
+    """Return torch's metadata from the bytes of a ``.metadata`` file, without trusting them.
+
+    Raises:
+        pickle.UnpicklingError: If the pickle asks for anything but the classes that a good one consists of.
+        ValueError: If it is damaged, or its fields are not what torch's default planner writes.
+    """
+    try:
+        for opcode, _, position in pickletools.genops(content):
+            if opcode.name not in _OPCODES:
+                raise ValueError(f"unexpected {opcode.name} at byte {position}")
+        loaded = _Unpickler(io.BytesIO(content)).load()
+    except _ForbiddenError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return _metadata(loaded)
+
+
+class _ForbiddenError(pickle.UnpicklingError):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.UnpicklingError, self.args  # what other ranks can raise
+
+
+class _Record:
+    """Stands for an object of torch's; keeps the state that the pickle gives it."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows stand-ins, made anew for every file: a pickle can also set attributes of the classes that it gets."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self._made: dict[str, type[_Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _RECORDS.get(module, ()):
+            return self._made.setdefault(name, type(name, (_Record,), {}))
+        known: dict[tuple[str, str], Callable[..., Any]] = {
+            ("torch", "Size"): lambda sizes=(): tuple(sizes),
+            ("torch.serialization", "_get_layout"): lambda name: name,
+            (f"{_TORCHS}.metadata", "_MEM_FORMAT_ENCODING"): lambda number: number,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        # Where the checkpoint was saved, which nothing reads; Python 3.13 moved the classes.
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return lambda *parts: "/".join(map(str, parts))
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise _ForbiddenError(f"it asks for `{module}.{name}`, which no checkpoint needs")
+
+
+# ---------------------------------------------------------------------- stand-ins → torch's objects, fields checked
+
+
+def _metadata(loaded: Any) -> Metadata:
+    fields = _fields(loaded, "Metadata")
+    entries = {_text(key): _storage(value) for key, value in _mapping(fields, "state_dict_metadata").items()}
+    if fields.get("planner_data") is None or fields.get("storage_data") is None:
+        raise ValueError(
+            "it does not tell where weights and optimizer states are, so torch.distributed.checkpoint did not write it "
+            "with its default planner"
+        )
+    places = {_text(key): _place(value, entries) for key, value in _mapping(fields, "planner_data").items()}
+    infos = dict(_info(key, value) for key, value in _mapping(fields, "storage_data").items())
+    for key, entry in entries.items():
+        if key not in places:
+            raise ValueError(f"it has no place for {key!r}")
+        for position in _positions(key, entry):
+            if position not in infos:
+                raise ValueError(f"it does not tell which file holds {key!r}")
+    return Metadata(entries, places, infos)
+
+
+def _storage(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if isinstance(value, _Record) and type(value).__name__ == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    fields = _fields(value, "TensorStorageMetadata")
+    properties = getattr(fields.get("properties"), "state", None)
+    if not isinstance(properties, tuple) or len(properties) != 5 or not isinstance(properties[0], torch.dtype):
+        raise ValueError("a tensor has no dtype")
+    dtype, layout, requires_grad, memory_format, _ = properties
+    if layout != "torch.strided" or memory_format not in range(_MEMORY_FORMATS):
+        raise ValueError(f"a tensor has the layout {layout!r} and the memory format {memory_format!r}")
+    size = _size(fields.get("size"))
+    chunks = [_chunk(chunk, size) for chunk in _list(fields, "chunks")]
+    if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
+        raise ValueError(f"the parts of a tensor of shape {tuple(size)} do not add up to it")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype, requires_grad=bool(requires_grad)), size, chunks)
+
+
+def _chunk(value: Any, size: torch.Size) -> ChunkStorageMetadata:
+    fields = _fields(value, "ChunkStorageMetadata")
+    offsets, sizes = _size(fields.get("offsets")), _size(fields.get("sizes"))
+    if not len(offsets) == len(sizes) == len(size) or any(
+        start + length > whole for start, length, whole in zip(offsets, sizes, size, strict=True)
+    ):
+        raise ValueError(f"a part of a tensor of shape {tuple(size)} lies outside of it")
+    return ChunkStorageMetadata(offsets, sizes)
+
+
+def _positions(key: str, entry: TensorStorageMetadata | BytesStorageMetadata) -> list[MetadataIndex]:
+    if isinstance(entry, BytesStorageMetadata):
+        return [MetadataIndex(key)]
+    return [MetadataIndex(key, chunk.offsets) for chunk in entry.chunks]
+
+
+def _place(value: Any, entries: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Return the keys and positions under which the nested state dict holds an entry."""
+    place = tuple(value) if isinstance(value, tuple | list) else (value,)
+    for step in place:
+        # A position is that of a list, which gets as long as it says.
+        if not isinstance(step, str) and not (isinstance(step, int) and 0 <= step <= len(entries)):
+            raise ValueError(f"it has the place {place!r}")
+    if not place:
+        raise ValueError("it has a place without a name")
+    return place
+
+
+def _info(key: Any, value: Any) -> tuple[MetadataIndex, _StorageInfo]:
+    index, info = _fields(key, "MetadataIndex"), _fields(value, "_StorageInfo")
+    offset, number = index.get("offset"), index.get("index")
+    name, start, length = _text(info.get("relative_path")), info.get("offset"), info.get("length")
+    if _SEPARATORS.search(name) or name in ("", ".", ".."):
+        raise ValueError(f"it names the file {name!r}, which is not in the directory of the checkpoint")
+    if info.get("transform_descriptors"):
+        raise ValueError(f"{name!r} was written through the extensions {info['transform_descriptors']!r}")
+    if not all(isinstance(number, int) and number >= 0 for number in (start, length)):
+        raise ValueError(f"it places an entry of {name!r} at {start!r} with the length {length!r}")
+    if number is not None and not isinstance(number, int):
+        raise ValueError(f"it numbers a part of {index.get('fqn')!r} with {number!r}")
+    where = None if offset is None else _size(offset)
+    return MetadataIndex(_text(index.get("fqn")), where, number), _StorageInfo(name, start, length)  # type: ignore[arg-type]
+
+
+def _fields(value: Any, kind: str) -> dict[str, Any]:
+    state = value.state if isinstance(value, _Record) and type(value).__name__ == kind else None
+    if not isinstance(state, dict):
+        raise ValueError(f"it has {type(value).__name__} in the place of {kind}")
+    return state
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
+    if not isinstance(fields.get(name), dict):
+        raise ValueError(f"{name!r} is no mapping")
+    return fields[name]
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(fields.get(name), list):
+        raise ValueError(f"{name!r} is no list")
+    return fields[name]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"it has {value!r} in the place of a name")
+    return value
+
+
+def _size(value: Any) -> torch.Size:
+    if not isinstance(value, tuple) or not all(isinstance(length, int) and length >= 0 for length in value):
+        raise ValueError(f"it has {value!r} in the place of a shape")
+    return torch.Size(value)
