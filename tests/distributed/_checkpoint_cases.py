@@ -302,7 +302,7 @@ class Normed(nn.Module):
 
 @case
 def statistics_are_those_of_the_first_rank(ranks: dict[int, World], folder: Path) -> None:
-    """So is everything else that is not sharded; shards are divided over the ranks that have them, replicas included."""
+    """So is all that is not sharded; shards are divided over the ranks that have them, replicas included."""
     hybrid = World(DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard")), ranks[4].group)
     for label, world in {"plain": ranks[4], "hybrid": hybrid}.items():
         for format in FORMATS:

@@ -296,6 +296,32 @@ def gradients_that_one_rank_loses_are_named_on_both() -> None:
             assert module.optimizers().state[module.model.lm_head.weight]["step"] == 1
 
 
+class Sometimes(Network):
+    """Uses one parameter on the first rank only."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(VOCAB))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        logits = super().forward(batch)
+        return logits * self.extra if dist.get_rank() == 0 else logits
+
+
+class Filling(LanguageModule):
+    def on_fit_start(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_reduce_scatter_unused_params(True)
+
+
+@case(2)
+def parameters_that_some_ranks_do_not_use() -> None:
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        module = against_ddp(lambda: Filling(Sometimes()), ddp=FINDS_UNUSED)
+        assert not torch.equal(whole(module.model.extra), torch.ones(VOCAB))
+
+
 @case(2)
 def activation_checkpointing() -> None:
     def dropout() -> LightningModule:
