@@ -79,7 +79,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
         OSError: If any rank cannot write; what was there is unchanged then.
     """
     state = {WEIGHTS: checkpoint[WEIGHTS]}
-    state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, []))}
+    state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
     rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
 
     on_first(lambda: check_replaceable(path), group)

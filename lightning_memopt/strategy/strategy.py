@@ -188,7 +188,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
-            for optimizer in self.optimizers:
+            for optimizer in self._trained_by:
                 move_state(optimizer)
 
     def _shard(self, model: nn.Module) -> None:
@@ -280,7 +280,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         super().setup_optimizers(trainer)
         assert self.model is not None
         replaced = self._known.replaced(self.model)
-        for optimizer in self.optimizers:
+        for optimizer in self._trained_by:
             rebind(optimizer, replaced, self.model, self._known)
 
     @override

@@ -10,6 +10,7 @@ import io
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -496,6 +497,38 @@ def optimizers_that_would_train_nothing_are_refused() -> None:
     module.make_optimizer = lambda _: made
     with raises(ValueError, "'model.lm_head.weight'", "(12, 8)", "(13, 8)"):
         fit(module)
+
+
+@case(2)
+def no_optimizer_trains_nothing() -> None:
+    """As with other strategies; checkpoints have no optimizer states, and load with and without an optimizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        for distributed in (True, False):
+            without_an_optimizer(Path(folder) / "some.ckpt", distributed)
+            dist.barrier()
+
+
+def without_an_optimizer(path: Path, distributed: bool) -> None:
+    before = whole_weights(LanguageModule())
+    strategies = (MemOptFSDPStrategy(save_distributed_checkpoint=distributed) for _ in range(4))
+    module = LanguageModule(optimizer=lambda _: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = fit(module, next(strategies), gradient_clip_val=1.0)
+    warned = any("this fit will run with no optimizer" in str(entry.message) for entry in caught)
+    assert warned == (dist.get_rank() == 0)
+    assert fitted.global_step == 3
+    torch.testing.assert_close(whole_weights(module), before, rtol=0, atol=0)
+    fitted.save_checkpoint(path)
+    torch.manual_seed(1)
+    other = LanguageModule(Network(), optimizer=lambda _: None)
+    again = trainer(next(strategies), max_steps=5)
+    again.fit(other, ckpt_path=path)
+    assert again.global_step == 5
+    torch.testing.assert_close(whole_weights(other), before, rtol=0, atol=0)
+    trainer(next(strategies)).validate(LanguageModule(), ckpt_path=path, verbose=False)
+    with raises(KeyError, "checkpoint contains only the model"):
+        trainer(next(strategies), max_steps=5).fit(LanguageModule(), ckpt_path=path)
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
