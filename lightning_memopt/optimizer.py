@@ -15,7 +15,7 @@ from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
 from lightning_memopt.checkpoint import allocated, loaded, loaded_groups
-from lightning_memopt.consensus import require_same, world_size
+from lightning_memopt.consensus import decided_alike, world_size
 from lightning_memopt.conversion import DROPPED, converted, release
 from lightning_memopt.guards import Judged, exact_arithmetic, verdict
 from lightning_memopt.layout import Layout, aligned, arithmetic_dtype, is_aligned, local_tensor
@@ -477,25 +477,18 @@ class MemOpt(torch.optim.Optimizer):
 
     def _agreed(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
         """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
-        error = None
-        try:
-            planned = self._planned(changes, dropped)
-            lines = [f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned]
-            lines.append(f"dropped={dropped}")
-        except Exception as caught:  # whatever it is, other ranks must hear of it
-            error, lines = caught, [f"{type(caught).__name__}: {caught}"]
         layouts = [block.layout for blocks in self._blocks.values() for block in blocks]
         groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
-        if groups:
-            try:
-                device = next(iter(groups.values()))[1]
-                require_same("what to reformat", lines, [group for group, _ in groups.values()], device)
-            except RuntimeError:
-                if error is None:
-                    raise
-        if error is not None:
-            raise error
-        return planned
+        return decided_alike(
+            "what to reformat",
+            lambda: self._planned(changes, dropped),
+            lambda planned: [
+                *(f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned),
+                f"dropped={dropped}",
+            ],
+            [group for group, _ in groups.values()],
+            next((device for _, device in groups.values()), torch.device("cpu")),
+        )
 
     def _planned(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
         """Return group, parameter, block as it is and block as it will be, for every block that changes, checked."""
