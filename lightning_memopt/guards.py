@@ -100,11 +100,12 @@ def _ask(params: Sequence[Judged], flags: Mapping[str, Tensor], *, refused: bool
     for layout in layouts:
         mine = [entry for entry in params if entry.layout.mesh == layout.mesh]
         device = local_tensor(mine[0].param).device
-        none = torch.zeros((), device=device)
-        seen = {name: flag.to(device) for name, flag in flags.items()}
+        # Not of the default dtype, which a rank without gradients, or with empty shards, would send alone.
+        none = torch.zeros((), dtype=torch.float32, device=device)
+        seen = {name: flag.to(none) for name, flag in flags.items()}
         if heard is None:
             heard = torch.stack([torch.stack([none, *seen.values()]).amax(), none + refused]) * (rank() + 1)
-        present = torch.tensor([float(entry.param.grad is not None) for entry in mine], device=device)
+        present = none.new_tensor([entry.param.grad is not None for entry in mine])
         unusable = torch.stack([seen.get(entry.name, none) for entry in mine])
         rows = torch.stack([1 - present, present, unusable]) * (rank() + 1)
         said = largest(torch.cat([rows.flatten(), heard.to(device)]), layout)

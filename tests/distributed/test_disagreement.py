@@ -264,6 +264,23 @@ def nothing_is_asked_where_nothing_is_sharded(mesh: DeviceMesh) -> None:
         assert traffic.total() == 0
 
 
+def any_default_dtype(mesh: DeviceMesh) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        params = sharded(mesh)
+        optimizer = lm.AdaPMLean(params.items(), lr=1e-2)
+        fill(params, mesh, 1)
+        if is_odd(mesh):
+            optimizer.zero_grad()
+        torch.set_default_dtype(dtype)
+        try:
+            with pytest.raises(RuntimeError, match=f"{QUERY}' has one on rank"):
+                optimizer.step()
+            fill(params, mesh, 1)
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 CHECKS: list[Callable[[DeviceMesh], None]] = [
     a_gradient_that_one_rank_lacks,
     a_rank_without_any_gradient,
@@ -275,6 +292,7 @@ CHECKS: list[Callable[[DeviceMesh], None]] = [
     a_parameter_that_was_frozen,
     several_meshes,
     a_mesh_that_is_a_part_of_the_job,
+    any_default_dtype,
     nothing_is_asked_where_nothing_is_sharded,
 ]
 
