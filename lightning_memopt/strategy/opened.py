@@ -191,7 +191,8 @@ class OpenedDirectory:
             self.object(index.fqn)
             return
         value = self.tensor(index)
-        if finite and value.is_floating_point() and bool(value.isnan().any()):
+        # One pass without a temporary: the extremes of a tensor with a NaN are NaN.
+        if finite and value.is_floating_point() and value.numel() and bool(value.aminmax().min.isnan()):
             raise ValueError(
                 f"The checkpoint {str(self.path)!r} has NaN in {index.fqn!r}: the run that saved it had failed by "
                 "then. Use an earlier one."
