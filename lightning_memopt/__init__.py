@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_memopt.callbacks import AdaptiveMomentum, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy
+    from lightning_memopt.strategy.loading import load_weights
 
 # Need more than torch: imported when they are asked for.
 _LAZY = {
@@ -36,6 +37,7 @@ _LAZY = {
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
     "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
+    "load_weights": "lightning_memopt.strategy.loading",
 }
 
 try:
@@ -82,6 +84,7 @@ __all__ = [
     "Snapshot",
     "classify",
     "load_plan",
+    "load_weights",
     "metrics",
     "plan_memory",
     "recipe_names",

@@ -134,9 +134,12 @@ def parsed(table: Any) -> dict[str, Checksum]:
     Raises:
         ValueError: If it is no such table.
     """
-    if not isinstance(table, Mapping) or not all(
-        isinstance(name, str) and isinstance(entry, tuple | list) and [type(number) for number in entry] == [int, int]
-        for name, entry in table.items()
-    ):
+    if not isinstance(table, Mapping) or not all(map(_is_entry, table.items())):
         raise ValueError(f"the table of checksums is damaged: {table!r:.200}")
     return {name: (size, crc) for name, (size, crc) in table.items()}
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    name, sums = entry
+    is_name = isinstance(name, str) and Path(name).name == name
+    return is_name and isinstance(sums, tuple | list) and [type(number) for number in sums] == [int, int]
