@@ -3,17 +3,77 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from lightning_memopt.layout import Layout
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
     """Return the number of processes in the job: 1 where there is no process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process in the job."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def largest(values: Tensor, layout: Layout) -> Tensor:
+    """Return, for every value, the largest that a rank of the layout's mesh has; in place.
+
+    One collective, or one per dimension of a mesh that is only a part of the job.
+    """
+    groups = layout.mesh_groups()
+    if len(groups) > 1 and layout.mesh.size() == world_size():
+        groups = [dist.group.WORLD]
+    for group in groups:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
+def decided_alike(
+    what: str,
+    decide: Callable[[], T],
+    lines: Callable[[T], Sequence[str]],
+    groups: Sequence[Any],
+    device: torch.device,
+) -> T:
+    """Return what this rank decides, once it is known that all ranks decide the same.
+
+    Args:
+        what: As in :func:`require_same`.
+        decide: Decides, and may raise.
+        lines: What a decision is compared by.
+        groups: As in :func:`require_same`; none where there is nobody to agree with.
+        device: As in :func:`require_same`.
+
+    Raises:
+        Exception: Whatever `decide` raised on this rank.
+        RuntimeError: If another rank raised or decided otherwise.
+    """
+    error = None
+    try:
+        decision = decide()
+        found = list(lines(decision))
+    except Exception as caught:  # whatever it is, other ranks must hear of it
+        error, found = caught, [f"{type(caught).__name__}: {caught}"]
+    if groups:
+        try:
+            require_same(what, found, groups, device)
+        except RuntimeError:
+            if error is None:
+                raise
+    if error is not None:
+        raise error
+    return decision
 
 
 def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:

@@ -343,10 +343,6 @@ class Layout:
                 whole = whole.narrow(dim, self.offset[dim], self.local[dim])
         return whole
 
-    def ranks(self) -> list[Cut]:
-        """Return, for every mesh dimension that shards the block, its ranks: a cut of one number each."""
-        return [self._cut(position, 0, [1] * self.mesh.size(position)) for position in self._shards()]
-
     @property
     def sharded(self) -> bool:
         """Whether other ranks hold other parts of the block."""
@@ -373,14 +369,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
-def aligned(grad: Tensor, param: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter.
+def is_aligned(grad: Tensor, param: Tensor) -> bool:
+    """Return whether a gradient has the placements of its parameter.
 
     Autograd may leave others where ``fully_shard`` does not reduce it, such as a pending sum over the ranks.
     """
     if DTensor is None or not (isinstance(grad, DTensor) and isinstance(param, DTensor)):
+        return True
+    return grad.placements == param.placements
+
+
+def aligned(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient with the placements of its parameter; all its ranks ask for that together."""
+    if is_aligned(grad, param):
         return grad
-    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+    return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
 
 
 def fill_(target: Tensor, value: Tensor) -> None:

@@ -15,10 +15,10 @@ from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
 from lightning_memopt.checkpoint import allocated, loaded, loaded_groups
-from lightning_memopt.consensus import require_same, world_size
+from lightning_memopt.consensus import decided_alike, world_size
 from lightning_memopt.conversion import DROPPED, converted, release
-from lightning_memopt.guards import Unusable, exact_arithmetic
-from lightning_memopt.layout import Layout, aligned, arithmetic_dtype
+from lightning_memopt.guards import Judged, exact_arithmetic, verdict
+from lightning_memopt.layout import Layout, aligned, arithmetic_dtype, is_aligned, local_tensor
 from lightning_memopt.plan import Plan, Recipe, known_options
 from lightning_memopt.recipes import load_plan
 from lightning_memopt.roles import Part, canonical_names, classify
@@ -355,21 +355,15 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If names are not known yet, or a gradient is sparse or complex; nothing has changed then.
+            RuntimeError: If ranks disagree about which sharded parameters have a gradient; nothing has changed then.
             FloatingPointError: If a gradient is not finite and ``nonfinite="raise"``; nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = self._active()
-        updates = [
-            Update(block, param, self.state[param], group) for group, param in active for block in self._blocks[param]
-        ]
-        step = Step(updates)
-        unusable = Unusable([param.grad for _, param in active], [self._blocks[param][0].layout for _, param in active])  # type: ignore[misc]
         # Nothing is written before all ranks agree that everything can be.
-        positions = unusable.positions(step.begin(unusable.wants()))
-        bad = [self._blocks[active[position][1]][0].name for position in positions]
+        active, bad = self._usable()
         if bad and self._nonfinite == "raise":
             raise FloatingPointError(
                 f"Gradients with non-finite or overflowing elements in: {', '.join(bad)}. Weights and state are "
@@ -379,18 +373,42 @@ class MemOpt(torch.optim.Optimizer):
             self._counts["skipped"] += 1
             return loss
         for _, param in active:
+            if not self.state.get(param):  # frozen when the optimizer was made
+                self.state[param] = self._init(self._blocks[param])
+        step = Step(
+            Update(block, param, self.state[param], group) for group, param in active for block in self._blocks[param]
+        )
+        for _, param in active:
             self.state[param]["step"] += 1
         with exact_arithmetic({param.device.type for _, param in active}):
             step.run()
         return loss
 
+    def _usable(self) -> tuple[list[tuple[dict[str, Any], Tensor]], list[str]]:
+        """Return all parameters with a gradient, and the names of those that have one that cannot be used."""
+        active, refusal = [], None
+        try:
+            active = self._active()
+        except Exception as error:  # whatever it is, other ranks must hear of it
+            refusal = error
+        judged = [
+            Judged(self._names.get(param, self._blocks[param][0].name), param, self._blocks[param][0].layout)
+            for param in self._all_params()
+            if param in self._blocks
+        ]
+        bad = verdict(judged, refusal)
+        if not all(is_aligned(param.grad, param) for _, param in active):  # type: ignore[arg-type]
+            for _, param in active:
+                param.grad = aligned(param.grad, param)  # type: ignore[arg-type]
+            bad = verdict(judged)
+        return active, bad
+
     def _active(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Return all parameters with a gradient, checked."""
         active = [(group, param) for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if active:
-            self._require_names()
+        if active or any(local_tensor(param) is not param for param in self._all_params()):
+            self._require_names()  # on all ranks, also on one without gradients
         for _, param in active:
-            param.grad = aligned(param.grad, param)
             if param not in self._blocks:
                 raise parsing.unnamed_error(param)
             name, layout = self._blocks[param][0].name, self._blocks[param][0].layout
@@ -400,8 +418,6 @@ class MemOpt(torch.optim.Optimizer):
                 raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
             if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
                 self._follow(param)
-            if not self.state.get(param):  # frozen when the optimizer was made
-                self.state[param] = self._init(self._blocks[param])
         return active
 
     def _follow(self, param: Tensor) -> None:
@@ -461,25 +477,18 @@ class MemOpt(torch.optim.Optimizer):
 
     def _agreed(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
         """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
-        error = None
-        try:
-            planned = self._planned(changes, dropped)
-            lines = [f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned]
-            lines.append(f"dropped={dropped}")
-        except Exception as caught:  # whatever it is, other ranks must hear of it
-            error, lines = caught, [f"{type(caught).__name__}: {caught}"]
         layouts = [block.layout for blocks in self._blocks.values() for block in blocks]
         groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
-        if groups:
-            try:
-                device = next(iter(groups.values()))[1]
-                require_same("what to reformat", lines, [group for group, _ in groups.values()], device)
-            except RuntimeError:
-                if error is None:
-                    raise
-        if error is not None:
-            raise error
-        return planned
+        return decided_alike(
+            "what to reformat",
+            lambda: self._planned(changes, dropped),
+            lambda planned: [
+                *(f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned),
+                f"dropped={dropped}",
+            ],
+            [group for group, _ in groups.values()],
+            next((device for _, device in groups.values()), torch.device("cpu")),
+        )
 
     def _planned(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
         """Return group, parameter, block as it is and block as it will be, for every block that changes, checked."""

@@ -51,22 +51,11 @@ class Step:
         """Divide the updates, which nothing has changed yet, into waves: the same on every rank."""
         wanted = [(update, update.wants()) for update in updates]
         self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
-        self._gathered: list[Tensor] | None = None
-
-    def begin(self, also: Sequence[Gather] = ()) -> list[Tensor]:
-        """Gather for the first wave, and ``also`` in the same collective; return the latter."""
-        wanted = [request for _, requests in self._waves[0] for request in requests] if self._waves else []
-        found = gather([*also, *wanted])
-        self._gathered = found[len(also) :]
-        return found[: len(also)]
 
     def run(self) -> None:
         """Update all blocks."""
         for wave in self._waves:
-            if self._gathered is None:
-                self._gathered = gather([request for _, requests in wave for request in requests])
-            found, self._gathered = self._gathered, None
-            drive(_tasks(wave, found))
+            drive(_tasks(wave, gather([request for _, requests in wave for request in requests])))
 
 
 def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor]) -> Iterable[Task]:

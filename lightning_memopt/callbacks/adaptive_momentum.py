@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +31,7 @@ from lightning_memopt.callbacks.console import say
 from lightning_memopt.callbacks.moves import moves, restless
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
 from lightning_memopt.callbacks.policies.base import answer
-from lightning_memopt.consensus import require_same
+from lightning_memopt.consensus import decided_alike
 from lightning_memopt.conversion import DROPPED
 from lightning_memopt.signals import BlockSignals, Probe
 from lightning_memopt.sizes import format_bytes
@@ -200,7 +200,7 @@ class AdaptiveMomentum(Callback):
             self._freeze()
         elif self._decisions(self._seen) > before:
             signals = self._probe.read()
-            self._carry_out(self.propose(self._optimizer.snapshot(), signals), signals)
+            self._carry_out(self._agreed(lambda: self.propose(self._optimizer.snapshot(), signals)), signals)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what came out, and draw it where that was asked for."""
@@ -289,6 +289,10 @@ class AdaptiveMomentum(Callback):
     def _allocate(self) -> None:
         """Give every block what the policy wants, in one go."""
         self._names |= self._trained()
+        self._carry_out(self._agreed(self._first), {})
+
+    def _first(self) -> Changes:
+        """Return what brings every block to what the policy wants."""
         problem = self._problem({}, pinned=())
         check_budget(problem, fixed_bytes(self._optimizer))
         target = answer(self.policy, problem)
@@ -300,12 +304,11 @@ class AdaptiveMomentum(Callback):
             if target[block.name] != block.rank or sizes[block.name] > block.nbytes(block.rank)
         ]
         differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
-        self._carry_out(self._changes({block.name: target[block.name] for block in differing}), {})
+        return self._changes({block.name: target[block.name] for block in differing})
 
     def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
-        """Change the optimizer, once all ranks have the same changes and the budget holds; keep a record."""
+        """Change the optimizer, if the budget holds; keep a record."""
         blocks = self._candidates(signals)
-        self._agree(changes)  # also if there are none: other ranks may have some
         if changes:
             size, budget = self._bytes(changes), self._budget_bytes()
             if budget is not None and size > budget:
@@ -332,11 +335,16 @@ class AdaptiveMomentum(Callback):
         self.history.append(entry)
         self._report(entry)
 
-    def _agree(self, changes: Mapping[str, Any]) -> None:
-        """Check that all processes decided alike, also where each has the whole model."""
-        if self._trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            lines = [f"{name}: {change}" for name, change in changes.items()]
-            require_same("AdaptiveMomentum's changes", lines, [dist.group.WORLD], self._trainer.strategy.root_device)
+    def _agreed(self, decide: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return changes that all processes have decided on alike, also where each has the whole model."""
+        several = self._trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
+        return decided_alike(
+            "AdaptiveMomentum's changes",
+            decide,
+            lambda changes: [f"{name}: {change}" for name, change in changes.items()],
+            [dist.group.WORLD] if several else [],
+            self._trainer.strategy.root_device,
+        )
 
     def _freeze(self) -> None:
         self._frozen = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -27,6 +27,11 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         super().teardown()
         self.checkpoint_io.teardown()  # waits for what is still being written; ModelParallelStrategy leaves it out
+
+    @property
+    def _trained_by(self) -> list[Optimizer]:
+        """The optimizers, without the one that Lightning makes up where ``configure_optimizers`` returns None."""
+        return [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
     @property
     @override
@@ -54,6 +59,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
         assert self.model is not None
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
+        if isinstance(optimizer, _MockOptimizer):
+            return {}
         return optimizer_state(optimizer, self.model, whole=not self._save_distributed_checkpoint)
 
     @override
@@ -84,7 +91,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
         return load_checkpoint(
             self.broadcast(checkpoint_path),
             self.model,
-            self.optimizers if fitting else [],
+            self._trained_by if fitting else [],
             self.checkpoint_io,
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,

@@ -117,7 +117,8 @@ def _read_on_all(read: Callable[[], T], group: Any) -> T:
 
 
 def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimizers, strict: bool) -> dict[str, Any]:
-    weights, states = checkpoint[WEIGHTS], checkpoint.get(STATES, [])
+    # Of a run without an optimizer there is a state that is empty.
+    weights, states = checkpoint[WEIGHTS], [state for state in checkpoint.get(STATES, []) if state]
     _check_counts(states, optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
     shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}

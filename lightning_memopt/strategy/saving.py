@@ -20,6 +20,7 @@ from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO, innermost, save_with_checksums
 from lightning_memopt.strategy.checksums import Checksum, ChecksummedFiles
 from lightning_memopt.strategy.directory import CHECKSUMS, REST, check_replaceable, copy_others
+from lightning_memopt.strategy.planning import FirstRankPlanner
 from lightning_memopt.strategy.states import by_name, gathered
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
@@ -78,7 +79,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
         OSError: If any rank cannot write; what was there is unchanged then.
     """
     state = {WEIGHTS: checkpoint[WEIGHTS]}
-    state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, []))}
+    state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
     rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
 
     on_first(lambda: check_replaceable(path), group)
@@ -143,7 +144,7 @@ def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, 
     writer.fs = files
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(state, storage_writer=writer, process_group=group, no_dist=size == 1)
+        save(state, storage_writer=writer, planner=FirstRankPlanner(), process_group=group, no_dist=size == 1)
     return files.checksums
 
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_memopt.strategy.checkpoints import CheckpointingStrategy
 from lightning_memopt.strategy.explaining import ExplainingStrategy
+from lightning_memopt.strategy.failures import FirstFailure
 from lightning_memopt.strategy.initial import check_same_structure
 from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
@@ -97,6 +98,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         self._cpu_offload = cpu_offload
         self._known = KnownParameters()
         self._syncing = True
+        self._first_failure: FirstFailure | None = None
         self._data_mesh: DeviceMesh | None = None
         self._fsdp_mesh: DeviceMesh | None = None
 
@@ -136,6 +138,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
     @override
     def setup_environment(self) -> None:
         self._setup_distributed()
+        self._first_failure = FirstFailure()
         if self._device_mesh is None:
             size = resolved_data_size(
                 self._data_parallel_size, self._tensor_size, self._replicate_size, self.world_size
@@ -152,6 +155,12 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         if self._cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
             return "cpu:gloo,cuda:nccl"
         return super()._get_process_group_backend()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._first_failure is not None:
+            self._first_failure.share(exception)
 
     # ------------------------------------------------------------------ the model
 
@@ -179,7 +188,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
-            for optimizer in self.optimizers:
+            for optimizer in self._trained_by:
                 move_state(optimizer)
 
     def _shard(self, model: nn.Module) -> None:
@@ -271,7 +280,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         super().setup_optimizers(trainer)
         assert self.model is not None
         replaced = self._known.replaced(self.model)
-        for optimizer in self.optimizers:
+        for optimizer in self._trained_by:
             rebind(optimizer, replaced, self.model, self._known)
 
     @override

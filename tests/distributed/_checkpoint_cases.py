@@ -288,6 +288,44 @@ def hybrid_sharding(ranks: dict[int, World], folder: Path) -> None:
     there_and_back(lean, ranks[3], hybrid, folder / "from three", steps=2)
 
 
+class Normed(nn.Module):
+    """Batch norms of several sizes, whose statistics every rank has of its own, and a parameter that is not sharded."""
+
+    def __init__(self, world: World, value: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), value))
+        self.norms = nn.Sequential(*(nn.BatchNorm1d(size) for size in (7, 5, 16, 3, 9)))
+        fully_shard(self.norms, mesh=world.mesh)
+        for buffer in self.norms.buffers():
+            buffer.fill_(value)
+
+
+@case
+def statistics_are_those_of_the_first_rank(ranks: dict[int, World], folder: Path) -> None:
+    """So is all that is not sharded; shards are divided over the ranks that have them, replicas included."""
+    hybrid = World(DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicate", "shard")), ranks[4].group)
+    for label, world in {"plain": ranks[4], "hybrid": hybrid}.items():
+        for format in FORMATS:
+            model = Normed(world, 1.0 + dist.get_rank())
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            step(model, optimizer, 0)
+            for entry in optimizer.state.values():
+                entry["step"].fill_(10 + dist.get_rank())
+            optimizer.state[model.scale]["exp_avg"].fill_(1.0 + dist.get_rank())
+            save(folder / f"{label} {format}", model, optimizer, format=format, world=world)
+            first = [model.scale.detach().clone()]
+            dist.broadcast_object_list(first, src=0)
+            other = Normed(world, -1.0)
+            loaded = torch.optim.AdamW(other.parameters(), lr=0.01)
+            load(folder / f"{label} {format}", other, loaded, world=world)
+            assert all((buffer == 1).all() for buffer in other.norms.buffers())
+            assert_equal(other.scale.data, first[0])
+            assert_equal(loaded.state[other.scale]["exp_avg"], torch.ones(3))
+            assert [float(entry["step"]) for entry in loaded.state.values()] == [10.0] * 11
+    sizes = [(folder / "hybrid directory" / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
+    assert min(sizes) > 0, sizes
+
+
 def same_content(actual: Any, expected: Any) -> None:
     """Compare nested state dicts, in which not only tensors matter."""
     if isinstance(expected, Tensor):

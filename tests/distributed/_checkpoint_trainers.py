@@ -146,6 +146,45 @@ def validation_loads_weights_only(ranks: dict[int, World], folder: Path) -> None
             trainer(folder, format).fit(Module(), ckpt_path=path)
 
 
+class Normalised(Module):
+    """Keeps running statistics, which differ from rank to rank as the batches do."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        norms = (nn.BatchNorm1d(8), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8), nn.BatchNorm1d(8))
+        self.layers = nn.Sequential(*norms)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("loss", (self.layers(batch) - batch).square().mean(), sync_dist=True)
+
+    def train_dataloader(self) -> DataLoader:
+        data = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        return DataLoader(data * torch.arange(1, 65).unsqueeze(1), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+@case
+def validation_does_not_depend_on_the_format(ranks: dict[int, World], folder: Path) -> None:
+    losses, models = [], []
+    for format in FORMATS:
+        model, path = Normalised(), folder / format
+        fitted = trainer(folder, format, max_epochs=1)
+        fitted.fit(model)
+        means: list[Any] = [None] * RANKS
+        dist.all_gather_object(means, model.layers[0].running_mean.tolist())
+        assert means[0] != means[1]
+        fitted.save_checkpoint(path)
+        other = Normalised(seed=1)
+        validating = trainer(folder, format)
+        validating.validate(other, ckpt_path=path, verbose=False)
+        assert other.layers[0].running_mean.tolist() == means[0]
+        losses.append(validating.callback_metrics["loss"].item())
+        models.append(dict(other.named_buffers()))
+    assert losses[0] == losses[1]
+    assert_equal(models[0], models[1])
+
+
 @case
 def objects_need_trust(ranks: dict[int, World], folder: Path) -> None:
     """Loading refuses what is more than tensors and builtins, and says what to do."""

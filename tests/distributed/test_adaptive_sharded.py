@@ -133,6 +133,24 @@ def ranks_that_disagree_all_raise(folder: Path, expected: Expected) -> None:
             assert [entry["step"] for entry in callback.history] == [0]
 
 
+class Fails(AdaptiveMomentum):
+    """Reads what only the other ranks can read."""
+
+    def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            raise OSError("no such file")
+        return {}
+
+
+def what_one_rank_raises_all_do(folder: Path, expected: Expected) -> None:
+    text = "Ranks disagree about AdaptiveMomentum's changes: rank 0 has 'nothing', rank 1 has 'OSError: no such file'"
+    for strategy in STRATEGIES:
+        callback = adaptive("energy", Fails)
+        with raises(*((OSError, "no such file") if dist.get_rank() == 1 else (RuntimeError, text))):
+            fit("energy", callback, strategy=strategy)
+        assert [entry["step"] for entry in callback.history] == [0]
+
+
 class Overspends(AdaptiveMomentum):
     def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
         return {name: {"momentum": "dense"} for name in signals}
@@ -171,6 +189,7 @@ def figures_and_early_ends(folder: Path, expected: Expected) -> None:
 CASES = (
     as_on_one_process,
     ranks_that_disagree_all_raise,
+    what_one_rank_raises_all_do,
     the_budget_is_that_of_all_ranks,
     goes_on_from_three_ranks,
     saves_for_one_process,

@@ -10,6 +10,7 @@ import io
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -271,6 +272,57 @@ def clipping_by_norm_and_value() -> None:
         assert all(abs(seen[which] / limit - 1) < 1e-3 for seen in module.clipped), module.clipped
 
 
+class Dropping(LanguageModule):
+    """Loses gradients on the second rank, as code does that reacts to what only one rank sees."""
+
+    def __init__(self, lost: str) -> None:
+        super().__init__(optimizer=lambda it: lm.AdaPMLean(it.named_parameters(), lr=0.01))
+        self.lost = lost
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, param in self.named_parameters():
+            if dist.get_rank() == 1 and self.lost in name and self.global_step == 1:
+                param.grad = None
+
+
+@case(2)
+def gradients_that_one_rank_loses_are_named_on_both() -> None:
+    """With clipping, whose collectives come before those of the optimizer."""
+    for lost in ("lm_head", ""):
+        for options in ({}, {"gradient_clip_val": 0.5}):
+            module = Dropping(lost)
+            with raises(RuntimeError, "Ranks disagree about", f"{lost}.weight' has one on rank 0 and none on rank 1"):
+                fit(module, **options)
+            same_everywhere(module)
+            assert module.optimizers().state[module.model.lm_head.weight]["step"] == 1
+
+
+class Sometimes(Network):
+    """Uses one parameter on the first rank only."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(VOCAB))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        logits = super().forward(batch)
+        return logits * self.extra if dist.get_rank() == 0 else logits
+
+
+class Filling(LanguageModule):
+    def on_fit_start(self) -> None:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_reduce_scatter_unused_params(True)
+
+
+@case(2)
+def parameters_that_some_ranks_do_not_use() -> None:
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        module = against_ddp(lambda: Filling(Sometimes()), ddp=FINDS_UNUSED)
+        assert not torch.equal(whole(module.model.extra), torch.ones(VOCAB))
+
+
 @case(2)
 def activation_checkpointing() -> None:
     def dropout() -> LightningModule:
@@ -445,6 +497,38 @@ def optimizers_that_would_train_nothing_are_refused() -> None:
     module.make_optimizer = lambda _: made
     with raises(ValueError, "'model.lm_head.weight'", "(12, 8)", "(13, 8)"):
         fit(module)
+
+
+@case(2)
+def no_optimizer_trains_nothing() -> None:
+    """As with other strategies; checkpoints have no optimizer states, and load with and without an optimizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        for distributed in (True, False):
+            without_an_optimizer(Path(folder) / "some.ckpt", distributed)
+            dist.barrier()
+
+
+def without_an_optimizer(path: Path, distributed: bool) -> None:
+    before = whole_weights(LanguageModule())
+    strategies = (MemOptFSDPStrategy(save_distributed_checkpoint=distributed) for _ in range(4))
+    module = LanguageModule(optimizer=lambda _: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = fit(module, next(strategies), gradient_clip_val=1.0)
+    warned = any("this fit will run with no optimizer" in str(entry.message) for entry in caught)
+    assert warned == (dist.get_rank() == 0)
+    assert fitted.global_step == 3
+    torch.testing.assert_close(whole_weights(module), before, rtol=0, atol=0)
+    fitted.save_checkpoint(path)
+    torch.manual_seed(1)
+    other = LanguageModule(Network(), optimizer=lambda _: None)
+    again = trainer(next(strategies), max_steps=5)
+    again.fit(other, ckpt_path=path)
+    assert again.global_step == 5
+    torch.testing.assert_close(whole_weights(other), before, rtol=0, atol=0)
+    trainer(next(strategies)).validate(LanguageModule(), ckpt_path=path, verbose=False)
+    with raises(KeyError, "checkpoint contains only the model"):
+        trainer(next(strategies), max_steps=5).fit(LanguageModule(), ckpt_path=path)
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

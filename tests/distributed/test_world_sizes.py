@@ -149,7 +149,7 @@ def attempt(check: Callable[..., Any], *args: Any) -> str:
 
 
 def compare(mesh: DeviceMesh, choose: Callable[..., int], builder: Callable[..., Any], expected: Any) -> None:
-    """The same weights after all steps, state within its bounds, and at most four collectives in every step."""
+    """The same weights after all steps, state within its bounds, and at most five collectives in every step."""
     params = sharded(mesh, choose)
     optimizer = builder(named(params))
     for step in range(1, STEPS + 1):
@@ -157,7 +157,7 @@ def compare(mesh: DeviceMesh, choose: Callable[..., int], builder: Callable[...,
         traffic = Traffic()
         with traffic if step in (1, 5) else nullcontext():  # looking at every operation takes time
             optimizer.step()
-        assert traffic.total() <= 4, f"step {step}: {dict(traffic.calls)}"
+        assert traffic.total() <= 5, f"step {step}: {dict(traffic.calls)}"
     for name, param in params.items():
         error = relative_error(param.full_tensor().detach(), expected[name])
         assert error <= TOLERANCE, f"{name} {param.placements}: {error:.1e}"
@@ -174,7 +174,7 @@ def no_dtensor_operation_in_a_step(mesh: DeviceMesh) -> None:
     fill(params, 1)
     with CommDebugMode() as mode, Traffic() as traffic:
         optimizer.step()
-    assert 0 < mode.get_total_counts() <= 4
+    assert 0 < mode.get_total_counts() <= 5
     assert mode.get_total_counts() == traffic.total()
     assert not traffic.dtensor_calls
     with Traffic() as other:
@@ -194,8 +194,9 @@ def bytes_are_those_of_the_small_factors(mesh: DeviceMesh) -> None:
         with Traffic() as traffic:
             optimizer.step()
     piece = 8 * -(-4 * rank * -(-n // count) // 8) + 8 * -(-4 * -(-n // count) // 8)
-    assert traffic.nbytes["allgather_base"] == count * (piece + 8)  # R, the columns' means, the verdict
-    assert traffic.nbytes["allreduce"] == 4 * (rank * n + rank * rank + n) + 8 * (rank * rank + 1)
+    assert traffic.nbytes["allgather_base"] == count * piece  # R, the columns' means
+    verdict = 4 * (3 * 1 + 2)
+    assert traffic.nbytes["allreduce"] == verdict + 4 * (rank * n + rank * rank + n) + 8 * (rank * rank + 1)
 
 
 def payload_is_sent_in_bounded_pieces(mesh: DeviceMesh) -> None:
@@ -212,7 +213,7 @@ def payload_is_sent_in_bounded_pieces(mesh: DeviceMesh) -> None:
                 optimizer.step()
         finally:
             collectives.MAX_PAYLOAD = before
-    assert traffic.total() > 4
+    assert traffic.total() > 5
     for name in params:
         error = relative_error(params[name].full_tensor().detach(), other[name].full_tensor().detach())
         assert error <= TOLERANCE, f"{name}: {error:.1e}"
@@ -401,7 +402,7 @@ def two_sharded_dimensions_take_more_collectives(mesh: DeviceMesh) -> None:
             one.step()
             with Traffic() as traffic:
                 two.step()
-            assert traffic.total() <= 12, f"{recipe}, step {step}: {dict(traffic.calls)}"
+            assert traffic.total() <= 11, f"{recipe}, step {step}: {dict(traffic.calls)}"
         for name in params:
             assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, recipe
 
