@@ -132,6 +132,8 @@ def _fully_shard(unit: Unit, sharding: Sharding, plugin: Precision, dims: dict[T
         offload_policy=CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
         if sharding.cpu_offload
         else OffloadPolicy(),
+        # Its reduction fails on gradients without elements.
+        ignored_params={param for param in unit.module.parameters() if not param.numel()},
     )
 
 

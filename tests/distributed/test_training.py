@@ -10,7 +10,7 @@ import io
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -88,6 +88,16 @@ def outcomes() -> Callable[[int], list[dict[str, str | None]]]:
         return done[size]
 
     return of
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Make one folder for all ranks."""
+    with tempfile.TemporaryDirectory() as mine:
+        folder = [mine]
+        dist.broadcast_object_list(folder, 0)
+        yield Path(folder[0])
+        dist.barrier()
 
 
 def close(actual: LightningModule, expected: LightningModule, places: float = 1e-5) -> None:
@@ -309,6 +319,43 @@ def parameters_on_the_module_itself() -> None:
     ours.make_optimizer = lambda it: lm.AdaPMLean(it.named_parameters(), lr=0.01)
     fit(ours, max_steps=4)
     same_everywhere(ours)
+
+
+class Hollow(Network):
+    """Has parameters without elements: beside others, alone in a layer, and all that a block trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(2, 0, 4))
+        self.features = nn.Linear(0, WIDTH, bias=False)
+        self.layers[0].requires_grad_(False)
+        self.layers[0].adapter = nn.Parameter(torch.zeros(0, WIDTH))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        nothing = self.features(self.features.weight.new_zeros(*batch.shape, 0)).sum() + self.layers[0].adapter.sum()
+        return super().forward(batch) + nothing + self.none.sum()
+
+
+@case(2)
+def parameters_without_elements() -> None:
+    def make(recipe: str) -> LightningModule:
+        torch.manual_seed(0)
+        return LanguageModule(Hollow(), lambda it: lm.MemOpt(it.named_parameters(), recipe=recipe, lr=0.01))
+
+    for recipe in ("adapm_mini", "adam_snsm"):
+        reference = make(recipe)
+        fit(reference, "ddp", max_steps=4, overfit_batches=1)
+        for size, distributed in ((1, True), (2, False)):  # with two replicas, every one is sharded over one rank
+            options: Any = {"replicate_size": size, "save_distributed_checkpoint": distributed}
+            module, resumed = make(recipe), make(recipe)
+            with shared_folder() as folder:
+                made = fit(module, MemOptFSDPStrategy(**options), max_steps=2, overfit_batches=1)
+                made.save_checkpoint(folder / "last.ckpt")
+                made = trainer(MemOptFSDPStrategy(**options), max_steps=4, overfit_batches=1)
+                made.fit(resumed, ckpt_path=folder / "last.ckpt")
+            assert resumed.model.none.shape == (2, 0, 4)
+            close(resumed, reference)
+            same_everywhere(resumed)
 
 
 @case(2)
