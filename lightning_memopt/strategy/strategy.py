@@ -24,7 +24,7 @@ from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
 from lightning_memopt.strategy.precision import ShardedMixedPrecision, sharded_plugin
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_fsdp1, refuse_parameters
+from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_embeddings, refuse_fsdp1, refuse_parameters
 from lightning_memopt.strategy.sharding import (
     Sharding,
     attributes_kept,
@@ -164,6 +164,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+            refuse_embeddings(self.model)
         refuse_fsdp1(self.model)
         self._known.learn(self.model)
         self._reshard()

@@ -20,12 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -968,6 +969,51 @@ def callbacks_that_average_weights_are_refused() -> None:
             fit(module, callbacks=[callback])
         assert not any(isinstance(param, DTensor) for param in module.parameters())
         trainer(callbacks=[make()]).validate(LanguageModule(), verbose=False)
+
+
+@case(2)
+def callbacks_that_prune_sharded_weights_are_refused() -> None:
+    module = LanguageModule()
+    with raises(TypeError, "The callback ModelPruning ranks whole weights", "torch.nn.utils.prune", "strategy='ddp'"):
+        fit(module, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
+    assert not any(isinstance(param, DTensor) for param in module.parameters())
+    trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).validate(LanguageModule(), verbose=False)
+
+
+@case(2)
+def embeddings_that_sharding_would_break_are_refused() -> None:
+    for options, texts in (
+        ({"max_norm": 1.0}, ("`max_norm`", "'model.embed_tokens.weight'", "torch.renorm")),
+        ({"sparse": True}, ("Sparse gradients", "'model.embed_tokens.weight'", "`sparse=False`")),
+    ):
+        for kind in (nn.Embedding, nn.EmbeddingBag):
+            module = LanguageModule()
+            module.model.embed_tokens = kind(VOCAB, WIDTH, **options)
+            with raises(ValueError, *texts):
+                fit(module)
+            assert not any(isinstance(param, DTensor) for param in module.parameters())
+    module = LanguageModule()
+    module.model.embed_tokens = nn.Embedding(VOCAB, WIDTH, sparse=True).requires_grad_(False)
+    fit(module, max_steps=1)
+
+
+@case(2)
+def weights_that_are_computed_from_parameters() -> None:
+    def make(change: Callable[[nn.Module], Any]) -> LightningModule:
+        torch.manual_seed(0)
+        module = LanguageModule()
+        for layer in module.model.layers:
+            change(layer.mlp.up_proj)
+        change(module.model.lm_head)
+        return module
+
+    for change in (
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.spectral_norm,  # the older ones work by hooks
+        partial(prune.random_unstructured, name="weight", amount=0.5),
+    ):
+        against_ddp(partial(make, change), max_steps=2)
 
 
 @case(2)
