@@ -569,6 +569,50 @@ def manual_optimization_with_two_optimizers() -> None:
 # ---------------------------------------------------------------------- precision
 
 
+class LoRA(nn.Module):
+    """A weight in bfloat16 with an adapter in float32, as modules or as parameters of its own."""
+
+    def __init__(self, base: nn.Linear, *, modules: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False) if modules else None
+        self.up = nn.Linear(2, base.out_features, bias=False) if modules else None
+        self.factors = None if modules else nn.ParameterList([torch.randn(base.in_features, 2)])
+        self.factor = None if modules else nn.Parameter(torch.zeros(2, base.out_features))
+
+    def forward(self, value: Tensor) -> Tensor:
+        adapted = self.up(self.down(value)) if self.up else value @ self.factors[0] @ self.factor
+        return self.base(value.to(self.base.weight.dtype)).to(value.dtype) + adapted.to(value.dtype)
+
+
+def adapted(*, frozen: bool, modules: bool) -> LightningModule:
+    """Return a model whose blocks hold weights in bfloat16 beside norms and adapters in float32."""
+    torch.manual_seed(0)
+    module = LanguageModule()
+    for layer in module.model.layers:
+        layer.requires_grad_(not frozen)
+        layer.mlp.up_proj = LoRA(layer.mlp.up_proj.to(torch.bfloat16), modules=modules)
+        layer.mlp.down_proj = LoRA(layer.mlp.down_proj.to(torch.bfloat16), modules=modules)
+    return module
+
+
+@case(2)
+def adapters_of_another_dtype_than_the_weights() -> None:
+    for frozen in (True, False):
+        for modules in (True, False):
+            make = partial(adapted, frozen=frozen, modules=modules)
+            module = against_ddp(make)
+            inside = [name for name, _ in units_of(module) if "proj" in name]
+            assert len(inside) == (0 if frozen else 10), inside  # in each block: a projection and two of each dtype
+            assert {param.dtype for param in module.parameters()} == {torch.bfloat16, torch.float32}
+            ours, reference = make(), make()
+            ours.make_optimizer = lambda it: lm.AdaPMLean(it.named_parameters(), lr=0.01)
+            fit(ours, precision="bf16-mixed")
+            same_everywhere(ours)
+            fit(reference, "ddp", precision="bf16-mixed")
+            torch.testing.assert_close(ours.losses, reference.losses, rtol=0, atol=0.05)
+
+
 class Dtypes(LanguageModule):
     """Notes the dtypes at work."""
 
