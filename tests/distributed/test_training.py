@@ -985,6 +985,68 @@ def different_models_on_the_ranks_are_refused() -> None:
     assert not any(isinstance(param, DTensor) for param in module.parameters())
 
 
+class Changing(nn.Linear):
+    """Changes its weight in every forward pass, in one of the ways in which this is done."""
+
+    def __init__(self, inputs: int, outputs: int, how: str) -> None:
+        super().__init__(inputs, outputs)
+        self.how = how
+
+    def forward(self, value: Tensor) -> Tensor:
+        weight = self.weight
+        with torch.no_grad():
+            if self.how == "in place":
+                weight.clamp_(-5, 5)  # which changes no number yet
+            elif self.how == "through data":
+                weight.data.clamp_(min=0)
+            elif self.how == "new data":
+                weight.data = torch.renorm(weight.data, 2, 0, 100.0)
+            elif self.how == "a new parameter":
+                self.weight = nn.Parameter(weight.clamp(min=0))
+        return super().forward(value)
+
+
+def changing(how: str, *, sharded: bool = False, hook: bool = False) -> LightningModule:
+    class Module(LanguageModule):
+        def configure_model(self) -> None:
+            if sharded and not isinstance(self.model.layers[0], FSDPModule):
+                for layer in self.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    torch.manual_seed(0)
+    module = Module()
+    layer = module.model.layers[1]
+    layer.mlp.down_proj = Changing(2 * WIDTH, WIDTH, how)
+    if hook:
+
+        def clamp(layer: nn.Module, inputs: Any) -> None:
+            layer.mlp.up_proj.weight.data.clamp_(min=0)
+
+        layer.register_forward_pre_hook(clamp)
+    return module
+
+
+@case(2)
+def weights_that_change_in_forward_are_refused() -> None:
+    texts = ("Weights change in the forward pass of 'model.layers.1'", "would be lost", "`weight.clamp(min=0)`")
+    for how in ("in place", "through data", "new data", "a new parameter"):
+        for sharded in (False, True):
+            with raises(NotImplementedError, *texts, ": 'model.layers.1.mlp.down_proj.weight' (Changing)."):
+                fit(changing(how, sharded=sharded))
+    with raises(NotImplementedError, *texts, ": 'model.layers.1.mlp.up_proj.weight' (Linear)."):
+        fit(changing("not", hook=True), MemOptFSDPStrategy(activation_checkpointing=True))
+    module = changing("through data")
+    module.model = torch.compile(module.model, backend="eager")
+    with raises(NotImplementedError, "'model._orig_mod.layers.1.mlp.down_proj.weight' (Changing)."):
+        fit(module)
+    module = changing("not")
+    made = trainer(max_steps=1)
+    made.validate(module, verbose=False)
+    hooks = [len(unit._forward_hooks) for _, unit in units_of(module)]
+    made.fit(module)
+    assert [len(unit._forward_hooks) + 1 for _, unit in units_of(module)] == hooks  # they looked once
+
+
 class PastForward(LanguageModule):
     """Uses what is in the network without calling the network."""
 
