@@ -3,8 +3,9 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_memopt.strategy.strategy import MemOptFSDPStrategy
+from lightning_memopt.strategy.whole import full_state_dict, grad_norm
 
-__all__ = ["MemOptFSDPStrategy", "register"]
+__all__ = ["MemOptFSDPStrategy", "full_state_dict", "grad_norm", "register"]
 
 
 def register() -> None:

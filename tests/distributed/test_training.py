@@ -22,6 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -813,6 +814,59 @@ def transformers_models_are_initialised_by_themselves() -> None:
             made.fit(module)
             same_everywhere(module)
             assert 2 < module.losses[-1] < 5
+
+
+@case(2)
+def whole_weights_and_norms_of_gradients_for_other_tools() -> None:
+    """The example on the page of the strategy runs, and saves what the model has learned."""
+    from transformers import AutoModelForCausalLM
+
+    from tests._models import tiny_gpt2, tiny_llama
+
+    page = (Path(__file__).parents[2] / "docs" / "strategy.md").read_text().partition("## Norms of gradients")[2]
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"CausalModel": Causal, "lightning_memopt": lm}
+    exec(code, names)
+    for make in (tiny_llama, tiny_gpt2):  # the latter ties weights
+        for strategy in (MemOptFSDPStrategy(), MemOptFSDPStrategy(replicate_size=2)):
+            with shared_folder() as folder, contextlib.chdir(folder):
+                module = names["Model"](make().train())
+                fit(module, strategy, max_steps=2)
+                dist.barrier()
+                saved = AutoModelForCausalLM.from_pretrained("trained")
+                assert type(saved) is type(make())
+                for name, value in whole_weights(module.model).items():
+                    torch.testing.assert_close(saved.get_parameter(name).detach(), value, rtol=0, atol=0)
+                logged = [name for name in module.trainer.logged_metrics if name.startswith("grad_2.0_norm")]
+                assert len(logged) == len(list(module.parameters())) + 1
+    state = lm.full_state_dict(module.model)
+    assert list(state) == (list(module.model.state_dict()) if dist.get_rank() == 0 else [])
+    if state:
+        assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+
+
+class Norms(Direct):
+    """Compares the norms of gradients with those of Lightning, on whole gradients."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        copy = nn.ParameterDict()
+        for name, param in self.named_parameters():
+            copy[name.replace(".", "-")] = nn.Parameter(whole(param))
+            copy[name.replace(".", "-")].grad = None if param.grad is None else whole(param.grad)
+        for norm_type in (1, 2.0, "inf"):
+            expected = {name.replace("-", "."): float(norm) for name, norm in grad_norm(copy, norm_type).items()}
+            found = lm.grad_norm(self, norm_type)
+            assert found == pytest.approx(expected, rel=1e-5)
+            assert list(found)[-1] == f"grad_{float(norm_type)}_norm_total"
+
+
+@case(2, 4)
+def norms_of_gradients_are_those_of_lightning() -> None:
+    for strategy in ("memopt_fsdp", "memopt_fsdp_offload", "ddp_find_unused_parameters_true"):
+        fit(Norms(), strategy, max_steps=1)
+    with raises(ValueError, "`norm_type` must be a positive number or 'inf', got 0"):
+        lm.grad_norm(nn.Linear(2, 2), 0)
+    assert lm.grad_norm(nn.Linear(2, 2)) == {}
 
 
 @case(2)
