@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lightning_memopt import metrics
     from lightning_memopt.callbacks import AdaptiveMomentum, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
-    from lightning_memopt.strategy import MemOptFSDPStrategy
+    from lightning_memopt.strategy import MemOptFSDPStrategy, full_state_dict, grad_norm, load_weights
 
 # Need more than torch: imported when they are asked for.
 _LAZY = {
@@ -36,6 +36,9 @@ _LAZY = {
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
     "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
+    "full_state_dict": "lightning_memopt.strategy",
+    "grad_norm": "lightning_memopt.strategy",
+    "load_weights": "lightning_memopt.strategy",
 }
 
 try:
@@ -81,7 +84,10 @@ __all__ = [
     "SecondMoment",
     "Snapshot",
     "classify",
+    "full_state_dict",
+    "grad_norm",
     "load_plan",
+    "load_weights",
     "metrics",
     "plan_memory",
     "recipe_names",

@@ -55,7 +55,7 @@ def converted(
 
 def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) -> State:
     """Return the whole state of ``after`` that goes on from the whole one of ``before``."""
-    if not state or not after.keys:  # nothing is there, or nothing is kept: no dense form is needed
+    if not state or not after.keys or old.empty:  # nothing is there, or nothing is kept: no dense form is needed
         return after.init(new)
     if isinstance(after, Momentum) and type(before) is type(after):
         resized = after.resized(state, new)

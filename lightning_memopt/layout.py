@@ -354,6 +354,11 @@ class Layout:
         return len(self.shape) < 2
 
     @property
+    def empty(self) -> bool:
+        """Whether the block has no elements, on any rank."""
+        return 0 in self.shape
+
+    @property
     def short_side(self) -> int:
         """The smaller of m and n."""
         return min(self.matrix[-2:])

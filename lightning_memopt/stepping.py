@@ -48,8 +48,11 @@ class Step:
     """
 
     def __init__(self, updates: Iterable[Update]) -> None:
-        """Divide the updates, which nothing has changed yet, into waves: the same on every rank."""
-        wanted = [(update, update.wants()) for update in updates]
+        """Divide the updates, which nothing has changed yet, into waves: the same on every rank.
+
+        Blocks without elements have none: means over nothing would put NaN into their state.
+        """
+        wanted = [(update, update.wants()) for update in updates if not update.block.layout.empty]
         self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
 
     def run(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Chain = tuple[nn.Module, ...]
@@ -97,11 +98,40 @@ def find_units(root: nn.Module, policy: Policy | None = None) -> list[Unit]:
             between modules that no unit holds together.
     """
     tops = list(_callable_children(root))
-    chosen = {*tops, *blocks(root, policy)}
+    return _ordered(root, _without_shared(root, {*tops, *blocks(root, policy)}))
+
+
+def divided_by_dtype(root: nn.Module, units: Sequence[Unit]) -> list[Unit]:
+    """Return the units, with more inside of those in which parameters of several dtypes train.
+
+    ``fully_shard`` reduces the gradients of a unit in one dtype. A unit keeps the dtype of the parameters that it holds
+    itself, or else the one that most of its numbers have.
+
+    Raises:
+        ValueError: If parameters of two dtypes train that no two modules with a ``forward`` hold apart.
+    """
+    chosen = {unit.module for unit in units}
+    for unit in units:
+        dtypes = _trained(own_modules(unit.module, chosen))
+        if len(dtypes) > 1:
+            held = _trained(_held(unit.module))
+            chosen |= {*_of_other_dtypes(unit.module, max(held or dtypes, key=dtypes.__getitem__), chosen)}
     chosen = _without_shared(root, chosen)
-    order = [(name, module) for name, module in _inner_first(root) if module in chosen]
-    inner = {module for _, unit in order for module in unit.modules() if module is not unit}
-    return [Unit(name, module, module not in inner) for name, module in order]
+    found = _ordered(root, chosen)
+    for unit in found:
+        names: dict[torch.dtype, str] = {}
+        for name, module in own_modules(unit.module, chosen):
+            for key, param in module.named_parameters(recurse=False):
+                if param.requires_grad:
+                    names.setdefault(param.dtype, ".".join(part for part in (unit.name, name, key) if part))
+        if len(names) > 1:
+            which = " and ".join(f"{name!r} ({dtype})" for dtype, name in names.items())
+            raise ValueError(
+                f"{unit.name!r} ({type(unit.module).__name__}) trains parameters of several dtypes, {which}, and "
+                "`fully_shard` reduces the gradients of a unit in one: put those of each dtype into a module of their "
+                "own with a `forward` that is called, convert them to one dtype, or freeze those of the other."
+            )
+    return found
 
 
 def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
@@ -152,6 +182,41 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
                 yield from [element] if _is_callable(element) else _callable_children(element)
         else:
             yield from _repeated(child)
+
+
+def _of_other_dtypes(module: nn.Module, dtype: torch.dtype, chosen: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules below one, outside of units, that have to be units so that it trains this dtype only."""
+    for child in _callable_children(module):
+        inside = _trained(own_modules(child, chosen)) if child not in chosen else {}
+        held = _trained(_held(child))
+        own = next(iter(held if len(held) == 1 else inside), dtype)
+        if inside.keys() - {dtype} and own != dtype and 1 in (len(inside), len(held)):
+            yield child
+            yield from _of_other_dtypes(child, own, chosen)
+        elif inside.keys() - {dtype}:
+            yield from _of_other_dtypes(child, dtype, chosen)
+
+
+def _held(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a module and the containers in it, whose parameters nothing but the module uses."""
+    return own_modules(module, {*_callable_children(module)})
+
+
+def _trained(modules: Iterable[tuple[str, nn.Module]]) -> dict[torch.dtype, int]:
+    """Return how many numbers of every dtype train among the parameters that modules hold themselves."""
+    counts: dict[torch.dtype, int] = defaultdict(int)
+    for _, module in modules:
+        for param in module.parameters(recurse=False):
+            if param.requires_grad:
+                counts[param.dtype] += param.numel()
+    return counts
+
+
+def _ordered(root: nn.Module, chosen: set[nn.Module]) -> list[Unit]:
+    """Return modules as units, inner ones first."""
+    order = [(name, module) for name, module in _inner_first(root) if module in chosen]
+    inner = {module for _, unit in order for module in unit.modules() if module is not unit}
+    return [Unit(name, module, module not in inner) for name, module in order]
 
 
 def _is_callable(module: nn.Module) -> bool:

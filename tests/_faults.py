@@ -340,6 +340,20 @@ def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) ->
     return found
 
 
+def killed_saves(folder: Path, rng: random.Random, count: int, *, whole: bool) -> Counter[str]:
+    """A process that saves again and again is killed at a random moment."""
+    path = folder / "last.ckpt"
+    expected = {seed: save(path, seed, whole=whole) for seed in (1, 2)}
+    found: Counter[str] = Counter()
+    for _ in range(count):
+        with saving_again_and_again(path, (1, 2), whole=whole):
+            time.sleep(0.02 + rng.random() * 0.1)
+        loaded = load(path)
+        right = same(loaded, expected[loaded[2]["global_step"]])
+        found["loaded, the content is right" if right else "A MIXTURE OF TWO SAVES"] += 1
+    return found
+
+
 def full_disk(folder: Path, rng: random.Random, count: int, *, whole: bool) -> Counter[str]:
     """A process that may not write more than some bytes into a file: the system's own errors, at any byte."""
     path = folder / "last.ckpt"

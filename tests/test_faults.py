@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+import lightning_memopt as lm
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_memopt.strategy.directory import CHECKSUMS
 from lightning_memopt.strategy.loading import load_checkpoint
 from lightning_memopt.strategy.metadata import parse_metadata
 from tests import _faults
@@ -94,15 +96,28 @@ def test_a_directory_without_checksums_is_loaded_with_a_warning(tmp_path):
         load_checkpoint(path, model, [optimizer], _faults.IO)
 
 
-def test_nan_in_weights_is_refused(tmp_path):
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
     path = tmp_path / "last.ckpt"
     model, optimizer = training(1)
     with torch.no_grad():
-        model.last.weight[0, 0] = torch.nan
+        model.last.weight[0, 0] = bad
+        model.norm.running_var[0] = bad  # masks and statistics may be anything
     states = [_faults.optimizer_state(optimizer, model, whole=False)]
     _faults.save_directory({"state_dict": _faults.model_state(model, whole=False), "optimizer_states": states}, path)
-    with pytest.raises(ValueError, match=r"last.ckpt' has NaN in 'state_dict.last.weight'"):
+    with pytest.raises(ValueError, match=r"last.ckpt' has NaN or infinity in 'state_dict.last.weight'"):
         load(path)
+
+
+@FORMATS
+def test_weights_alone_are_read_without_a_trainer(tmp_path, whole):
+    path = tmp_path / "last.ckpt"
+    expected = save(path, 1, whole=whole)[0]
+    weights = lm.load_weights(path)
+    assert same({name: weights[name] for name in expected}, dict(expected))
+    assert len(weights) == len(expected)
+    with pytest.raises(ValueError, match="there is no file or directory of that name"):
+        lm.load_weights(tmp_path / "other.ckpt")
 
 
 # --- hostile files ---------------------------------------------------------------------------------------------------
@@ -184,6 +199,14 @@ def test_an_index_that_lies_is_refused(tmp_path, change, message):
     in_index(change)(path, None)
     sums_renewed(path, drop=False)
     with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_a_table_of_checksums_names_no_files_elsewhere(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save(path, 1, whole=False)
+    _faults.rewritten(path / "meta.pt", lambda rest: {**rest, CHECKSUMS: {"../secret": (1, 1)}})
+    with pytest.raises(ValueError, match=r"meta.pt' is truncated or damaged: .*the table of checksums is damaged"):
         load(path)
 
 

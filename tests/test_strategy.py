@@ -26,7 +26,7 @@ from lightning_memopt.strategy.mesh import resolved_data_size
 from lightning_memopt.strategy.precision import sharded_plugin, sharding_policy
 from lightning_memopt.strategy.rebinding import KnownParameters, rebind
 from lightning_memopt.strategy.refusals import refuse_fsdp1, refuse_parameters
-from lightning_memopt.wrapping import blocks, find_units, own_modules, resolve_policy
+from lightning_memopt.wrapping import blocks, divided_by_dtype, find_units, own_modules, resolve_policy
 from tests._models import big_gpt2, big_llama, tiny_gpt2, tiny_llama
 
 
@@ -174,6 +174,67 @@ def test_a_parameter_shared_by_children_is_refused():
     model.weight = model.encoder.first.weight
     with pytest.raises(ValueError, match="'weight' and 'encoder.first.weight' .* the Holder itself and 'encoder'"):
         find_units(model)
+
+
+HALF = torch.bfloat16
+
+
+class Adapted(nn.Module):
+    """A layer whose weights train in bfloat16, with adapters that train in float32: a module, and parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4, dtype=HALF)
+        self.adapters = nn.ModuleDict({"down": nn.Linear(4, 2), "up": nn.Linear(2, 4)})
+
+    def forward(self, value):
+        return self.base(value.to(HALF)).float() + self.adapters["up"](self.adapters["down"](value))
+
+
+class WithFactors(nn.Module):
+    """A layer that holds the factors of its adapter itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4, dtype=HALF)
+        self.factors = nn.ParameterList([torch.zeros(4, 2), torch.zeros(2, 4)])
+
+    def forward(self, value):
+        return self.base(value.to(HALF)).float() + value @ self.factors[0] @ self.factors[1]
+
+
+def divided(model):
+    return [unit.name for unit in divided_by_dtype(model, find_units(model))]
+
+
+def test_parameters_of_two_dtypes_train_in_units_of_their_own():
+    model = Holder(net=nn.Sequential(Tower().to(HALF), Adapted(), WithFactors()))
+    assert divided(model) == [
+        "net.0.layers.0", "net.0.layers.1", "net.1.adapters.down", "net.1.adapters.up", "net.2.base", "net.2",
+        "net"]  # fmt: skip
+    model = Holder(layers=nn.ModuleList([Adapted(), Adapted()]))
+    model.layers.requires_grad_(False)
+    assert divided(model) == ["layers.0", "layers.1"]
+    model.layers[0].adapters.requires_grad_(True)
+    assert divided(model) == ["layers.0", "layers.1"], "frozen parameters have no gradients"
+    model = Holder(net=nn.Sequential(Layer(), Layer()).append(WithFactors()))
+    assert divided(model) == ["net.2.base", "net"]
+    units = divided_by_dtype(model, find_units(model))
+    assert [unit.outermost for unit in units] == [False, True]
+
+
+def test_two_dtypes_in_one_module_are_refused():
+    layer = Layer()
+    layer.linear.bias = nn.Parameter(layer.linear.bias.detach().to(HALF))
+    model = Holder(net=nn.Sequential(Layer(), nn.Sequential(layer, nn.ReLU())))
+    with pytest.raises(
+        ValueError,
+        match=r"'net' \(Sequential\) trains parameters of several dtypes, 'net.0.linear.weight' \(torch.float32\) and "
+        r"'net.1.0.linear.bias' \(torch.bfloat16\), .* module of their own with a `forward`",
+    ):
+        divided(model)
+    layer.linear.bias.requires_grad_(False)
+    assert divided(model) == ["net"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_param
 from lightning_memopt.recipes import load_plan, recipe_names
 from lightning_memopt.roles import names_without_role
 from lightning_memopt.sizes import parse_bytes
-from lightning_memopt.wrapping import Policy, Unit, find_units, own_modules
+from lightning_memopt.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Forms that the Trainer accepts, too.
@@ -202,7 +202,7 @@ class _Sharding:
         """Return what the strategy would do with a module."""
         if mesh.ranks == 1:
             return _Sharding(mesh, precision, (), {}, {})
-        units = _units(module, name, wrap)
+        units = _units(module, name, wrap, precision)
         modules = {unit.module for unit in units}
         own = {
             unit.module: list(
@@ -250,15 +250,19 @@ class _Sharding:
         return torch.bfloat16 if self.precision == "bf16-true" and param.is_floating_point() else param.dtype
 
 
-def _units(module: nn.Module, name: str, wrap: Policy | None) -> list[Unit]:
+def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:
     """Return the units of a LightningModule, or of one that holds the module alone, which is then called ``name``."""
-    if hasattr(module, "training_step"):
-        return find_units(module, wrap)
-    root = nn.Module()
-    root.add_module("model", module)
+    alone = not hasattr(module, "training_step")
+    root = nn.Module() if alone else module
+    if alone:
+        root.add_module("model", module)
+    units = find_units(root, wrap)
+    if precision != "bf16-true":  # which leaves one dtype
+        units = divided_by_dtype(root, units)
+    if not alone:
+        return units
     return [
-        Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost)
-        for unit in find_units(root, wrap)
+        Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost) for unit in units
     ]
 
 

@@ -83,7 +83,7 @@ class BlockwiseSecondMoment(SecondMoment):
         """Read the size of a head off the number of means."""
         count = max(1, int(state["blockwise_sq"].shape[layout.output_dim]))
         outputs = layout.matrix[layout.output_dim]
-        kind = replace(self, outputs_per_number=outputs // count if outputs % count == 0 else 1)
+        kind = replace(self, outputs_per_number=max(1, outputs // count) if outputs % count == 0 else 1)
         return SecondMoment.infer(kind, state, layout)
 
     def _run(self, layout: Layout) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_memopt.strategy.checksums import ChecksummedStream
+from lightning_memopt.strategy.checksums import RecordingStream
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The kernel or the file system (NFS, for one) cannot exchange two names.
@@ -103,7 +103,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 def write_synced(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a file and wait until it is on the disk."""
-    with path.open("wb") as raw, ChecksummedStream(raw) as stream:
+    with path.open("wb") as raw, RecordingStream(raw) as stream:
         write(stream)  # type: ignore[arg-type]
         stream.flush()
         os.fsync(stream.fileno())

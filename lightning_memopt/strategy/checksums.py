@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -17,8 +17,8 @@ Checksum = tuple[int, int]
 _BLOCK = 1 << 20
 
 
-class ChecksummedStream:
-    """A file for writing that knows its checksum, and the error of the system that came first.
+class RecordingStream:
+    """A file for writing that remembers the error of the system that came first.
 
     Torch's writers go on after an error, and what they raise in the end ("unexpected pos 704 vs 598") hides that the
     disk is full. On leaving the ``with`` block, the error that came first is raised.
@@ -27,16 +27,12 @@ class ChecksummedStream:
     def __init__(self, raw: IO[bytes]) -> None:
         """Write to ``raw``, a new file."""
         self._raw = raw
-        self._size = self._crc = 0
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes and count them in."""
+        """Write bytes."""
         with self._remembered():
-            count = self._raw.write(data)
-        self._size += count
-        self._crc = zlib.crc32(data, self._crc)
-        return count
+            return self._raw.write(data)
 
     def flush(self) -> None:
         """Hand what is buffered to the system."""
@@ -56,12 +52,7 @@ class ChecksummedStream:
         """Return the file's descriptor."""
         return self._raw.fileno()
 
-    @property
-    def checksum(self) -> Checksum:
-        """Size and CRC-32 of what was written."""
-        return self._size, self._crc
-
-    def __enter__(self) -> ChecksummedStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -75,6 +66,27 @@ class ChecksummedStream:
         except OSError as error:
             self._error = self._error or error
             raise
+
+
+class ChecksummedStream(RecordingStream):
+    """A file for writing, from its beginning to its end, that knows its checksum."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        """Write to ``raw``, a new file."""
+        super().__init__(raw)
+        self._size = self._crc = 0
+
+    def write(self, data: Any) -> int:
+        """Write bytes and count them in."""
+        count = super().write(data)
+        self._size += count
+        self._crc = zlib.crc32(data, self._crc)
+        return count
+
+    @property
+    def checksum(self) -> Checksum:
+        """Size and CRC-32 of what was written."""
+        return self._size, self._crc
 
 
 class ChecksummedFiles(FileSystem):
@@ -122,9 +134,12 @@ def parsed(table: Any) -> dict[str, Checksum]:
     Raises:
         ValueError: If it is no such table.
     """
-    if not isinstance(table, Mapping) or not all(
-        isinstance(name, str) and isinstance(entry, tuple | list) and [type(number) for number in entry] == [int, int]
-        for name, entry in table.items()
-    ):
+    if not isinstance(table, Mapping) or not all(map(_is_entry, table.items())):
         raise ValueError(f"the table of checksums is damaged: {table!r:.200}")
     return {name: (size, crc) for name, (size, crc) in table.items()}
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    name, sums = entry
+    is_name = isinstance(name, str) and Path(name).name == name
+    return is_name and isinstance(sums, tuple | list) and [type(number) for number in sums] == [int, int]

@@ -22,7 +22,7 @@ from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local, reads_plainly
 from lightning_memopt.strategy.fitting import check_family
-from lightning_memopt.strategy.opened import OpenedDirectory, open_together
+from lightning_memopt.strategy.opened import OpenedDirectory, open_alone, open_together
 from lightning_memopt.strategy.reader import CheckedLoadPlanner, OpenedReader
 from lightning_memopt.strategy.reading import OpenedFile
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
@@ -70,6 +70,29 @@ def load_checkpoint(
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
     return _load_whole(checkpoint, model, optimizers, strict)
+
+
+def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Return the weights in a checkpoint of either format, whole and on the CPU, without a model or a Trainer.
+
+    Args:
+        path: A directory or a file that the Trainer has saved.
+        verify: As in ``MemOptFSDPStrategy``.
+
+    Returns:
+        Name → tensor, as ``state_dict()`` of the LightningModule.
+
+    Raises:
+        ValueError: If there is no complete and undamaged checkpoint.
+        pickle.UnpicklingError: If a file asks for objects that are not allowed.
+    """
+    path = Path(path)
+    with closing(open_alone(path, lambda: _open(path, None, verify))) as opened:
+        if isinstance(opened, OpenedFile):
+            return dict(opened.read(verify=verify)[WEIGHTS])
+        keys = [key for key in opened.index.state_dict_metadata if key.startswith(f"{WEIGHTS}.")]
+        opened.check((0, 1), (), lambda key: key in keys)
+        return {key.removeprefix(f"{WEIGHTS}."): opened.whole(key) for key in keys}
 
 
 def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirectory | OpenedFile:
@@ -133,7 +156,7 @@ def _load_directory(
     group: Any,
 ) -> dict[str, Any]:
     index, prefix = opened.index, f"{WEIGHTS}."
-    finite = {prefix + name for name in parameter_names(model)}
+    finite = {prefix + name for name, param in parameter_names(model).items() if param.requires_grad}
     read = (lambda key: True) if optimizers else (lambda key: key.startswith(prefix))  # noqa: E731
     on_all(lambda: opened.check(rank_and_size(group), finite, read), group)
     saved = _saved_optimizers(index)

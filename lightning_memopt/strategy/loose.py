@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 
 def loose_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the parameters of a sharded model that are not sharded."""
-    return [param for param in model.parameters() if not isinstance(param, DTensor)]
+    """Return the parameters of a sharded model that are not sharded, but for those without elements."""
+    return [param for param in model.parameters() if not isinstance(param, DTensor) and param.numel()]
 
 
 @torch.no_grad()

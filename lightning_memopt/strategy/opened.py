@@ -141,7 +141,7 @@ class OpenedDirectory:
 
         Args:
             share: Rank and number of the ranks that divide the work among them.
-            finite: Keys of tensors that must be finite.
+            finite: Keys of tensors whose elements must be finite.
             read: Whether the value of a key is going to be read.
 
         Raises:
@@ -191,10 +191,11 @@ class OpenedDirectory:
             self.object(index.fqn)
             return
         value = self.tensor(index)
-        if finite and value.is_floating_point() and bool(value.isnan().any()):
+        # One pass without a temporary: the extremes of a tensor with a NaN are NaN.
+        if finite and value.is_floating_point() and value.numel() and not torch.stack(value.aminmax()).isfinite().all():
             raise ValueError(
-                f"The checkpoint {str(self.path)!r} has NaN in {index.fqn!r}: the run that saved it had failed by "
-                "then. Use an earlier one."
+                f"The checkpoint {str(self.path)!r} has NaN or infinity in {index.fqn!r}: the run that saved it had "
+                "failed by then. Use an earlier one."
             )
 
     def _warn_of_missing_checksums(self, rank: int) -> None:
@@ -304,36 +305,51 @@ def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
         Exception: Whatever ``open_`` raised on a rank, on all ranks.
         ValueError: If ranks see different saves under the name, or it is replaced again and again.
     """
+    return _opened(path, open_, lambda action: on_all(action, group))
+
+
+def open_alone(path: Path, open_: Callable[[], T]) -> T:
+    """Open a checkpoint on this process only, also while another process replaces it.
+
+    Raises:
+        Exception: Whatever ``open_`` raised.
+        ValueError: If it is replaced again and again.
+    """
+    return _opened(path, open_, lambda action: [action()])
+
+
+def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[], Any]], list[Any]]) -> T:
     error: Exception | None = None
     for attempt in range(_TRIES):
-        mine, error, before = None, None, _inode(path)
+        mine, error, before = None, None, _version(path)
         try:
             mine = open_()
         except Exception as caught:
             error = caught
-        replaced = error is not None and (_inode(path) != before or getattr(error, "errno", None) == errno.ESTALE)
+        replaced = error is not None and (_version(path) != before or getattr(error, "errno", None) == errno.ESTALE)
         mark = "replaced" if replaced else "failed" if mine is None else mine.identity
-        seen = set(on_all(partial(str, mark), group))
+        seen = set(everywhere(partial(str, mark)))
         if mine is not None and len(seen) == 1:
             return mine
         if mine is not None:
             mine.close()
-        if "failed" in seen:
+        if "failed" in seen and "replaced" not in seen:
             break
         time.sleep(_PAUSE * min(attempt, 10))
-    on_all(lambda: _raise(error), group)
+    everywhere(partial(_raise, error))
     raise ValueError(
         f"The ranks found different checkpoints under {str(path)!r}, {_TRIES} times: either the path is not on a file "
         "system that all ranks share, or another process replaces it all the time. Load a copy under another name."
     )
 
 
-def _inode(path: Path) -> tuple[int, int] | None:
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a path is replaced; numbers of files alone are soon used again."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _raise(error: Exception | None) -> None:

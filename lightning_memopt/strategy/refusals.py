@@ -18,17 +18,51 @@ _AVERAGING = tuple(
 
 
 def refuse_callbacks(given: Iterable[Callback]) -> None:
-    """Refuse callbacks that keep a second model, of plain tensors, and mix it with the sharded one.
+    """Refuse callbacks that cannot work on the parts of a model.
 
     Raises:
-        TypeError: If there is one.
+        TypeError: If one keeps a second model, of plain tensors, or prunes weights that are sharded already.
     """
+    given = list(given)
     names = [type(callback).__name__ for callback in given if isinstance(callback, _AVERAGING)]
     if names:
         raise TypeError(
             f"The callback {' and '.join(names)} averages whole copies of the model, which cannot be mixed with the "
             "parts that `MemOptFSDPStrategy` keeps on each rank: leave it out and average the weights of saved "
             "checkpoints, or train with `strategy='ddp'`."
+        )
+    pruning = [type(callback).__name__ for callback in given if isinstance(callback, callbacks.ModelPruning)]
+    if pruning:
+        raise TypeError(
+            f"The callback {' and '.join(pruning)} ranks whole weights, but `MemOptFSDPStrategy` keeps only a part of "
+            "each on a rank: prune with `torch.nn.utils.prune` when the model is made, which is kept, or train with "
+            "`strategy='ddp'`."
+        )
+
+
+def refuse_embeddings(model: nn.Module) -> None:
+    """Refuse embeddings that change their weights in ``forward`` or have sparse gradients.
+
+    Raises:
+        ValueError: With the names of their weights.
+    """
+    found = [
+        (f"{name}.weight" if name else "weight", module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+    limited = [name for name, module in found if module.max_norm is not None]
+    if limited:
+        raise ValueError(
+            f"Embeddings with `max_norm` change their weights in `forward`, which would change a gathered copy and be "
+            f"lost: {', '.join(map(repr, limited))}. Leave `max_norm` out, and limit the vectors that were looked up, "
+            "for example with `torch.renorm`."
+        )
+    sparse = [name for name, module in found if module.sparse and module.weight.requires_grad]
+    if sparse:
+        raise ValueError(
+            f"Sparse gradients cannot be reduced over ranks: {', '.join(map(repr, sparse))}. Make the embedding with "
+            "`sparse=False`."
         )
 
 

@@ -26,6 +26,7 @@ from lightning_memopt.strategy.materialize import (
 )
 from lightning_memopt.strategy.mesh import shard_size
 from lightning_memopt.strategy.precision import ShardedHalfPrecision, sharding_policy
+from lightning_memopt.strategy.watching import Watch, watch
 from lightning_memopt.wrapping import Unit, own_modules
 
 _RECORD = "_memopt_sharding"
@@ -101,6 +102,7 @@ def shard(
             replaced = {**converted, **{old: converted.get(new, new) for old, new in replaced.items()}}
         broadcast(_tensors(own))
         if unit.module is not model:
+            Watch(unit.name, unit.module, own)
             _fully_shard(unit, sharding, plugin, renamed(dims, replaced))
     setattr(model, _RECORD, sharding)
 
@@ -120,6 +122,7 @@ def complete_sharding(model: nn.Module, device: torch.device) -> None:
     refuse_uninitializable(modules, pretrained_owners(model))
     materialize_sharded(modules, device)
     broadcast_replicas(model)
+    watch(model)
 
 
 def _fully_shard(unit: Unit, sharding: Sharding, plugin: Precision, dims: dict[Tensor, int]) -> None:
@@ -132,6 +135,8 @@ def _fully_shard(unit: Unit, sharding: Sharding, plugin: Precision, dims: dict[T
         offload_policy=CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
         if sharding.cpu_offload
         else OffloadPolicy(),
+        # Its reduction fails on gradients without elements.
+        ignored_params={param for param in unit.module.parameters() if not param.numel()},
     )
 
 

@@ -23,9 +23,9 @@ from lightning_memopt.strategy.failures import FirstFailure
 from lightning_memopt.strategy.initial import check_same_structure
 from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
-from lightning_memopt.strategy.precision import ShardedMixedPrecision, sharded_plugin
+from lightning_memopt.strategy.precision import ShardedHalfPrecision, ShardedMixedPrecision, sharded_plugin
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_fsdp1, refuse_parameters
+from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_embeddings, refuse_fsdp1, refuse_parameters
 from lightning_memopt.strategy.sharding import (
     Sharding,
     attributes_kept,
@@ -35,7 +35,7 @@ from lightning_memopt.strategy.sharding import (
     shard,
     sharded_modules,
 )
-from lightning_memopt.wrapping import blocks, find_units, resolve_policy
+from lightning_memopt.wrapping import blocks, divided_by_dtype, find_units, resolve_policy
 
 Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
 
@@ -176,6 +176,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+            refuse_embeddings(self.model)
         refuse_fsdp1(self.model)
         self._known.learn(self.model)
         self._reshard()
@@ -211,6 +212,8 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
                 model = self._layer_sync.apply(model)
             units = find_units(model, self._wrap)
             refuse_parameters(model, units)
+            if not isinstance(plugin, ShardedHalfPrecision):  # which converts all parameters to one dtype
+                units = divided_by_dtype(model, units)
             shard(model, units, wanted, plugin, self._checkpointed(model))
         if isinstance(plugin, ShardedMixedPrecision):
             plugin.autocast = earlier is None and users

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +21,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -89,6 +91,16 @@ def outcomes() -> Callable[[int], list[dict[str, str | None]]]:
         return done[size]
 
     return of
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Make one folder for all ranks."""
+    with tempfile.TemporaryDirectory() as mine:
+        folder = [mine]
+        dist.broadcast_object_list(folder, 0)
+        yield Path(folder[0])
+        dist.barrier()
 
 
 def close(actual: LightningModule, expected: LightningModule, places: float = 1e-5) -> None:
@@ -363,6 +375,43 @@ def parameters_on_the_module_itself() -> None:
     same_everywhere(ours)
 
 
+class Hollow(Network):
+    """Has parameters without elements: beside others, alone in a layer, and all that a block trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(2, 0, 4))
+        self.features = nn.Linear(0, WIDTH, bias=False)
+        self.layers[0].requires_grad_(False)
+        self.layers[0].adapter = nn.Parameter(torch.zeros(0, WIDTH))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        nothing = self.features(self.features.weight.new_zeros(*batch.shape, 0)).sum() + self.layers[0].adapter.sum()
+        return super().forward(batch) + nothing + self.none.sum()
+
+
+@case(2)
+def parameters_without_elements() -> None:
+    def make(recipe: str) -> LightningModule:
+        torch.manual_seed(0)
+        return LanguageModule(Hollow(), lambda it: lm.MemOpt(it.named_parameters(), recipe=recipe, lr=0.01))
+
+    for recipe in ("adapm_mini", "adam_snsm"):
+        reference = make(recipe)
+        fit(reference, "ddp", max_steps=4, overfit_batches=1)
+        for size, distributed in ((1, True), (2, False)):  # with two replicas, every one is sharded over one rank
+            options: Any = {"replicate_size": size, "save_distributed_checkpoint": distributed}
+            module, resumed = make(recipe), make(recipe)
+            with shared_folder() as folder:
+                made = fit(module, MemOptFSDPStrategy(**options), max_steps=2, overfit_batches=1)
+                made.save_checkpoint(folder / "last.ckpt")
+                made = trainer(MemOptFSDPStrategy(**options), max_steps=4, overfit_batches=1)
+                made.fit(resumed, ckpt_path=folder / "last.ckpt")
+            assert resumed.model.none.shape == (2, 0, 4)
+            close(resumed, reference)
+            same_everywhere(resumed)
+
+
 @case(2)
 def gradients_that_some_ranks_lack_are_averaged() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float32)
@@ -605,6 +654,50 @@ def manual_optimization_with_two_optimizers() -> None:
 # ---------------------------------------------------------------------- precision
 
 
+class LoRA(nn.Module):
+    """A weight in bfloat16 with an adapter in float32, as modules or as parameters of its own."""
+
+    def __init__(self, base: nn.Linear, *, modules: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False) if modules else None
+        self.up = nn.Linear(2, base.out_features, bias=False) if modules else None
+        self.factors = None if modules else nn.ParameterList([torch.randn(base.in_features, 2)])
+        self.factor = None if modules else nn.Parameter(torch.zeros(2, base.out_features))
+
+    def forward(self, value: Tensor) -> Tensor:
+        adapted = self.up(self.down(value)) if self.up else value @ self.factors[0] @ self.factor
+        return self.base(value.to(self.base.weight.dtype)).to(value.dtype) + adapted.to(value.dtype)
+
+
+def adapted(*, frozen: bool, modules: bool) -> LightningModule:
+    """Return a model whose blocks hold weights in bfloat16 beside norms and adapters in float32."""
+    torch.manual_seed(0)
+    module = LanguageModule()
+    for layer in module.model.layers:
+        layer.requires_grad_(not frozen)
+        layer.mlp.up_proj = LoRA(layer.mlp.up_proj.to(torch.bfloat16), modules=modules)
+        layer.mlp.down_proj = LoRA(layer.mlp.down_proj.to(torch.bfloat16), modules=modules)
+    return module
+
+
+@case(2)
+def adapters_of_another_dtype_than_the_weights() -> None:
+    for frozen in (True, False):
+        for modules in (True, False):
+            make = partial(adapted, frozen=frozen, modules=modules)
+            module = against_ddp(make)
+            inside = [name for name, _ in units_of(module) if "proj" in name]
+            assert len(inside) == (0 if frozen else 10), inside  # in each block: a projection and two of each dtype
+            assert {param.dtype for param in module.parameters()} == {torch.bfloat16, torch.float32}
+            ours, reference = make(), make()
+            ours.make_optimizer = lambda it: lm.AdaPMLean(it.named_parameters(), lr=0.01)
+            fit(ours, precision="bf16-mixed")
+            same_everywhere(ours)
+            fit(reference, "ddp", precision="bf16-mixed")
+            torch.testing.assert_close(ours.losses, reference.losses, rtol=0, atol=0.05)
+
+
 class Dtypes(LanguageModule):
     """Notes the dtypes at work."""
 
@@ -808,6 +901,59 @@ def transformers_models_are_initialised_by_themselves() -> None:
 
 
 @case(2)
+def whole_weights_and_norms_of_gradients_for_other_tools() -> None:
+    """The example on the page of the strategy runs, and saves what the model has learned."""
+    from transformers import AutoModelForCausalLM
+
+    from tests._models import tiny_gpt2, tiny_llama
+
+    page = (Path(__file__).parents[2] / "docs" / "strategy.md").read_text().partition("## Norms of gradients")[2]
+    code = page.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"CausalModel": Causal, "lightning_memopt": lm}
+    exec(code, names)
+    for make in (tiny_llama, tiny_gpt2):  # the latter ties weights
+        for strategy in (MemOptFSDPStrategy(), MemOptFSDPStrategy(replicate_size=2)):
+            with shared_folder() as folder, contextlib.chdir(folder):
+                module = names["Model"](make().train())
+                fit(module, strategy, max_steps=2)
+                dist.barrier()
+                saved = AutoModelForCausalLM.from_pretrained("trained")
+                assert type(saved) is type(make())
+                for name, value in whole_weights(module.model).items():
+                    torch.testing.assert_close(saved.get_parameter(name).detach(), value, rtol=0, atol=0)
+                logged = [name for name in module.trainer.logged_metrics if name.startswith("grad_2.0_norm")]
+                assert len(logged) == len(list(module.parameters())) + 1
+    state = lm.full_state_dict(module.model)
+    assert list(state) == (list(module.model.state_dict()) if dist.get_rank() == 0 else [])
+    if state:
+        assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+
+
+class Norms(Direct):
+    """Compares the norms of gradients with those of Lightning, on whole gradients."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        copy = nn.ParameterDict()
+        for name, param in self.named_parameters():
+            copy[name.replace(".", "-")] = nn.Parameter(whole(param))
+            copy[name.replace(".", "-")].grad = None if param.grad is None else whole(param.grad)
+        for norm_type in (1, 2.0, "inf"):
+            expected = {name.replace("-", "."): float(norm) for name, norm in grad_norm(copy, norm_type).items()}
+            found = lm.grad_norm(self, norm_type)
+            assert found == pytest.approx(expected, rel=1e-5)
+            assert list(found)[-1] == f"grad_{float(norm_type)}_norm_total"
+
+
+@case(2, 4)
+def norms_of_gradients_are_those_of_lightning() -> None:
+    for strategy in ("memopt_fsdp", "memopt_fsdp_offload", "ddp_find_unused_parameters_true"):
+        fit(Norms(), strategy, max_steps=1)
+    with raises(ValueError, "`norm_type` must be a positive number or 'inf', got 0"):
+        lm.grad_norm(nn.Linear(2, 2), 0)
+    assert lm.grad_norm(nn.Linear(2, 2)) == {}
+
+
+@case(2)
 def inner_units_are_not_initialised_again() -> None:
     """GPT-2's blocks scale the weights of projections, which are units of their own here."""
     from tests._models import tiny_gpt2
@@ -977,6 +1123,68 @@ def different_models_on_the_ranks_are_refused() -> None:
     assert not any(isinstance(param, DTensor) for param in module.parameters())
 
 
+class Changing(nn.Linear):
+    """Changes its weight in every forward pass, in one of the ways in which this is done."""
+
+    def __init__(self, inputs: int, outputs: int, how: str) -> None:
+        super().__init__(inputs, outputs)
+        self.how = how
+
+    def forward(self, value: Tensor) -> Tensor:
+        weight = self.weight
+        with torch.no_grad():
+            if self.how == "in place":
+                weight.clamp_(-5, 5)  # which changes no number yet
+            elif self.how == "through data":
+                weight.data.clamp_(min=0)
+            elif self.how == "new data":
+                weight.data = torch.renorm(weight.data, 2, 0, 100.0)
+            elif self.how == "a new parameter":
+                self.weight = nn.Parameter(weight.clamp(min=0))
+        return super().forward(value)
+
+
+def changing(how: str, *, sharded: bool = False, hook: bool = False) -> LightningModule:
+    class Module(LanguageModule):
+        def configure_model(self) -> None:
+            if sharded and not isinstance(self.model.layers[0], FSDPModule):
+                for layer in self.model.layers:
+                    fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    torch.manual_seed(0)
+    module = Module()
+    layer = module.model.layers[1]
+    layer.mlp.down_proj = Changing(2 * WIDTH, WIDTH, how)
+    if hook:
+
+        def clamp(layer: nn.Module, inputs: Any) -> None:
+            layer.mlp.up_proj.weight.data.clamp_(min=0)
+
+        layer.register_forward_pre_hook(clamp)
+    return module
+
+
+@case(2)
+def weights_that_change_in_forward_are_refused() -> None:
+    texts = ("Weights change in the forward pass of 'model.layers.1'", "would be lost", "`weight.clamp(min=0)`")
+    for how in ("in place", "through data", "new data", "a new parameter"):
+        for sharded in (False, True):
+            with raises(NotImplementedError, *texts, ": 'model.layers.1.mlp.down_proj.weight' (Changing)."):
+                fit(changing(how, sharded=sharded))
+    with raises(NotImplementedError, *texts, ": 'model.layers.1.mlp.up_proj.weight' (Linear)."):
+        fit(changing("not", hook=True), MemOptFSDPStrategy(activation_checkpointing=True))
+    module = changing("through data")
+    module.model = torch.compile(module.model, backend="eager")
+    with raises(NotImplementedError, "'model._orig_mod.layers.1.mlp.down_proj.weight' (Changing)."):
+        fit(module)
+    module = changing("not")
+    made = trainer(max_steps=1)
+    made.validate(module, verbose=False)
+    hooks = [len(unit._forward_hooks) for _, unit in units_of(module)]
+    made.fit(module)
+    assert [len(unit._forward_hooks) + 1 for _, unit in units_of(module)] == hooks  # they looked once
+
+
 class PastForward(LanguageModule):
     """Uses what is in the network without calling the network."""
 
@@ -1005,6 +1213,51 @@ def callbacks_that_average_weights_are_refused() -> None:
             fit(module, callbacks=[callback])
         assert not any(isinstance(param, DTensor) for param in module.parameters())
         trainer(callbacks=[make()]).validate(LanguageModule(), verbose=False)
+
+
+@case(2)
+def callbacks_that_prune_sharded_weights_are_refused() -> None:
+    module = LanguageModule()
+    with raises(TypeError, "The callback ModelPruning ranks whole weights", "torch.nn.utils.prune", "strategy='ddp'"):
+        fit(module, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
+    assert not any(isinstance(param, DTensor) for param in module.parameters())
+    trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).validate(LanguageModule(), verbose=False)
+
+
+@case(2)
+def embeddings_that_sharding_would_break_are_refused() -> None:
+    for options, texts in (
+        ({"max_norm": 1.0}, ("`max_norm`", "'model.embed_tokens.weight'", "torch.renorm")),
+        ({"sparse": True}, ("Sparse gradients", "'model.embed_tokens.weight'", "`sparse=False`")),
+    ):
+        for kind in (nn.Embedding, nn.EmbeddingBag):
+            module = LanguageModule()
+            module.model.embed_tokens = kind(VOCAB, WIDTH, **options)
+            with raises(ValueError, *texts):
+                fit(module)
+            assert not any(isinstance(param, DTensor) for param in module.parameters())
+    module = LanguageModule()
+    module.model.embed_tokens = nn.Embedding(VOCAB, WIDTH, sparse=True).requires_grad_(False)
+    fit(module, max_steps=1)
+
+
+@case(2)
+def weights_that_are_computed_from_parameters() -> None:
+    def make(change: Callable[[nn.Module], Any]) -> LightningModule:
+        torch.manual_seed(0)
+        module = LanguageModule()
+        for layer in module.model.layers:
+            change(layer.mlp.up_proj)
+        change(module.model.lm_head)
+        return module
+
+    for change in (
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.spectral_norm,  # the older ones work by hooks
+        partial(prune.random_unstructured, name="weight", amount=0.5),
+    ):
+        against_ddp(partial(make, change), max_steps=2)
 
 
 @case(2)

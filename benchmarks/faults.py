@@ -1,0 +1,203 @@
+"""Do to checkpoints what disks, kills, other processes and attackers do, hundreds of times, and count the outcomes.
+
+    python benchmarks/faults.py                               # writes docs/reliability.md, about 12 minutes
+    python benchmarks/faults.py --rounds 20 --output /tmp     # a quick look
+
+The same functions as in ``tests/test_faults.py``, on a network with a few hundred weights in both formats. An outcome
+that is not promised is printed in capitals, and the script fails. The cost of checksums is measured on a larger file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from _report import ROOT, markdown, provenance, show
+from torch import nn
+
+sys.path.insert(0, str(ROOT))
+
+from lightning_memopt.strategy.loading import load_checkpoint
+from lightning_memopt.strategy.saving import model_state, save_directory, save_file
+from tests import _faults
+
+HEAD = ["what was done", "times", "refused, file named", "loaded, content right", "anything else"]
+COSTS = ["format", "save", "of it checksums", "load", "load with verify=False", "verification"]
+
+PAGE = """# What can be trusted
+
+What a checkpoint of `memopt_fsdp` promises, and how each promise was tested. [SECURITY.md](../SECURITY.md) says what
+loading trusts, [strategy.md](strategy.md) how saving and loading work.
+
+## Promises
+
+1. **A save that is killed, or fails, leaves the checkpoint that was there.** Under its name there is the old one or the
+   new one, complete.
+2. **What is loaded is one save.** Another process may replace the checkpoint meanwhile: all files are opened once, and
+   the ranks agree on which save they have opened before they read.
+3. **What is loaded is what was saved.** Whole files have checksums, taken while they are written and compared before
+   anything is used. A damaged file is refused by its name.
+4. **No file can run code.** What is no tensor is unpickled with an allow-list, in both formats and in every file.
+5. **An error changes nothing.** Weights, optimizer state and hyperparameters are what they were.
+6. **Two runs that save under one name do not break each other.** Each save is whole, the last one stays. What dead
+   processes have left is removed by the next save.
+7. **A full disk is named as the cause**, whatever torch's writer says about it.
+
+## Counts
+
+One process, both formats (a directory and a file), on a small network with state of `adapm_lean`. "Loaded, content
+right" after a flipped bit means that the bit was one of those without a meaning, in the padding between tensors.
+
+{table}
+
+The same on several ranks, with fewer repetitions, is in `tests/distributed/`; kills before and after every single
+operation on files are in `tests/test_atomic.py`.
+
+## What verification costs
+
+Seconds per GB; {size} MB of weights, one process, the median of {repeats}. A save computes checksums while it writes. A
+load reads everything once before it uses anything; ranks divide the files of a directory among them.
+
+{costs}
+
+`MemOptFSDPStrategy(verify=False)` leaves out checksums and the search for NaN. Nothing is trusted more: no file can run
+code, and sizes are still compared.
+
+{provenance}
+"""
+
+
+def count(rounds: int) -> list[tuple[str, int, Counter[str]]]:
+    """Return what was done, how often, and what became of it."""
+    rng = random.Random(0)
+    results = []
+    for whole, form in ((False, "directory"), (True, "file")):
+        kinds: list[tuple[str, int, Callable[..., Counter[str]]]] = [
+            (f"{name}, {form}", rounds, partial(damaged, rng=rng, whole=whole, how=how))
+            for name, how in (
+                ("a bit flipped", _faults.flipped),
+                ("a file truncated", _faults.truncated),
+                ("512 bytes overwritten", _faults.scribbled),
+            )
+        ]
+        few = max(1, rounds // 5)
+        kinds += [
+            (f"read beside a writer, {form}", few, partial(counted, _faults.reading_beside_a_writer, whole=whole)),
+            (f"killed while saving, {form}", few, partial(counted, _faults.killed_saves, rng, whole=whole)),
+            (f"two writers, one killed, {form}", few, partial(counted, _faults.two_writers, rng, whole=whole)),
+            (f"a disk full at a random byte, {form}", few, partial(counted, _faults.full_disk, rng, whole=whole)),
+        ]
+        places = _faults.WHOLE_PLACES if whole else tuple(_faults.PLACES)
+        kinds.append((f"a command in the file, {form}", 2 * len(places), partial(hostile, places=places)))
+        for name, times, kind in kinds:
+            with tempfile.TemporaryDirectory() as folder:
+                results.append((name, times, kind(folder=Path(folder), times=times)))
+            print(name, dict(results[-1][2]), flush=True)
+    return results
+
+
+def damaged(folder: Path, times: int, *, rng: random.Random, whole: bool, how: Callable[..., bytes]) -> Counter[str]:
+    """Damage a checkpoint and load it, again and again."""
+    return _faults.damage(folder, rng, times, whole=whole, how=how)
+
+
+def counted(
+    fault: Callable[..., Counter[str]], *rng: random.Random, folder: Path, times: int, whole: bool
+) -> Counter[str]:
+    """Do one of the faults to several processes."""
+    return fault(folder, *rng, times, whole=whole)
+
+
+def hostile(folder: Path, times: int, *, places: tuple[str, ...]) -> Counter[str]:
+    """Put a command into every place of a checkpoint, with checksums renewed and with none."""
+    found: Counter[str] = Counter()
+    for place in places:
+        for drop in (False, True):
+            message = _faults.hostile(folder, place, drop=drop)
+            found["refused by name" if "os.system" in message and "last.ckpt" in message else message] += 1
+    return found
+
+
+def row(name: str, times: int, found: Counter[str]) -> list[str]:
+    """Return a line of the table."""
+    refused, loaded = (found.get(key, 0) for key in _faults.GOOD)
+    other = {key: number for key, number in found.items() if key not in _faults.GOOD}
+    return [name, str(times), str(refused), str(loaded), str(other or 0)]
+
+
+def costs(megabytes: int, repeats: int) -> list[list[str]]:
+    """Return seconds per GB of saving and loading, with and without checksums."""
+    width = 1024
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(megabytes // 4)))
+    size = sum(param.nbytes for param in model.parameters()) / 1e9
+    rows = []
+    for whole, form in ((False, "directory"), (True, "file")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "last.ckpt"
+
+            def save(path: Path = path, whole: bool = whole) -> None:
+                checkpoint = {"state_dict": model_state(model, whole=whole)}
+                if whole:
+                    save_file(checkpoint, path, _faults.IO)
+                else:
+                    save_directory(checkpoint, path)
+
+            def load(path: Path = path, *, verify: bool) -> None:
+                load_checkpoint(path, model, [], _faults.IO, verify=verify)
+
+            saved = seconds(save, repeats)
+            with mock.patch.object(zlib, "crc32", return_value=0):
+                plain = seconds(save, repeats)
+            save()
+            checked, trusted = (seconds(partial(load, verify=verify), repeats) for verify in (True, False))
+        per_gb = [value / size for value in (saved, max(0.0, saved - plain), checked, trusted, checked - trusted)]
+        rows.append([form, *(f"{value:.2f}" for value in per_gb)])
+    return rows
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """Return the median time of an action."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--megabytes", type=int, default=1024, help="weights of the file that is timed")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    options = parser.parse_args()
+    rows = [row(*result) for result in count(options.rounds)]
+    timed = costs(options.megabytes, options.repeats)
+    show("What was done to checkpoints", HEAD, rows)
+    show("What verification costs", COSTS, timed)
+    page = PAGE.format(
+        table=markdown(HEAD, rows),
+        costs=markdown(COSTS, timed),
+        size=options.megabytes,
+        repeats=options.repeats,
+        provenance=provenance(threads=torch.get_num_threads()),
+    )
+    (options.output / "reliability.md").write_text(page)
+    if any(line[-1] != "0" for line in rows):
+        sys.exit("Something was not as promised.")
+
+
+if __name__ == "__main__":
+    main()
