@@ -25,7 +25,8 @@ from tests.contract.cases import gradient
 STEPS = 20
 TOLERANCE = 1e-5
 # (name, shape, fused dimension): what transformers are made of, and what is awkward: fewer rows than ranks, one row,
-# lengths that no number of ranks divides, a stack, a kernel, a fused weight whose blocks fall on different ranks.
+# lengths that no number of ranks divides, no elements, a stack, a kernel, a fused weight whose blocks fall on different
+# ranks.
 SHAPES: list[tuple[str, tuple[int, ...]]] = [
     ("model.embed_tokens.weight", (50, 24)),
     ("model.layers.0.self_attn.q_proj.weight", (24, 24)),
@@ -39,6 +40,8 @@ SHAPES: list[tuple[str, tuple[int, ...]]] = [
     ("model.layers.1.short.weight", (2, 30)),
     ("model.layers.1.row.weight", (1, 30)),
     ("model.layers.1.bias", (3,)),
+    ("model.layers.1.none.weight", (0, 30)),
+    ("model.layers.1.nothing.weight", (6, 0)),
     ("conv.weight", (7, 3, 4, 4)),
     ("attention.in_proj_weight", (66, 22)),
     ("lm_head.weight", (50, 24)),
