@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,19 +15,27 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata, load
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_memopt.layout import fill_
+from lightning_memopt.resuming import loading_from
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local
 from lightning_memopt.strategy.directory import inspect
 from lightning_memopt.strategy.fitting import check_family
+from lightning_memopt.strategy.restoring import (
+    check_values,
+    parts_of,
+    prepare_optimizer,
+    same_sort,
+    write_weights,
+)
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
-from lightning_memopt.strategy.states import allocated, by_position, cut
+from lightning_memopt.strategy.states import allocated, by_position
 
 Optimizers = Sequence[torch.optim.Optimizer]
 T = TypeVar("T")
+Adapting = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
 
 def load_checkpoint(
@@ -38,6 +47,7 @@ def load_checkpoint(
     strict: bool = True,
     weights_only: bool | None = None,
     group: Any = None,
+    adapting: Adapting = nullcontext,
 ) -> dict[str, Any]:
     """Load weights and optimizer states and return the rest of the checkpoint.
 
@@ -49,6 +59,8 @@ def load_checkpoint(
         strict: Whether the model and the checkpoint must have the same names.
         weights_only: As for ``torch.load``.
         group: The process group; None for all ranks.
+        adapting: Given the rest of the checkpoint, prepares the optimizers for their states, and undoes that if these
+            turn out not to fit.
 
     Raises:
         ValueError: If there is no complete checkpoint, or its optimizers or their groups are others.
@@ -59,14 +71,14 @@ def load_checkpoint(
     if local:
         on_first(lambda: atomic.recover(Path(path)), group)
     if local and Path(path).is_dir():
-        return _load_directory(Path(path), model, optimizers, strict, weights_only, group)
+        return _load_directory(Path(path), model, optimizers, strict, weights_only, group, adapting)
     if local and not Path(path).is_file():
         raise ValueError(
             f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name."
         )
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
-    return _load_whole(checkpoint, model, optimizers, strict)
+    return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
 
 
 def _read_on_all(read: Callable[[], T], group: Any) -> T:
@@ -79,38 +91,45 @@ def _read_on_all(read: Callable[[], T], group: Any) -> T:
 # ---------------------------------------------------------------------- one file with whole tensors
 
 
-def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimizers, strict: bool) -> dict[str, Any]:
-    weights, states = checkpoint[WEIGHTS], checkpoint.get(STATES, [])
-    _check_counts(states, optimizers)
+def _load_whole(
+    checkpoint: Any, model: nn.Module, optimizers: Optimizers, strict: bool, path: Any, group: Any, adapting: Adapting
+) -> dict[str, Any]:
+    share = rank_and_size(group)
     ours: dict[str, Any] = get_model_state_dict(model)
-    shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}
-    _check_weights(shapes, ours, strict, fitting=bool(optimizers))
-    named = [
-        any(isinstance(name, str) for group in state["param_groups"] for name in group["params"]) for state in states
-    ]
-    pairs = [
-        (by_position(state, optimizer, model) if by_names else state, optimizer)
-        for state, optimizer, by_names in zip(states, optimizers, named, strict=False)
-    ]
-    for state, optimizer in pairs:
-        check_family(state, optimizer)
-    for state, optimizer in pairs:
-        optimizer.load_state_dict(cut(state, optimizer))
-    with torch.no_grad():
-        for name in ours.keys() & weights.keys():
-            if isinstance(ours[name], Tensor):
-                fill_(ours[name], weights[name])
-            else:
-                ours[name] = weights[name]
-    _adopt(model, {name: ours[name] for name in ours if name in weights})
-    return {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+    restore: list[Callable[[], None]] = []
+    weights, states = parts_of(checkpoint, WEIGHTS, STATES)
+    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+
+    def check() -> None:
+        _check_counts(states, optimizers)
+        _check_weights(weights, ours, strict, fitting=bool(optimizers))
+        ordered = [by_position(state, opt, model) for state, opt in zip(states, optimizers, strict=False)]
+        for (state, _), optimizer in zip(ordered, optimizers, strict=False):
+            check_family(state, optimizer)
+        for (state, named), optimizer in zip(ordered, optimizers, strict=False):
+            restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=True))
+        check_values(weights, ours, model, share)
+
+    with adapting(rest):
+        on_all(check, group)
+    with loading_from(repr(str(path))):
+        for load_optimizer in restore:
+            load_optimizer()
+    write_weights(weights, ours, model)
+    return rest
 
 
 # ---------------------------------------------------------------------- a directory with the parts of all ranks
 
 
 def _load_directory(
-    path: Path, model: nn.Module, optimizers: Optimizers, strict: bool, weights_only: bool | None, group: Any
+    path: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    strict: bool,
+    weights_only: bool | None,
+    group: Any,
+    adapting: Adapting,
 ) -> dict[str, Any]:
     share = rank_and_size(group)
     contents = _read_on_all(lambda: inspect(path, share=share, weights_only=weights_only), group)
@@ -120,28 +139,51 @@ def _load_directory(
     ours: dict[str, Any] = get_model_state_dict(model)
     prefix = f"{WEIGHTS}."
     shapes = {
-        key.removeprefix(prefix): _shape(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
+        key.removeprefix(prefix): _template(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
     }
     _check_weights(shapes, ours, strict, fitting=bool(optimizers))
     if optimizers:
         groups = {name: {"param_groups": tree["param_groups"]} for name, tree in saved.items()}
         _read(path, groups, group, alone=True)
-    by_positions = [
-        by_position(tree, optimizer, model) for tree, optimizer in zip(saved.values(), optimizers, strict=False)
-    ]
-    for state, optimizer in zip(by_positions, optimizers, strict=False):
-        check_family(state, optimizer)
-    for name, tree, state, optimizer in zip(saved, saved.values(), by_positions, optimizers, strict=False):
-        ready = allocated(state, optimizer)
-        # The same dicts of one parameter's state, under the names of the checkpoint.
-        entries = dict(zip(tree["state"], (ready["state"][index] for index in state["state"]), strict=True))
-        _read(path, {name: {"state": entries}}, group)
-        optimizer.load_state_dict(ready)
-    weights = {name: value for name, value in ours.items() if name in shapes}
-    state_dict = {WEIGHTS: weights}
-    _read(path, state_dict, group)
-    _adopt(model, state_dict[WEIGHTS])
+    restore: list[Callable[[], None]] = []
+    # Everything is read and checked before anything is written, so weights are there twice for a while: as much memory
+    # as gradients take in training.
+    with adapting(contents.rest):
+        ready = [
+            _read_optimizer(path, name, tree, optimizer, model, group)
+            for (name, tree), optimizer in zip(saved.items(), optimizers, strict=False)
+        ]
+        weights = {
+            name: torch.empty_like(value) if isinstance(value, Tensor) else value
+            for name, value in ours.items()
+            if name in shapes
+        }
+        _read(path, {WEIGHTS: weights}, group)
+
+        def check() -> None:
+            for (state, named), optimizer in zip(ready, optimizers, strict=False):
+                restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=False))
+            check_values(weights, ours, model, share)
+
+        on_all(check, group)
+    with loading_from(repr(str(path))):
+        for load_optimizer in restore:
+            load_optimizer()
+    write_weights(weights, ours, model)
     return contents.rest
+
+
+def _read_optimizer(
+    path: Path, name: str, tree: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module, group: Any
+) -> tuple[dict[str, Any], bool]:
+    """Return the saved state of one optimizer, by position, each rank's part, and whether names decided the order."""
+    state, named = by_position(tree, optimizer, model)
+    check_family(state, optimizer)
+    fresh = allocated(state, optimizer)
+    # The same dicts of one parameter's state, under the names of the checkpoint.
+    entries = dict(zip(tree["state"], (fresh["state"][index] for index in state["state"]), strict=True))
+    _read(path, {name: {"state": entries}}, group)
+    return fresh, named
 
 
 def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
@@ -159,9 +201,11 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
     return {name: {"state": {}, "param_groups": [], **trees[name]} for name in ordered}
 
 
-def _shape(index: Metadata, key: str) -> torch.Size | None:
+def _template(index: Metadata, key: str) -> Tensor | None:
     entry = index.state_dict_metadata[key]
-    return entry.size if isinstance(entry, TensorStorageMetadata) else None
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
 
 def _read(path: Path, state: dict[str, Any], group: Any, *, alone: bool = False) -> None:
@@ -206,18 +250,20 @@ def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Sequence[torch
         )
 
 
-def _check_weights(
-    saved: Mapping[str, torch.Size | None], ours: Mapping[str, Any], strict: bool, *, fitting: bool
-) -> None:
+def _check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: bool, *, fitting: bool) -> None:
+    """Refuse weights of other names, shapes or sorts of numbers, told by tensors whose values do not matter."""
     problems = []
     if strict:
         problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
         problems += [f"not in the model: {name!r}" for name in saved if name not in ours]
     for name, value in ours.items():
-        shape = value.shape if isinstance(value, Tensor) else None
-        if name in saved and saved[name] != shape:
-            there, here = (None if size is None else tuple(size) for size in (saved[name], shape))
+        if name not in saved:
+            continue
+        there, here = (tuple(entry.shape) if isinstance(entry, Tensor) else None for entry in (saved[name], value))
+        if there != here:
             problems.append(f"{name!r} has shape {there} in the checkpoint and {here} in the model")
+        elif isinstance(value, Tensor) and not same_sort(saved[name].dtype, value.dtype):
+            problems.append(f"{name!r} has dtype {saved[name].dtype} in the checkpoint and {value.dtype} in the model")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         way_out = (
@@ -231,8 +277,3 @@ def _check_weights(
         raise RuntimeError(
             f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. {way_out}"
         )
-
-
-def _adopt(model: nn.Module, state: dict[str, Any]) -> None:
-    """Hand the model its state, in which the tensors are its own already, so that hooks and extra state are served."""
-    set_model_state_dict(model, state, options=StateDictOptions(strict=False))
