@@ -20,6 +20,7 @@ from lightning_memopt.optimizers import (
 from lightning_memopt.plan import Plan, Recipe
 from lightning_memopt.planner import MemoryPlan, plan_memory
 from lightning_memopt.recipes import load_plan, recipe_names
+from lightning_memopt.resuming import ResumeWarning
 from lightning_memopt.roles import NamingScheme, Rule, classify, register_naming_scheme
 from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
@@ -80,6 +81,7 @@ __all__ = [
     "ProcessMemory",
     "RMSPropSN",
     "Recipe",
+    "ResumeWarning",
     "Rule",
     "SecondMoment",
     "Snapshot",

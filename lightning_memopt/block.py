@@ -66,6 +66,11 @@ class Block:
         """Both kinds of the recipe."""
         return self.recipe.momentum, self.recipe.second_moment
 
+    @property
+    def squares(self) -> set[str]:
+        """The keys of its state, without the prefix, whose elements are never negative."""
+        return {key for kind in self.kinds for key in kind.squares}
+
     @cached_property
     def work(self) -> Layout:
         """The layout that the kinds work with: the parameter's, or that of a block which ranks have to gather."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.checking import Values, check_kind, check_step, state_of
 from lightning_memopt.conversion import converted
-from lightning_memopt.groups import HYPERPARAMETERS, SCHEDULED, check_group
+from lightning_memopt.groups import NAMES, TORCHS_OWN, check_group, plain_group
 from lightning_memopt.layout import full_tensor
 
 Blocks = tuple[Block, ...]
@@ -22,7 +23,7 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
     """Return today's groups with the saved hyperparameters, after checking that they belong together.
 
     A group without a recipe is one of ``torch.optim.AdamW`` and counts as ``adamw``. From ``adamw`` every recipe can
-    go on; the betas are then its own, since they belong to the recipe.
+    go on; the betas are then its own, since they belong to the recipe. Keys of the user's own come back.
 
     Raises:
         ValueError: If the numbers of groups or of parameters differ, or the recipes.
@@ -45,9 +46,11 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
                 f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer "
                 f"has {mine['recipe']!r}: create it with recipe={recipe!r}."
             )
-        kept = {key: value for key, value in theirs.items() if key in (*HYPERPARAMETERS, *SCHEDULED)}
-        kept = {**mine, **copy.deepcopy(kept)}
-        kept["betas"] = tuple(mine["betas"] if recipe != mine["recipe"] else kept["betas"])
+        left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
+        kept = {key: value for key, value in theirs.items() if key not in left_out}
+        kept = plain_group({**mine, **copy.deepcopy(kept)})
+        betas = mine["betas"] if recipe != mine["recipe"] else kept["betas"]
+        kept["betas"] = tuple(betas) if isinstance(betas, list | tuple) else betas
         check_group(kept, f"parameter group {position} of the state dict")
         groups.append({key: value for key, value in kept.items() if key != "params"})
     return groups
@@ -65,10 +68,28 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
         ValueError: If the state does not fit the blocks.
     """
     theirs, saved = inferred(blocks, saved)
-    state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().clone()}
+    state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().reshape(()).clone()}
     for old, new in zip(theirs, blocks, strict=True):
         state.update(converted(old, new if convert else old, saved))
     return blocks if convert else theirs, state
+
+
+def examine(blocks: Blocks, saved: Mapping[str, Any], values: Values) -> None:
+    """Check that :func:`loaded` can load a parameter's state; its tensors are added to ``values``, none is touched.
+
+    Raises:
+        ValueError: If the state does not fit the blocks, or holds no numbers.
+    """
+    name = blocks[0].name if not blocks[0].prefix else blocks[0].name.rpartition(":")[0]
+    tensors = {key: value for key, value in saved.items() if key != "step" and isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        check_kind(tensor, state_of(name, key))
+    shapes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
+    theirs, _ = inferred(blocks, {**saved, **shapes})
+    check_step(saved["step"], name)
+    squares = {prefix + key for block in theirs for key in block.squares for prefix in (block.prefix, "")}
+    for key, tensor in tensors.items():
+        values.add(state_of(name, key), tensor, negative=key not in squares)
 
 
 def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[str, Tensor]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
+from numbers import Number, Real
 from typing import Any
 
 import torch
@@ -13,11 +16,13 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.plan import known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
-# Added to every group by torch; of no use here, and unknown to a fresh optimizer's checkpoint.
-TORCHS_OWN = ("param_names", "differentiable")
-# Written by lr schedulers and by Lightning's callbacks.
-SCHEDULED = ("initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name")
-FOREIGN_KEYS = (*SCHEDULED, *TORCHS_OWN)
+NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
+# Options of torch's AdamW that mean nothing here.
+TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
+# Options of the optimizer that a group cannot have, and other names of those that it can.
+OF_THE_OPTIMIZER = ("head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
+_OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
+_CLOSE = 0.7
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,7 +34,7 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
 
     Raises:
         TypeError: If an entry is neither.
-        ValueError: If a parameter or a name occurs twice, if only some have names, or if there are none.
+        ValueError: If a parameter or a name occurs twice, if only some have names, or if there are no parameters.
     """
     if isinstance(params, Tensor):
         raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
@@ -47,11 +52,30 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     return [_group(group, names) for group in groups], names
 
 
+def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with Python's numbers in the place of numpy's, which no checkpoint can hold without pickling."""
+    return {key: plain(value) for key, value in group.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a number of numpy's as one of Python's, alone or in a tuple or list; everything else as it is."""
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
 def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"A parameter group must be a dict with the key 'params', got {group!r}.")
     _refuse_set(group["params"])
     entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    given = group.get(NAMES)
+    if given is not None:
+        if len(given) != len(entries):
+            raise ValueError(f"A parameter group has {len(entries)} parameters and {len(given)} names in {NAMES!r}.")
+        entries = [entry if _is_pair(entry) else (name, entry) for name, entry in zip(given, entries, strict=True)]
     taken = set(names.values())
     params: dict[Tensor, None] = {}
     for entry in entries:
@@ -96,12 +120,8 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a value is out of range, or a key is unknown.
+        ValueError: If a value is out of range.
     """
-    known = ["params", "recipe", *HYPERPARAMETERS, *FOREIGN_KEYS, *known_options()]
-    for key in group:
-        if key not in known:
-            raise ValueError(f"In {where}: {unknown('key', key, known)}")
     lr = group["lr"]
     _number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
     _number("eps", group["eps"], where)
@@ -117,10 +137,38 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         raise TypeError(f"In {where}: `maximize` must be True or False, got {group['maximize']!r}.")
 
 
+def check_keys(group: Mapping[str, Any], where: str) -> None:
+    """Refuse keys of a group that are misspelt options; all others are the user's own, and are kept.
+
+    A key counts as misspelt if difflib finds it closer than 0.7 to an option. ``lr_scale`` is not: one that has the
+    whole name of an option among its words is a key of its own.
+
+    Raises:
+        ValueError: If there is one, or an option that only the optimizer as a whole has, or that no optimizer here has.
+    """
+    if group.get("amsgrad"):
+        raise ValueError(f"In {where}: `amsgrad` is not supported, no second moment keeps a maximum.")
+    known = [*HYPERPARAMETERS, "recipe", *known_options()]
+    for key in group:
+        if key in (*known, "params", *TORCHS_OWN):
+            continue
+        if key in OF_THE_OPTIMIZER:
+            raise ValueError(
+                f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
+                "come from its `recipe`."
+            )
+        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key.lower(), known, 1, _CLOSE)), None)
+        if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", key):
+            raise ValueError(
+                f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A key of "
+                "your own needs a name that is less like one of these."
+            )
+
+
 def _number(name: str, value: Any, where: str, *, below: float = math.inf, at_most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"In {where}: `{name}` must be a number, got {value!r}.")
-    if not (0 <= value < below and value <= at_most):
+    if not (0 <= float(value) < below and float(value) <= at_most):
         top = f" and below {below:g}" if below < math.inf else f" and at most {at_most:g}" if at_most < math.inf else ""
         raise ValueError(f"In {where}: `{name}` must be finite, at least 0{top}, got {value!r}.")
 
@@ -143,7 +191,7 @@ def unnamed_error(param: Tensor) -> ValueError:
     """Return the error about a parameter without a name."""
     return ValueError(
         f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the model: "
-        "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` before the first step."
+        "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
     )
 
 

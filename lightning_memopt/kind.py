@@ -23,12 +23,14 @@ class Kind:
     Attributes:
         name: The name it is registered under.
         keys: The names of its state tensors. No two kinds share one, so that a checkpoint's keys tell the kind.
+        squares: Those of its ``keys`` whose elements are never negative, such as averages of squares.
         needs_matrix: Whether it is undefined on vectors.
         restorable: Whether another kind can go on from its state.
     """
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]] = ()
+    squares: ClassVar[tuple[str, ...]] = ()
     needs_matrix: ClassVar[bool] = True
     restorable: ClassVar[bool] = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,13 +14,16 @@ from torch import Tensor
 from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
-from lightning_memopt.checkpoint import allocated, loaded, loaded_groups
+from lightning_memopt.checking import Share, Values, check_structure
+from lightning_memopt.checkpoint import allocated, examine, loaded, loaded_groups
 from lightning_memopt.consensus import decided_alike, world_size
 from lightning_memopt.conversion import DROPPED, converted, release
 from lightning_memopt.guards import Judged, exact_arithmetic, verdict
 from lightning_memopt.layout import Layout, aligned, arithmetic_dtype, is_aligned, local_tensor
+from lightning_memopt.naming import arranged, places, saved_names, warn_of_positions
 from lightning_memopt.plan import Plan, Recipe, known_options
 from lightning_memopt.recipes import load_plan
+from lightning_memopt.resuming import Facts, facts, tell
 from lightning_memopt.roles import Part, canonical_names, classify
 from lightning_memopt.snapshot import Snapshot
 from lightning_memopt.stepping import Step, Update
@@ -41,7 +44,8 @@ class MemOpt(torch.optim.Optimizer):
     Args:
         params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. With bare parameters the
             names come from :meth:`bind`. A group may have its own values of ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``maximize``, ``recipe`` and of any option of a kind.
+            ``weight_decay``, ``maximize``, ``recipe`` and of any option of a kind. Other keys are the user's own, and
+            stay in the group, also through checkpoints, unless they look like one of these misspelt.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
         betas: Decay of the momentum, in [0, 1), and of the second moment, in [0, 1]; a second value of 1 adds
@@ -113,7 +117,7 @@ class MemOpt(torch.optim.Optimizer):
         # Changed in place only: Lightning hands out a wrapper that shares these, but not what they are rebound to.
         self._names: dict[Tensor, str] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
-        self._plans: list[Plan] = []
+        self._plans: dict[Tensor, Plan] = {}
         self._blocks: dict[Tensor, tuple[Block, ...]] = {}
         self._reformatted: dict[str, Recipe] = {}
         self._complete = False
@@ -128,6 +132,7 @@ class MemOpt(torch.optim.Optimizer):
             "recipe": self._plan.name,
         }
         parsing.check_group(defaults, "the defaults")
+        defaults = parsing.plain_group(defaults)
         super().__init__(groups, defaults)
         self._complete = True
         if self._names or not any(param.ndim > 1 for param in self._all_params()):
@@ -142,6 +147,7 @@ class MemOpt(torch.optim.Optimizer):
         Raises:
             ValueError: If the optimizer knows names and these parameters have none; nothing is added then.
         """
+        self._register()
         (group,), names = parsing.split_names([param_group]) if self._complete else ([param_group], {})
         recipe = group.get("recipe")
         plan = self._plan
@@ -149,15 +155,23 @@ class MemOpt(torch.optim.Optimizer):
             plan = load_plan(recipe).updated(overrides=self._overrides, options=self._shared_options(recipe))
         own = {key: group[key] for key in group if key in known_options()}
         defaults = {key: self.defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}
-        parsing.check_group({**defaults, **group}, f"parameter group {len(self.param_groups)}")
+        where = f"parameter group {len(self.param_groups)}"
+        parsing.check_keys(group, where)
+        parsing.check_group({**defaults, **group}, where)
         plan = plan.updated(options=own)
-        group = {key: value for key, value in group.items() if key not in own and key not in parsing.TORCHS_OWN}
+        left_out = {*own, *parsing.TORCHS_OWN}
+        # As torch has it: names are in all groups, or in none.
+        if not (parsing.NAMES in self.param_groups[0] if self.param_groups else parsing.NAMES in group):
+            left_out.add(parsing.NAMES)
+        elif parsing.NAMES not in group:
+            group[parsing.NAMES] = [{**self._names, **names}.get(param) for param in group["params"]]
+        group = parsing.plain_group({key: value for key, value in group.items() if key not in left_out})
         group["recipe"] = plan.name
         if recipe is not None and "betas" not in group and self._betas is None:
             group["betas"] = plan.betas
         if not self._complete:
             super().add_param_group(group)
-            self._plans.append(plan)
+            self._plans.update(dict.fromkeys(group["params"], plan))
             return
         self._extend(group, plan, names)
 
@@ -170,12 +184,39 @@ class MemOpt(torch.optim.Optimizer):
         """Add a group to a complete optimizer, or leave it as it was."""
         with self._undo_on_error():
             super().add_param_group(group)
-            self._plans.append(plan)
-            if self._blocks or names:
-                self._learn(names)
+            self._plans.update(dict.fromkeys(group["params"], plan))
+            self._learn(names)
+            self._build_missing()
+
+    def _register(self) -> None:
+        """Complete groups that somebody has put into ``param_groups``, and find the plans of their parameters.
+
+        Lightning's BaseFinetuning replaces the whole list on resume, by groups that hold the same hyperparameters.
+        """
+        for number, group in enumerate(self.param_groups):
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            new = [param for param in group["params"] if param not in self._plans]
+            if new:
+                parsing.check_group(group, f"parameter group {number}")
+                known = {plan.name: plan for plan in (*self._plans.values(), self._plan)}
+                recipe = group["recipe"]
+                plan = (
+                    known[recipe]
+                    if recipe in known
+                    else load_plan(recipe).updated(overrides=self._overrides, options=self._shared_options(recipe))
+                )
+                self._plans.update(dict.fromkeys(new, plan))
+
+    def _build_missing(self) -> None:
+        """Make the blocks of parameters that have none, once any names are known."""
+        self._register()
+        missing = [param for param in self._all_params() if param not in self._blocks]
+        if missing and (self._blocks or self._names):
+            with self._undo_on_error():
                 self._classify()
                 blocks = self._all_blocks()
-                self._build({param: blocks[param] for param in blocks if param not in self._blocks})
+                self._build({param: blocks[param] for param in missing})
 
     def bind(self, model: Any) -> None:
         """Take names, and the size of attention heads, from the model whose parameters these are.
@@ -186,6 +227,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a parameter has no name and is not the model's, or if steps were taken and what the model
                 tells would change the blocks.
         """
+        self._register()
         named = list(model.named_parameters())
         theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
         for param in self._all_params():
@@ -199,16 +241,14 @@ class MemOpt(torch.optim.Optimizer):
             self._names.update({param: name for param, name in theirs.items() if param not in self._names})
             self._classify()
             self._parts.update({self._names[param]: parts[name] for param, name in theirs.items()})
-            blocks = self._all_blocks()
-            if _identity(blocks) == _identity(self._blocks):
-                return
-            if any(float(state["step"]) > 0 for state in self.state.values() if state):
+            blocks, before = self._all_blocks(), _identity(self._blocks)
+            changed = [param for param, identity in _identity(blocks).items() if before.get(param) != identity]
+            if any(float(self.state[param]["step"]) > 0 for param in changed if self.state.get(param)):
                 raise ValueError(
                     "bind(model) would change names or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
-            self._blocks.clear()
-            self._build(blocks)
+            self._build({param: blocks[param] for param in changed})
 
     @torch.no_grad()
     def rebind(self, params: Mapping[Tensor, Tensor]) -> None:
@@ -223,6 +263,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a new parameter has another shape.
             NotImplementedError: If one is sharded in a way that is not supported. Nothing has changed then.
         """
+        self._build_missing()
         table = {old: params.get(old, old) for old in self._all_params()}
         for old, new in table.items():
             if old.shape != new.shape:
@@ -237,8 +278,11 @@ class MemOpt(torch.optim.Optimizer):
         states = {
             table[param]: self._moved(blocks[table[param]], state) if blocks[table[param]] else state
             for param, state in self.state.items()
+            if param in table
         }
-        for own, entries in ((self._names, names), (self._blocks, {p: b for p, b in blocks.items() if b})):
+        plans = {table.get(param, param): plan for param, plan in self._plans.items()}
+        kept = {param: entries for param, entries in blocks.items() if entries}
+        for own, entries in ((self._names, names), (self._plans, plans), (self._blocks, kept)):
             own.clear()
             own.update(entries)  # type: ignore[arg-type]
         for group in self.param_groups:
@@ -255,7 +299,7 @@ class MemOpt(torch.optim.Optimizer):
     @contextmanager
     def _undo_on_error(self) -> Iterator[None]:
         """Restore groups, names and blocks if what follows fails."""
-        before = [(table, dict(table)) for table in (self._names, self._parts, self._blocks)]
+        before = [(table, dict(table)) for table in (self._names, self._parts, self._plans, self._blocks)]
         groups = len(self.param_groups)
         try:
             yield
@@ -263,7 +307,7 @@ class MemOpt(torch.optim.Optimizer):
             for table, entries in before:
                 table.clear()
                 table.update(entries)  # type: ignore[arg-type]
-            del self.param_groups[groups:], self._plans[groups:]
+            del self.param_groups[groups:]
             raise
 
     def _learn(self, names: Mapping[Tensor, str]) -> None:
@@ -277,7 +321,8 @@ class MemOpt(torch.optim.Optimizer):
         self._parts.update(known)
 
     def _require_names(self) -> None:
-        """Raise the error that tells how to give names, if there are none."""
+        """Raise the error that tells how to give names, if a parameter has none."""
+        self._build_missing()
         if not self._blocks:
             parsing.named(self._names, self._all_params())
 
@@ -289,9 +334,9 @@ class MemOpt(torch.optim.Optimizer):
         blocks: dict[Tensor, tuple[Block, ...]] = {}
         known: list[tuple[str, str, Recipe]] = []
         names = parsing.named(self._names, self._all_params())
-        for group, plan in zip(self.param_groups, self._plans, strict=True):
+        for group in self.param_groups:
             for param in group["params"]:
-                name = names[param]
+                name, plan = names[param], self._plans[param]
                 parts = self._parts.get(name, (Part("vector"),))
                 blocks[param] = tuple(
                     self._block(param, name, part, plan, len(known) + offset, fused=len(parts) > 1)
@@ -301,7 +346,7 @@ class MemOpt(torch.optim.Optimizer):
         twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
         if twice:
             raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a name of its own.")
-        for plan in self._plans:
+        for plan in {id(plan): plan for plan in self._plans.values()}.values():
             plan.check_overrides(known)
         return blocks
 
@@ -409,8 +454,6 @@ class MemOpt(torch.optim.Optimizer):
         if active or any(local_tensor(param) is not param for param in self._all_params()):
             self._require_names()  # on all ranks, also on one without gradients
         for _, param in active:
-            if param not in self._blocks:
-                raise parsing.unnamed_error(param)
             name, layout = self._blocks[param][0].name, self._blocks[param][0].layout
             if param.grad.is_sparse or param.grad.layout is not torch.strided:
                 raise ValueError(f"The gradient of {name!r} is sparse; create the layer with sparse=False.")
@@ -514,6 +557,7 @@ class MemOpt(torch.optim.Optimizer):
 
     def blocks(self) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
         """Yield all blocks as they are now, each with its parameter group and its parameter."""
+        self._build_missing()
         for group in self.param_groups:
             for param in group["params"]:
                 for block in self._blocks.get(param, ()):
@@ -551,6 +595,7 @@ class MemOpt(torch.optim.Optimizer):
         return self.snapshot().table()
 
     def __repr__(self) -> str:
+        self._register()
         lines = [
             f"{type(self).__name__}(recipe={group['recipe']!r}, lr={float(group['lr']):g}, betas={group['betas']}, "
             f"eps={group['eps']:g}, weight_decay={group['weight_decay']:g}, {len(group['params'])} parameters)"
@@ -569,39 +614,126 @@ class MemOpt(torch.optim.Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
 
-    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups as torch's optimizers do, and the parameters' names under ``param_names``.
+
+        The names of every group's parameters are in a list beside the groups, not in them: torch's distributed
+        checkpoints know names, and break on keys in groups that an older checkpoint does not have.
+        """
+        self._build_missing()
+        mine = set(self._all_params())
+        # State of a parameter that somebody has taken out of its group, which has no position.
+        apart = {param: self.state.pop(param) for param in list(self.state) if param not in mine}
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state.update(apart)
+        saved["param_groups"] = [parsing.plain_group(group) for group in saved["param_groups"]]
+        names = self.parameter_names()
+        return saved if names is None else {**saved, parsing.NAMES: names}
+
+    def parameter_names(self) -> list[list[str]] | None:
+        """Return the names of every group's parameters, or None if not all have one."""
+        if any(param not in self._names for param in self._all_params()):
+            return None
+        return [[self._names[param] for param in group["params"]] for group in self.param_groups]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, with every dtype kept.
 
-        Keys and shapes of the state decide kinds and ranks, so that a checkpoint from after a :meth:`reformat` loads
-        into an optimizer that was made without it. A state dict of ``torch.optim.AdamW``, or of the recipe ``adamw``,
-        loads into every recipe: its state is compressed a block at a time. Tensors may be whole, or DTensors of any
-        placement; every rank keeps its part.
+        State goes to the parameter of its name, whatever the order; without names, to the one of its position, with a
+        warning. Keys and shapes of the state decide kinds and ranks, so that a checkpoint from after a
+        :meth:`reformat` loads into an optimizer that was made without it. A state dict of ``torch.optim.AdamW``, or of
+        the recipe ``adamw``, loads into every recipe: its state is compressed a block at a time. Tensors may be whole,
+        or DTensors of any placement; every rank keeps its part. A :class:`ResumeWarning` tells what has changed.
 
         Raises:
-            ValueError: If it belongs to another model or another recipe; nothing has changed then.
+            ValueError: If it belongs to another model or another recipe, or holds what is no state, such as NaN.
+            TypeError: If it is no state dict at all. Nothing has changed then.
+        """
+        self.prepare_load(state_dict)()
+
+    @torch.no_grad()
+    def prepare_load(
+        self, state_dict: Mapping[str, Any], *, share: Share = (0, 1), ordered: bool = False
+    ) -> Callable[[], None]:
+        """Check all of a state dict and return a function that loads it, for when others have been checked as well.
+
+        Args:
+            state_dict: As for :meth:`load_state_dict`.
+            share: This process's position, and how many processes with the same tensors divide looking at values.
+            ordered: Whether groups and parameters are known to be in this optimizer's order.
+
+        Raises:
+            ValueError: As :meth:`load_state_dict` does.
+            TypeError: As :meth:`load_state_dict` does.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        groups = loaded_groups(state_dict["param_groups"], self.param_groups)
+            state_dict = hook(self, state_dict) or state_dict  # type: ignore[arg-type]
+        check_structure(state_dict)
         self._require_names()
+        found = None if ordered else self._places(state_dict)
+        by_torch = any(isinstance(index, str) for group in state_dict["param_groups"] for index in group["params"])
+        if found is not None:
+            state_dict = arranged(state_dict, found)
+        groups = loaded_groups(state_dict["param_groups"], self.param_groups)
         saved = self._saved_state(state_dict)
+        values = Values(share)
+        for param, entries in saved.items():
+            if entries:
+                examine(self._blocks[param], entries, values)
+        values.check()
+
+        def load() -> None:
+            if found is None and not (ordered or by_torch):
+                warn_of_positions(state_dict)
+            self._load(state_dict["param_groups"], groups, saved)
+
+        return load
+
+    @torch.no_grad()
+    def _load(
+        self,
+        saved_groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+        saved: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        """Adopt groups and state that have been checked."""
+        before, was_converted = self._facts(), False
         blocks, states = {}, {}
-        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        for group, theirs in zip(self.param_groups, saved_groups, strict=True):
             convert = theirs.get("recipe", "adamw") != group["recipe"]
             for param in group["params"]:
                 if saved[param]:
                     blocks[param], states[param] = loaded(self._blocks[param], saved[param], convert=convert)
+                    was_converted |= convert
                 elif param.requires_grad:
                     states[param] = self._init(self._blocks[param])
-        for ours, theirs in zip(self.param_groups, groups, strict=True):
-            ours.update(theirs)
+        for ours, values in zip(self.param_groups, groups, strict=True):
+            ours.update(values)
         self._reformatted.update({block.name: block.recipe for entries in blocks.values() for block in entries})
         self._blocks.update(blocks)
         self.state.clear()
         self.state.update(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+        steps = [int(state["step"].item()) for state in states.values()]
+        tell(type(self).__name__, before, self._facts(), step=max(steps, default=0), converted=was_converted)
+
+    def _facts(self) -> Facts:
+        return facts(self.param_groups, (block for *_, block in self.blocks()))
+
+    def _places(self, state_dict: Mapping[str, Any]) -> list[tuple[int, list[int]]] | None:
+        """Return where the state of every parameter is, by name, or None if it goes by position."""
+        theirs, ours = saved_names(state_dict), self.parameter_names()
+        if theirs is None or ours is None:
+            return None
+        try:
+            return places(theirs, ours, "state dict")
+        except ValueError:
+            if any(isinstance(index, str) for group in state_dict["param_groups"] for index in group["params"]):
+                return None  # torch's set_optimizer_state_dict has put everything into our order, by its own names
+            raise
 
     def allocate_state_dict(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state dict like ``saved``, zeros for tensors, which lie where this rank would hold them.
@@ -610,14 +742,14 @@ class MemOpt(torch.optim.Optimizer):
         pass it to :meth:`load_state_dict`. This optimizer does not change.
 
         Args:
-            saved: A state dict whose tensors are only looked at for shapes (global ones) and dtypes: the meta device
-                will do.
+            saved: A state dict in this optimizer's order, whose tensors are only looked at for shapes (global ones)
+                and dtypes: the meta device will do.
 
         Raises:
             ValueError: As :meth:`load_state_dict` does.
         """
-        loaded_groups(saved["param_groups"], self.param_groups)
         self._require_names()
+        loaded_groups(saved["param_groups"], self.param_groups)
         found = self._saved_state(saved)
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         states = {

@@ -105,7 +105,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
         model.norm.running_var[0] = bad  # masks and statistics may be anything
     states = [_faults.optimizer_state(optimizer, model, whole=False)]
     _faults.save_directory({"state_dict": _faults.model_state(model, whole=False), "optimizer_states": states}, path)
-    with pytest.raises(ValueError, match=r"last.ckpt' has NaN or infinity in 'state_dict.last.weight'"):
+    with pytest.raises(ValueError, match=r"saved weight 'last.weight' .*"):
         load(path)
 
 

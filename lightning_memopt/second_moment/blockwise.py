@@ -29,6 +29,7 @@ class BlockwiseSecondMoment(SecondMoment):
 
     name: ClassVar[str] = "blockwise"
     keys: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
+    squares: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
 
     outputs_per_number: int | None = None
 

@@ -21,6 +21,7 @@ class DenseSecondMoment(SecondMoment):
 
     name: ClassVar[str] = "dense"
     keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+    squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     needs_matrix: ClassVar[bool] = False
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:

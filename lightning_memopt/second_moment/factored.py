@@ -28,6 +28,7 @@ class FactoredSecondMoment(SecondMoment):
 
     name: ClassVar[str] = "factored"
     keys: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
+    squares: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return both means."""

@@ -35,6 +35,7 @@ class SubsetNormSecondMoment(SecondMoment):
 
     name: ClassVar[str] = "subset_norm"
     keys: ClassVar[tuple[str, ...]] = ("subset_norm_sq",)
+    squares: ClassVar[tuple[str, ...]] = ("subset_norm_sq",)
 
     reduction: str = "mean"
     subset_size: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO, is_local
+from lightning_memopt.strategy.finetuning import groups_restored
 from lightning_memopt.strategy.loading import load_checkpoint
 from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
 
@@ -87,7 +89,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
         assert self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        module, trainer = self.lightning_module, self.lightning_module.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
         return load_checkpoint(
             self.broadcast(checkpoint_path),
             self.model,
@@ -96,4 +99,5 @@ class CheckpointingStrategy(ModelParallelStrategy):
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,
             verify=self._verify,
+            adapting=(lambda rest: groups_restored(trainer, module, rest)) if fitting else nullcontext,
         )

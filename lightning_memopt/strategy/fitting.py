@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import optim
+import torch
+from torch import Tensor, optim
 
+from lightning_memopt.checking import Values, check_kind, check_step, state_of
 from lightning_memopt.optimizer import MemOpt
 
 _ADAM = frozenset(("step", "exp_avg", "exp_avg_sq"))
@@ -22,6 +24,50 @@ _NEEDED: dict[type[optim.Optimizer], frozenset[str]] = {
     optim.Rprop: frozenset(("step", "prev", "step_size")),
     optim.ASGD: frozenset(("step", "eta", "mu", "ax")),
 }
+
+
+# Of those, and of state that others of torch's keep per element: what is never negative.
+_FACTORS = frozenset(("row_var", "col_var"))  # Adafactor's: one number per row or column
+_SQUARES = _FACTORS | {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "variance"}
+
+
+def check_state(saved: Mapping[str, Any], optimizer: optim.Optimizer, names: Sequence[str], values: Values) -> None:
+    """Check counters and shapes of the state that an optimizer of others is to load; tensors go to ``values``.
+
+    Args:
+        saved: A state dict by position, in the order of the optimizer's parameters.
+        optimizer: The optimizer that is to load it.
+        names: The names of its parameters, in order.
+        values: Collects the tensors; none is looked at here.
+
+    Raises:
+        ValueError: If a shape is not that of the parameter, or a counter is no count.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    torchs = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, optim.LBFGS)
+    for position, entries in saved["state"].items():
+        param, name = params[position], names[position]
+        has = optimizer.state.get(param, {})
+        for key, value in entries.items():
+            if key == "step" and torchs:
+                check_step(value, name)
+            elif isinstance(value, Tensor):
+                what = state_of(name, key)
+                check_kind(value, what)
+                expected = has[key].shape if isinstance(has.get(key), Tensor) else param.shape if torchs else None
+                _check_shape(what, value.shape, expected, factor=key in _FACTORS)
+                values.add(what, value, negative=not (torchs and key in _SQUARES), infinite=not torchs)
+
+
+def _check_shape(what: str, found: torch.Size, expected: torch.Size | None, *, factor: bool) -> None:
+    """Refuse what is neither one number nor of the expected shape; a factor may be 1 where that is not."""
+    if expected is None or found == expected or not found:
+        return
+    if not factor or len(found) != len(expected) or any(n not in (1, m) for n, m in zip(found, expected, strict=True)):
+        raise ValueError(
+            f"{what} has shape {tuple(found)}, expected {tuple(expected)}: it was saved for another parameter. Nothing "
+            "was loaded. Create the optimizer as in the run that saved it."
+        )
 
 
 def check_family(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,9 @@ from torch.distributed.checkpoint import Metadata, load
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_memopt.layout import fill_
+from lightning_memopt.resuming import loading_from
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local, reads_plainly
@@ -25,11 +25,19 @@ from lightning_memopt.strategy.fitting import check_family
 from lightning_memopt.strategy.opened import OpenedDirectory, open_alone, open_together
 from lightning_memopt.strategy.reader import CheckedLoadPlanner, OpenedReader
 from lightning_memopt.strategy.reading import OpenedFile
+from lightning_memopt.strategy.restoring import (
+    check_values,
+    parts_of,
+    prepare_optimizer,
+    same_sort,
+    write_weights,
+)
 from lightning_memopt.strategy.saving import STATES, WEIGHTS
-from lightning_memopt.strategy.states import allocated, by_position, cut, parameter_names
+from lightning_memopt.strategy.states import allocated, by_position
 
 Optimizers = Sequence[torch.optim.Optimizer]
 T = TypeVar("T")
+Adapting = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
 
 def load_checkpoint(
@@ -42,6 +50,7 @@ def load_checkpoint(
     weights_only: bool | None = None,
     verify: bool = True,
     group: Any = None,
+    adapting: Adapting = nullcontext,
 ) -> dict[str, Any]:
     """Load weights and optimizer states and return the rest of the checkpoint.
 
@@ -52,8 +61,10 @@ def load_checkpoint(
         checkpoint_io: Lightning's CheckpointIO, which reads files.
         strict: Whether the model and the checkpoint must have the same names.
         weights_only: As for ``torch.load``.
-        verify: Whether to read everything once before it is used, to compare checksums and to look for NaN.
+        verify: Whether to read everything once before it is used, to compare checksums.
         group: The process group; None for all ranks.
+        adapting: Given the rest of the checkpoint, prepares the optimizers for their states, and undoes that if these
+            turn out not to fit.
 
     Raises:
         ValueError: If there is no complete and undamaged checkpoint, or its optimizers or their groups are others.
@@ -64,12 +75,12 @@ def load_checkpoint(
     if is_local(path) and (atomic.current(Path(path)).is_dir() or reads_plainly(checkpoint_io)):
         with closing(open_together(Path(path), lambda: _open(Path(path), weights_only, verify), group)) as opened:
             if isinstance(opened, OpenedDirectory):
-                return _load_directory(opened, model, optimizers, strict, weights_only, group)
+                return _load_directory(opened, model, optimizers, strict, weights_only, group, adapting)
             checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
-            return _load_whole(checkpoint, model, optimizers, strict)
+            return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
-    return _load_whole(checkpoint, model, optimizers, strict)
+    return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
 
 
 def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         if isinstance(opened, OpenedFile):
             return dict(opened.read(verify=verify)[WEIGHTS])
         keys = [key for key in opened.index.state_dict_metadata if key.startswith(f"{WEIGHTS}.")]
-        opened.check((0, 1), (), lambda key: key in keys)
+        opened.check((0, 1))
         return {key.removeprefix(f"{WEIGHTS}."): opened.whole(key) for key in keys}
 
 
@@ -116,32 +127,32 @@ def _read_on_all(read: Callable[[], T], group: Any) -> T:
 # ---------------------------------------------------------------------- one file with whole tensors
 
 
-def _load_whole(checkpoint: dict[str, Any], model: nn.Module, optimizers: Optimizers, strict: bool) -> dict[str, Any]:
-    # Of a run without an optimizer there is a state that is empty.
-    weights, states = checkpoint[WEIGHTS], [state for state in checkpoint.get(STATES, []) if state]
-    _check_counts(states, optimizers)
+def _load_whole(
+    checkpoint: Any, model: nn.Module, optimizers: Optimizers, strict: bool, path: Any, group: Any, adapting: Adapting
+) -> dict[str, Any]:
+    share = rank_and_size(group)
     ours: dict[str, Any] = get_model_state_dict(model)
-    shapes = {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}
-    _check_weights(shapes, ours, strict, fitting=bool(optimizers))
-    named = [
-        any(isinstance(name, str) for group in state["param_groups"] for name in group["params"]) for state in states
-    ]
-    pairs = [
-        (by_position(state, optimizer, model) if by_names else state, optimizer)
-        for state, optimizer, by_names in zip(states, optimizers, named, strict=False)
-    ]
-    for state, optimizer in pairs:
-        check_family(state, optimizer)
-    for state, optimizer in pairs:
-        optimizer.load_state_dict(cut(state, optimizer))
-    with torch.no_grad():
-        for name in ours.keys() & weights.keys():
-            if isinstance(ours[name], Tensor):
-                fill_(ours[name], weights[name])
-            else:
-                ours[name] = weights[name]
-    _adopt(model, {name: ours[name] for name in ours if name in weights})
-    return {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+    restore: list[Callable[[], None]] = []
+    weights, states = parts_of(checkpoint, WEIGHTS, STATES)
+    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+
+    def check() -> None:
+        _check_counts(states, optimizers)
+        _check_weights(weights, ours, strict, fitting=bool(optimizers))
+        ordered = [by_position(state, opt, model) for state, opt in zip(states, optimizers, strict=False)]
+        for (state, _), optimizer in zip(ordered, optimizers, strict=False):
+            check_family(state, optimizer)
+        for (state, named), optimizer in zip(ordered, optimizers, strict=False):
+            restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=True))
+        check_values(weights, ours, model, share)
+
+    with adapting(rest):
+        on_all(check, group)
+    with loading_from(repr(str(path))):
+        for load_optimizer in restore:
+            load_optimizer()
+    write_weights(weights, ours, model)
+    return rest
 
 
 # ---------------------------------------------------------------------- a directory with the parts of all ranks
@@ -154,38 +165,44 @@ def _load_directory(
     strict: bool,
     weights_only: bool | None,
     group: Any,
+    adapting: Adapting,
 ) -> dict[str, Any]:
-    index, prefix = opened.index, f"{WEIGHTS}."
-    finite = {prefix + name for name, param in parameter_names(model).items() if param.requires_grad}
-    read = (lambda key: True) if optimizers else (lambda key: key.startswith(prefix))  # noqa: E731
-    on_all(lambda: opened.check(rank_and_size(group), finite, read), group)
+    share, index, prefix = rank_and_size(group), opened.index, f"{WEIGHTS}."
+    on_all(lambda: opened.check(share), group)
     saved = _saved_optimizers(index)
     _check_counts(list(saved.values()), optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
     shapes = {
-        key.removeprefix(prefix): _shape(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
+        key.removeprefix(prefix): _template(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
     }
     _check_weights(shapes, ours, strict, fitting=bool(optimizers))
     if optimizers:
         _read_groups(opened, saved)
-    by_positions = [
-        by_position(tree, optimizer, model) for tree, optimizer in zip(saved.values(), optimizers, strict=False)
-    ]
-    for state, optimizer in zip(by_positions, optimizers, strict=False):
-        check_family(state, optimizer)
-    everything = []
-    for name, tree, state, optimizer in zip(saved, saved.values(), by_positions, optimizers, strict=False):
-        ready = allocated(state, optimizer)
-        # The same dicts of one parameter's state, under the names of the checkpoint.
-        entries = dict(zip(tree["state"], (ready["state"][index] for index in state["state"]), strict=True))
-        _read(opened, {name: {"state": entries}}, weights_only, group)
-        everything.append((optimizer, ready))
-    for optimizer, ready in everything:
-        optimizer.load_state_dict(ready)
-    weights = {name: value for name, value in ours.items() if name in shapes}
-    state_dict = {WEIGHTS: weights}
-    _read(opened, state_dict, weights_only, group)
-    _adopt(model, state_dict[WEIGHTS])
+    restore: list[Callable[[], None]] = []
+    # Everything is read and checked before anything is written, so weights are there twice for a while: as much memory
+    # as gradients take in training.
+    with adapting(opened.rest):
+        ready = [
+            _read_optimizer(opened, name, tree, optimizer, model, weights_only, group)
+            for (name, tree), optimizer in zip(saved.items(), optimizers, strict=False)
+        ]
+        weights = {
+            name: torch.empty_like(value) if isinstance(value, Tensor) else value
+            for name, value in ours.items()
+            if name in shapes
+        }
+        _read(opened, {WEIGHTS: weights}, weights_only, group)
+
+        def check() -> None:
+            for (state, named), optimizer in zip(ready, optimizers, strict=False):
+                restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=False))
+            check_values(weights, ours, model, share)
+
+        on_all(check, group)
+    with loading_from(repr(str(opened.path))):
+        for load_optimizer in restore:
+            load_optimizer()
+    write_weights(weights, ours, model)
     return opened.rest
 
 
@@ -194,6 +211,25 @@ def _read_groups(opened: OpenedDirectory, trees: dict[str, dict[str, Any]]) -> N
     for key, place in opened.index.planner_data.items():
         if place[0] in trees and place[1] == "param_groups":
             set_element(trees, place, opened.whole(key))
+
+
+def _read_optimizer(
+    opened: OpenedDirectory,
+    name: str,
+    tree: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    weights_only: bool | None,
+    group: Any,
+) -> tuple[dict[str, Any], bool]:
+    """Return the saved state of one optimizer, by position, each rank's part, and whether names decided the order."""
+    state, named = by_position(tree, optimizer, model)
+    check_family(state, optimizer)
+    fresh = allocated(state, optimizer)
+    # The same dicts of one parameter's state, under the names of the checkpoint.
+    entries = dict(zip(tree["state"], (fresh["state"][index] for index in state["state"]), strict=True))
+    _read(opened, {name: {"state": entries}}, weights_only, group)
+    return fresh, named
 
 
 def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
@@ -210,9 +246,11 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
     return {name: {"state": {}, "param_groups": [], **trees[name]} for name in ordered}
 
 
-def _shape(index: Metadata, key: str) -> torch.Size | None:
+def _template(index: Metadata, key: str) -> Tensor | None:
     entry = index.state_dict_metadata[key]
-    return entry.size if isinstance(entry, TensorStorageMetadata) else None
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
 
 def _read(opened: OpenedDirectory, state: dict[str, Any], weights_only: bool | None, group: Any) -> None:
@@ -262,18 +300,20 @@ def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Sequence[torch
         )
 
 
-def _check_weights(
-    saved: Mapping[str, torch.Size | None], ours: Mapping[str, Any], strict: bool, *, fitting: bool
-) -> None:
+def _check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: bool, *, fitting: bool) -> None:
+    """Refuse weights of other names, shapes or sorts of numbers, told by tensors whose values do not matter."""
     problems = []
     if strict:
         problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
         problems += [f"not in the model: {name!r}" for name in saved if name not in ours]
     for name, value in ours.items():
-        shape = value.shape if isinstance(value, Tensor) else None
-        if name in saved and saved[name] != shape:
-            there, here = (None if size is None else tuple(size) for size in (saved[name], shape))
+        if name not in saved:
+            continue
+        there, here = (tuple(entry.shape) if isinstance(entry, Tensor) else None for entry in (saved[name], value))
+        if there != here:
             problems.append(f"{name!r} has shape {there} in the checkpoint and {here} in the model")
+        elif isinstance(value, Tensor) and not same_sort(saved[name].dtype, value.dtype):
+            problems.append(f"{name!r} has dtype {saved[name].dtype} in the checkpoint and {value.dtype} in the model")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         way_out = (
@@ -287,8 +327,3 @@ def _check_weights(
         raise RuntimeError(
             f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. {way_out}"
         )
-
-
-def _adopt(model: nn.Module, state: dict[str, Any]) -> None:
-    """Hand the model its state, in which the tensors are its own already, so that hooks and extra state are served."""
-    set_model_state_dict(model, state, options=StateDictOptions(strict=False))

@@ -15,13 +15,14 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from lightning_memopt.groups import NAMES, plain_group
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO, innermost, save_with_checksums
 from lightning_memopt.strategy.checksums import Checksum, ChecksummedFiles
 from lightning_memopt.strategy.directory import CHECKSUMS, REST, check_replaceable, copy_others
 from lightning_memopt.strategy.planning import FirstRankPlanner
-from lightning_memopt.strategy.states import by_name, gathered
+from lightning_memopt.strategy.states import by_name, gathered, names_of
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
 _TRIES = 20
@@ -59,8 +60,10 @@ def optimizer_state(
     keep = rank_and_size(group)[0] == 0
     # In the same order everywhere: every tensor is a collective.
     states = {index: _gather(state["state"][index], keep) for index in sorted(state["state"])}
-    groups = [_gather(entries, keep) for entries in state["param_groups"]]
-    return {"state": states, "param_groups": groups} if keep else {}
+    groups = [_gather(plain_group(entries), keep) for entries in state["param_groups"]]
+    # An optimizer of this package may have been given other names, by which it is found on a single device.
+    names = state.get(NAMES) or names_of(optimizer, model)
+    return {"state": states, "param_groups": groups, NAMES: names} if keep else {}
 
 
 def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.groups import plain_group
 from lightning_memopt.layout import fill_
+from lightning_memopt.naming import arranged, places, saved_names
 from lightning_memopt.optimizer import MemOpt
 
 # What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
@@ -28,6 +31,14 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def first_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the names under which checkpoints have the parameters."""
+    names: dict[Tensor, str] = {}
+    for name, param in parameter_names(model).items():
+        names.setdefault(param, name)
+    return names
+
+
 def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return the optimizer's state dict with names in the place of positions.
 
@@ -36,65 +47,88 @@ def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any
     Raises:
         ValueError: If a parameter is not the model's.
     """
-    names: dict[Tensor, str] = {}
-    for name, param in parameter_names(model).items():
-        names.setdefault(param, name)
+    ordered = names_of(optimizer, model)
     saved = optimizer.state_dict()
-    ordered = []
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    named = dict(zip(ids, itertools.chain(*ordered), strict=True))
+    return {
+        "state": {named[index]: dict(entries) for index, entries in saved["state"].items() if entries},
+        "param_groups": [
+            {**plain_group(group), "params": [named[i] for i in group["params"]]} for group in saved["param_groups"]
+        ],
+    }
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the model's names of the parameters in every group.
+
+    Raises:
+        ValueError: If a parameter is not the model's.
+    """
+    names = first_names(model)
     for position, param in enumerate(_params(optimizer)):
         if param not in names:
             raise ValueError(
                 f"Parameter {position} of {type(optimizer).__name__}, of shape {tuple(param.shape)}, is not a "
                 f"parameter of {type(model).__name__}: its state cannot be saved under a name."
             )
-        ordered.append(names[param])
-    ids = [index for group in saved["param_groups"] for index in group["params"]]
-    named = dict(zip(ids, ordered, strict=True))
-    return {
-        "state": {named[index]: dict(entries) for index, entries in saved["state"].items() if entries},
-        "param_groups": [{**group, "params": [named[i] for i in group["params"]]} for group in saved["param_groups"]],
-    }
+    return [[names[param] for param in group["params"]] for group in optimizer.param_groups]
 
 
-def by_position(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return a state dict with names as ``optimizer.state_dict()`` has it: with today's positions.
+def by_position(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, Any], bool]:
+    """Return a state dict as ``optimizer.state_dict()`` has it, in today's order, and whether names decided that.
 
     Raises:
         ValueError: If groups or their parameters differ; the message names the first parameter.
     """
-    params, positions = parameter_names(model), {param: i for i, param in enumerate(_params(optimizer))}
-    first: dict[Tensor, str] = {}
-    for name, param in params.items():
-        first.setdefault(param, name)
-    groups = saved["param_groups"]
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"The checkpoint has {len(groups)} parameter groups for {type(optimizer).__name__}, the optimizer has "
-            f"{len(optimizer.param_groups)}: create it with the groups of the run that saved it."
-        )
-    for number, (theirs, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        unknown = next((name for name in theirs["params"] if params.get(name) not in positions), None)
-        if unknown is not None:
-            raise ValueError(
-                f"The checkpoint has optimizer state for {unknown!r}, which {type(optimizer).__name__} does not train: "
-                "create model and optimizer as in the run that saved it."
-            )
-        there = {params[name] for name in theirs["params"]}
-        differ = [first[param] for param in ours["params"] if param not in there] or [
-            first[param] for param in there - set(ours["params"])
-        ]
-        if differ:
-            raise ValueError(
-                f"Parameter group {number} of {type(optimizer).__name__} and that of the checkpoint differ in "
-                f"{differ[0]!r}: create the optimizer with the groups of the run that saved it."
-            )
+    names, kind = saved_names(saved), type(optimizer).__name__
+    if names is None:
+        found = _places_by_count(saved["param_groups"], optimizer)
+    else:
+        found = _places_by_name(names, optimizer, model)
+    ordered = arranged(saved, found)
+    numbers = itertools.count()
+    positions = {index: next(numbers) for group in ordered["param_groups"] for index in group["params"]}
+    unknown = next((index for index in saved["state"] if index not in positions), None)
+    if unknown is not None:
+        raise ValueError(f"The checkpoint has state of {kind} for parameter {unknown!r}, which no group lists.")
     return {
-        "state": {positions[params[name]]: entries for name, entries in saved["state"].items()},
+        "state": {positions[index]: entries for index, entries in saved["state"].items()},
         "param_groups": [
-            {**theirs, "params": [positions[param] for param in ours["params"]]}
-            for theirs, ours in zip(groups, optimizer.param_groups, strict=True)
+            {**group, "params": [positions[index] for index in group["params"]]} for group in ordered["param_groups"]
         ],
-    }
+    }, names is not None
+
+
+def _places_by_name(
+    names: list[list[str]], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> list[tuple[int, list[int]]]:
+    params, first = parameter_names(model), first_names(model)
+    kind = type(optimizer).__name__
+    theirs = [[first[params[name]] if name in params else name for name in group] for group in names]
+    ours = [[first[param] for param in group["params"]] for group in optimizer.param_groups]
+    try:
+        return places(theirs, ours, "checkpoint", kind)
+    except ValueError:
+        own = optimizer.parameter_names() if isinstance(optimizer, MemOpt) else None
+        if own is None or own == ours:
+            raise
+        return places(names, own, "checkpoint", kind)  # those that it was given, on one device
+
+
+def _places_by_count(
+    groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> list[tuple[int, list[int]]]:
+    sizes = [len(group["params"]) for group in groups]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != ours:
+        raise ValueError(
+            f"The checkpoint has parameter groups of {sizes} parameters for {type(optimizer).__name__}, the optimizer "
+            f"has groups of {ours}: create it with the groups of the run that saved it."
+        )
+    return [(number, list(range(size))) for number, size in enumerate(sizes)]
 
 
 def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -83,6 +83,17 @@ def check_update_writes_in_place(kind: Kind, shape: Shape) -> None:
         assert all(value.any() for value in state.values()), "a part of the state was never written"
 
 
+def check_squares_are_never_negative(kind: Kind, shape: Shape) -> None:
+    """A checkpoint in which they are is refused."""
+    assert set(kind.squares) <= set(kind.keys)
+    for dtype in (torch.float32, torch.bfloat16):
+        layout = layout_of(shape, state_dtype=dtype)
+        state = kind.init(layout)
+        for number, grad in enumerate(_gradients(shape, 4)):
+            step(kind, grad, state, layout, tick_at(number + 1))
+            assert not any(bool((state[key] < 0).any()) for key in kind.squares)
+
+
 def check_gradient_is_not_modified(kind: Kind, shape: Shape) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layout = layout_of(shape, torch.float64 if dtype == torch.float64 else torch.float32)

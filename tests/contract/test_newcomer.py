@@ -80,6 +80,10 @@ class KeepsMoreThanItSays(DenseMomentum):
         return {"exp_avg": torch.zeros((3, *layout.shape), dtype=layout.state_dtype, device=layout.device)[1]}
 
 
+class CallsAMomentumSquares(DenseMomentum):
+    squares = ("exp_avg",)
+
+
 class KeepsAnExtraKey(DenseMomentum):
     def init(self, layout):
         return {**super().init(layout), "extra": layout.allocate((1, 1))}
@@ -123,6 +127,7 @@ class ForgetsItsHistory(DenseMomentum):
         (ReplacesItsState, "update_writes_in_place"),
         (KeepsMoreThanItSays, "state_is_exactly_what_it_declares"),
         (KeepsMoreThanItSays, "meta_state_equals_real_state"),
+        (CallsAMomentumSquares, "squares_are_never_negative"),
         (KeepsAnExtraKey, "state_is_exactly_what_it_declares"),
         (DrawsFromTheGlobalGenerator, "deterministic"),
         (CountsForItself, "resumable"),

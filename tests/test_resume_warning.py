@@ -1,0 +1,119 @@
+"""What a resume changes is said once, in one line, and nothing where nothing changes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_memopt as lm
+from lightning_memopt.resuming import loading_from
+from tests._models import fill_grads, tiny_llama
+
+
+def linear(**options) -> lm.MemOpt:
+    torch.manual_seed(0)
+    optimizer = lm.AdaPMLean(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).named_parameters(), **options)
+    fill_grads(optimizer._all_params(), 0)
+    optimizer.step()
+    return optimizer
+
+
+def said(load) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load()
+    assert all(issubclass(entry.category, lm.ResumeWarning) for entry in caught)
+    return [str(entry.message) for entry in caught]
+
+
+def test_everything_that_changes_is_in_one_line():
+    saved = linear(rank=4, lr=1e-3).state_dict()
+    optimizer = linear(rank=16, lr=5e-4, weight_decay=0.1)
+    with loading_from("'last.ckpt'"):
+        (line,) = said(lambda: optimizer.load_state_dict(saved))
+    assert line == (
+        "AdaPMLean goes on from step 1 of 'last.ckpt'. Its settings replace those configured: lr 0.001 instead of "
+        "0.0005, weight_decay 0 instead of 0.1, rank 4 instead of 16 in 2 blocks. To keep yours, set them in "
+        "`optimizer.param_groups` and call `optimizer.reformat` after loading, in `on_train_start` under a Trainer."
+    )
+    assert said(lambda: optimizer.load_state_dict(saved)) == []
+
+
+def test_one_of_several_groups_is_named():
+    def grouped(decay: float) -> lm.MemOpt:
+        pairs = list(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).named_parameters())
+        return lm.AdaPM([{"params": pairs[:2]}, {"params": pairs[2:], "weight_decay": decay}])
+
+    (line,) = said(lambda: grouped(0.1).load_state_dict(grouped(0.2).state_dict()))
+    assert "configured: weight_decay 0.2 instead of 0.1 in group 1. To keep yours" in line
+
+
+def test_a_schedule_is_no_change():
+    """The learning rate has moved, where it started is the same."""
+
+    def scheduled(make) -> lm.MemOpt:
+        optimizer = linear(lr=1e-2)
+        schedule = make(optimizer)
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+        return optimizer
+
+    for make in (
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=9),
+    ):
+        saved = scheduled(make)
+        assert saved.param_groups[0]["lr"] != 1e-2
+        state = saved.state_dict()
+        fresh, with_schedule = linear(lr=1e-2), linear(lr=1e-2)
+        make(with_schedule)
+        for optimizer in (fresh, with_schedule):
+            assert said(functools.partial(optimizer.load_state_dict, state)) == []
+    state = scheduled(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)).state_dict()
+    (line,) = said(lambda: linear(lr=2e-2).load_state_dict(state))
+    assert "lr 0.01 instead of 0.02" in line
+
+
+def test_kinds_and_dtypes_are_told():
+    saved = linear(state_dtype="bfloat16")
+    saved.reformat({"0.weight": {"momentum": "none"}, "1.weight": {"second_moment": "dense"}})
+    (line,) = said(lambda: linear().load_state_dict(saved.state_dict()))
+    assert "momentum none instead of low_rank in 1 block" in line
+    assert "second moment dense instead of factored in 1 block" in line
+    assert "state in bfloat16 instead of float32 in 4 blocks" in line
+    (line,) = said(lambda: linear().load_state_dict(linear(state_dtype="bfloat16").state_dict()))
+    assert line.endswith("state in bfloat16 instead of float32 in 4 blocks.")
+
+
+def test_a_conversion_is_told():
+    model = tiny_llama()
+    adamw = torch.optim.AdamW(model.named_parameters(), lr=1e-3, weight_decay=0.0)
+    fill_grads(list(model.parameters()), 0)
+    adamw.step()
+    optimizer = lm.AdaPM(model.named_parameters(), lr=1e-3)
+    (line,) = said(lambda: optimizer.load_state_dict(adamw.state_dict()))
+    assert line == "AdaPM goes on from step 1 of a state dict, with state made from that of AdamW."
+
+
+def test_a_learning_rate_in_a_tensor_is_the_same_number():
+    saved = linear(lr=torch.tensor(1e-3)).state_dict()
+    assert said(lambda: linear(lr=1e-3).load_state_dict(saved)) == []
+
+
+def test_other_processes_are_silent(monkeypatch):
+    monkeypatch.setattr("lightning_memopt.resuming.rank", lambda: 1)
+    assert said(lambda: linear(lr=1e-2).load_state_dict(linear(lr=1e-3).state_dict())) == []
+
+
+def test_a_filter_silences_or_raises():
+    saved = linear(lr=1e-3).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lm.ResumeWarning)
+        with pytest.raises(lm.ResumeWarning, match="lr 0.001 instead of 0.01"):
+            linear(lr=1e-2).load_state_dict(saved)
