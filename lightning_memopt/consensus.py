@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks for the job."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:
     """Check that all ranks have the same lines; one collective of 16 bytes per group where they have.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.guards import exact_arithmetic
 from lightning_memopt.kind import Kind, State
 from lightning_memopt.layout import Layout, fill_, full_tensor
@@ -77,7 +78,9 @@ def _rank(kind: Kind, state: State, layout: Layout) -> int:
     return layout.short_side if state else 0
 
 
-def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Loss:
+def release(
+    old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], watch: Watch
+) -> Loss:
     """Return what moves the weights by momentum that is about to be lost, as the steps to come would have.
 
     A part ΔM of the momentum that no state keeps would have been in the next updates with weights β₁, β₁², ...::
@@ -100,7 +103,9 @@ def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], 
         known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
         denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
         with exact_arithmetic({param.device.type}):
-            old.apply(param, lost, denominator, lr=float(group["lr"]), weight_decay=0.0)
+            # As an update, it is bounded as one; whatever the kind was, what is lost mixes elements.
+            bounded = kind.normalizes
+            old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
 
     return on_loss
 

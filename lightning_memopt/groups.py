@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_memopt._registry import unknown
 from lightning_memopt.plan import known_options
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
+MAX_UPDATE = 10.0
 # Added to every group by torch; of no use here, and unknown to a fresh optimizer's checkpoint.
 TORCHS_OWN = ("param_names", "differentiable")
 # Written by lr schedulers and by Lightning's callbacks.
@@ -108,6 +109,10 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     if group["eps"] == 0:
         raise ValueError(f"In {where}: `eps` must be above 0, got 0: weights whose gradient stays 0 would become NaN.")
     _number("weight_decay", group["weight_decay"], where)
+    if group["max_update"] is not None:
+        _number("max_update", group["max_update"], where)
+        if group["max_update"] == 0:
+            raise ValueError(f"In {where}: `max_update` must be above 0, got 0: nothing would train; None is no bound.")
     betas = group["betas"]
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"In {where}: `betas` must be two numbers, got {betas!r}.")

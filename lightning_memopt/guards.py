@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,18 +15,25 @@ from lightning_memopt.layout import Layout, local_tensor
 
 
 class Unusable:
-    """Which gradients cannot be used, the same on every rank.
+    """Which gradients and weights cannot be used, the same on every rank.
 
-    A gradient is of use if all its elements are finite and sums of their squares cannot overflow: up to about 1e16
-    in float32. One synchronisation with the device for all of them.
+    A gradient is of use if all its elements are finite and neither a sum of their squares nor the state can overflow:
+    up to about 1e16 in float32. Weights are of use if they are finite. One synchronisation with the device for all.
     """
 
-    def __init__(self, grads: Sequence[Tensor], layouts: Sequence[Layout]) -> None:
-        """Look at this rank's parts of the gradients."""
-        self._layouts = layouts
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        layouts: Sequence[Layout],
+        weights: Sequence[Tensor] = (),
+        their_layouts: Sequence[Layout] = (),
+    ) -> None:
+        """Look at this rank's parts of the gradients, and of those weights that have not been looked at yet."""
+        self._layouts = [*layouts, *their_layouts]
         self._flags = torch.zeros(0)
-        if grads:
-            flags = [_flag(grad, layout.dtype) for grad, layout in zip(grads, layouts, strict=True)]
+        limits = [*map(_limit, layouts), *(math.inf for _ in weights)]
+        if limits:
+            flags = [_flag(tensor, limit) for tensor, limit in zip([*grads, *weights], limits, strict=True)]
             self._flags = torch.stack([flag.to(flags[0].device) for flag in flags])
 
     def wants(self) -> list[Gather]:
@@ -40,23 +48,37 @@ class Unusable:
         return [Gather(self._flags, cut, count * self._flags.nbytes)]
 
     def positions(self, gathered: Sequence[Tensor]) -> list[int]:
-        """Return the positions of the gradients that no rank may use."""
-        if gathered:
-            self._flags = gathered[0].view(-1, len(self._flags)).sum(0)
-        else:
-            flags = list(self._flags)
-            drive([_agree(flags, position, layout) for position, layout in enumerate(self._layouts)])
-            self._flags = torch.stack(flags) if flags else self._flags
-        return [position for position, count in enumerate(self._flags.tolist()) if count]
+        """Return the positions of the gradients, and after those of the weights, that no rank may use."""
+        if not gathered:
+            return agreed(list(self._flags), self._layouts)
+        counts = gathered[0].view(-1, len(self._flags)).sum(0)
+        return [position for position, count in enumerate(counts.tolist()) if count]
 
 
-def _flag(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    local = local_tensor(grad)
+def _limit(layout: Layout) -> float:
+    """Return what no element of a gradient may reach.
+
+    Sums of squares, over up to all elements of the parameter, are in the dtype of the arithmetic. State holds means of
+    squares, or with β₂ = 1 sums over steps: it gets room for a million of them, where its dtype has as much.
+    """
+    sums, state = torch.finfo(layout.dtype).max, torch.finfo(layout.state_dtype).max
+    count = max(1e6, float(math.prod(layout.param_shape)))
+    return float(min(sums / count, state / min(1e6, state**0.25)) ** 0.5)
+
+
+def _flag(tensor: Tensor, limit: float) -> Tensor:
+    local = local_tensor(tensor)
     if local.numel() == 0:
         return torch.zeros((), device=local.device)
     low, high = torch.aminmax(local)
-    limit = torch.finfo(dtype).max ** 0.5 / 1e3
     return 1.0 - ((low > -limit) & (high < limit)).float()
+
+
+def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:
+    """Return the positions of the numbers that are not zero on all ranks that share a layout; they are replaced."""
+    drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
+    counts = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [position for position, count in enumerate(counts) if count]
 
 
 def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:

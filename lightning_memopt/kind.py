@@ -25,12 +25,15 @@ class Kind:
         keys: The names of its state tensors. No two kinds share one, so that a checkpoint's keys tell the kind.
         needs_matrix: Whether it is undefined on vectors.
         restorable: Whether another kind can go on from its state.
+        elementwise: Whether what it says of an element follows from that element's gradients alone, averaged. The
+            quotient of two such kinds is bounded by their decays (RMSProp, Adam); no other is.
     """
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]] = ()
     needs_matrix: ClassVar[bool] = True
     restorable: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the options that are true or false; a kind with others checks those after calling this.

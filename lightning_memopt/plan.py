@@ -37,6 +37,16 @@ class Recipe:
         """Whether the recipe is undefined on vectors."""
         return self.momentum.needs_matrix or self.second_moment.needs_matrix
 
+    @property
+    def bounded(self) -> bool:
+        """Whether ``max_update`` bounds |U / D|: wherever that has no unit, and the kinds do not bound it themselves.
+
+        Where both kinds average each element's own gradients, |U / D| is at most a number that follows from the betas
+        (Cauchy-Schwarz). A direction that mixes elements can be large where the denominator is almost 0.
+        """
+        alone = self.momentum.elementwise and self.second_moment.elementwise
+        return self.second_moment.normalizes and not alone
+
     def options(self) -> set[str]:
         """Return the names of the options that at least one of the two kinds has."""
         return {*self.momentum.options(), *self.second_moment.options()}

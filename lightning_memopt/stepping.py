@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.collectives import Gather, Task, drive, gather, packed
 
 
@@ -33,11 +34,11 @@ class Update:
         assert self.param.grad is not None
         return self.block.wants(self.param.grad, self.state)
 
-    def task(self, gathered: Sequence[Tensor]) -> Task:
+    def task(self, gathered: Sequence[Tensor], watch: Watch) -> Task:
         """Return the update as a task for ``drive``."""
         assert self.param.grad is not None
         step = int(self.state["step"].item())
-        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered)
+        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered, watch)
 
 
 class Step:
@@ -60,16 +61,16 @@ class Step:
         self._gathered = found[len(also) :]
         return found[: len(also)]
 
-    def run(self) -> None:
-        """Update all blocks."""
+    def run(self, watch: Watch) -> None:
+        """Update all blocks; ``watch`` sees what becomes of the weights."""
         for wave in self._waves:
             if self._gathered is None:
                 self._gathered = gather([request for _, requests in wave for request in requests])
             found, self._gathered = self._gathered, None
-            drive(_tasks(wave, found))
+            drive(_tasks(wave, found, watch))
 
 
-def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor]) -> Iterable[Task]:
+def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterable[Task]:
     for update, requests in wave:
         mine, gathered = gathered[: len(requests)], gathered[len(requests) :]
-        yield update.task(mine)
+        yield update.task(mine, watch)

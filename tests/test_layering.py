@@ -25,7 +25,7 @@ LEVELS: list[list[set[str]]] = [
     [{"layout"}],
     [{"collectives", "kind"}],
     [{"momentum"}, {"second_moment"}, {"roles"}],
-    [{"plan", "recipes", "snapshot", "guards", "consensus", "placement", "wrapping"}],
+    [{"plan", "recipes", "snapshot", "guards", "consensus", "bounding", "placement", "wrapping"}],
     [{"block"}],
     [{"groups", "conversion", "checkpoint", "stepping"}],
     [{"optimizer", "planner"}],
@@ -63,6 +63,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         (
             "consensus",
             "guards",
+            "bounding",
             "block",
             "groups",
             "conversion",

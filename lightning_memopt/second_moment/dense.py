@@ -22,6 +22,7 @@ class DenseSecondMoment(SecondMoment):
     name: ClassVar[str] = "dense"
     keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return ``exp_avg_sq``, of the shape of the block."""

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import lightning_memopt as lm
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.kind import Kind
 from lightning_memopt.layout import Layout, Slot
 from lightning_memopt.momentum import Momentum, NoMomentum
@@ -165,7 +166,7 @@ RESULTS: dict[str, Any] = {}
 class Probe(Block):
     """A block that keeps direction and denominator instead of updating weights."""
 
-    def apply(self, param: Any, direction: Any, denominator: Any, **rates: Any) -> None:
+    def apply(self, param: Any, direction: Any, denominator: Any, *group: Any, **now: Any) -> None:
         RESULTS[self.name] = dense(denominator if "second moment" in self.name else direction, self.work)
 
 
@@ -184,7 +185,7 @@ class Run:
     state: dict[str, Any]
 
 
-GROUP = {"betas": BETAS, "eps": EPS, "maximize": False, "lr": 1.0, "weight_decay": 0.0}
+GROUP = {"betas": BETAS, "eps": EPS, "maximize": False, "lr": 1.0, "weight_decay": 0.0, "max_update": 1.0}
 
 
 def take_step(runs: list[Run], grads: dict[str, DTensor], number: int) -> None:
@@ -197,7 +198,7 @@ def take_step(runs: list[Run], grads: dict[str, DTensor], number: int) -> None:
     for run in runs:
         run.state["step"] = torch.tensor(float(number))
         updates.append(Update(run.block, params[run.case.name], run.state, GROUP))
-    Step(updates).run()
+    Step(updates).run(Watch())
 
 
 def run_cases(cases: list[Case], mesh: Any, expected: dict[str, dict[str, list[torch.Tensor]]]) -> dict[str, Outcome]:
@@ -289,7 +290,7 @@ def torn_fused_blocks(mesh: Any) -> None:
                 for found, param, state in zip(blocks, params, states, strict=True):
                     state["step"] = torch.tensor(float(number))
                     with torch.no_grad():
-                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}) for block in found]).run()
+                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}) for block in found]).run(Watch())
             error = relative_error(params[1].full_tensor().detach(), params[0].detach())
             assert error <= TOLERANCE, f"{label(kind)} on {lengths}: {error:.1e}"
 
