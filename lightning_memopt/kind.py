@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import Noise
+from lightning_memopt.ranges import check_option
 from lightning_memopt.tick import Tick
 
 State = dict[str, Tensor]
@@ -36,15 +37,17 @@ class Kind:
     elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the options that are true or false; a kind with others checks those after calling this.
+        """Check what holds for options of any kind; a kind checks the rest after calling this.
 
         Raises:
-            TypeError: If one is neither: a word like "no" would count as true.
+            TypeError: If one that is true or false is neither: a word like "no" would count as true.
+            ValueError: If a number is not finite, or larger than anything it could count.
         """
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(entry.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"`{entry.name}` must be True or False, got {value!r}.")
+            check_option(entry.name, value)
 
     @classmethod
     def options(cls) -> list[str]:

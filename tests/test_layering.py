@@ -21,7 +21,7 @@ ROOT = Path(lightning_memopt.__file__).parent
 # A module imports from lower levels only. Modules of one level do not import each other where they are siblings (two
 # sets on one level), and not in circles anywhere.
 LEVELS: list[list[set[str]]] = [
-    [{"_registry", "linalg", "sizes", "storages", "tick"}],
+    [{"_registry", "linalg", "ranges", "sizes", "storages", "tick"}],
     [{"layout"}],
     [{"collectives", "kind"}],
     [{"momentum"}, {"second_moment"}, {"roles"}],
@@ -43,6 +43,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "_registry",
+            "ranges",
             "sizes",
             "storages",
             "tick",
