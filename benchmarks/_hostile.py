@@ -23,12 +23,12 @@ class Outcome:
     """What became of one run.
 
     Attributes:
-        moved: The largest distance that one step moved one weight, in units of the learning rate.
-        loss: Mean loss of the last steps; None where there is none, NaN where training ended in an error.
+        moved: The largest distance that one step moved one weight, in units of the learning rate; None if not noted.
+        loss: Loss at the end, or the largest one where training ended in an error; None where there is none.
         error: What ended it.
     """
 
-    moved: float
+    moved: float | None
     loss: float | None = None
     error: str = ""
 
@@ -87,9 +87,9 @@ def sparse_inputs(recipe: str, bound: float | None, seed: int, steps: int = 200)
     return Outcome(moves.largest, sum(losses[-50:]) / 50)
 
 
-def spike(recipe: str, bound: float | None, seed: int, tokens: Tensor, steps: int = 160, at: int = 50) -> Outcome:
+def spike(recipe: str, bound: float | None, seed: int, tokens: Tensor, steps: int = 100, at: int = 40) -> Outcome:
     """Train a small LLaMA; one gradient is a million times too large."""
-    settings = Settings(steps=steps, hidden=64, intermediate=172, layers=2)
+    settings = Settings(steps=steps, length=64, hidden=64, intermediate=172, layers=2)
     torch.manual_seed(seed)
     model = build_model(settings)
     optimizer = optimizer_of(model, recipe, bound, 2e-3)
