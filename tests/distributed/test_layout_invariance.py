@@ -295,6 +295,53 @@ def torn_fused_blocks(mesh: Any) -> None:
             assert error <= TOLERANCE, f"{label(kind)} on {lengths}: {error:.1e}"
 
 
+def optimizers_on(mesh: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> list[Any]:
+    """Return optimizers of one matrix with low-rank momentum: on one process, and sharded; with their parameters."""
+    found = []
+    for weight in (torch.zeros(shape, dtype=dtype), place_on(mesh, torch.zeros(shape, dtype=dtype))):
+        param = torch.nn.Parameter(weight)
+        change = {"*": {"momentum": "low_rank", "rank": 2}}
+        found.append((lm.MemOpt([("mlp.up_proj.weight", param)], "adamw", overrides=change, **options), param))
+    return found
+
+
+def place_on(mesh: Any, tensor: torch.Tensor) -> DTensor:
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def bounded_updates_are_those_of_one_process(mesh: Any) -> None:
+    """Every rank bounds its own elements, in steps and in the release of momentum."""
+    optimizers = optimizers_on(mesh, (9, 8), torch.float64, lr=1.0, max_update=0.5)
+    for number in range(1, 9):
+        grad = gradient((9, 8), number).double() * (gradient((9, 8), number + 50) > 1)
+        for optimizer, param in optimizers:
+            param.grad = place_on(mesh, grad) if isinstance(param, DTensor) else grad
+            optimizer.step()
+            if number == 6:
+                optimizer.reformat({"mlp.up_proj.weight": {"rank": 1}})
+    (_, whole), (_, sharded) = optimizers
+    error = relative_error(sharded.full_tensor().detach(), whole.detach())
+    assert error <= TOLERANCE, f"{error:.1e}"
+
+
+def weights_that_leave_their_range_are_an_error_on_all_ranks(mesh: Any) -> None:
+    """Also on the rank whose weights are fine: the first row is on one rank only."""
+    (_, (optimizer, param)) = optimizers_on(mesh, (8, 4), torch.float16, lr=1e4, max_update=None)
+    grad = torch.zeros(8, 4, dtype=torch.float16)
+    grad[0] = 1.0
+    with pytest.raises(FloatingPointError, match="become infinite or undefined in: mlp.up_proj.weight"):  # noqa: PT012
+        for _ in range(20):
+            param.grad = place_on(mesh, grad)
+            optimizer.step()
+    assert bool(param.to_local().isfinite().all())
+    (_, (optimizer, param)) = optimizers_on(mesh, (8, 4), torch.float32)
+    if mesh.get_local_rank() == 1:
+        param.to_local().detach()[0, 0] = torch.nan
+    param.grad = place_on(mesh, grad.float())
+    with pytest.raises(FloatingPointError, match="Weights with non-finite elements before the first step in: mlp.up"):
+        optimizer.step()
+
+
 def rounding_is_that_of_one_process(mesh: Any) -> None:
     """State in bfloat16 is rounded by position, so that ranks round their parts as one process rounds the whole."""
     for placement in (Shard(0), Shard(1)):
@@ -331,6 +378,8 @@ EXTRAS = [
     fused_blocks_are_whole,
     torn_fused_blocks,
     rounding_is_that_of_one_process,
+    bounded_updates_are_those_of_one_process,
+    weights_that_leave_their_range_are_an_error_on_all_ranks,
     other_placements_are_refused,
 ]
 
