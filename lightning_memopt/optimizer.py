@@ -482,7 +482,7 @@ class MemOpt(torch.optim.Optimizer):
             if state:
                 nothing_to_release = dropped == "discard" or float(state["step"]) == 0
                 on_loss = None if nothing_to_release else release(old, new, param, state, group, watch)
-                fresh = converted(old, new, state, keep=True, on_loss=on_loss)
+                fresh = converted(old, new, state, keep=True, on_loss=on_loss, group=group)
                 for kind in old.kinds:
                     for key in kind.keys:
                         del state[old.prefix + key]

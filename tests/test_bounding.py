@@ -157,6 +157,24 @@ def test_a_release_is_bounded_as_a_step(momentum, bound):
     assert moved <= bound * (1 + 1e-3) if bound else moved > 1
 
 
+@pytest.mark.parametrize("momentum", ["low_rank", "subspace"])
+@pytest.mark.parametrize("bound", [None, 10.0, 1.0])
+def test_momentum_that_becomes_dense_is_bounded_too(momentum, bound):
+    """Dense × dense has no bound of its own, and needs none where its momentum is an average of each element's own."""
+    optimizer, param = made(Recipe(momentum, "dense"), max_update=bound)
+    for step in range(5):
+        param.grad = mostly_zero(step)
+        optimizer.step()
+    optimizer.reformat({NAME: {"momentum": "dense"}})
+    largest = 0.0
+    for step in range(5, 10):
+        before = param.detach().clone()
+        param.grad = mostly_zero(step)
+        optimizer.step()
+        largest = max(largest, float((param.detach() - before).abs().max()) / 1e-2)
+    assert largest <= max(bound, 1.2) * 1.01 if bound else largest > 100
+
+
 def test_the_table_reports_the_bound():
     model = tiny_llama()
     optimizer = lm.AdaPM(model.named_parameters(), max_update=2.5)
