@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lightning_memopt as lm  # noqa: E402
+from lightning_memopt.groups import MAX_UPDATE  # noqa: E402
 from lightning_memopt.planner.skeletons import skeleton  # noqa: E402
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")
@@ -24,6 +25,24 @@ fewer than two dimensions, `other` for matrices whose part in the model is unkno
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
     "GPT-2 1.5B": "gpt2-1.5b"
 }
+BOUND = f"""
+## The bound on one step
+
+No step moves a weight by more than `max_update` times the learning rate: every element of |U / D| is bounded, by
+{MAX_UPDATE:g} unless you say otherwise, per parameter group if you like. In ordinary training |U / D| is about 1.
+But low-rank and subspace momentum mix the elements of a gradient, and means of squares hide small ones: where gradients
+are mostly zero, after a spike or after a long silence, D is almost 0 where U is not, and without a bound one step has
+moved a weight by millions of learning rates ([benchmarks/bound.md](benchmarks/bound.md)).
+
+- The bound does not apply to momentum `dense` or `none` with second moment `dense`, which is AdamW and RMSProp: the
+  betas bound U / D there, and `adamw` stays equal to torch's AdamW. It does not apply to second moment `none` either:
+  that U has the unit of a gradient, so that clipping gradients is the way to bound it.
+- Momentum that a smaller rank releases at once is bounded as one step, whatever the kinds.
+- The plan table shows the bound of every block. If more than 1% of all elements reach it over 100 steps, the first
+  process warns once.
+- `max_update=None` switches it off. A checkpoint from before there was a bound gets the configured one.
+- Weights stay finite, or `FloatingPointError` names the block: also without a bound, and in float16.
+"""
 SIZES = """
 ## Size of the state
 
@@ -81,7 +100,7 @@ def size_tables() -> tuple[str, str]:
 def page() -> str:
     """Return the whole page."""
     whole, momentum = size_tables()
-    return f"{INTRO}\n{recipe_table()}\n{SIZES}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
+    return f"{INTRO}\n{recipe_table()}\n{BOUND}\n{SIZES.lstrip()}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.bounding import Rates, Watch, limited
 from lightning_memopt.collectives import Gather, Task, together
 from lightning_memopt.kind import State
 from lightning_memopt.layout import Cut, Layout, local_tensor
@@ -151,8 +152,14 @@ class Block:
             raise ValueError(f"the state has unknown keys {sorted(keys)}")
         return Recipe(**found)
 
-    def facts(self, state: Mapping[str, Tensor], storages: Storages) -> BlockFacts:
-        """Return what a snapshot says about the block; ``storages`` knows what has been counted before."""
+    def facts(self, state: Mapping[str, Tensor], storages: Storages, max_update: float | None) -> BlockFacts:
+        """Return what a snapshot says about the block.
+
+        Args:
+            state: The parameter's state.
+            storages: Knows what has been counted before.
+            max_update: The bound of its parameter group.
+        """
         momentum, second_moment = self.kinds
         projections = momentum.projection_keys
 
@@ -174,6 +181,7 @@ class Block:
             momentum=momentum.name,
             rank=getattr(momentum, "rank", None),
             second_moment=second_moment.name,
+            max_update=max_update if self.recipe.bounded else None,
             state=parts({key: torch.Size(shape).numel() * size for key, shape in shapes.items()}),
             local=parts({key: storages.count([state[self.prefix + key]]) for key in keys}),
             adamw_bytes=2 * torch.Size(self.layout.shape).numel() * self.itemsize,
@@ -203,7 +211,14 @@ class Block:
         return wanted
 
     def update(
-        self, param: Tensor, grad: Tensor, state: State, group: Mapping[str, Any], step: int, gathered: Sequence[Tensor]
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: State,
+        group: Mapping[str, Any],
+        step: int,
+        gathered: Sequence[Tensor],
+        watch: Watch,
     ) -> Task:
         """Absorb a gradient into the state and update the weights; a task for ``drive``.
 
@@ -214,6 +229,7 @@ class Block:
             group: Its hyperparameters.
             step: The step being taken, counted from 1.
             gathered: What :meth:`wants` asked for.
+            watch: What is to watch the update of the weights.
         """
         beta1, beta2 = group["betas"]
         momentum, second_moment = self.kinds
@@ -232,19 +248,40 @@ class Block:
         )
         for key, tensor in whole.items():
             local_tensor(state[self.prefix + key]).copy_(self.cuts[key].mine(tensor))
-        self.apply(param, direction, denominator, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+        self.apply(param, direction, denominator, group, bounded=self.recipe.bounded, watch=watch)
 
-    def apply(self, param: Tensor, direction: Direction, denominator: Denominator, **rates: float) -> None:
-        """Update this rank's weights; ``lr`` and ``weight_decay`` are given as in :func:`apply_`."""
+    def apply(
+        self,
+        param: Tensor,
+        direction: Direction,
+        denominator: Denominator,
+        group: Mapping[str, Any],
+        *,
+        bounded: bool,
+        watch: Watch,
+    ) -> None:
+        """Update this rank's weights.
+
+        Args:
+            param: The parameter.
+            direction: U.
+            denominator: D.
+            group: Its hyperparameters.
+            bounded: Whether ``max_update`` bounds |U / D|.
+            watch: What is to watch the update.
+        """
         mine = self.layout.take(param)
         dtype = self.layout.dtype
+        rates = Rates.of(group, weights=param.dtype, arithmetic=dtype, bounded=bounded)
         if self.work.gathered:  # the update is that of the whole block: of a copy in which only our part counts
             whole = mine.new_zeros(self.work.local)
             part = self.layout.cut_of_block().mine(whole).copy_(mine)
-            apply_(whole, direction, denominator, dtype=dtype, **rates)
+            lost = apply_(whole, direction, denominator, rates, dtype=dtype, watch=watch)
             mine.copy_(part)
         else:
-            apply_(mine, direction, denominator, dtype=dtype, **rates)
+            lost = apply_(mine, direction, denominator, rates, dtype=dtype, watch=watch)
+        if lost is not None:
+            watch.lost[self.name] = (self.layout, lost)
         target = local_tensor(param)
         if mine.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
             # No view of the weights is a matrix (channels-last convolutions): a copy was updated.
@@ -252,24 +289,30 @@ class Block:
 
 
 def apply_(
-    weights: Tensor,
-    direction: Direction,
-    denominator: Denominator,
-    *,
-    lr: float,
-    weight_decay: float,
-    dtype: torch.dtype,
-) -> None:
-    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, a chunk at a time. All shapes broadcast to ``[..., m, n]``."""
+    weights: Tensor, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
+) -> Tensor | None:
+    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, a chunk at a time. All shapes broadcast to ``[..., m, n]``.
+
+    Where the rates say so, |U / D| is bounded, and weights that would not be finite keep their values; their number is
+    returned then.
+    """
+    lost = torch.zeros((), device=weights.device) if rates.checked else None
     for index in chunks(weights):
-        part = weights[index].to(dtype)
-        if weight_decay:
-            part.mul_(1 - lr * weight_decay)
+        part = weights[index].to(dtype, copy=rates.checked)
+        if rates.weight_decay:
+            part.mul_(1 - rates.lr * rates.weight_decay)
         update, scale = direction.at(index, dtype)
         divisor = denominator.at(index, dtype, weights.shape[-1])
+        if divisor is not None and rates.max_update is not None:
+            update, divisor = limited(update, scale, divisor, rates.max_update, watch), None
         if divisor is None:
-            part.add_(update, alpha=-lr * scale)
+            part.add_(update, alpha=-rates.lr * scale)
         else:
-            part.addcdiv_(update, divisor, value=-lr * scale)
-        if part.dtype != weights.dtype:
+            part.addcdiv_(update, divisor, value=-rates.lr * scale)
+        if lost is not None:
+            fits = part.abs() <= torch.finfo(weights.dtype).max
+            lost += fits.logical_not().sum()
+            part = part.where(fits, weights[index].to(dtype))
+        if part.dtype != weights.dtype or rates.checked:
             weights[index] = part
+    return lost

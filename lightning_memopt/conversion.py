@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.guards import exact_arithmetic
 from lightning_memopt.kind import Kind, State
 from lightning_memopt.layout import Layout, fill_, full_tensor
+from lightning_memopt.linalg import chunks
 from lightning_memopt.momentum import Direction, Momentum
+from lightning_memopt.second_moment import Denominator
 from lightning_memopt.tick import Tick
 
 # What becomes of momentum that a smaller state cannot hold.
@@ -22,7 +25,13 @@ Loss = Callable[[State, State], None]
 
 
 def converted(
-    old: Block, new: Block, state: Mapping[str, Tensor], *, keep: bool = False, on_loss: Loss | None = None
+    old: Block,
+    new: Block,
+    state: Mapping[str, Tensor],
+    *,
+    keep: bool = False,
+    on_loss: Loss | None = None,
+    group: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
 
@@ -34,6 +43,7 @@ def converted(
         state: The state; keys have the block's prefix.
         keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
         on_loss: Called with the whole momentum state before and after, where the latter holds fewer ranks.
+        group: Hyperparameters, to bound momentum by that the new block's steps will not bound.
     """
     result: dict[str, Tensor] = {}
     for before, after in zip(old.kinds, new.kinds, strict=True):
@@ -44,6 +54,8 @@ def converted(
             source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
             if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
                 on_loss(whole, source)
+            if group is not None and isinstance(after, Momentum) and not before.elementwise and not new.recipe.bounded:
+                source = _limited(old, after, source, new.layout.whole(), state, group)
         if not (stays and keep and old.work.gathered == new.work.gathered):
             target = after.init(new.work)
             for key, value in source.items():
@@ -64,6 +76,34 @@ def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) 
     return after.from_dense(before.to_dense(state, old), new)
 
 
+def _limited(
+    old: Block, kind: Momentum, source: State, layout: Layout, state: Mapping[str, Tensor], group: Mapping[str, Any]
+) -> State:
+    """Return whole momentum no element of which moves a weight by more than ``max_update`` in one step.
+
+    An average of an element's own gradients needs no bound, but this one comes from factors that mixed elements. Once
+    it is small enough it stays so: it decays faster than the root of the second moment.
+    """
+    if not source or group["max_update"] is None or not old.recipe.second_moment.normalizes:
+        return source
+    denominator = _denominator(old, state, group)
+    value = kind.to_dense(source, layout)
+    bound = group["max_update"] * (1 - group["betas"][0] ** max(1, int(state["step"].item())))
+    for index in chunks(value):
+        limit = denominator.at(index, layout.dtype, value.shape[-1])
+        assert limit is not None
+        value[index] = value[index].clamp(-bound * limit, bound * limit)
+    return kind.from_dense(value, layout)
+
+
+def _denominator(old: Block, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Denominator:
+    """Return the denominator of the last step, of the whole block."""
+    kind, (_, beta2) = old.recipe.second_moment, group["betas"]
+    tick = Tick(int(state["step"].item()), old.key, old.index)
+    square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
+    return kind.denominator(square, old.layout.whole(), beta2=beta2, eps=group["eps"], tick=tick)
+
+
 def _rank(kind: Kind, state: State, layout: Layout) -> int:
     """Return the largest rank of momentum that a whole state can hold; 0 for what is no momentum.
 
@@ -77,7 +117,9 @@ def _rank(kind: Kind, state: State, layout: Layout) -> int:
     return layout.short_side if state else 0
 
 
-def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Loss:
+def release(
+    old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], watch: Watch
+) -> Loss:
     """Return what moves the weights by momentum that is about to be lost, as the steps to come would have.
 
     A part ΔM of the momentum that no state keeps would have been in the next updates with weights β₁, β₁², ...::
@@ -89,18 +131,16 @@ def release(old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], 
     """
 
     def on_loss(before: State, after: State) -> None:
-        beta1, beta2 = group["betas"]
-        kind, layout = old.recipe.second_moment, old.layout.whole()
-        tick = Tick(int(state["step"].item()), old.key, old.index)
-        square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
-        denominator = kind.denominator(square, layout, beta2=beta2, eps=group["eps"], tick=tick)
+        beta1 = group["betas"][0]
         lost = _difference(old, new, before, after, beta1 / (1 - beta1))
-        denominator = denominator.part(old.work)
+        denominator = _denominator(old, state, group).part(old.work)
         # Where a gradient was always 0 the factors still hold something, which eps would blow up.
         known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
         denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
         with exact_arithmetic({param.device.type}):
-            old.apply(param, lost, denominator, lr=float(group["lr"]), weight_decay=0.0)
+            # As an update, it is bounded as one; whatever the kind was, what is lost mixes elements.
+            bounded = old.recipe.second_moment.normalizes
+            old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
 
     return on_loss
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping
-from numbers import Number, Real
+from numbers import Number
 from typing import Any
 
 import torch
@@ -14,8 +13,11 @@ from torch import Tensor
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.plan import known_options
+from lightning_memopt.ranges import check_betas, check_number
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize")
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
+MAX_UPDATE = 10.0
+MAX_UPDATE = 10.0
 NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
 # Options of torch's AdamW that mean nothing here.
 TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
@@ -123,16 +125,16 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         ValueError: If a value is out of range.
     """
     lr = group["lr"]
-    _number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
-    _number("eps", group["eps"], where)
+    check_number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
+    check_number("eps", group["eps"], where)
     if group["eps"] == 0:
         raise ValueError(f"In {where}: `eps` must be above 0, got 0: weights whose gradient stays 0 would become NaN.")
-    _number("weight_decay", group["weight_decay"], where)
-    betas = group["betas"]
-    if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise ValueError(f"In {where}: `betas` must be two numbers, got {betas!r}.")
-    _number("betas[0]", betas[0], where, below=1.0)
-    _number("betas[1]", betas[1], where, at_most=1.0)
+    check_number("weight_decay", group["weight_decay"], where)
+    if group["max_update"] is not None:
+        check_number("max_update", group["max_update"], where)
+        if group["max_update"] == 0:
+            raise ValueError(f"In {where}: `max_update` must be above 0, got 0: nothing would train; None is no bound.")
+    check_betas(group["betas"], where)
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"In {where}: `maximize` must be True or False, got {group['maximize']!r}.")
 
@@ -163,14 +165,6 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
                 f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A key of "
                 "your own needs a name that is less like one of these."
             )
-
-
-def _number(name: str, value: Any, where: str, *, below: float = math.inf, at_most: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"In {where}: `{name}` must be a number, got {value!r}.")
-    if not (0 <= float(value) < below and float(value) <= at_most):
-        top = f" and below {below:g}" if below < math.inf else f" and at most {at_most:g}" if at_most < math.inf else ""
-        raise ValueError(f"In {where}: `{name}` must be finite, at least 0{top}, got {value!r}.")
 
 
 def state_dtype(value: Any) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_memopt.collectives import Sum, Task, drive, request
 from lightning_memopt.consensus import largest, rank
 from lightning_memopt.layout import Layout, local_tensor
 
@@ -17,19 +19,21 @@ SHOWN = 5  # parameters that an error about ranks names
 
 @dataclass(frozen=True)
 class Judged:
-    """A parameter that a step changes if it has a gradient."""
+    """A parameter that a step changes if it has a gradient; fresh if its weights have not been looked at yet."""
 
     name: str
     param: Tensor
     layout: Layout
+    fresh: bool = False
 
 
-def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> list[str]:
-    """Return whose gradients cannot be used, once ranks have agreed on which parameters have one.
+def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple[list[str], list[str]]:
+    """Return whose gradients and whose weights cannot be used, once ranks agree on which parameters have a gradient.
 
-    A gradient is of use if all its elements are finite and sums of their squares cannot overflow: up to about 1e16
-    in float32. What ranks send each other has the same size whatever gradients they have: three numbers per parameter,
-    in one collective for each mesh that shards some. Where nothing is sharded there is none.
+    A gradient is of use if all its elements are finite and neither a sum of their squares nor the state can overflow:
+    up to about 1e16 in float32. Weights are of use if they are finite; only fresh ones are looked at. What ranks send
+    each other has the same size whatever gradients they have: four numbers per parameter, in one collective for each
+    mesh that shards some. Where nothing is sharded there is none.
 
     Args:
         params: All parameters of the optimizer. Those on one mesh are the same, in the same order, on all its ranks.
@@ -41,8 +45,9 @@ def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> list[
             another rank has a refusal.
     """
     judged = [] if refusal is not None else [entry for entry in params if entry.param.grad is not None]
-    flags = {entry.name: _flag(entry.param.grad, entry.layout.dtype) for entry in judged}  # type: ignore[arg-type]
-    answers = _ask(params, flags, refused=refusal is not None)
+    grads = {entry.name: _flag(entry.param.grad, _limit(entry.layout)) for entry in judged}  # type: ignore[arg-type]
+    weights = {entry.name: _flag(entry.param, math.inf) for entry in judged if entry.fresh}
+    answers = _ask(params, (grads, weights), refused=refusal is not None)
     if refusal is not None:
         raise refusal
     clashes = [line for answer in answers for line in answer.clashes()]
@@ -58,12 +63,7 @@ def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> list[
             f"Rank {answers[-1].refused - 1} cannot take this step; its own error says why. Weights and state are "
             "unchanged."
         )
-    if answers and not answers[-1].unusable:
-        return []
-    bad = _read(flags).union(*(answer.unusable_names() for answer in answers))
-    names = [entry.name for entry in params if entry.name in bad]
-    # What is not sharded only its own rank knows of.
-    return names or [f"parameters of rank {answer.unusable - 1} alone" for answer in answers[-1:]]
+    return _unusable(params, grads, answers, 0), _unusable(params, weights, answers, 1)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class _Answer:
     """What all ranks of a mesh have said. A rank is given by its number plus one, and 0 is no rank.
 
     Attributes:
-        rows: Per parameter of the mesh: its name, a rank without a gradient, one with it, one that cannot use it.
-        unusable: A rank that cannot use some gradient, of any parameter.
+        rows: Per parameter of the mesh: its name, a rank without a gradient, one with it, and one that cannot use the
+            gradient, and the weights.
+        unusable: A rank that cannot use some gradient, and one that cannot use some weights, of any parameter.
         refused: A rank that cannot take the step, for another reason.
     """
 
-    rows: list[tuple[str, int, int, int]]
-    unusable: int
+    rows: list[tuple[str, int, int, tuple[int, int]]]
+    unusable: tuple[int, int]
     refused: int
 
     def clashes(self) -> Iterator[str]:
@@ -86,12 +87,21 @@ class _Answer:
             if absent and present:
                 yield f"{name!r} has one on rank {present - 1} and none on rank {absent - 1}"
 
-    def unusable_names(self) -> set[str]:
-        """Return the parameters whose gradient some rank cannot use."""
-        return {name for name, *_, unusable in self.rows if unusable}
+    def unusable_names(self, kind: int) -> set[str]:
+        """Return the parameters whose gradient (0) or weights (1) some rank cannot use."""
+        return {name for name, *_, unusable in self.rows if unusable[kind]}
 
 
-def _ask(params: Sequence[Judged], flags: Mapping[str, Tensor], *, refused: bool) -> list[_Answer]:
+def _unusable(params: Sequence[Judged], flags: Mapping[str, Tensor], answers: list[_Answer], kind: int) -> list[str]:
+    if answers and not answers[-1].unusable[kind]:
+        return []
+    bad = _read(flags).union(*(answer.unusable_names(kind) for answer in answers))
+    names = [entry.name for entry in params if entry.name in bad]
+    # What is not sharded only its own rank knows of.
+    return names or [f"parameters of rank {answer.unusable[kind] - 1} alone" for answer in answers[-1:]]
+
+
+def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, refused: bool) -> list[_Answer]:
     """Return what all ranks say, mesh by mesh; the last answer knows of the troubles in all of them."""
     meshes = {entry.layout.mesh: entry.layout for entry in params if entry.layout.sharded}
     # A rank that is in several tells the larger one what it has heard in the smaller.
@@ -102,24 +112,27 @@ def _ask(params: Sequence[Judged], flags: Mapping[str, Tensor], *, refused: bool
         device = local_tensor(mine[0].param).device
         # Not of the default dtype, which a rank without gradients, or with empty shards, would send alone.
         none = torch.zeros((), dtype=torch.float32, device=device)
-        seen = {name: flag.to(none) for name, flag in flags.items()}
+        seen = [{name: flag.to(none) for name, flag in each.items()} for each in flags]
         if heard is None:
-            heard = torch.stack([torch.stack([none, *seen.values()]).amax(), none + refused]) * (rank() + 1)
+            worst = [torch.stack([none, *each.values()]).amax() for each in seen]
+            heard = torch.stack([*worst, none + refused]) * (rank() + 1)
         present = none.new_tensor([entry.param.grad is not None for entry in mine])
-        unusable = torch.stack([seen.get(entry.name, none) for entry in mine])
-        rows = torch.stack([1 - present, present, unusable]) * (rank() + 1)
+        unusable = [torch.stack([each.get(entry.name, none) for entry in mine]) for each in seen]
+        rows = torch.stack([1 - present, present, *unusable]) * (rank() + 1)
         said = largest(torch.cat([rows.flatten(), heard.to(device)]), layout)
         asked.append((mine, said))
-        absent, present, _ = said[:-2].view(3, -1)
-        heard = torch.stack([said[-2], torch.maximum(said[-1], torch.minimum(absent, present).amax())])
+        absent, present = said[:-3].view(4, -1)[:2]
+        heard = torch.stack([said[-3], said[-2], torch.maximum(said[-1], torch.minimum(absent, present).amax())])
     return [_answer(mine, said) for mine, said in asked]
 
 
 def _answer(params: Sequence[Judged], said: Tensor) -> _Answer:
-    *numbers, unusable, refused = (int(number) for number in said.tolist())
+    *numbers, grads, weights, refused = (int(number) for number in said.tolist())
     count = len(params)
-    columns = (numbers[:count], numbers[count : 2 * count], numbers[2 * count :])
-    return _Answer([*zip((entry.name for entry in params), *columns, strict=True)], unusable, refused)
+    absent, present, *unusable = (numbers[start : start + count] for start in range(0, 4 * count, count))
+    pairs = [*zip(*unusable, strict=True)]
+    rows = [*zip((entry.name for entry in params), absent, present, pairs, strict=True)]
+    return _Answer(rows, (grads, weights), refused)
 
 
 def _read(flags: Mapping[str, Tensor]) -> set[str]:
@@ -131,13 +144,35 @@ def _read(flags: Mapping[str, Tensor]) -> set[str]:
     return {name for name, number in zip(flags, numbers, strict=True) if number}
 
 
-def _flag(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    local = local_tensor(grad)
+def _limit(layout: Layout) -> float:
+    """Return what no element of a gradient may reach.
+
+    Sums of squares, over up to all elements of the parameter, are in the dtype of the arithmetic. State holds means of
+    squares, or with β₂ = 1 sums over steps: it gets room for a million of them, where its dtype has as much.
+    """
+    sums, state = torch.finfo(layout.dtype).max, torch.finfo(layout.state_dtype).max
+    count = max(1e6, float(math.prod(layout.param_shape)))
+    return float(min(sums / count, state / min(1e6, state**0.25)) ** 0.5)
+
+
+def _flag(tensor: Tensor, limit: float) -> Tensor:
+    local = local_tensor(tensor)
     if local.numel() == 0:
         return torch.zeros((), device=local.device)
     low, high = torch.aminmax(local)
-    limit = torch.finfo(dtype).max ** 0.5 / 1e3
     return 1.0 - ((low > -limit) & (high < limit)).float()
+
+
+def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:
+    """Return the positions of the numbers that are not zero on all ranks that share a layout; they are replaced."""
+    drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
+    counts = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [position for position, count in enumerate(counts) if count]
+
+
+def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:
+    for dim in range(-len(layout.matrix), 0):
+        (flags[position],) = yield from request(Sum(flags[position], layout, dim))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.layout import Layout, Sizes
 from lightning_memopt.linalg import Noise
+from lightning_memopt.ranges import check_option
 from lightning_memopt.tick import Tick
 
 State = dict[str, Tensor]
@@ -26,6 +27,8 @@ class Kind:
         squares: Those of its ``keys`` whose elements are never negative, such as averages of squares.
         needs_matrix: Whether it is undefined on vectors.
         restorable: Whether another kind can go on from its state.
+        elementwise: Whether what it says of an element follows from that element's gradients alone, averaged. The
+            quotient of two such kinds is bounded by their decays (RMSProp, Adam); no other is.
     """
 
     name: ClassVar[str]
@@ -33,17 +36,20 @@ class Kind:
     squares: ClassVar[tuple[str, ...]] = ()
     needs_matrix: ClassVar[bool] = True
     restorable: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check the options that are true or false; a kind with others checks those after calling this.
+        """Check what holds for options of any kind; a kind checks the rest after calling this.
 
         Raises:
-            TypeError: If one is neither: a word like "no" would count as true.
+            TypeError: If one that is true or false is neither: a word like "no" would count as true.
+            ValueError: If a number is not finite, or larger than anything it could count.
         """
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(entry.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"`{entry.name}` must be True or False, got {value!r}.")
+            check_option(entry.name, value)
 
     @classmethod
     def options(cls) -> list[str]:

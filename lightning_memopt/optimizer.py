@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_memopt import groups as parsing
 from lightning_memopt._registry import unknown
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Tally, Watch
 from lightning_memopt.checking import Share, Values, check_structure
 from lightning_memopt.checkpoint import allocated, examine, loaded, loaded_groups
 from lightning_memopt.consensus import decided_alike, world_size
@@ -37,15 +38,16 @@ ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, A
 class MemOpt(torch.optim.Optimizer):
     """Optimizer whose state is compressed per block: a momentum kind × a second-moment kind for every role.
 
-    With U the direction of the block's momentum kind and D the denominator of its second-moment kind::
+    With U the direction of the block's momentum kind, D the denominator of its second-moment kind and c the bound
+    ``max_update``, element by element::
 
-        W ← (1 − lr · weight_decay) W − lr · U / D
+        W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
     Args:
         params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. With bare parameters the
             names come from :meth:`bind`. A group may have its own values of ``lr``, ``betas``, ``eps``,
-            ``weight_decay``, ``maximize``, ``recipe`` and of any option of a kind. Other keys are the user's own, and
-            stay in the group, also through checkpoints, unless they look like one of these misspelt.
+            ``weight_decay``, ``maximize``, ``max_update``, ``recipe`` and of any option of a kind. Other keys are the
+            user's own, and stay in the group, also through checkpoints, unless they look like one of these misspelt.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
         betas: Decay of the momentum, in [0, 1), and of the second moment, in [0, 1]; a second value of 1 adds
@@ -56,6 +58,11 @@ class MemOpt(torch.optim.Optimizer):
         overrides: Changes by role or by name pattern, for instance
             ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``.
         maximize: Ascend instead of descend.
+        max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training: no step moves a weight
+            by more than lr · c. A direction that mixes elements can be large where D is almost 0: without a bound one
+            step may move a weight by 1e13 · lr (``docs/benchmarks/bound.md``). Not applied where the second moment is
+            ``dense`` and the momentum ``dense`` or ``none`` (the betas bound U / D there), nor where the second moment
+            is ``none`` (U has the unit of a gradient). None for no bound.
         nonfinite: What to do with a gradient that has an infinite or undefined element, or one so large that sums of
             squares overflow: ``raise``, naming the blocks, or ``skip`` the step and count it.
         state_dtype: ``float32`` or ``bfloat16``, which is rounded stochastically. None keeps state in float32, and in
@@ -86,6 +93,7 @@ class MemOpt(torch.optim.Optimizer):
         rank: int | float | None = None,
         overrides: Mapping[str, Any] | None = None,
         maximize: bool = False,
+        max_update: float | None = parsing.MAX_UPDATE,
         nonfinite: str = "raise",
         state_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -114,12 +122,14 @@ class MemOpt(torch.optim.Optimizer):
         self._state_dtype = parsing.state_dtype(state_dtype)
         self._nonfinite, self._seed, self._head_dim = nonfinite, seed, head_dim
         self._counts = {"skipped": 0}
+        self._tally = Tally()
         # Changed in place only: Lightning hands out a wrapper that shares these, but not what they are rebound to.
         self._names: dict[Tensor, str] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._plans: dict[Tensor, Plan] = {}
         self._blocks: dict[Tensor, tuple[Block, ...]] = {}
         self._reformatted: dict[str, Recipe] = {}
+        self._trusted: set[Tensor] = set()
         self._complete = False
         groups, names = parsing.split_names(params)
         self._learn(names)
@@ -129,6 +139,7 @@ class MemOpt(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "max_update": max_update,
             "recipe": self._plan.name,
         }
         parsing.check_group(defaults, "the defaults")
@@ -401,14 +412,22 @@ class MemOpt(torch.optim.Optimizer):
         Raises:
             ValueError: If names are not known yet, or a gradient is sparse or complex; nothing has changed then.
             RuntimeError: If ranks disagree about which sharded parameters have a gradient; nothing has changed then.
-            FloatingPointError: If a gradient is not finite and ``nonfinite="raise"``; nothing has changed then.
+            FloatingPointError: If a gradient is not finite and ``nonfinite="raise"``, or the weights were not finite
+                before the first step; nothing has changed then. Also if a weight would become infinite or undefined,
+                which can only be seen while updating: such weights keep their values.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Nothing is written before all ranks agree that everything can be.
-        active, bad = self._usable()
+        active, bad, broken = self._usable()
+        self._tally.read()
+        if broken:
+            raise FloatingPointError(
+                f"Weights with non-finite elements before the first step in: {', '.join(broken)}. Weights and state "
+                "are unchanged. Look at how these weights are initialised or loaded."
+            )
         if bad and self._nonfinite == "raise":
             raise FloatingPointError(
                 f"Gradients with non-finite or overflowing elements in: {', '.join(bad)}. Weights and state are "
@@ -417,6 +436,8 @@ class MemOpt(torch.optim.Optimizer):
         if bad:
             self._counts["skipped"] += 1
             return loss
+        self._trusted.update(param for _, param in active)
+        self._trusted.intersection_update(self._all_params())
         for _, param in active:
             if not self.state.get(param):  # frozen when the optimizer was made
                 self.state[param] = self._init(self._blocks[param])
@@ -425,28 +446,36 @@ class MemOpt(torch.optim.Optimizer):
         )
         for _, param in active:
             self.state[param]["step"] += 1
+        watch = self._tally.watch(max((int(self.state[param]["step"]) for _, param in active), default=0))
         with exact_arithmetic({param.device.type for _, param in active}):
-            step.run()
+            step.run(watch)
+        self._tally.take(watch)
+        watch.require_finite()
         return loss
 
-    def _usable(self) -> tuple[list[tuple[dict[str, Any], Tensor]], list[str]]:
-        """Return all parameters with a gradient, and the names of those that have one that cannot be used."""
+    def _usable(self) -> tuple[list[tuple[dict[str, Any], Tensor]], list[str], list[str]]:
+        """Return all parameters with a gradient, and the names of gradients and of weights that cannot be used."""
         active, refusal = [], None
         try:
             active = self._active()
         except Exception as error:  # whatever it is, other ranks must hear of it
             refusal = error
         judged = [
-            Judged(self._names.get(param, self._blocks[param][0].name), param, self._blocks[param][0].layout)
+            Judged(
+                self._names.get(param, self._blocks[param][0].name),
+                param,
+                self._blocks[param][0].layout,
+                fresh=param not in self._trusted,
+            )
             for param in self._all_params()
             if param in self._blocks
         ]
-        bad = verdict(judged, refusal)
+        bad, broken = verdict(judged, refusal)
         if not all(is_aligned(param.grad, param) for _, param in active):  # type: ignore[arg-type]
             for _, param in active:
                 param.grad = aligned(param.grad, param)  # type: ignore[arg-type]
-            bad = verdict(judged)
-        return active, bad
+            bad, broken = verdict(judged)
+        return active, bad, broken
 
     def _active(self) -> list[tuple[dict[str, Any], Tensor]]:
         """Return all parameters with a gradient, checked."""
@@ -505,18 +534,20 @@ class MemOpt(torch.optim.Optimizer):
             RuntimeError: If ranks ask for different changes; nothing has changed.
         """
         self._require_names()
+        watch = Watch()
         for group, param, old, new in self._agreed(changes, dropped):
             state = self.state.get(param, {})
             if state:
                 nothing_to_release = dropped == "discard" or float(state["step"]) == 0
-                on_loss = None if nothing_to_release else release(old, new, param, state, group)
-                fresh = converted(old, new, state, keep=True, on_loss=on_loss)
+                on_loss = None if nothing_to_release else release(old, new, param, state, group, watch)
+                fresh = converted(old, new, state, keep=True, on_loss=on_loss, group=group)
                 for kind in old.kinds:
                     for key in kind.keys:
                         del state[old.prefix + key]
                 state.update(fresh)
             self._reformatted[old.name] = new.recipe
             self._blocks[param] = tuple(new if entry is old else entry for entry in self._blocks[param])
+        watch.require_finite()
 
     def _agreed(self, changes: Mapping[str, Any], dropped: str) -> list[tuple[dict[str, Any], Tensor, Block, Block]]:
         """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
@@ -579,8 +610,9 @@ class MemOpt(torch.optim.Optimizer):
         storages = Storages()
         return Snapshot(
             blocks=tuple(
-                block.facts(self.state.get(param, {}), storages)
-                for param in self._all_params()
+                block.facts(self.state.get(param, {}), storages, group["max_update"])
+                for group in self.param_groups
+                for param in group["params"]
                 if param.requires_grad or self.state.get(param)
                 for block in self._blocks[param]
             ),
@@ -598,7 +630,8 @@ class MemOpt(torch.optim.Optimizer):
         self._register()
         lines = [
             f"{type(self).__name__}(recipe={group['recipe']!r}, lr={float(group['lr']):g}, betas={group['betas']}, "
-            f"eps={group['eps']:g}, weight_decay={group['weight_decay']:g}, {len(group['params'])} parameters)"
+            f"eps={group['eps']:g}, weight_decay={group['weight_decay']:g}, max_update={group['max_update']}, "
+            f"{len(group['params'])} parameters)"
             for group in self.param_groups
         ]
         table = self.plan_table() if self._blocks else "Names are not known yet: call bind(model)."
@@ -779,7 +812,7 @@ class MemOpt(torch.optim.Optimizer):
 
 _OWN_ATTRIBUTES = (
     "_plan", "_overrides", "_options", "_betas", "_state_dtype", "_nonfinite", "_seed", "_head_dim", "_counts",
-    "_names", "_parts", "_plans", "_blocks", "_reformatted", "_complete",
+    "_names", "_parts", "_plans", "_blocks", "_reformatted", "_tally", "_trusted", "_complete",
 )  # fmt: skip
 
 

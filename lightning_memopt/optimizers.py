@@ -19,7 +19,8 @@ class AdaPM(MemOpt):
         U = Q R / (1−β₁ᵗ) + (M − Q R) / (1−β₁),   D = √(V / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
     State: at most 10% of AdamW's momentum on LLaMA and GPT-2 shapes, and AdamW's full second moment.
-    Learning rate: AdamW's. U / D is not bounded by 1 while t is small, so warm the learning rate up.
+    Learning rate: AdamW's, warmed up: U / D is larger than Adam's while t is small. No element of it exceeds
+    ``max_update``, since Q mixes elements and V can be almost 0 where U is not.
 
     Args:
         params: As for :class:`MemOpt`.
@@ -71,7 +72,8 @@ class AdaPMLean(MemOpt):
 
         D = √(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
-    State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, warmed up.
+    State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, warmed up. No element of U / D
+    exceeds ``max_update``.
     Sources: arXiv 2510.09103 (momentum), arXiv 1804.04235, section 3 (second moment).
 
     Args:
@@ -168,7 +170,7 @@ class AdamSNSM(MemOpt):
 
     State: k(m + n) + max(m, n) numbers for an m × n weight, AdamW's for embeddings: 14% of AdamW's on LLaMA 1B at the
     default rank of 1/8, 23% at 1/4. Learning rate: AdamW's; with ``reduction="sum"`` or ``paper`` √(subset's size)
-    times it.
+    times it. ``max_update`` bounds U / D: P mixes elements, and a mean of squares hides small ones.
 
     Args:
         params: As for :class:`MemOpt`.
@@ -265,9 +267,9 @@ class Adafactor(MemOpt):
 
         W ← (1 − ηλ) W − η · G / (√(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε)
 
-    Without the paper's relative step sizes, its schedule of β₂ and its clipping: this is its second moment in AdamW's
-    frame, to compare with. State: m + n numbers for an m × n weight, under 1% of AdamW's. Learning rate: AdamW's or
-    less, for lack of momentum.
+    Without the paper's relative step sizes and its schedule of β₂, and with a bound per element (``max_update``) in
+    place of its clipping: this is its second moment in AdamW's frame, to compare with. State: m + n numbers for an
+    m × n weight, under 1% of AdamW's. Learning rate: AdamW's or less, for lack of momentum.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kind import Kind
 from lightning_memopt.layout import Layout
 from lightning_memopt.momentum import MOMENTA, Momentum
+from lightning_memopt.ranges import check_betas
 from lightning_memopt.roles import ROLES
 from lightning_memopt.second_moment import SECOND_MOMENTS, SecondMoment
 
@@ -36,6 +37,16 @@ class Recipe:
     def needs_matrix(self) -> bool:
         """Whether the recipe is undefined on vectors."""
         return self.momentum.needs_matrix or self.second_moment.needs_matrix
+
+    @property
+    def bounded(self) -> bool:
+        """Whether ``max_update`` bounds |U / D|: wherever that has no unit, and the kinds do not bound it themselves.
+
+        Where both kinds average each element's own gradients, |U / D| is at most a number that follows from the betas
+        (Cauchy-Schwarz). A direction that mixes elements can be large where the denominator is almost 0.
+        """
+        alone = self.momentum.elementwise and self.second_moment.elementwise
+        return self.second_moment.normalizes and not alone
 
     def options(self) -> set[str]:
         """Return the names of the options that at least one of the two kinds has."""
@@ -107,6 +118,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_betas(self.betas, f"the recipe {self.name!r}")
         for role in self.roles:
             if role not in ROLES:
                 raise ValueError(unknown("role", role, list(ROLES)))
@@ -122,7 +134,10 @@ class Plan:
         """Refuse options that are unknown or that no recipe of the plan would listen to."""
         recipes = list(self.roles.values())
         for change in self.overrides.values():
-            recipes += [recipe.changed(_kinds_only(change)) for recipe in self.roles.values()]
+            found = [recipe.changed(_kinds_only(change)) for recipe in self.roles.values()]
+            if not isinstance(change, Recipe):  # its options, too, are checked now and not when a block has them
+                found = [recipe.with_options(change) for recipe in found]
+            recipes += found
         for key in self.options:
             if key not in known_options():
                 raise ValueError(unknown("option", key, known_options()))

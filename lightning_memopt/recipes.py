@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.ranges import check_betas
 from lightning_memopt.roles import ROLES
 from lightning_memopt.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
 
@@ -67,17 +69,18 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
 
     A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
-    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options).
+    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options). Its values may refer to one
+    another (``${roles.mlp.rank}``), but not call resolvers (``${oc.env:HOME}``).
 
     Raises:
         TypeError: If ``recipe`` is something else, or an entry of a file has the wrong type.
-        ValueError: If a name, key, kind, role or option is unknown.
+        ValueError: If a name, key, kind, role or option is unknown, a number is out of range, or a resolver is called.
         FileNotFoundError: If it looks like a path and no file is there.
     """
     if isinstance(recipe, Plan):
         return recipe
     if isinstance(recipe, Mapping):
-        return _from_mapping(recipe, "")
+        return _from_mapping(_plain(recipe, "a mapping"), "")
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
     path = Path(recipe)
@@ -99,10 +102,58 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ImportError(
             f"Reading the recipe file {str(path)!r} needs omegaconf: pip install 'lightning-memopt[cli]'."
         ) from error
-    data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    if not isinstance(data, Mapping):
-        raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {type(data).__name__}.")
-    return {str(key): value for key, value in data.items()}
+    data = OmegaConf.load(path)
+    if not OmegaConf.is_dict(data):
+        found = type(OmegaConf.to_container(data)).__name__
+        raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {found}.")
+    return {str(key): value for key, value in _plain(data, f"the recipe file {str(path)!r}").items()}
+
+
+def _plain(data: Any, where: str) -> Mapping[str, Any]:
+    """Return a mapping without OmegaConf's types, references to other values resolved.
+
+    Resolvers are refused, not left as they are: what they return, such as a secret from the environment, would be
+    stored in every checkpoint, and the same file would mean something else on another machine; a literal
+    ``${oc.env:RANK}`` in the place of a number or a name would never be what somebody wanted.
+
+    Raises:
+        ValueError: If a value calls a resolver.
+    """
+    omegaconf = sys.modules.get("omegaconf")  # without it there are no such types
+    if omegaconf is None or not omegaconf.OmegaConf.is_config(data):
+        return data
+    for text in _texts(omegaconf.OmegaConf.to_container(data, resolve=False)):
+        if _calls_resolver(text):
+            raise ValueError(
+                f"In {where}: {text!r} calls a resolver, and what that returns would be stored in every checkpoint. "
+                "Write the value itself, or refer to another value of the file, as in '${roles.mlp.rank}'."
+            )
+    return omegaconf.OmegaConf.to_container(data, resolve=True)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all strings in a container, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in (*value.keys(), *value.values()):
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _calls_resolver(text: str) -> bool:
+    """Return whether an interpolation has a colon: ``${name:...}`` calls, ``${name}`` refers; both can be nested."""
+    depth = 0
+    for position, character in enumerate(text):
+        if text.startswith("${", position):
+            depth += 1
+        elif depth and character == "}":
+            depth -= 1
+        elif depth and character == ":":
+            return True
+    return False
 
 
 def _base(base: Any, folder: Path | None) -> Plan:
@@ -153,4 +204,5 @@ def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _betas(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"'betas' of a recipe file must be two numbers, got {value!r}.")
+    check_betas(value, "a recipe file")
     return (float(value[0]), float(value[1]))

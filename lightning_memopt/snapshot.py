@@ -44,6 +44,7 @@ class BlockFacts:
         local: Bytes of the storages in which this rank holds its part of the state, each counted once.
         adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for it, in the dtype of the parameter.
         local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
+        max_update: Bound on every element of an update, in units of the learning rate; None where there is none.
         pending: Whether the optimizer has made no state for it yet, so that nothing can be said to be saved.
     """
 
@@ -58,6 +59,7 @@ class BlockFacts:
     local: PartBytes
     adamw_bytes: int
     local_adamw_bytes: int
+    max_update: float | None = None
     pending: bool = False
 
     @property
@@ -154,7 +156,7 @@ class Snapshot:
 
     def table(self) -> str:
         """Return a plain-text table of all blocks, with totals."""
-        header = ("block", "role", "shape", "momentum", "second moment", "bytes", "AdamW bytes")
+        header = ("block", "role", "shape", "momentum", "second moment", "bound", "bytes", "AdamW bytes")
         rows = [
             (
                 block.name,
@@ -162,12 +164,13 @@ class Snapshot:
                 "×".join(map(str, block.shape)) or "1",
                 block.momentum if block.rank is None else f"{block.momentum} r={block.rank}",
                 block.second_moment,
+                "" if block.max_update is None else f"{block.max_update:g}",
                 f"{block.state.total:,}",
                 f"{block.adamw_bytes:,}",
             )
             for block in self.blocks
         ]
-        total = (f"{len(rows)} blocks", "", "", "", f"saved {self.saved:.1%}")
+        total = (f"{len(rows)} blocks", "", "", "", f"saved {self.saved:.1%}", "")
         return _align([header, *rows, (*total, f"{self.state_bytes:,}", f"{self.adamw_bytes:,}")])
 
 

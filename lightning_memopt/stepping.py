@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.collectives import Gather, Task, drive, gather, packed
 
 
@@ -33,11 +34,11 @@ class Update:
         assert self.param.grad is not None
         return self.block.wants(self.param.grad, self.state)
 
-    def task(self, gathered: Sequence[Tensor]) -> Task:
+    def task(self, gathered: Sequence[Tensor], watch: Watch) -> Task:
         """Return the update as a task for ``drive``."""
         assert self.param.grad is not None
         step = int(self.state["step"].item())
-        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered)
+        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered, watch)
 
 
 class Step:
@@ -55,13 +56,13 @@ class Step:
         wanted = [(update, update.wants()) for update in updates if not update.block.layout.empty]
         self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
 
-    def run(self) -> None:
-        """Update all blocks."""
+    def run(self, watch: Watch) -> None:
+        """Update all blocks; ``watch`` sees what becomes of the weights."""
         for wave in self._waves:
-            drive(_tasks(wave, gather([request for _, requests in wave for request in requests])))
+            drive(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
 
 
-def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor]) -> Iterable[Task]:
+def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterable[Task]:
     for update, requests in wave:
         mine, gathered = gathered[: len(requests)], gathered[len(requests) :]
-        yield update.task(mine)
+        yield update.task(mine, watch)

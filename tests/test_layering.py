@@ -21,11 +21,11 @@ ROOT = Path(lightning_memopt.__file__).parent
 # A module imports from lower levels only. Modules of one level do not import each other where they are siblings (two
 # sets on one level), and not in circles anywhere.
 LEVELS: list[list[set[str]]] = [
-    [{"_registry", "linalg", "sizes", "storages", "tick"}],
+    [{"_registry", "linalg", "ranges", "sizes", "storages", "tick"}],
     [{"layout"}],
     [{"collectives", "kind"}],
     [{"momentum"}, {"second_moment"}, {"roles"}],
-    [{"plan", "recipes", "snapshot", "guards", "consensus", "placement", "wrapping"}],
+    [{"plan", "recipes", "snapshot", "guards", "consensus", "bounding", "placement", "wrapping"}],
     [{"block"}],
     [{"groups", "conversion", "checking", "naming", "resuming", "checkpoint", "stepping"}],
     [{"optimizer", "planner"}],
@@ -43,6 +43,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "_registry",
+            "ranges",
             "sizes",
             "storages",
             "tick",
@@ -63,6 +64,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         (
             "consensus",
             "guards",
+            "bounding",
             "block",
             "groups",
             "conversion",

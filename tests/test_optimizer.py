@@ -89,7 +89,7 @@ def test_state_holds_tensors_only_and_groups_hold_scalars_only():
     optimizer = lm.AdaPMLean(tiny_gpt2().named_parameters())
     assert all(isinstance(value, torch.Tensor) for state in optimizer.state.values() for value in state.values())
     (group,) = optimizer.state_dict()["param_groups"]
-    assert set(group) == {"lr", "betas", "eps", "weight_decay", "maximize", "recipe", "params"}
+    assert set(group) == {"lr", "betas", "eps", "weight_decay", "maximize", "max_update", "recipe", "params"}
 
 
 def test_closure_is_evaluated_once_with_gradients():
@@ -508,7 +508,8 @@ def test_plan_table_and_print():
     table = optimizer.plan_table()
     line = next(line for line in table.splitlines() if "h.0.attn.c_attn.weight:query" in line)
     assert line.split() == [
-        "transformer.h.0.attn.c_attn.weight:query", "query", "32×32", "low_rank", "r=4", "dense", "5,120", "8,192",
+        "transformer.h.0.attn.c_attn.weight:query", "query", "32×32", "low_rank", "r=4", "dense", "10", "5,120",
+        "8,192",
     ]  # fmt: skip
     assert "saved" in table.splitlines()[-1]
     assert repr(optimizer).startswith("AdaPM(recipe='adapm', lr=0.002, betas=(0.9, 0.95)")
@@ -525,7 +526,16 @@ def test_groups_can_be_added_after_loading_and_copying():
     optimizer.load_state_dict(optimizer.state_dict())
     model, optimizer = copy.deepcopy((model, optimizer))
     optimizer.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)]})
-    assert set(optimizer.param_groups[1]) == {"params", "lr", "betas", "eps", "weight_decay", "maximize", "recipe"}
+    assert set(optimizer.param_groups[1]) == {
+        "params",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "maximize",
+        "max_update",
+        "recipe",
+    }
     train(model, optimizer, 1)
 
 

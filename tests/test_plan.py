@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_memopt as lm
@@ -241,6 +243,38 @@ def test_a_recipe_file_can_interpolate(tmp_path):
     assert optimizer.snapshot().blocks[-1].rank == 3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: '${oc.env:SECRET}'",
+        "name: 'mine-${oc.env:SECRET,none}'",
+        "{base: adapm_lean, roles: {mlp: {rank: '${oc.decode:${oc.env:SECRET}}'}}}",
+        "{base: adapm_lean, overrides: {'${oc.env:SECRET}': {rank: 3}}}",
+        "{name: '${${base}:SECRET}', base: adamw}",
+        "{base: base.yaml}",
+    ],
+)
+def test_a_recipe_file_reads_nothing_from_its_surroundings(tmp_path, monkeypatch, text):
+    """Its name is stored in every checkpoint, and so would be a secret."""
+    monkeypatch.setenv("SECRET", "8")
+    write(tmp_path / "base.yaml", "name: '${oc.env:SECRET}'")
+    with pytest.raises(ValueError, match=r"calls a resolver, and what that returns would be stored.* Write the value"):
+        lm.load_plan(write(tmp_path / "r.yaml", text))
+    with pytest.raises(ValueError, match="calls a resolver"):
+        lm.load_plan(OmegaConf.create({"name": "${oc.env:SECRET}"}))
+
+
+def test_a_config_of_omegaconf_is_a_recipe_too():
+    config = OmegaConf.create({"base": "adapm_lean", "name": "${base}-mine", "roles": {"mlp": {"rank": 3}}})
+    plan = lm.load_plan(config)
+    assert (plan.name, plan.roles["mlp"].momentum.rank) == ("adapm_lean-mine", 3)
+
+
+def test_a_plan_with_bad_betas_is_refused():
+    with pytest.raises(ValueError, match=r"In the recipe 'mine': `betas\[1\]` must be finite"):
+        dataclasses.replace(lm.load_plan("adamw"), name="mine", betas=(0.9, float("nan")))
+
+
 def test_a_mapping_is_a_recipe_too():
     optimizer = lm.MemOpt(
         tiny_llama().named_parameters(), recipe={"base": "adapm_lean", "roles": {"embedding": {"rank": 2}}}
@@ -279,6 +313,24 @@ def test_recipes_without_a_name_are_told_apart():
         ("betas: 0.9", ValueError, "'betas' of a recipe file must be two numbers, got 0.9"),
         ("options: {rank: 2}", ValueError, "Unknown key of a recipe file 'options'"),
         ("- 1", TypeError, "must hold a mapping, found list"),
+        ("betas: [.nan, 0.9]", ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got nan"),
+        ("betas: [0.9, .inf]", ValueError, r"`betas\[1\]` must be finite, at least 0 and at most 1, got inf"),
+        ("betas: [1.0, 0.9]", ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got 1\.0"),
+        ("betas: ['0.9', 0.9]", TypeError, r"`betas\[0\]` must be a number, got '0\.9'"),
+        ("betas: [true, 0.9]", TypeError, r"`betas\[0\]` must be a number, got True"),
+        *(
+            (f"base: adam_snsm\n{place}: {{value: {{{option}: {value}}}}}", ValueError, f"`{option}` must be {says}")
+            for place in ("roles", "overrides")
+            for option, value, says in (
+                ("rank", 10**20, "at most 2,147,483,647, got 100000000000000000000"),
+                ("rank", ".nan", "finite, got nan"),
+                ("rank", -3, "an integer of at least 1 or a fraction"),
+                ("gap", 10**20, "at most 2,147,483,647"),
+                ("gap", 0, "an integer of at least 1"),
+                ("subset_size", 10**20, "at most 2,147,483,647"),
+                ("subset_size", ".inf", "finite, got inf"),
+            )
+        ),
     ],
 )
 def test_bad_recipe_files_are_refused(tmp_path, text, error, match):

@@ -26,6 +26,7 @@ class DenseMomentum(Momentum):
     name: ClassVar[str] = "dense"
     keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
     needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     bias_correction: bool = True
 

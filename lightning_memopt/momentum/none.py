@@ -21,6 +21,7 @@ class NoMomentum(Momentum):
 
     name: ClassVar[str] = "none"
     needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,8 +54,11 @@ class SecondMoment(Kind):
     """A second-moment kind: turns gradients into denominators. Its dense statistic is the average V of the squares.
 
     Attributes:
+        normalizes: Whether the denominator has the unit of a gradient, so that U / D has none and can be bounded.
         bias_correction: Divide by 1−β₂ᵗ, as Adam does (never where β₂ = 1, which accumulates).
     """
+
+    normalizes: ClassVar[bool] = True
 
     bias_correction: bool = True
 

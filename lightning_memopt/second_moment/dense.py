@@ -23,6 +23,7 @@ class DenseSecondMoment(SecondMoment):
     keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return ``exp_avg_sq``, of the shape of the block."""

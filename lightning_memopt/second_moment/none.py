@@ -16,10 +16,11 @@ from lightning_memopt.tick import Tick
 @SECOND_MOMENTS.register("none")
 @dataclass(frozen=True)
 class NoSecondMoment(SecondMoment):
-    """D = 1. Keeps no state."""
+    """D = 1. Keeps no state. The update has the unit of a gradient: ``max_update`` does not bound it."""
 
     name: ClassVar[str] = "none"
     needs_matrix: ClassVar[bool] = False
+    normalizes: ClassVar[bool] = False
     # A second moment that started from nothing in mid-training would make the next updates huge.
     restorable: ClassVar[bool] = False
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import lightning_memopt as lm
 from lightning_memopt.block import Block
+from lightning_memopt.bounding import Watch
 from lightning_memopt.kind import Kind
 from lightning_memopt.layout import Layout, Slot
 from lightning_memopt.momentum import Momentum, NoMomentum
@@ -165,7 +166,7 @@ RESULTS: dict[str, Any] = {}
 class Probe(Block):
     """A block that keeps direction and denominator instead of updating weights."""
 
-    def apply(self, param: Any, direction: Any, denominator: Any, **rates: Any) -> None:
+    def apply(self, param: Any, direction: Any, denominator: Any, *group: Any, **now: Any) -> None:
         RESULTS[self.name] = dense(denominator if "second moment" in self.name else direction, self.work)
 
 
@@ -184,7 +185,7 @@ class Run:
     state: dict[str, Any]
 
 
-GROUP = {"betas": BETAS, "eps": EPS, "maximize": False, "lr": 1.0, "weight_decay": 0.0}
+GROUP = {"betas": BETAS, "eps": EPS, "maximize": False, "lr": 1.0, "weight_decay": 0.0, "max_update": 1.0}
 
 
 def take_step(runs: list[Run], grads: dict[str, DTensor], number: int) -> None:
@@ -197,7 +198,7 @@ def take_step(runs: list[Run], grads: dict[str, DTensor], number: int) -> None:
     for run in runs:
         run.state["step"] = torch.tensor(float(number))
         updates.append(Update(run.block, params[run.case.name], run.state, GROUP))
-    Step(updates).run()
+    Step(updates).run(Watch())
 
 
 def run_cases(cases: list[Case], mesh: Any, expected: dict[str, dict[str, list[torch.Tensor]]]) -> dict[str, Outcome]:
@@ -289,9 +290,56 @@ def torn_fused_blocks(mesh: Any) -> None:
                 for found, param, state in zip(blocks, params, states, strict=True):
                     state["step"] = torch.tensor(float(number))
                     with torch.no_grad():
-                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}) for block in found]).run()
+                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}) for block in found]).run(Watch())
             error = relative_error(params[1].full_tensor().detach(), params[0].detach())
             assert error <= TOLERANCE, f"{label(kind)} on {lengths}: {error:.1e}"
+
+
+def optimizers_on(mesh: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> list[Any]:
+    """Return optimizers of one matrix with low-rank momentum: on one process, and sharded; with their parameters."""
+    found = []
+    for weight in (torch.zeros(shape, dtype=dtype), place_on(mesh, torch.zeros(shape, dtype=dtype))):
+        param = torch.nn.Parameter(weight)
+        change = {"*": {"momentum": "low_rank", "rank": 2}}
+        found.append((lm.MemOpt([("mlp.up_proj.weight", param)], "adamw", overrides=change, **options), param))
+    return found
+
+
+def place_on(mesh: Any, tensor: torch.Tensor) -> DTensor:
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def bounded_updates_are_those_of_one_process(mesh: Any) -> None:
+    """Every rank bounds its own elements, in steps and in the release of momentum."""
+    optimizers = optimizers_on(mesh, (9, 8), torch.float64, lr=1.0, max_update=0.5)
+    for number in range(1, 9):
+        grad = gradient((9, 8), number).double() * (gradient((9, 8), number + 50) > 1)
+        for optimizer, param in optimizers:
+            param.grad = place_on(mesh, grad) if isinstance(param, DTensor) else grad
+            optimizer.step()
+            if number == 6:
+                optimizer.reformat({"mlp.up_proj.weight": {"rank": 1}})
+    (_, whole), (_, sharded) = optimizers
+    error = relative_error(sharded.full_tensor().detach(), whole.detach())
+    assert error <= TOLERANCE, f"{error:.1e}"
+
+
+def weights_that_leave_their_range_are_an_error_on_all_ranks(mesh: Any) -> None:
+    """Also on the rank whose weights are fine: the first row is on one rank only."""
+    (_, (optimizer, param)) = optimizers_on(mesh, (8, 4), torch.float16, lr=1e4, max_update=None)
+    grad = torch.zeros(8, 4, dtype=torch.float16)
+    grad[0] = 1.0
+    with pytest.raises(FloatingPointError, match="become infinite or undefined in: mlp.up_proj.weight"):  # noqa: PT012
+        for _ in range(20):
+            param.grad = place_on(mesh, grad)
+            optimizer.step()
+    assert bool(param.to_local().isfinite().all())
+    (_, (optimizer, param)) = optimizers_on(mesh, (8, 4), torch.float32)
+    if mesh.get_local_rank() == 1:
+        param.to_local().detach()[0, 0] = torch.nan
+    param.grad = place_on(mesh, grad.float())
+    with pytest.raises(FloatingPointError, match="Weights with non-finite elements before the first step in: mlp.up"):
+        optimizer.step()
 
 
 def rounding_is_that_of_one_process(mesh: Any) -> None:
@@ -330,6 +378,8 @@ EXTRAS = [
     fused_blocks_are_whole,
     torn_fused_blocks,
     rounding_is_that_of_one_process,
+    bounded_updates_are_those_of_one_process,
+    weights_that_leave_their_range_are_an_error_on_all_ranks,
     other_placements_are_refused,
 ]
 
