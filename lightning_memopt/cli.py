@@ -37,7 +37,7 @@ except ImportError as error:
 
 PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
 # What an optimizer is told that its state does not depend on.
-RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "nonfinite", "seed")
+RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "nonfinite", "seed")
 
 
 class BindNames(Callback):

@@ -118,7 +118,7 @@ def a_rank_without_any_gradient(mesh: DeviceMesh) -> None:
     with unchanged(optimizer, params), Traffic() as traffic:
         optimizer.step()
     assert dict(traffic.calls) == {"allreduce": 1}
-    assert traffic.nbytes["allreduce"] == 4 * (3 * len(params) + 2)
+    assert traffic.nbytes["allreduce"] == 4 * (4 * len(params) + 3)
 
 
 def many_are_counted(mesh: DeviceMesh) -> None:
