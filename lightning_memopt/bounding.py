@@ -17,9 +17,9 @@ from lightning_memopt.layout import Layout
 
 # Where the bound changes this share of the elements, it has become a part of the method.
 SHARE = 0.01
-# Elements are counted in one step of ten, from this step on: the first steps of a low-rank momentum, and a spike, may
-# reach the bound without meaning anything. What is said is the mean over this many counted steps.
-EVERY, FIRST, COUNTED = 10, 100, 10
+# Elements are counted in one step of ten, from this step on: the first steps of a low-rank momentum may reach the bound
+# without meaning anything. So may a spike: only several counts in a row say something.
+EVERY, FIRST, COUNTED = 10, 20, 3
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,19 @@ class Tally:
         self._pending = watch if watch.elements else None
 
     def read(self) -> None:
-        """Read the last count; warn where the mean of the last ones is above ``SHARE``."""
+        """Read the last count; warn where all of the last ones are above ``SHARE``."""
         if self._pending is None:
             return
         hits, elements = torch.stack(self._pending.hits).sum().item(), self._pending.elements
         self._pending = None
         self._counts = [*self._counts[1 - COUNTED :], (int(hits), elements)]
-        share = sum(hits for hits, _ in self._counts) / sum(elements for _, elements in self._counts)
-        if len(self._counts) == COUNTED and share > SHARE:
+        shares = [hits / elements for hits, elements in self._counts]
+        if len(shares) == COUNTED and min(shares) > SHARE:
             self._said, self._counts = True, []
             if rank() == 0:
                 warnings.warn(
-                    f"{share:.1%} of all elements of the updates were above the bound `max_update` in the last "
-                    f"{EVERY * COUNTED} steps, so that it has become a part of the method. Gradients may be mostly "
+                    f"{sum(shares) / COUNTED:.1%} of all elements of the updates were above the bound `max_update` in "
+                    f"the last {EVERY * COUNTED} steps, so that it has become a part of the method. Gradients may be mostly "
                     "zero, or the learning rate too high; a larger `max_update` is closer to the method without a "
                     "bound. This is said once.",
                     stacklevel=3,
