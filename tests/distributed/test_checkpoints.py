@@ -111,7 +111,7 @@ def on_a_rank(rank: int, world: int, folder: str, names: tuple[str, ...] | None)
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_ranks(on_a_rank, 4, str(tmp_path_factory.mktemp("checkpoints")), None, timeout=200)
+    return run_ranks(on_a_rank, 4, str(tmp_path_factory.mktemp("checkpoints")), None, timeout=290)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))

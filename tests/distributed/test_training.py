@@ -87,7 +87,7 @@ def outcomes() -> Callable[[int], list[dict[str, str | None]]]:
 
     def of(size: int) -> list[dict[str, str | None]]:
         if size not in done:
-            done[size] = run_ranks(run_cases, size, timeout=240)
+            done[size] = run_ranks(run_cases, size, timeout=290)
         return done[size]
 
     return of
