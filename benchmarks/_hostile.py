@@ -136,9 +136,9 @@ def magnitudes(recipe: str, bound: float | None, seed: int, steps: int = 60) -> 
         try:
             moves.step()
         except FloatingPointError:
-            return Outcome(moves.largest, error="weights would be infinite")
+            return Outcome(moves.largest, error="`FloatingPointError`")
         if not all(bool(param.isfinite().all()) for param in model.parameters()):
-            return Outcome(moves.largest, error="weights are infinite")
+            return Outcome(moves.largest, error="infinite weights")
     return Outcome(moves.largest)
 
 

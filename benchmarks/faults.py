@@ -56,8 +56,8 @@ loading trusts, [strategy.md](strategy.md) how saving and loading work.
 
 ## Counts
 
-One process, both formats (a directory and a file), on a small network with state of `adapm_lean`. "Loaded, content
-right" after a flipped bit means that the bit was one of those without a meaning, in the padding between tensors.
+One process, both formats (a directory and a file), on a small network with state of `adapm_lean`.
+"Loaded, content right" after a flipped bit: it lay in padding.
 
 {table}
 

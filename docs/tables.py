@@ -28,18 +28,19 @@ MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "
 BOUND = f"""
 ## The bound on one step
 
-No step moves a weight by more than `max_update` times the learning rate: every element of |U / D| is bounded, by
-{MAX_UPDATE:g} unless you say otherwise, per parameter group if you like. In ordinary training |U / D| is about 1.
-But low-rank and subspace momentum mix the elements of a gradient, and means of squares hide small ones: where gradients
-are mostly zero, after a spike or after a long silence, D is almost 0 where U is not, and without a bound one step has
-moved a weight by millions of learning rates ([benchmarks/bound.md](benchmarks/bound.md)).
+Weight decay apart, no step moves a weight by more than `max_update` times the learning rate ({MAX_UPDATE:g} by default,
+per parameter group) in blocks whose kinds do not bound it themselves: every element of |U / D| is bounded. In ordinary
+training |U / D| is about 1. But low-rank and subspace momentum mix the elements of a gradient, and means of squares
+hide small ones: where gradients are mostly zero, after a spike or after a long silence, D is almost 0 where U is not,
+and without a bound one step has moved a weight by millions of learning rates
+([benchmarks/bound.md](benchmarks/bound.md)).
 
-- The bound does not apply to momentum `dense` or `none` with second moment `dense`, which is AdamW and RMSProp: the
-  betas bound U / D there, and `adamw` stays equal to torch's AdamW. It does not apply to second moment `none` either:
-  that U has the unit of a gradient, so that clipping gradients is the way to bound it.
+- Not bounded: dense or no momentum with dense second moment (AdamW, RMSProp), where |U / D| is at most about
+  1/√(1 − β₂) without momentum: 4.5 for 0.95, 32 for 0.999. So `adamw` stays equal to torch's AdamW.
+- Not bounded: second moment `none`. That U has the unit of a gradient, so clip gradients to bound it.
 - Momentum that a smaller rank releases at once is bounded as one step, whatever the kinds.
-- The plan table shows the bound of every block. If more than 1% of all elements reach it over 100 steps, the first
-  process warns once.
+- The plan table shows the bound of every block. If more than 1% of all elements exceed it in three counts in a row
+  (every tenth step, from step 20), the first process warns once.
 - `max_update=None` switches it off. A checkpoint from before there was a bound gets the configured one.
 - Weights stay finite, or `FloatingPointError` names the block: also without a bound, and in float16.
 """
