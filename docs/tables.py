@@ -39,8 +39,8 @@ and without a bound one step has moved a weight by millions of learning rates
   1/√(1 − β₂) without momentum: 4.5 for 0.95, 32 for 0.999. So `adamw` stays equal to torch's AdamW.
 - Not bounded: second moment `none`. That U has the unit of a gradient, so clip gradients to bound it.
 - Momentum that a smaller rank releases at once is bounded as one step, whatever the kinds.
-- The plan table shows the bound of every block. If more than 1% of all elements exceed it in three counts in a row
-  (every tenth step, from step 20), the first process warns once.
+- The plan table shows the bound of every block. If more than 1% of all elements in bounded blocks exceed it in three
+  counts in a row (every tenth step, from step 20), the first process warns once.
 - `max_update=None` switches it off. A checkpoint from before there was a bound gets the configured one.
 - Weights stay finite, or `FloatingPointError` names the block: also without a bound, and in float16.
 """
