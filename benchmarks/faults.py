@@ -71,8 +71,8 @@ load reads everything once before it uses anything; ranks divide the files of a 
 
 {costs}
 
-`MemOptFSDPStrategy(verify=False)` leaves out checksums and the search for NaN. Nothing is trusted more: no file can run
-code, and sizes are still compared.
+`MemOptFSDPStrategy(verify=False)` leaves the checksums out. Nothing is trusted more: no file can run code, sizes are
+compared, and weights and state must be finite.
 
 {provenance}
 """
@@ -154,7 +154,7 @@ def costs(megabytes: int, repeats: int) -> list[list[str]]:
                     save_directory(checkpoint, path)
 
             def load(path: Path = path, *, verify: bool) -> None:
-                load_checkpoint(path, model, [], _faults.IO, verify=verify)
+                load_checkpoint(path, model, None, _faults.IO, verify=verify)
 
             saved = seconds(save, repeats)
             with mock.patch.object(zlib, "crc32", return_value=0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -13,7 +13,13 @@ def unknown(what: str, name: object, known: list[str]) -> str:
     """Return the message for a name that is not in ``known``, with the closest one suggested."""
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {what} {name!r}.{hint} Available: {', '.join(known)}."
+    return f"Unknown {what} {name!r}.{hint} Available: {listed(known, 30)}."
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class Registry(Generic[T]):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_memopt._registry import listed
 from lightning_memopt.consensus import rank
 from lightning_memopt.guards import agreed
 from lightning_memopt.layout import Layout
@@ -96,7 +97,7 @@ class Watch:
         bad = [names[position] for position in agreed([count for _, count in self.lost.values()], layouts)]
         if bad:
             raise FloatingPointError(
-                f"Weights would have become infinite or undefined in: {', '.join(bad)}. They keep their values of "
+                f"Weights would have become infinite or undefined in: {listed(bad)}. They keep their values of "
                 "before the step; everything else has taken it. Lower the learning rate, set `max_update`, or keep "
                 "the weights in float32."
             )
@@ -125,9 +126,12 @@ class Tally:
         self._counts: list[tuple[int, int]] = []
         self._said = False
 
-    def watch(self, step: int) -> Watch:
-        """Return what is to watch this step."""
-        return Watch(counting=not self._said and step >= FIRST and step % EVERY == 0)
+    def watch(self, counters: Iterable[Tensor]) -> Watch:
+        """Return what is to watch this step, which the largest of the parameters' counters numbers."""
+        if self._said:
+            return Watch()
+        step = max((int(counter.item()) for counter in counters), default=0)
+        return Watch(counting=step >= FIRST and step % EVERY == 0)
 
     def take(self, watch: Watch) -> None:
         """Keep what a step has counted for :meth:`read`."""
@@ -146,8 +150,8 @@ class Tally:
             if rank() == 0:
                 warnings.warn(
                     f"{sum(shares) / COUNTED:.1%} of all elements of the updates were above the bound `max_update` in "
-                    f"the last {EVERY * COUNTED} steps, so that it has become a part of the method. Gradients may be mostly "
-                    "zero, or the learning rate too high; a larger `max_update` is closer to the method without a "
-                    "bound. This is said once.",
+                    f"the last {EVERY * COUNTED} steps, so that it has become a part of the method. Gradients may be "
+                    "mostly zero, or the learning rate too high; a larger `max_update` is closer to the method without "
+                    "a bound. This is said once.",
                     stacklevel=3,
                 )

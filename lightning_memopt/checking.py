@@ -31,10 +31,11 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
         if not isinstance(state_dict[key], kind) or isinstance(state_dict[key], str):
             raise TypeError(f"The {what} has {key!r} of the wrong type: {_described(state_dict[key])}.")
     for number, group in enumerate(state_dict["param_groups"]):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Sequence):
+        params = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(params, Sequence) or not all(isinstance(index, int | str) for index in params):
             raise TypeError(
                 f"Parameter group {number} of the {what} must be a dict with a list under 'params', "
-                f"got {_described(group)}."
+                f"of positions or names, got {_described(group)}."
             )
     for index, entries in state_dict["state"].items():
         if not isinstance(entries, Mapping):

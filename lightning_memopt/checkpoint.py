@@ -17,6 +17,42 @@ from lightning_memopt.groups import NAMES, TORCHS_OWN, check_group, plain_group
 from lightning_memopt.layout import full_tensor
 
 Blocks = tuple[Block, ...]
+# What torch's AdamW keeps for every parameter.
+ADAMW_KEYS = frozenset(("step", "exp_avg", "exp_avg_sq"))
+
+
+def require_known_state(saved: Mapping[str, Any], optimizer: str) -> None:
+    """Refuse a state dict that is neither one of this package nor one of torch's AdamW.
+
+    Args:
+        saved: The state dict; only its keys matter.
+        optimizer: The name of the optimizer's class, for the message.
+
+    Raises:
+        ValueError: If it lacks what every recipe can go on from.
+    """
+    groups = saved["param_groups"]
+    if any("recipe" in group for group in groups):
+        return  # recipes and keys are compared one by one
+    missing = [key for key in ("betas", "eps") if any(key not in group for group in groups)]
+    entries = [entry for entry in saved["state"].values() if entry]
+    missing = missing or sorted({key for entry in entries for key in ADAMW_KEYS - entry.keys()})
+    if missing:
+        raise cannot_go_on(saved, optimizer, missing)
+
+
+def cannot_go_on(saved: Mapping[str, Any], optimizer: str, missing: Sequence[str]) -> ValueError:
+    """Return the error about a state dict that another kind of optimizer has saved."""
+    groups = saved["param_groups"]
+    recipes = dict.fromkeys(group["recipe"] for group in groups if "recipe" in group)
+    keys = dict.fromkeys(key for group in groups for key in group if key not in ("params", NAMES))
+    by = f"recipe {' and '.join(map(repr, recipes))}" if recipes else f"an optimizer with the options {', '.join(keys)}"
+    what = f"lacks {', '.join(map(repr, missing))}" if missing else "is compressed"
+    return ValueError(
+        f"{optimizer} cannot go on from this checkpoint: its optimizer state {what}. It was saved by {by}. Nothing was "
+        "loaded. Use the optimizer of the run that saved it, or start anew from the weights alone: load them in the "
+        "model, and leave out the optimizer's state (under a Trainer: `ckpt_path`)."
+    )
 
 
 def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -44,7 +80,8 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
         if recipe not in (mine["recipe"], "adamw"):
             raise ValueError(
                 f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer "
-                f"has {mine['recipe']!r}: create it with recipe={recipe!r}."
+                f"has {mine['recipe']!r}. Nothing was loaded. Create the optimizer with `MemOpt(recipe={recipe!r})` or "
+                "that recipe's class, or start anew from the weights alone."
             )
         left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
         kept = {key: value for key, value in theirs.items() if key not in left_out}

@@ -9,14 +9,13 @@ from numbers import Number
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.plan import known_options
 from lightning_memopt.ranges import check_betas, check_number
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
-MAX_UPDATE = 10.0
 MAX_UPDATE = 10.0
 NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
 # Options of torch's AdamW that mean nothing here.
@@ -38,6 +37,9 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
         TypeError: If an entry is neither.
         ValueError: If a parameter or a name occurs twice, if only some have names, or if there are no parameters.
     """
+    if isinstance(params, nn.Module):
+        kind = type(params).__name__
+        raise TypeError(f"`params` must be parameters, got the module {kind}: pass its `named_parameters()`.")
     if isinstance(params, Tensor):
         raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
     if isinstance(params, Mapping):
@@ -70,7 +72,9 @@ def plain(value: Any) -> Any:
 
 def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
-        raise TypeError(f"A parameter group must be a dict with the key 'params', got {group!r}.")
+        raise TypeError(
+            f"A parameter group must be a dict such as {{'params': model.named_parameters()}}, got {_described(group)}."
+        )
     _refuse_set(group["params"])
     entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     given = group.get(NAMES)
@@ -112,9 +116,18 @@ def _is_pair(entry: Any) -> bool:
 def _check_parameter(param: Any, name: str | None) -> None:
     what = f" for {name!r}" if name else ""
     if not isinstance(param, Tensor):
-        raise TypeError(f"Expected a parameter{what}, got {type(param).__name__}: {param!r}.")
+        raise TypeError(f"Expected a parameter{what}, got {_described(param)}.")
     if param.is_complex():
         raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
+
+
+def _described(value: Any) -> str:
+    """Describe a value without its content, which may be a model's weights."""
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, Tensor | list | tuple | set):
+        return f"{type(value).__name__} of {len(value)}" if not isinstance(value, Tensor) else "a tensor"
+    return f"{type(value).__name__}: {value!r:.80}"
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:
@@ -159,8 +172,8 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
                 f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
                 "come from its `recipe`."
             )
-        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(key.lower(), known, 1, _CLOSE)), None)
-        if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", key):
+        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
+        if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):
             raise ValueError(
                 f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A key of "
                 "your own needs a name that is less like one of these."

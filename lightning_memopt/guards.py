@@ -116,7 +116,8 @@ def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, ref
         if heard is None:
             worst = [torch.stack([none, *each.values()]).amax() for each in seen]
             heard = torch.stack([*worst, none + refused]) * (rank() + 1)
-        present = none.new_tensor([entry.param.grad is not None for entry in mine])
+        present = torch.tensor([entry.param.grad is not None for entry in mine], dtype=torch.float32)
+        present = present.to(device, non_blocking=True)  # the host waits for the answers only
         unusable = [torch.stack([each.get(entry.name, none) for entry in mine]) for each in seen]
         rows = torch.stack([1 - present, present, *unusable]) * (rank() + 1)
         said = largest(torch.cat([rows.flatten(), heard.to(device)]), layout)

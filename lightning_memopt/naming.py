@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_memopt.groups import NAMES
@@ -23,6 +23,10 @@ def saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
     """
     groups = state_dict["param_groups"]
     names: Any = state_dict.get(NAMES)
+    if names is not None and not _are_names(names):
+        raise ValueError(
+            f"The state dict has {NAMES!r} that are no lists of names: remove them to load it by position."
+        )
     if names is None:
         names = [group["params"] for group in groups]
         if not _are_names(names):
@@ -114,8 +118,10 @@ def warn_of_positions(state_dict: Mapping[str, Any]) -> None:
         )
 
 
-def _are_names(entries: Iterable[Iterable[Any]]) -> bool:
-    return all(isinstance(entry, str) for group in entries for entry in group)
+def _are_names(entries: Any) -> bool:
+    return isinstance(entries, list | tuple) and all(
+        isinstance(group, list | tuple) and all(isinstance(entry, str) for entry in group) for group in entries
+    )
 
 
 def _prefix(longer: Names, shorter: Names) -> str | None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_memopt import groups as parsing
-from lightning_memopt._registry import unknown
+from lightning_memopt._registry import listed, unknown
 from lightning_memopt.block import Block
 from lightning_memopt.bounding import Tally, Watch
 from lightning_memopt.checking import Share, Values, check_structure
-from lightning_memopt.checkpoint import allocated, examine, loaded, loaded_groups
+from lightning_memopt.checkpoint import allocated, examine, loaded, loaded_groups, require_known_state
 from lightning_memopt.consensus import decided_alike, world_size
 from lightning_memopt.conversion import DROPPED, converted, release
 from lightning_memopt.guards import Judged, exact_arithmetic, verdict
@@ -112,6 +112,10 @@ class MemOpt(torch.optim.Optimizer):
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
         parsing.check_head_dim(head_dim)
+        known = [*parsing.HYPERPARAMETERS, *parsing.OF_THE_OPTIMIZER, *known_options()]
+        for key in options:
+            if key not in known_options():
+                raise ValueError(unknown("option", key, known))
         self._plan = load_plan(recipe).updated(overrides=overrides, options=options)
         if head_dim is not None and not self._plan.has("second_moment", "blockwise"):
             raise ValueError(
@@ -243,9 +247,11 @@ class MemOpt(torch.optim.Optimizer):
         theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
         for param in self._all_params():
             if param not in theirs and (param not in self._names or not theirs.keys() & self._names.keys()):
+                known = self._names.get(param)
+                name = "A parameter without a name," if known is None else f"The parameter {known!r}"
                 raise ValueError(
-                    f"The parameter {self._names.get(param, 'without a name')!r} of shape {tuple(param.shape)} is not "
-                    f"a parameter of the given {type(model).__name__}: bind the model that the optimizer trains."
+                    f"{name} of shape {tuple(param.shape)} is not a parameter of the given {type(model).__name__}: "
+                    "bind the model that the optimizer trains."
                 )
         parts = classify(model, head_dim=self._head_dim)
         with self._undo_on_error():
@@ -425,12 +431,12 @@ class MemOpt(torch.optim.Optimizer):
         self._tally.read()
         if broken:
             raise FloatingPointError(
-                f"Weights with non-finite elements before the first step in: {', '.join(broken)}. Weights and state "
+                f"Weights with non-finite elements before the first step in: {listed(broken)}. Weights and state "
                 "are unchanged. Look at how these weights are initialised or loaded."
             )
         if bad and self._nonfinite == "raise":
             raise FloatingPointError(
-                f"Gradients with non-finite or overflowing elements in: {', '.join(bad)}. Weights and state are "
+                f"Gradients with non-finite or overflowing elements in: {listed(bad)}. Weights and state are "
                 "unchanged. Lower the learning rate, clip gradients, or skip such steps with nonfinite='skip'."
             )
         if bad:
@@ -446,7 +452,7 @@ class MemOpt(torch.optim.Optimizer):
         )
         for _, param in active:
             self.state[param]["step"] += 1
-        watch = self._tally.watch(max((int(self.state[param]["step"]) for _, param in active), default=0))
+        watch = self._tally.watch(self.state[param]["step"] for _, param in active)
         with exact_arithmetic({param.device.type for _, param in active}):
             step.run(watch)
         self._tally.take(watch)
@@ -704,6 +710,7 @@ class MemOpt(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict  # type: ignore[arg-type]
         check_structure(state_dict)
+        require_known_state(state_dict, type(self).__name__)
         self._require_names()
         found = None if ordered else self._places(state_dict)
         by_torch = any(isinstance(index, str) for group in state_dict["param_groups"] for index in group["params"])
@@ -795,7 +802,8 @@ class MemOpt(torch.optim.Optimizer):
     def _saved_state(self, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
         """Return the saved state of every parameter; empty where there is none and none is missed."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        unknown_indices = sorted(set(state_dict["state"]) - set(indices))
+        known = set(indices)
+        unknown_indices = [index for index in state_dict["state"] if index not in known]
         if unknown_indices:
             raise ValueError(f"The state dict has state for parameters {unknown_indices[:5]} that no group lists.")
         ours = any("recipe" in group for group in state_dict["param_groups"])

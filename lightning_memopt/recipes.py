@@ -87,7 +87,11 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     if isinstance(recipe, str) and recipe in PLANS:
         return PLANS.get(recipe)
     if path.suffix in (".yaml", ".yml"):
-        return _from_mapping(_read(path), path.stem, path.parent)
+        data = _read(path)
+        try:
+            return _from_mapping(data, path.stem, path.parent)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"In the recipe file {str(path)!r}: {error}") from error
     raise ValueError(
         f"{unknown('recipe', str(recipe), recipe_names())} Or give the path of a recipe file that ends in .yaml."
     )
@@ -106,6 +110,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not OmegaConf.is_dict(data):
         found = type(OmegaConf.to_container(data)).__name__
         raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {found}.")
+    if not data:
+        raise ValueError(f"The recipe file {str(path)!r} is empty: give at least a `base` or `roles`.")
     return {str(key): value for key, value in _plain(data, f"the recipe file {str(path)!r}").items()}
 
 

@@ -34,17 +34,21 @@ class Facts:
 
     Attributes:
         groups: The hyperparameters of every group.
+        scheduled: Whether a scheduler sets the learning rate.
         blocks: Block name → momentum kind, rank, second-moment kind, dtype of its state.
     """
 
     groups: tuple[dict[str, Any], ...]
+    scheduled: bool
     blocks: dict[str, tuple[str, int | None, str, str]]
 
 
 def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> Facts:
     """Return the facts about an optimizer as it is now."""
+    groups = list(groups)
     return Facts(
         tuple(_hyperparameters(group) for group in groups),
+        any("initial_lr" in group for group in groups),
         {
             block.name: (
                 block.recipe.momentum.name,
@@ -86,6 +90,10 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
     if any("state in" not in change for change in blocks):
         ways.append("call `optimizer.reformat`")
     own = f" To keep yours, {' and '.join(ways)} after loading, in `on_train_start` under a Trainer." if ways else ""
+    if after.scheduled and any(change.startswith("lr ") for change in groups):
+        own += " A scheduler sets `lr` again in its next step: set its `base_lrs`, too."
+    if any("state in" in change for change in blocks):
+        own += " The dtype of state stays that of the checkpoint."
     notify(f"{optimizer} goes on from step {step} of {_source.get()}{made}{decided}.{own}")
 
 

@@ -191,3 +191,16 @@ def test_an_optimizer_without_names_says_so():
 def test_an_optimizer_without_names_has_none_in_its_file():
     assert "param_names" not in lm.AdaPM([nn.Parameter(torch.ones(3))]).state_dict()
     assert "param_names" not in lm.AdaPM(network().parameters()).state_dict()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_state_of_other_optimizers_is_refused(kind):
+    """Without momentum SGD has no state at all, and its learning rate would have been taken."""
+    model = torch.nn.Linear(4, 4)
+    saved = kind(model.named_parameters(), lr=0.1)
+    model(torch.ones(1, 4)).sum().backward()
+    saved.step()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="AdaPMLean cannot go on from this checkpoint: .* lacks 'betas'"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-3

@@ -88,7 +88,15 @@ def test_kinds_and_dtypes_are_told():
     assert "second moment dense instead of factored in 1 block" in line
     assert "state in bfloat16 instead of float32 in 4 blocks" in line
     (line,) = said(lambda: linear().load_state_dict(linear(state_dtype="bfloat16").state_dict()))
-    assert line.endswith("state in bfloat16 instead of float32 in 4 blocks.")
+    assert line.endswith("in 4 blocks. The dtype of state stays that of the checkpoint.")
+
+
+def test_a_scheduler_that_sets_the_rate_again_is_told():
+    saved, ours = linear(lr=1e-3), linear(lr=1e-2)
+    for optimizer in (saved, ours):
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    (line,) = said(lambda: ours.load_state_dict(saved.state_dict()))
+    assert line.endswith("A scheduler sets `lr` again in its next step: set its `base_lrs`, too.")
 
 
 def test_a_conversion_is_told():

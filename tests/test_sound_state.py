@@ -33,6 +33,23 @@ def refused(optimizer, state, kind, match):
 
 
 @pytest.mark.parametrize(
+    ("change", "kind", "match"),
+    [
+        (lambda s: s["param_groups"][0].update(params=[[0], 1]), TypeError, "of positions or names"),
+        (lambda s: s["state"].update(zz={}), ValueError, r"state for parameters \['zz'\] that no group lists"),
+        (lambda s: s["state"].update({99: {}}), ValueError, r"state for parameters \[99\] that no group lists"),
+        (lambda s: s.update(param_names=5), ValueError, "no lists of names under 'param_names'"),
+        (lambda s: s.update(param_names=[5]), ValueError, "no lists of names under 'param_names'"),
+    ],
+)
+def test_the_structure_is_checked(change, kind, match):
+    optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    refused(optimizer, state, kind, match)
+
+
+@pytest.mark.parametrize(
     ("step", "match"),
     [
         (torch.tensor(float("nan")), "'step' = nan: it must be a whole number of at least 0"),

@@ -94,7 +94,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
         return load_checkpoint(
             self.broadcast(checkpoint_path),
             self.model,
-            self._trained_by if fitting else [],
+            self._trained_by if fitting else None,
             self.checkpoint_io,
             strict=self.lightning_module.strict_loading,
             weights_only=weights_only,

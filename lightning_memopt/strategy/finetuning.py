@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+_by_value = BaseFinetuning.filter_on_optimizer
+
+
+def let_finetuning_compare_sharded_parameters(trainer: Trainer) -> None:
+    """Let finetuning callbacks tell by identity which sharded parameters an optimizer has.
+
+    Lightning compares values: that fails for parameters that are sharded along different dimensions, and takes two
+    biases of zeros for the same. Parameters that are not sharded are compared as before.
+    """
+    if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        BaseFinetuning.filter_on_optimizer = staticmethod(_not_in)  # type: ignore[method-assign]
+
+
+def _not_in(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
+    params = list(params)
+    if not any(isinstance(param, DTensor) for param in params):
+        return _by_value(optimizer, params)
+    known = {param for group in optimizer.param_groups for param in group["params"]}
+    new = [param for param in params if param not in known]
+    if len(new) < len(params):
+        rank_zero_warn(
+            f"{len(params) - len(new)} of the parameters that are unfrozen are in the optimizer already, and stay in "
+            "their group. Make the optimizer from parameters with `requires_grad` only."
+        )
+    return new
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_memopt.resuming import loading_from
+from lightning_memopt.resuming import loading_from, notify
 from lightning_memopt.strategy import atomic
 from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint_io import is_local, reads_plainly
@@ -43,7 +43,7 @@ Adapting = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 def load_checkpoint(
     path: Any,
     model: nn.Module,
-    optimizers: Optimizers,
+    optimizers: Optimizers | None,
     checkpoint_io: Any,
     *,
     strict: bool = True,
@@ -57,7 +57,7 @@ def load_checkpoint(
     Args:
         path: A directory or a file.
         model: The LightningModule, sharded or not.
-        optimizers: Its optimizers; none loads the weights only.
+        optimizers: Its optimizers; None loads the weights only.
         checkpoint_io: Lightning's CheckpointIO, which reads files.
         strict: Whether the model and the checkpoint must have the same names.
         weights_only: As for ``torch.load``.
@@ -101,9 +101,10 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     with closing(open_alone(path, lambda: _open(path, None, verify))) as opened:
         if isinstance(opened, OpenedFile):
             return dict(opened.read(verify=verify)[WEIGHTS])
-        keys = [key for key in opened.index.state_dict_metadata if key.startswith(f"{WEIGHTS}.")]
         opened.check((0, 1))
-        return {key.removeprefix(f"{WEIGHTS}."): opened.whole(key) for key in keys}
+        places = opened.index.planner_data.items()
+        tensors = {place[1]: opened.whole(key) for key, place in places if place[0] == WEIGHTS and len(place) == 2}
+        return tensors | _read_objects(opened, WEIGHTS)
 
 
 def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirectory | OpenedFile:
@@ -112,7 +113,8 @@ def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirector
         return OpenedDirectory(path, weights_only=weights_only, verify=verify)
     if not place.is_file():
         raise ValueError(
-            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name."
+            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name "
+            f"(working directory: {Path.cwd()})."
         )
     return OpenedFile(path)
 
@@ -128,9 +130,15 @@ def _read_on_all(read: Callable[[], T], group: Any) -> T:
 
 
 def _load_whole(
-    checkpoint: Any, model: nn.Module, optimizers: Optimizers, strict: bool, path: Any, group: Any, adapting: Adapting
+    checkpoint: Any,
+    model: nn.Module,
+    optimizers: Optimizers | None,
+    strict: bool,
+    path: Any,
+    group: Any,
+    adapting: Adapting,
 ) -> dict[str, Any]:
-    share = rank_and_size(group)
+    share, trained = rank_and_size(group), optimizers or ()
     ours: dict[str, Any] = get_model_state_dict(model)
     restore: list[Callable[[], None]] = []
     weights, states = parts_of(checkpoint, WEIGHTS, STATES)
@@ -138,13 +146,13 @@ def _load_whole(
 
     def check() -> None:
         _check_counts(states, optimizers)
-        _check_weights(weights, ours, strict, fitting=bool(optimizers))
-        ordered = [by_position(state, opt, model) for state, opt in zip(states, optimizers, strict=False)]
-        for (state, _), optimizer in zip(ordered, optimizers, strict=False):
+        _check_weights(weights, ours, strict, fitting=bool(trained))
+        ordered = [by_position(state, opt, model) for state, opt in zip(states, trained, strict=False)]
+        for (state, _), optimizer in zip(ordered, trained, strict=False):
             check_family(state, optimizer)
-        for (state, named), optimizer in zip(ordered, optimizers, strict=False):
+        for (state, named), optimizer in zip(ordered, trained, strict=False):
             restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=True))
-        check_values(weights, ours, model, share)
+        check_values(weights, ours, model, share, path)
 
     with adapting(rest):
         on_all(check, group)
@@ -161,22 +169,21 @@ def _load_whole(
 def _load_directory(
     opened: OpenedDirectory,
     model: nn.Module,
-    optimizers: Optimizers,
+    optimizers: Optimizers | None,
     strict: bool,
     weights_only: bool | None,
     group: Any,
     adapting: Adapting,
 ) -> dict[str, Any]:
-    share, index, prefix = rank_and_size(group), opened.index, f"{WEIGHTS}."
+    share, index, trained = rank_and_size(group), opened.index, optimizers or ()
     on_all(lambda: opened.check(share), group)
     saved = _saved_optimizers(index)
     _check_counts(list(saved.values()), optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
-    shapes = {
-        key.removeprefix(prefix): _template(index, key) for key in index.state_dict_metadata if key.startswith(prefix)
-    }
-    _check_weights(shapes, ours, strict, fitting=bool(optimizers))
-    if optimizers:
+    # Extra state that is nested has several entries, which its place in the state dict holds together.
+    shapes = {place[1]: _template(index, key) for key, place in index.planner_data.items() if place[0] == WEIGHTS}
+    _check_weights(shapes, ours, strict, fitting=bool(trained))
+    if trained:
         _read_groups(opened, saved)
     restore: list[Callable[[], None]] = []
     # Everything is read and checked before anything is written, so weights are there twice for a while: as much memory
@@ -184,19 +191,20 @@ def _load_directory(
     with adapting(opened.rest):
         ready = [
             _read_optimizer(opened, name, tree, optimizer, model, weights_only, group)
-            for (name, tree), optimizer in zip(saved.items(), optimizers, strict=False)
+            for (name, tree), optimizer in zip(saved.items(), trained, strict=False)
         ]
         weights = {
-            name: torch.empty_like(value) if isinstance(value, Tensor) else value
+            name: torch.empty_like(value)
             for name, value in ours.items()
-            if name in shapes
+            if isinstance(value, Tensor) and name in shapes
         }
         _read(opened, {WEIGHTS: weights}, weights_only, group)
+        weights |= _read_objects(opened, WEIGHTS)
 
         def check() -> None:
-            for (state, named), optimizer in zip(ready, optimizers, strict=False):
+            for (state, named), optimizer in zip(ready, trained, strict=False):
                 restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=False))
-            check_values(weights, ours, model, share)
+            check_values(weights, ours, model, share, opened.path)
 
         on_all(check, group)
     with loading_from(repr(str(opened.path))):
@@ -204,6 +212,15 @@ def _load_directory(
             load_optimizer()
     write_weights(weights, ours, model)
     return opened.rest
+
+
+def _read_objects(opened: OpenedDirectory, part: str) -> dict[str, Any]:
+    """Return what is no tensor of a part of the state dict, such as the extra state of modules: whole on every rank."""
+    found: dict[str, Any] = {}
+    for key, place in opened.index.planner_data.items():
+        if place[0] == part and (len(place) > 2 or _template(opened.index, key) is None):
+            set_element(found, place, opened.whole(key))
+    return found.get(part, {})
 
 
 def _read_groups(opened: OpenedDirectory, trees: dict[str, dict[str, Any]]) -> None:
@@ -247,8 +264,9 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
 
 
 def _template(index: Metadata, key: str) -> Tensor | None:
+    """Return what a weight looks like; None for extra state that is no tensor."""
     entry = index.state_dict_metadata[key]
-    if not isinstance(entry, TensorStorageMetadata):
+    if not isinstance(entry, TensorStorageMetadata) or len(index.planner_data[key]) > 2:
         return None
     return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
@@ -280,13 +298,18 @@ def _read(opened: OpenedDirectory, state: dict[str, Any], weights_only: bool | N
 # ---------------------------------------------------------------------- whether it fits
 
 
-def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse optimizer states that are not of these optimizers.
+def _check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | None) -> None:
+    """Refuse optimizer states that are not of these optimizers; warn if there are states and nothing to train.
 
     Raises:
         KeyError: If there are none at all.
         ValueError: If there are more or fewer.
     """
+    if optimizers is not None and not optimizers and saved:
+        notify(
+            f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returned None: they "
+            "are not loaded, and the next checkpoint will not have them."
+        )
     if optimizers and not saved:
         raise KeyError(
             "Trying to restore optimizer state but checkpoint contains only the model. This is probably due to "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ _OPCODES = frozenset((
     "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "APPEND", "APPENDS",
     "EMPTY_DICT", "SETITEM", "SETITEMS",
 ))  # fmt: skip
-_MEMORY_FORMATS = 3
+_MEMORY_FORMATS, _MOST_CELLS = 3, 10_000_000
 _SEPARATORS = re.compile(r"[/\\\0]")
 
 
@@ -130,12 +132,29 @@ def _storage(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
         raise ValueError("a tensor has no dtype")
     dtype, layout, requires_grad, memory_format, _ = properties
     if layout != "torch.strided" or memory_format not in range(_MEMORY_FORMATS):
-        raise ValueError(f"a tensor has the layout {layout!r} and the memory format {memory_format!r}")
+        raise ValueError(
+            f"a tensor has the layout {reprlib.repr(layout)} and the memory format {reprlib.repr(memory_format)}"
+        )
     size = _size(fields.get("size"))
     chunks = [_chunk(chunk, size) for chunk in _list(fields, "chunks")]
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
         raise ValueError(f"the parts of a tensor of shape {tuple(size)} do not add up to it")
+    if len(chunks) > 1 and _overlap(chunks):
+        raise ValueError(f"parts of a tensor of shape {tuple(size)} lie over each other")
     return TensorStorageMetadata(TensorProperties(dtype=dtype, requires_grad=bool(requires_grad)), size, chunks)
+
+
+def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Return whether two parts share an element, told by the cells of the grid that all their edges make."""
+    boxes = [[(start, start + size) for start, size in zip(c.offsets, c.sizes, strict=True)] for c in chunks]
+    edges = [sorted({edge for span in spans for edge in span}) for spans in zip(*boxes, strict=True)]
+    if math.prod(map(len, edges)) > _MOST_CELLS:
+        raise ValueError(f"it cuts a tensor into {len(chunks)} parts that are no grid")
+    cells = [{edge: cell for cell, edge in enumerate(each)} for each in edges]
+    covered = torch.zeros([len(each) for each in edges], dtype=torch.int16)
+    for box in boxes:
+        covered[tuple(slice(cell[start], cell[end]) for cell, (start, end) in zip(cells, box, strict=True))] += 1
+    return bool((covered > 1).any())
 
 
 def _chunk(value: Any, size: torch.Size) -> ChunkStorageMetadata:
@@ -160,7 +179,7 @@ def _place(value: Any, entries: Mapping[str, Any]) -> tuple[str | int, ...]:
     for step in place:
         # A position is that of a list, which gets as long as it says.
         if not isinstance(step, str) and not (isinstance(step, int) and 0 <= step <= len(entries)):
-            raise ValueError(f"it has the place {place!r}")
+            raise ValueError(f"it has the place {reprlib.repr(place)}")
     if not place:
         raise ValueError("it has a place without a name")
     return place
@@ -173,11 +192,13 @@ def _info(key: Any, value: Any) -> tuple[MetadataIndex, _StorageInfo]:
     if _SEPARATORS.search(name) or name in ("", ".", ".."):
         raise ValueError(f"it names the file {name!r}, which is not in the directory of the checkpoint")
     if info.get("transform_descriptors"):
-        raise ValueError(f"{name!r} was written through the extensions {info['transform_descriptors']!r}")
+        raise ValueError(f"{name!r} was written through the extensions {reprlib.repr(info['transform_descriptors'])}")
     if not all(isinstance(number, int) and number >= 0 for number in (start, length)):
-        raise ValueError(f"it places an entry of {name!r} at {start!r} with the length {length!r}")
+        raise ValueError(
+            f"it places an entry of {name!r} at {reprlib.repr(start)} with the length {reprlib.repr(length)}"
+        )
     if number is not None and not isinstance(number, int):
-        raise ValueError(f"it numbers a part of {index.get('fqn')!r} with {number!r}")
+        raise ValueError(f"it numbers a part with {reprlib.repr(number)}")
     where = None if offset is None else _size(offset)
     return MetadataIndex(_text(index.get("fqn")), where, number), _StorageInfo(name, start, length)  # type: ignore[arg-type]
 
@@ -203,11 +224,11 @@ def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"it has {value!r} in the place of a name")
+        raise ValueError(f"it has {reprlib.repr(value)} in the place of a name")
     return value
 
 
 def _size(value: Any) -> torch.Size:
     if not isinstance(value, tuple) or not all(isinstance(length, int) and length >= 0 for length in value):
-        raise ValueError(f"it has {value!r} in the place of a shape")
+        raise ValueError(f"it has {reprlib.repr(value)} in the place of a shape")
     return torch.Size(value)

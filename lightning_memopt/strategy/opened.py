@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from lightning_memopt._registry import listed
 from lightning_memopt.strategy.agreement import on_all
 from lightning_memopt.strategy.atomic import current
 from lightning_memopt.strategy.checksums import Checksum, checksum, parsed
-from lightning_memopt.strategy.directory import CHECKSUMS, INDEX, REST, SAMPLED, SHARDS
+from lightning_memopt.strategy.directory import CHECKSUMS, INDEX, REST, SAMPLED, SHARDS, is_checkpoint
 from lightning_memopt.strategy.metadata import parse_metadata
 from lightning_memopt.strategy.reading import naming, open_regular, verify_zip
 
@@ -80,7 +81,7 @@ class OpenedDirectory:
             except FileNotFoundError:
                 raise ValueError(
                     f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either a "
-                    "save was interrupted, or a part of the directory was copied."
+                    f"part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
                 ) from None
         rest, index = (self._files[name].read() for name in (REST, INDEX))
         self.identity = hashlib.blake2b(rest + index, digest_size=16).hexdigest()
@@ -97,6 +98,11 @@ class OpenedDirectory:
         for name in {*self._ends(), *(self._checksums or {})}:
             if name not in self._files:
                 self._open_shard(name)
+
+    def _checkpoints_inside(self) -> str:
+        entries = sorted(current(self.path).iterdir())
+        found = [entry.name for entry in entries if is_checkpoint(entry) or entry.suffix == ".ckpt"]
+        return f" ({listed(list(map(repr, found)), 3)})" if found else ""
 
     def _parse_rest(self, content: bytes) -> dict[str, Any]:
         path = self.path / REST
@@ -177,7 +183,10 @@ class OpenedDirectory:
     def _compare(self, name: str) -> None:
         assert self._checksums is not None
         if checksum(self._files[name]) != self._checksums[name]:
-            raise self._mixed(name, f"its content is not what was saved together with {REST!r}; or it is damaged")
+            raise ValueError(
+                f"The checkpoint {str(self.path)!r} is damaged: {name!r} does not match its checksum in {REST!r} (it "
+                "has changed, or is from another save). Use another checkpoint."
+            )
 
     def _warn_of_missing_checksums(self, rank: int) -> None:
         if self._checksums is None and rank == 0:
@@ -244,7 +253,8 @@ class OpenedDirectory:
         entry = self.index.state_dict_metadata[key]
         if not isinstance(entry, TensorStorageMetadata):
             return self.object(key)
-        value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with naming(self.path / INDEX):  # the shape may be nonsense
+            value = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             part = value
             for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):

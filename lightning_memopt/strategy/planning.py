@@ -22,5 +22,5 @@ class FirstRankPlanner(DefaultSavePlanner):
         plan = super().create_local_plan()
         if self.is_coordinator:
             return plan
-        self.plan = replace(plan, items=[item for item in plan.items if item.type != WriteItemType.TENSOR])
+        self.plan = replace(plan, items=[item for item in plan.items if item.type == WriteItemType.SHARD])
         return self.plan

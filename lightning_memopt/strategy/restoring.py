@@ -102,7 +102,9 @@ def _loader(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, whole: b
     return load
 
 
-def check_values(weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.Module, share: Share) -> None:
+def check_values(
+    weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.Module, share: Share, path: Any
+) -> None:
     """Refuse weights that are no numbers, or not finite; buffers may have infinite elements, as masks do.
 
     Args:
@@ -110,6 +112,7 @@ def check_values(weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.
         ours: The model's.
         model: The model.
         share: This rank's position, and how many ranks divide looking at tensors that all of them have.
+        path: The checkpoint, for the message.
 
     Raises:
         ValueError: Naming the first that is refused.
@@ -117,7 +120,7 @@ def check_values(weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.
     values, params = Values(share), parameter_names(model)
     for name, value in weights.items():
         if isinstance(value, Tensor) and isinstance(ours.get(name), Tensor):
-            what = f"The saved weight {name!r}"
+            what = f"The saved weight {name!r} in {str(path)!r}"
             check_kind(value, what)
             if name in params:
                 values.add(what, value, infinite=not params[name].requires_grad)

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_memopt.strategy.checkpoints import CheckpointingStrategy
-from lightning_memopt.strategy.explaining import ExplainingStrategy
+from lightning_memopt.strategy.explaining import explain
 from lightning_memopt.strategy.failures import FirstFailure
+from lightning_memopt.strategy.finetuning import let_finetuning_compare_sharded_parameters
 from lightning_memopt.strategy.initial import check_same_structure
 from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
@@ -40,7 +41,7 @@ from lightning_memopt.wrapping import blocks, divided_by_dtype, find_units, reso
 Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
 
 
-class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
+class MemOptFSDPStrategy(CheckpointingStrategy):
     """FSDP2 for LightningModules that do not shard themselves, with optimizer state sharded like the parameters.
 
     Args:
@@ -58,7 +59,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
             ``accumulate_grad_batches`` is more than 1; in between every rank keeps gradients of full size.
         cpu_offload: Whether parameters, gradients and optimizer state live in the CPU's memory.
         save_distributed_checkpoint: Whether a checkpoint is a directory with a file per rank, or one file.
-        verify: Whether a checkpoint is read once before it is loaded, to compare its checksums and to look for NaN.
+        verify: Whether a checkpoint is read once before it is loaded, to compare its checksums.
         process_group_backend: None for the default of the device.
         timeout: Of collectives.
 
@@ -159,6 +160,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        explain(exception, self.model)
         if self._first_failure is not None:
             self._first_failure.share(exception)
 
@@ -176,6 +178,7 @@ class MemOptFSDPStrategy(ExplainingStrategy, CheckpointingStrategy):
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+            let_finetuning_compare_sharded_parameters(trainer)
             refuse_embeddings(self.model)
         refuse_fsdp1(self.model)
         self._known.learn(self.model)

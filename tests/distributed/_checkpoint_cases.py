@@ -290,6 +290,20 @@ def hybrid_sharding(ranks: dict[int, World], folder: Path) -> None:
     there_and_back(lean, ranks[3], hybrid, folder / "from three", steps=2)
 
 
+class Noted(nn.Module):
+    """Extra state of several parts, which every rank has of its own."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.note: dict[str, Any] = {"rank": value, "parts": [value, {"sum": torch.full((2,), value)}]}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.note
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.note = state
+
+
 class Normed(nn.Module):
     """Batch norms of several sizes, whose statistics every rank has of its own, and a parameter that is not sharded."""
 
@@ -300,6 +314,7 @@ class Normed(nn.Module):
         fully_shard(self.norms, mesh=world.mesh)
         for buffer in self.norms.buffers():
             buffer.fill_(value)
+        self.notes = nn.ModuleList(Noted(value) for _ in range(3))
 
 
 @case
@@ -321,6 +336,8 @@ def statistics_are_those_of_the_first_rank(ranks: dict[int, World], folder: Path
             loaded = torch.optim.AdamW(other.parameters(), lr=0.01)
             load(folder / f"{label} {format}", other, loaded, world=world)
             assert all((buffer == 1).all() for buffer in other.norms.buffers())
+            for noted in other.notes:
+                same_content(noted.note, Noted(1.0).note)
             assert_equal(other.scale.data, first[0])
             assert_equal(loaded.state[other.scale]["exp_avg"], torch.ones(3))
             assert [float(entry["step"]) for entry in loaded.state.values()] == [10.0] * 11
@@ -566,14 +583,14 @@ FITTING = [
     (sgd, momentum),
 ]
 FOREIGN = [
-    (lean, adamw, "AdamW cannot", "saved by recipe 'adapm_lean', which lacks 'exp_avg'"),
-    (lean, sgd, "SGD cannot", "saved by recipe 'adapm_lean', which lacks 'momentum'"),
-    (lean, of_torch(torch.optim.RMSprop), "RMSprop cannot", "which lacks 'alpha'"),
-    (sgd, adamw, "AdamW cannot", "with the hyperparameters lr, momentum, dampening", "which lacks 'betas', 'eps'"),
-    (sgd, lean, "AdaPMLean cannot", "with the hyperparameters lr, momentum, dampening", "which lacks 'betas', 'eps'"),
-    (of_torch(torch.optim.Adamax), lean, "AdaPMLean cannot", "which lacks 'exp_avg_sq'"),
-    (adamw, of_torch(torch.optim.Adamax), "Adamax cannot", "which lacks 'exp_inf'"),
-    (adamw, of_torch(torch.optim.Adagrad), "Adagrad cannot", "which lacks 'lr_decay'"),
+    (lean, adamw, "AdamW cannot", "saved by recipe 'adapm_lean'", "lacks 'exp_avg'"),
+    (lean, sgd, "SGD cannot", "saved by recipe 'adapm_lean'", "lacks 'momentum'"),
+    (lean, of_torch(torch.optim.RMSprop), "RMSprop cannot", "lacks 'alpha'"),
+    (sgd, adamw, "AdamW cannot", "with the options lr, momentum, dampening", "lacks 'betas', 'eps'"),
+    (sgd, lean, "AdaPMLean cannot", "with the options lr, momentum, dampening", "lacks 'betas', 'eps'"),
+    (of_torch(torch.optim.Adamax), lean, "AdaPMLean cannot", "lacks 'exp_avg_sq'"),
+    (adamw, of_torch(torch.optim.Adamax), "Adamax cannot", "lacks 'exp_inf'"),
+    (adamw, of_torch(torch.optim.Adagrad), "Adagrad cannot", "lacks 'lr_decay'"),
 ]
 
 
@@ -701,8 +718,8 @@ DAMAGES: list[tuple[Any, str, str]] = [
     (cut_off(".metadata"), ".metadata", "truncated"),
     (cut_off("meta.pt"), "meta.pt", "is truncated or damaged"),
     (cut_off("meta.pt", 0), "meta.pt", "is no checkpoint"),
-    (replaced("__1_0.distcp"), "__1_0.distcp", "mixes files of different saves"),
-    (replaced("__0_0.distcp", "__1_0.distcp", ".metadata"), ".metadata", "mixes files of different saves"),
+    (replaced("__1_0.distcp"), "__1_0.distcp", "does not match its checksum"),
+    (replaced("__0_0.distcp", "__1_0.distcp", ".metadata"), ".metadata", "does not match its checksum"),
     (replaced("meta.pt"), ".metadata", "from another"),
     (flipped, "__1_0.distcp", "its content is not what was saved"),
     (lambda path, later: shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp"), "__2_0.distcp", "mixes files"),

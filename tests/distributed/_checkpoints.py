@@ -124,7 +124,7 @@ def save(path: Path, model: nn.Module, *optimizers: Optimizer, format: str, worl
 
 
 def load(path: Path, model: nn.Module, *optimizers: Optimizer, world: World, **options: Any) -> dict[str, Any]:
-    return load_checkpoint(path, model, optimizers, AtomicCheckpointIO(), group=world.group, **options)
+    return load_checkpoint(path, model, optimizers or None, AtomicCheckpointIO(), group=world.group, **options)
 
 
 def difference(model: nn.Module, expected: dict[str, Tensor], *, exact: bool) -> str:

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
@@ -1213,6 +1213,36 @@ def callbacks_that_average_weights_are_refused() -> None:
             fit(module, callbacks=[callback])
         assert not any(isinstance(param, DTensor) for param in module.parameters())
         trainer(callbacks=[make()]).validate(LanguageModule(), verbose=False)
+
+
+class Thawed(BaseFinetuning):
+    """Unfreezes what is sharded along one dimension or the other, vectors of equal values, and statistics."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.model.embed_tokens)
+        self.freeze(pl_module.model.layers[0])
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            modules = [pl_module.model.embed_tokens, pl_module.model.layers[0]]
+            self.unfreeze_and_add_param_group(modules, optimizer, lr=1e-3)
+
+
+@case(2)
+def finetuning_adds_sharded_parameters() -> None:
+    def make(module: LightningModule) -> torch.optim.Optimizer:
+        return lm.AdaPMLean([(name, p) for name, p in module.named_parameters() if p.requires_grad], lr=1e-3)
+
+    module = LanguageModule(optimizer=make)
+    frozen = [*module.model.embed_tokens.parameters(), *module.model.layers[0].parameters()]
+    count, names = len(frozen), {name for name, param in module.named_parameters() if any(param is p for p in frozen)}
+    before = {name: param.detach().clone() for name, param in module.named_parameters() if name in names}
+    fit(module, callbacks=[Thawed()], max_epochs=2, max_steps=-1)
+    (optimizer,) = module.trainer.optimizers
+    assert [len(group["params"]) for group in optimizer.param_groups][1:] == [count]
+    after = lm.full_state_dict(module)
+    if dist.get_rank() == 0:
+        assert all((after[name] != before[name]).any() for name in names)
 
 
 @case(2)
