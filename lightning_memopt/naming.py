@@ -25,7 +25,7 @@ def saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
     names: Any = state_dict.get(NAMES)
     if names is not None and not _are_names(names):
         raise ValueError(
-            f"The state dict has {NAMES!r} that are no lists of names: remove them to load it by position."
+            f"The state dict has no lists of names under {NAMES!r}: remove it to load the state by position."
         )
     if names is None:
         names = [group["params"] for group in groups]

@@ -204,3 +204,20 @@ def test_state_of_other_optimizers_is_refused(kind):
     with pytest.raises(ValueError, match="AdaPMLean cannot go on from this checkpoint: .* lacks 'betas'"):
         optimizer.load_state_dict(saved.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_distributed_checkpoints_of_an_older_version_lack_keys(tmp_path):
+    """Torch loads into what is there, and refuses a key that the file does not have."""
+    model, saved = torch.nn.Linear(4, 4), {}
+    for max_update in (10.0, 3.0):
+        optimizer = lm.AdaPMLean(model.named_parameters(), max_update=max_update)
+        fill_grads(list(model.parameters()), 0)
+        optimizer.step()
+        saved[max_update] = get_optimizer_state_dict(model, optimizer)
+    for group in saved[10.0]["param_groups"]:
+        del group["max_update"]
+    dcp.save({"optimizer": saved[10.0]}, checkpoint_id=tmp_path)
+    template = {"optimizer": saved[3.0]}
+    dcp.load(template, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(model, optimizer, template["optimizer"])
+    assert [group["max_update"] for group in optimizer.param_groups] == [3.0]

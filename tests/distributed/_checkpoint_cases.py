@@ -491,7 +491,7 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
         texts = (
             "Training goes on only with the model",
             "helps `validate`, `test` and `predict`",
-            "leave out `ckpt_path`",
+            "under a Trainer: `ckpt_path`",
         )
         with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", *texts):
             load_here(other, adamw(other))
@@ -610,7 +610,11 @@ def other_kinds_of_optimizers(ranks: dict[int, World], folder: Path) -> None:
         save(folder / str(number), *after_a_step(make, world), format=format, world=world)
         model, optimizer = after_a_step(other, world, seed=1)
         if texts:
-            texts += ["Nothing was loaded", "Use the optimizer of the run that saved it", "leave out `ckpt_path`"]
+            texts += [
+                "Nothing was loaded",
+                "Use the optimizer of the run that saved it",
+                "under a Trainer: `ckpt_path`",
+            ]
             with unchanged(model, optimizer), raises(ValueError, *texts):
                 load(folder / str(number), model, optimizer, world=world)
         else:
@@ -721,7 +725,7 @@ DAMAGES: list[tuple[Any, str, str]] = [
     (replaced("__1_0.distcp"), "__1_0.distcp", "does not match its checksum"),
     (replaced("__0_0.distcp", "__1_0.distcp", ".metadata"), ".metadata", "does not match its checksum"),
     (replaced("meta.pt"), ".metadata", "from another"),
-    (flipped, "__1_0.distcp", "its content is not what was saved"),
+    (flipped, "__1_0.distcp", "does not match its checksum"),
     (lambda path, later: shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp"), "__2_0.distcp", "mixes files"),
     (of_another_tool, "__1_0.distcp", "truncated"),
     (from_more_ranks, "__2_0.distcp", "'.metadata' does not know it"),
