@@ -491,7 +491,7 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
         texts = (
             "Training goes on only with the model",
             "helps `validate`, `test` and `predict`",
-            "under a Trainer: `ckpt_path`",
+            "leave out `ckpt_path`",
         )
         with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", *texts):
             load_here(other, adamw(other))
