@@ -306,15 +306,20 @@ def saving_again_and_again(path: Path, seeds: tuple[int, ...], *, whole: bool) -
         os.waitpid(child, 0)
 
 
+def one_save(path: Path, expected: dict[int, Any]) -> str:
+    """Load, and tell whether all that was loaded is from one of the saves."""
+    loaded = load(path)
+    right = same(loaded, expected[loaded[2]["global_step"]])
+    return "loaded, the content is right" if right else "A MIXTURE OF TWO SAVES"
+
+
 def reading_beside_a_writer(folder: Path, count: int, *, whole: bool) -> Counter[str]:
     path = folder / "last.ckpt"
     expected = {seed: save(path, seed, whole=whole) for seed in (1, 2)}
     found: Counter[str] = Counter()
     with saving_again_and_again(path, (1, 2), whole=whole):
         for _ in range(count):
-            loaded = load(path)
-            right = same(loaded, expected[loaded[2]["global_step"]])
-            found["loaded, the content is right" if right else "A MIXTURE OF TWO SAVES"] += 1
+            found[one_save(path, expected)] += 1
     return found
 
 
@@ -331,9 +336,7 @@ def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) ->
         if status:
             found["THE OTHER WRITER FAILED"] += 1
             continue
-        loaded = load(path)
-        right = same(loaded, expected[loaded[2]["global_step"]])
-        found["loaded, the content is right" if right else "A MIXTURE OF TWO SAVES"] += 1
+        found[one_save(path, expected)] += 1
     save(path, 1, whole=whole)
     if [entry.name for entry in folder.iterdir()] != ["last.ckpt"]:
         found["LEFTOVERS"] += 1
@@ -348,9 +351,7 @@ def killed_saves(folder: Path, rng: random.Random, count: int, *, whole: bool) -
     for _ in range(count):
         with saving_again_and_again(path, (1, 2), whole=whole):
             time.sleep(0.02 + rng.random() * 0.1)
-        loaded = load(path)
-        right = same(loaded, expected[loaded[2]["global_step"]])
-        found["loaded, the content is right" if right else "A MIXTURE OF TWO SAVES"] += 1
+        found[one_save(path, expected)] += 1
     return found
 
 
