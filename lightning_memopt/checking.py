@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt._registry import listed
 from lightning_memopt.layout import local_tensor
 
 Share = tuple[int, int]
@@ -21,7 +22,7 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
         ValueError: If ``state`` or ``param_groups`` is missing.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"The {what} must be a dict with 'state' and 'param_groups', got {_described(state_dict)}.")
+        raise TypeError(f"The {what} must be a dict with 'state' and 'param_groups', got {described(state_dict)}.")
     for key, kind in (("state", Mapping), ("param_groups", Sequence)):
         if key not in state_dict:
             raise ValueError(
@@ -29,17 +30,17 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
                 "returned."
             )
         if not isinstance(state_dict[key], kind) or isinstance(state_dict[key], str):
-            raise TypeError(f"The {what} has {key!r} of the wrong type: {_described(state_dict[key])}.")
+            raise TypeError(f"The {what} has {key!r} of the wrong type: {described(state_dict[key])}.")
     for number, group in enumerate(state_dict["param_groups"]):
         params = group.get("params") if isinstance(group, Mapping) else None
         if not isinstance(params, Sequence) or not all(isinstance(index, int | str) for index in params):
             raise TypeError(
                 f"Parameter group {number} of the {what} must be a dict with a list under 'params', "
-                f"of positions or names, got {_described(group)}."
+                f"of positions or names, got {described(group)}."
             )
     for index, entries in state_dict["state"].items():
         if not isinstance(entries, Mapping):
-            raise TypeError(f"The {what} has for parameter {index!r} no dict of state, but {_described(entries)}.")
+            raise TypeError(f"The {what} has for parameter {index!r} no dict of state, but {described(entries)}.")
 
 
 def check_step(value: Any, name: str) -> None:
@@ -50,11 +51,11 @@ def check_step(value: Any, name: str) -> None:
     """
     tensor = value.detach() if isinstance(value, Tensor) else None
     if tensor is not None and (tensor.numel() != 1 or tensor.is_complex() or tensor.is_meta or tensor.is_sparse):
-        raise ValueError(f"The saved state of {name!r} has a 'step' that is {_described(value)}, not one number.")
+        raise ValueError(f"The saved state of {name!r} has a 'step' that is {described(value)}, not one number.")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"The saved state of {name!r} has a 'step' that is {_described(value)}, no number.") from None
+        raise ValueError(f"The saved state of {name!r} has a 'step' that is {described(value)}, no number.") from None
     if not (number >= 0 and number.is_integer()):
         raise ValueError(
             f"The saved state of {name!r} has 'step' = {number:g}: it must be a whole number of at least 0."
@@ -125,15 +126,16 @@ def _refusal(what: str, has: str) -> str:
     return f"{what} has {has}: the run had diverged, or the file is damaged. Go on from an earlier checkpoint."
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Describe a value of the wrong sort in a few words, without the numbers of a model that it may hold."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, Mapping):
         return f"a dict with {_few(value)}"
-    text = repr(value)
-    return f"{type(value).__name__}: {text if len(text) <= 60 else text[:57] + '...'}"
+    if isinstance(value, list | tuple | set):
+        return f"{type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__}: {value!r:.60}"
 
 
 def _few(keys: Iterable[Any]) -> str:
-    names = [repr(key) for key in keys]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+    return listed([repr(key) for key in keys]) or "nothing"

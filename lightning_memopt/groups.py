@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memopt._registry import unknown
+from lightning_memopt.checking import described
 from lightning_memopt.plan import known_options
 from lightning_memopt.ranges import check_betas, check_number
 
@@ -73,7 +74,7 @@ def plain(value: Any) -> Any:
 def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(
-            f"A parameter group must be a dict such as {{'params': model.named_parameters()}}, got {_described(group)}."
+            f"A parameter group must be a dict such as {{'params': model.named_parameters()}}, got {described(group)}."
         )
     _refuse_set(group["params"])
     entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -116,18 +117,9 @@ def _is_pair(entry: Any) -> bool:
 def _check_parameter(param: Any, name: str | None) -> None:
     what = f" for {name!r}" if name else ""
     if not isinstance(param, Tensor):
-        raise TypeError(f"Expected a parameter{what}, got {_described(param)}.")
+        raise TypeError(f"Expected a parameter{what}, got {described(param)}.")
     if param.is_complex():
         raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
-
-
-def _described(value: Any) -> str:
-    """Describe a value without its content, which may be a model's weights."""
-    if isinstance(value, Mapping):
-        return f"a dict with the keys {', '.join(map(repr, value))}"
-    if isinstance(value, Tensor | list | tuple | set):
-        return f"{type(value).__name__} of {len(value)}" if not isinstance(value, Tensor) else "a tensor"
-    return f"{type(value).__name__}: {value!r:.80}"
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:

@@ -180,7 +180,7 @@ def weight():
         (torch.nn.Linear(2, 2), TypeError, "got the module Linear: pass its `named_parameters"),
         (set(nn.Linear(2, 2).parameters()), TypeError, "a set has none: use a list"),
         ([{"params": set(nn.Linear(2, 2).parameters())}], TypeError, "a set has none: use a list"),
-        ([{"lr": 1.0}], TypeError, "must be a dict such as .*, got a dict with the keys 'lr'"),
+        ([{"lr": 1.0}], TypeError, "must be a dict such as .*, got a dict with 'lr'"),
         ([{"params": [("a", weight())], "momentum": 0.9}], ValueError, "In parameter group 0: Unknown key 'momentum'"),
         ([{"params": [("a", weight())], "lr": -1}], ValueError, "In parameter group 0: `lr` must be"),
         ([{"params": [("a", weight())], "rank": 0}], ValueError, "`rank` must be"),
