@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import lightning_memopt
-from lightning_memopt.signals import Probe
+from lightning_memopt.optim.signals import Probe
 
 ADAMW, LEAN, UNIFORM = "AdamW", "adapm_lean", "uniform"
 REFERENCES = (ADAMW, LEAN)

@@ -115,8 +115,8 @@ def cell(outcomes: Sequence[Outcome]) -> str:
 
 def page(results: Mapping[tuple[str, str, float | None], list[Outcome]], args: argparse.Namespace) -> str:
     """Return the page."""
-    from lightning_memopt.groups import MAX_UPDATE
-    from lightning_memopt.recipes import recipe_names
+    from lightning_memopt.optim.groups import MAX_UPDATE
+    from lightning_memopt.plans.recipes import recipe_names
 
     seeds = f"one seed ({args.seeds[0]})" if len(args.seeds) == 1 else f"seeds {args.seeds}: mean loss, worst movement"
     losses = {key: [outcome.loss for outcome in found if outcome.loss is not None] for key, found in results.items()}

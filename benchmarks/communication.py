@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(ROOT))
 
 import lightning_memopt as lm
-from lightning_memopt import collectives
-from lightning_memopt.placement import shard_dims
-from lightning_memopt.wrapping import find_units
+from lightning_memopt.plans.placement import shard_dims
+from lightning_memopt.sharding import collectives
+from lightning_memopt.sharding.wrapping import find_units
 from tests._traffic import Traffic
 
 # hidden, intermediate, layers, heads, vocabulary

@@ -28,8 +28,8 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT))
 
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.saving import model_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, save_directory, save_file
 from tests import _faults
 
 HEAD = ["what was done", "times", "refused, file named", "loaded, content right", "anything else"]

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lightning_memopt as lm  # noqa: E402
-from lightning_memopt.groups import MAX_UPDATE  # noqa: E402
+from lightning_memopt.optim.groups import MAX_UPDATE  # noqa: E402
 from lightning_memopt.planner.skeletons import skeleton  # noqa: E402
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")

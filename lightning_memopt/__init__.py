@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_memopt.measuring import take_snapshot
-from lightning_memopt.momentum import MOMENTA, Direction, Momentum
-from lightning_memopt.optimizer import MemOpt
-from lightning_memopt.optimizers import (
+from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
+from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
+from lightning_memopt.optim.classes import (
     Adafactor,
     AdaGradSNSM,
     AdamMini,
@@ -17,13 +17,13 @@ from lightning_memopt.optimizers import (
     AdaPMMini,
     RMSPropSN,
 )
-from lightning_memopt.plan import Plan, Recipe
+from lightning_memopt.optim.measuring import take_snapshot
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.resuming import ResumeWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
-from lightning_memopt.recipes import load_plan, recipe_names
-from lightning_memopt.resuming import ResumeWarning
-from lightning_memopt.roles import NamingScheme, Rule, classify, register_naming_scheme
-from lightning_memopt.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
-from lightning_memopt.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
+from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.recipes import load_plan, recipe_names
+from lightning_memopt.plans.roles import NamingScheme, Rule, classify, register_naming_scheme
 
 if TYPE_CHECKING:
     from lightning_memopt import metrics

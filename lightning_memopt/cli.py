@@ -1,7 +1,7 @@
 """The command line: LightningCLI that gives our optimizers the names of the parameters.
 
 ``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
-``lightning-memopt plan`` tells what a run will need; see :mod:`lightning_memopt.plan_command`.
+``lightning-memopt plan`` tells what a run will need; see :mod:`lightning_memopt.planner.command`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from lightning_memopt import plan_command
-from lightning_memopt.optimizer import MemOpt
-from lightning_memopt.plan_command import Configured
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.planner import command as plan_command
+from lightning_memopt.planner.command import Configured
 from lightning_memopt.planner.planning import Candidate
-from lightning_memopt.wrapping import resolve_policy
+from lightning_memopt.sharding.wrapping import resolve_policy
 
 try:
     import jsonargparse

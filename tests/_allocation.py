@@ -6,8 +6,8 @@ import random
 
 from lightning_memopt.callbacks.budget import smallest
 from lightning_memopt.callbacks.policies import Candidate, Problem
-from lightning_memopt.roles import ROLES
-from lightning_memopt.signals import BlockSignals
+from lightning_memopt.optim.signals import BlockSignals
+from lightning_memopt.plans.roles import ROLES
 
 
 def taken(blocks, ranks):

@@ -27,11 +27,11 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_memopt import AdaPMLean, MemOpt
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.checksums import checksum
-from lightning_memopt.strategy.directory import CHECKSUMS
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.files.checksums import checksum
+from lightning_memopt.strategy.files.directory import CHECKSUMS
 
 GOOD = ("refused by name", "loaded, the content is right")
 IO = AtomicCheckpointIO()

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 import lightning_memopt as lm
 from lightning_memopt import AdaptiveMomentum
 from lightning_memopt.callbacks import POLICIES
-from lightning_memopt.signals import BlockSignals, Probe
+from lightning_memopt.optim.signals import BlockSignals, Probe
 from tests._compare import assert_equal
 
 VOCAB, LENGTH, WIDTH = 12, 6, 24

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memopt.strategy import atomic
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.files import atomic
 from tests._compare import assert_equal
 
 IO = AtomicCheckpointIO()

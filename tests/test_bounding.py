@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt import bounding
-from lightning_memopt.plan import Recipe
+from lightning_memopt.optim import bounding
+from lightning_memopt.plans.plan import Recipe
 from tests._compare import assert_equal, relative_error
 from tests._models import fill_grads, tiny_llama, train
 from tests.contract.against_reference import gradients, reference_of

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_memopt import collectives
-from lightning_memopt.collectives import Sum, drive, request, together
+from lightning_memopt.sharding import collectives
+from lightning_memopt.sharding.collectives import Sum, drive, request, together
 from tests._compare import assert_equal
 from tests.contract.cases import layout_of
 

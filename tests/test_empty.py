@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.kind import Kind
-from lightning_memopt.momentum import Momentum
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import Momentum
 from tests._compare import assert_equal
 from tests.contract.cases import all_momenta, all_second_moments, gradient, label
 

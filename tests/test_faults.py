@@ -16,11 +16,11 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 import lightning_memopt as lm
-from lightning_memopt.strategy import atomic
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.directory import CHECKSUMS
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.metadata import parse_metadata
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.files import atomic
+from lightning_memopt.strategy.files.directory import CHECKSUMS
+from lightning_memopt.strategy.files.metadata import parse_metadata
 from tests import _faults
 from tests._faults import GOOD, PLACES, WHOLE_PLACES, in_index, load, same, save, sums_renewed, training
 

@@ -7,10 +7,10 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_memopt.kind import Kind
-from lightning_memopt.momentum import MOMENTA, DenseMomentum, LowRankMomentum, SubspaceMomentum
-from lightning_memopt.momentum.projections import HANDOVERS, PROJECTIONS
-from lightning_memopt.second_moment import SECOND_MOMENTS, BlockwiseSecondMoment, SubsetNormSecondMoment
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, LowRankMomentum, SubspaceMomentum
+from lightning_memopt.kinds.momentum.projections import HANDOVERS, PROJECTIONS
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, BlockwiseSecondMoment, SubsetNormSecondMoment
 from tests._compare import assert_equal, assert_same_projector, relative_error
 from tests.contract.against_reference import SEQUENCES, errors, gradients, reference_of
 from tests.contract.cases import (

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_memopt import linalg
-from lightning_memopt.linalg import (
+from lightning_memopt.kinds import linalg
+from lightning_memopt.kinds.linalg import (
     Noise,
     chunks,
     column_square_sums,

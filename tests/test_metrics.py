@@ -26,6 +26,7 @@ from torchmetrics import Metric, MetricCollection
 
 import lightning_memopt
 import lightning_memopt as lm
+from lightning_memopt.memory.snapshot import BlockFacts, PartBytes
 from lightning_memopt.metrics import (
     MemorySavings,
     MomentumAllocation,
@@ -37,7 +38,6 @@ from lightning_memopt.metrics import (
     optimizer_state_bytes,
     peak_memory,
 )
-from lightning_memopt.snapshot import BlockFacts, PartBytes
 from tests._models import fill_grads
 
 FUNCTIONS: dict[type[Metric], Callable[[lm.Snapshot], dict[str, Any]]] = {

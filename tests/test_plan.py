@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.momentum import LowRankMomentum
-from lightning_memopt.roles import ROLES
+from lightning_memopt.kinds.momentum import LowRankMomentum
+from lightning_memopt.plans.roles import ROLES
 from tests._models import tiny_gpt2, tiny_llama
 
 

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaCon
 
 import lightning_memopt as lm
 from lightning_memopt import cli as cli_module
-from lightning_memopt import plan_command
+from lightning_memopt.memory.sizes import parse_bytes
+from lightning_memopt.planner import command as plan_command
 from lightning_memopt.planner import planning, sweep_memory
 from lightning_memopt.planner.figure import sweep_figure
 from lightning_memopt.planner.memory_plan import ADAMW, COLUMNS
 from lightning_memopt.planner.skeletons import ALIASES, MODELS, skeleton
-from lightning_memopt.sizes import parse_bytes
-from lightning_memopt.wrapping import find_units, own_modules
+from lightning_memopt.sharding.wrapping import find_units, own_modules
 from tests._models import tiny_gpt2, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import pytest
 from lightning_memopt.callbacks.budget import smallest
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Problem
 from lightning_memopt.callbacks.policies.spectra import Spectra, gains, tail
-from lightning_memopt.roles import ROLES
-from lightning_memopt.signals import BlockSignals
+from lightning_memopt.optim.signals import BlockSignals
+from lightning_memopt.plans.roles import ROLES
 from tests._allocation import problem, taken
 
 

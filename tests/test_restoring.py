@@ -21,9 +21,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning
 
 import lightning_memopt as lm
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
 from tests._compare import assert_equal
 from tests._models import fill_grads
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.resuming import loading_from
+from lightning_memopt.optim.resuming import loading_from
 from tests._models import fill_grads, tiny_llama
 
 
@@ -115,7 +115,7 @@ def test_a_learning_rate_in_a_tensor_is_the_same_number():
 
 
 def test_other_processes_are_silent(monkeypatch):
-    monkeypatch.setattr("lightning_memopt.resuming.rank", lambda: 1)
+    monkeypatch.setattr("lightning_memopt.optim.resuming.rank", lambda: 1)
     assert said(lambda: linear(lr=1e-2).load_state_dict(linear(lr=1e-3).state_dict())) == []
 
 

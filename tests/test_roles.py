@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.layout import Slot
-from lightning_memopt.roles import NAMING_SCHEMES, Part, canonical_names
+from lightning_memopt.plans.roles import NAMING_SCHEMES, Part, canonical_names
+from lightning_memopt.sharding.layout import Slot
 from tests._models import tiny_gpt2, tiny_llama
 
 

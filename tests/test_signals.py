@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
-from lightning_memopt.signals import MEMORY, SAMPLE, BlockSignals, Probe
+from lightning_memopt.optim.signals import MEMORY, SAMPLE, BlockSignals, Probe
 from tests._compare import assert_equal
 from tests._models import tiny_gpt2, train
 from tests._ranks import run_ranks

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_memopt.callbacks.budget import check_budget, parse_budget, smallest
 from lightning_memopt.callbacks.policies import Candidate, Problem
-from lightning_memopt.sizes import format_bytes, format_share, parse_bytes
+from lightning_memopt.memory.sizes import format_bytes, format_share, parse_bytes
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.second_moment import SECOND_MOMENTS
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from tests._compare import assert_equal
 from tests._models import fill_grads
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lightning_memopt as lm
-from lightning_memopt.measuring import peak_bytes
+from lightning_memopt.memory.storages import Storages
 from lightning_memopt.metrics import OptimizerStateBytes
-from lightning_memopt.storages import Storages
+from lightning_memopt.optim.measuring import peak_bytes
 from tests._models import fill_grads
 
 
@@ -766,7 +766,7 @@ def test_memory_beside_the_state(model):
 PEAK = """
 import resource, sys, torch
 sys.modules["lightning"] = None  # takes seconds to import, and is not needed
-from lightning_memopt.measuring import peak_bytes
+from lightning_memopt.optim.measuring import peak_bytes
 device = torch.device("cpu")
 before = peak_bytes(device)
 untouched = torch.empty(200_000_000, dtype=torch.uint8)

@@ -18,15 +18,15 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
-from lightning_memopt.placement import shard_dim, shard_dims
+from lightning_memopt.plans.placement import shard_dim, shard_dims
+from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, own_modules, resolve_policy
 from lightning_memopt.strategy import register
 from lightning_memopt.strategy.clipping import clip_grad_norm_, clip_grad_value_
-from lightning_memopt.strategy.materialize import convert, move, pretrained_owners, refuse_uninitializable
 from lightning_memopt.strategy.mesh import resolved_data_size
-from lightning_memopt.strategy.precision import sharded_plugin, sharding_policy
+from lightning_memopt.strategy.model.materialize import convert, move, pretrained_owners, refuse_uninitializable
+from lightning_memopt.strategy.model.precision import sharded_plugin, sharding_policy
+from lightning_memopt.strategy.model.refusals import refuse_fsdp1, refuse_parameters
 from lightning_memopt.strategy.rebinding import KnownParameters, rebind
-from lightning_memopt.strategy.refusals import refuse_fsdp1, refuse_parameters
-from lightning_memopt.wrapping import blocks, divided_by_dtype, find_units, own_modules, resolve_policy
 from tests._models import big_gpt2, big_llama, tiny_gpt2, tiny_llama
 
 
@@ -294,7 +294,7 @@ def test_parameters_with_hooks_are_refused():
 
 
 def test_modules_of_the_older_fsdp_are_refused(monkeypatch):
-    monkeypatch.setattr("lightning_memopt.strategy.refusals.FullyShardedDataParallel", Layer)
+    monkeypatch.setattr("lightning_memopt.strategy.model.refusals.FullyShardedDataParallel", Layer)
     with pytest.raises(TypeError, match="Found modules that are wrapped with .*: 'net.layers.0', .* only supports"):
         refuse_fsdp1(Holder(net=Tower()))
 

@@ -31,11 +31,11 @@ from lightning_memopt.callbacks.console import say
 from lightning_memopt.callbacks.moves import moves, restless
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
 from lightning_memopt.callbacks.policies.base import answer
-from lightning_memopt.consensus import decided_alike
-from lightning_memopt.conversion import DROPPED
-from lightning_memopt.signals import BlockSignals, Probe
-from lightning_memopt.sizes import format_bytes
-from lightning_memopt.snapshot import Snapshot
+from lightning_memopt.memory.sizes import format_bytes
+from lightning_memopt.memory.snapshot import Snapshot
+from lightning_memopt.optim.conversion import DROPPED
+from lightning_memopt.optim.signals import BlockSignals, Probe
+from lightning_memopt.sharding.consensus import decided_alike
 
 SHOWN_MOVES = 4
 
@@ -44,8 +44,8 @@ class AdaptiveMomentum(Callback):
     """Changes the momentum of each block during training, within a budget over all blocks.
 
     Before the first step the budget is divided evenly. Every `every_n_steps` steps of the optimizer the policy reads
-    what the gradients have shown (:class:`~lightning_memopt.signals.BlockSignals`) and may change a few blocks, until
-    the allocation freezes. Works with every strategy and with every recipe that has momentum.
+    what the gradients have shown (:class:`~lightning_memopt.optim.signals.BlockSignals`) and may change a few blocks,
+    until the allocation freezes. Works with every strategy and with every recipe that has momentum.
 
     Args:
         budget: Bytes that momentum may take over all ranks, projections included: a fraction of AdamW's momentum, a

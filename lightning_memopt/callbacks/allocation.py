@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lightning_memopt.block import Block
 from lightning_memopt.callbacks.policies import Candidate
-from lightning_memopt.optimizer import MemOpt
-from lightning_memopt.signals import BlockSignals
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.signals import BlockSignals
 
 Changes = dict[str, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_memopt.callbacks.allocation_figure import add_figure
 from lightning_memopt.callbacks.console import say
 from lightning_memopt.callbacks.memory_report import SCALARS, block_table, show_plan, summary, write_json
-from lightning_memopt.measuring import take_snapshot
+from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics import (
     MemorySavings,
     MomentumAllocation,
@@ -28,7 +28,7 @@ from lightning_memopt.metrics import (
 )
 from lightning_memopt.metrics.base import SnapshotMetric
 from lightning_memopt.metrics.heat_map import figure_size
-from lightning_memopt.snapshot import Snapshot
+from lightning_memopt.optim.measuring import take_snapshot
 
 PROGRESS_BAR = "saved %"
 FILE = "memory.json"

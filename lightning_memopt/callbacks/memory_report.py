@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.model_summary import get_human_readable_count
 
-from lightning_memopt.sizes import format_bytes, format_share
-from lightning_memopt.snapshot import BlockFacts, Snapshot
+from lightning_memopt.memory.sizes import format_bytes, format_share
+from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 
 # Logged scalar (below memopt/) → where it comes from.
 SCALARS = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
 from lightning_memopt.metrics.heat_map import heat_map
-from lightning_memopt.snapshot import BlockFacts, Snapshot
 
 UNKNOWN = -1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_memopt.sizes import format_bytes
+from lightning_memopt.memory.sizes import format_bytes
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 

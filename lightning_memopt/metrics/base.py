@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_memopt.consensus import world_size
-from lightning_memopt.snapshot import Snapshot
+from lightning_memopt.memory.snapshot import Snapshot
+from lightning_memopt.sharding.consensus import world_size
 
 Axes = Any  # of matplotlib, which is imported only to draw
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics.bars import bars
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
-from lightning_memopt.snapshot import Snapshot
 
 PARTS = ("parameters", "gradients", "buffers", "optimizer_state")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
-from lightning_memopt.snapshot import Snapshot
 
 
 def memory_savings(snapshot: Snapshot) -> dict[str, float]:

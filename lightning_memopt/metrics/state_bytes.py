@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.momentum import MOMENTA
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
+from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 from lightning_memopt.metrics.bars import bars
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
-from lightning_memopt.momentum import MOMENTA
-from lightning_memopt.roles import ROLES
-from lightning_memopt.second_moment import SECOND_MOMENTS
-from lightning_memopt.snapshot import BlockFacts, Snapshot
+from lightning_memopt.plans.roles import ROLES
 
 PARTS = ("momentum", "projections", "second_moment", "other")
 

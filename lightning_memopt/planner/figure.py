@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_memopt.memory.sizes import format_bytes
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan
-from lightning_memopt.sizes import format_bytes
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 # Lines of recipes may lie on each other: each has a look of its own, beyond the colour.

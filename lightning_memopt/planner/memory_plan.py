@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lightning_memopt.sizes import format_bytes, format_share
+from lightning_memopt.memory.sizes import format_bytes, format_share
 
 ADAMW = "torch.optim.AdamW"
 COLUMNS = (

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_memopt._registry import unknown
-from lightning_memopt.layout import local_tensor
-from lightning_memopt.optimizer import MemOpt
-from lightning_memopt.placement import shard_dims
-from lightning_memopt.plan import Plan
+from lightning_memopt.memory.sizes import parse_bytes
+from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
 from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_parameter, whole_parameter
-from lightning_memopt.recipes import load_plan, recipe_names
-from lightning_memopt.roles import names_without_role
-from lightning_memopt.sizes import parse_bytes
-from lightning_memopt.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
+from lightning_memopt.plans.placement import shard_dims
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipes import load_plan, recipe_names
+from lightning_memopt.plans.roles import names_without_role
+from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Forms that the Trainer accepts, too.

@@ -2,9 +2,9 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_memopt.strategy.loading import load_weights
+from lightning_memopt.strategy.checkpoint.load import load_weights
 from lightning_memopt.strategy.strategy import MemOptFSDPStrategy
-from lightning_memopt.strategy.whole import full_state_dict, grad_norm
+from lightning_memopt.strategy.unsharded import full_state_dict, grad_norm
 
 __all__ = ["MemOptFSDPStrategy", "full_state_dict", "grad_norm", "load_weights", "register"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_memopt.layout import aligned, local_tensor
+from lightning_memopt.sharding.layout import aligned, local_tensor
 
 
 @torch.no_grad()

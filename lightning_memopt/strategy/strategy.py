@@ -17,17 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from lightning_memopt.strategy.checkpoints import CheckpointingStrategy
+from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, resolve_policy
+from lightning_memopt.strategy.checkpoint.base import CheckpointingStrategy
 from lightning_memopt.strategy.explaining import explain
 from lightning_memopt.strategy.failures import FirstFailure
 from lightning_memopt.strategy.finetuning import let_finetuning_compare_sharded_parameters
-from lightning_memopt.strategy.initial import check_same_structure
 from lightning_memopt.strategy.loose import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
-from lightning_memopt.strategy.precision import ShardedHalfPrecision, ShardedMixedPrecision, sharded_plugin
-from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-from lightning_memopt.strategy.refusals import refuse_callbacks, refuse_embeddings, refuse_fsdp1, refuse_parameters
-from lightning_memopt.strategy.sharding import (
+from lightning_memopt.strategy.model.precision import ShardedHalfPrecision, ShardedMixedPrecision, sharded_plugin
+from lightning_memopt.strategy.model.refusals import (
+    refuse_callbacks,
+    refuse_embeddings,
+    refuse_fsdp1,
+    refuse_parameters,
+)
+from lightning_memopt.strategy.model.same_weights import check_same_structure
+from lightning_memopt.strategy.model.shard import (
     Sharding,
     attributes_kept,
     complete_sharding,
@@ -36,7 +41,7 @@ from lightning_memopt.strategy.sharding import (
     shard,
     sharded_modules,
 )
-from lightning_memopt.wrapping import blocks, divided_by_dtype, find_units, resolve_policy
+from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
 
 Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
 

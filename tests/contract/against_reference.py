@@ -9,9 +9,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from lightning_memopt.kind import Kind, State
-from lightning_memopt.layout import Layout
-from lightning_memopt.momentum import Momentum
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.momentum import Momentum
+from lightning_memopt.sharding.layout import Layout
 from tests._compare import relative_error
 from tests.contract.cases import BETAS, EPS, tick_at
 from tests.contract.running import step

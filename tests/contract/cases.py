@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.kind import Kind
-from lightning_memopt.layout import Layout
-from lightning_memopt.momentum import MOMENTA
-from lightning_memopt.momentum.projections import HANDOVERS, PROJECTIONS
-from lightning_memopt.second_moment import SECOND_MOMENTS
-from lightning_memopt.second_moment.subset_norm import REDUCTIONS
-from lightning_memopt.tick import Tick, block_key
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import MOMENTA
+from lightning_memopt.kinds.momentum.projections import HANDOVERS, PROJECTIONS
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
+from lightning_memopt.kinds.second_moment.subset_norm import REDUCTIONS
+from lightning_memopt.kinds.tick import Tick, block_key
+from lightning_memopt.sharding.layout import Layout
 
 # Options have one meaning each, whatever the kind: values to try are listed by option. Options that are true or false
 # need no entry; an option that is not listed is tried at its default.

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_memopt.kind import Kind
-from lightning_memopt.momentum import Momentum
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import Momentum
 from tests._compare import assert_equal, relative_error
 from tests.contract.cases import BAD_OPTION_VALUES, gradient, label, layout_of, tick_at
 from tests.contract.running import cloned, dense, finish, pretend_sharded, step, steps, task_of

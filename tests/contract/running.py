@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from lightning_memopt.kind import Kind, State
-from lightning_memopt.layout import Layout, local_tensor
-from lightning_memopt.linalg import chunks
-from lightning_memopt.momentum import Direction, Momentum
-from lightning_memopt.second_moment import Denominator
-from lightning_memopt.tick import Tick
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.linalg import chunks
+from lightning_memopt.kinds.momentum import Direction, Momentum
+from lightning_memopt.kinds.second_moment import Denominator
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.layout import Layout, local_tensor
 from tests.contract.cases import BETAS, EPS, tick_at
 
 Task = Generator[Any, Any, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_memopt.momentum import MOMENTA
-from lightning_memopt.second_moment import SECOND_MOMENTS
+from lightning_memopt.kinds.momentum import MOMENTA
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from tests.contract.cases import all_momenta, label, shapes_for
 from tests.contract.checks import CHECKS, check_registry
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lightning_memopt.collectives import Sum, request
-from lightning_memopt.linalg import store_
-from lightning_memopt.momentum import MOMENTA, Direction, Momentum
-from lightning_memopt.momentum.dense import DenseMomentum
+from lightning_memopt.kinds.linalg import store_
+from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
+from lightning_memopt.kinds.momentum.dense import DenseMomentum
+from lightning_memopt.sharding.collectives import Sum, request
 from tests.contract.cases import all_momenta, label, shapes_for, variants
 from tests.contract.checks import CHECKS, check_registry
 

@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 
 from lightning_memopt import AdaPMLean, MemOpt, ResumeWarning
-from lightning_memopt.layout import local_tensor
-from lightning_memopt.strategy import opened as opened_module
-from lightning_memopt.strategy.checksums import ChecksummedStream
-from lightning_memopt.strategy.opened import OpenedDirectory, open_together
-from lightning_memopt.strategy.saving import optimizer_state
+from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.strategy.checkpoint.save import optimizer_state
+from lightning_memopt.strategy.files import opened_directory as opened_module
+from lightning_memopt.strategy.files.checksums import ChecksummedStream
+from lightning_memopt.strategy.files.opened_directory import OpenedDirectory, open_together
 from tests._compare import assert_equal
 from tests._faults import PLACES, Hostile, sums_renewed
 from tests.distributed._checkpoints import (

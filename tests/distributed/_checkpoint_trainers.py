@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_memopt import AdaPMLean
 from lightning_memopt.strategy import MemOptFSDPStrategy
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from tests._compare import assert_equal
 from tests.distributed._checkpoints import FORMATS, Case, World, raises, whole_params, whole_state
 

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_memopt import MemOpt
-from lightning_memopt.layout import fill_, local_tensor
-from lightning_memopt.strategy.checkpoint_io import AtomicCheckpointIO
-from lightning_memopt.strategy.loading import load_checkpoint
-from lightning_memopt.strategy.saving import model_state, optimizer_state, save_directory, save_file
-from lightning_memopt.strategy.states import gathered
+from lightning_memopt.sharding.layout import fill_, local_tensor
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.states import gathered
 from tests._compare import assert_equal
 
 FAMILIES = ("adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor")

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import lightning_memopt as lm
-from lightning_memopt.placement import shard_dims
-from lightning_memopt.wrapping import find_units
+from lightning_memopt.plans.placement import shard_dims
+from lightning_memopt.sharding.wrapping import find_units
 from tests._models import LENGTH, VOCAB, tiny_llama
 from tests._ranks import run_ranks
 

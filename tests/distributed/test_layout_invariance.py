@@ -18,14 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
-from lightning_memopt.block import Block
-from lightning_memopt.bounding import Watch
-from lightning_memopt.kind import Kind
-from lightning_memopt.layout import Layout, Slot
-from lightning_memopt.momentum import Momentum, NoMomentum
-from lightning_memopt.plan import Recipe
-from lightning_memopt.second_moment import NoSecondMoment
-from lightning_memopt.stepping import Step, Update
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import Momentum, NoMomentum
+from lightning_memopt.kinds.second_moment import NoSecondMoment
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.optim.stepping import Step, Update
+from lightning_memopt.plans.plan import Recipe
+from lightning_memopt.sharding.layout import Layout, Slot
 from tests._compare import assert_equal, relative_error
 from tests._ranks import run_ranks
 from tests.contract.cases import (

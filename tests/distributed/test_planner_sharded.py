@@ -14,16 +14,16 @@ pytest.importorskip("lightning.pytorch")
 pytest.importorskip("transformers")
 
 import lightning_memopt as lm
+from lightning_memopt.memory.storages import Storages
 from lightning_memopt.planner.memory_plan import ADAMW
 from lightning_memopt.planner.planning import candidates, plan_module
-from lightning_memopt.storages import Storages
-from lightning_memopt.strategy.precision import (
+from lightning_memopt.sharding.wrapping import find_units
+from lightning_memopt.strategy.model.precision import (
     ShardedHalfPrecision,
     ShardedMixedPrecision,
     ShardedPrecision,
 )
-from lightning_memopt.strategy.sharding import Sharding, shard
-from lightning_memopt.wrapping import find_units
+from lightning_memopt.strategy.model.shard import Sharding, shard
 from tests._models import LENGTH, VOCAB, tiny_gpt2, tiny_llama
 from tests._ranks import run_ranks
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import lightning_memopt as lm
-from lightning_memopt.placement import shard_dims
+from lightning_memopt.plans.placement import shard_dims
 from tests._models import big_gpt2, big_llama
 from tests._ranks import run_ranks
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import lightning_memopt as lm
-from lightning_memopt import collectives
+from lightning_memopt.sharding import collectives
 from tests._compare import assert_equal, relative_error
 from tests._ranks import run_ranks
 from tests._traffic import Traffic

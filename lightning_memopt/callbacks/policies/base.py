@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lightning_memopt._registry import Registry
-from lightning_memopt.signals import BlockSignals
+from lightning_memopt.optim.signals import BlockSignals
 
 
 @dataclass(frozen=True)

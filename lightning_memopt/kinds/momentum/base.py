@@ -1,0 +1,92 @@
+"""The protocol of a momentum kind: gradient in, direction out, state in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_memopt._registry import Registry
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.linalg import Index, take, take_stack
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.layout import Layout
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction ``scale · base + left @ right``, formed a chunk at a time.
+
+    Attributes:
+        base: ``[..., m, n]``; the gradient or a momentum, never a copy of one.
+        scale: A number.
+        left: ``[..., m, r]``, already scaled, or None.
+        right: ``[..., r, n]``, or None.
+    """
+
+    base: Tensor
+    scale: float = 1.0
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def at(self, index: Index, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Return one chunk of the direction, and the number it still has to be multiplied with."""
+        base = self.base[index].to(dtype)
+        if self.left is None or self.right is None:
+            return base, self.scale
+        left, right = take(self.left, index), take_stack(self.right, index)
+        if base.ndim == 2:
+            return torch.addmm(base, left, right, beta=self.scale), 1.0
+        return torch.matmul(left, right).add_(base, alpha=self.scale), 1.0
+
+
+@dataclass(frozen=True)
+class Momentum(Kind):
+    """A momentum kind: turns gradients into directions. Its dense statistic is the average M of the gradients.
+
+    Attributes:
+        projection_keys: Those of its ``keys`` that hold the basis of a subspace, which is counted apart from what is
+            kept in it.
+    """
+
+    projection_keys: ClassVar[tuple[str, ...]] = ()
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+    ) -> Generator[Any, Any, Direction]:
+        """Absorb a gradient and return the direction.
+
+        Args:
+            grad: ``[..., m, n]``, this rank's part, any floating dtype; not modified.
+            state: The local tensors of :meth:`init`; updated in place.
+            layout: The block's layout.
+            beta1: Decay of the average, in [0, 1).
+            tick: The step being taken.
+        """
+        raise NotImplementedError
+
+    def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """Return ``[..., m, r]`` and ``[..., r, n]`` whose product is M, or None if the kind keeps no factors of it."""
+        return None
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return M; of a kind that keeps factors, their product."""
+        factors = self.factors(state, layout)
+        if factors is None:
+            raise NotImplementedError(f"The momentum kind {self.name!r} defines neither factors nor to_dense.")
+        left, right = factors
+        return left @ right
+
+    def resized(self, state: State, layout: Layout) -> State | None:
+        """Return state that goes on from that of the same kind at another rank, or None to go through the dense form.
+
+        A larger rank keeps M exactly, a smaller one keeps its best approximation. State and layout are those of a whole
+        block on one process.
+        """
+        return None
+
+
+MOMENTA: Registry[type[Momentum]] = Registry("momentum kind")

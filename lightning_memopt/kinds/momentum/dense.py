@@ -1,0 +1,57 @@
+"""Adam's momentum: one number per element."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_memopt.kinds.linalg import chunks, store_
+from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.layout import ELEMENTWISE, Layout, Sizes
+
+
+@MOMENTA.register("dense")
+@dataclass(frozen=True)
+class DenseMomentum(Momentum):
+    """M ← β₁ M + (1−β₁) G,  U = M / (1−β₁ᵗ).  State: ``exp_avg``, m·n numbers, as in ``torch.optim.AdamW``.
+
+    Attributes:
+        bias_correction: Divide by 1−β₁ᵗ, as Adam does; AdaGrad-style optimizers do not.
+    """
+
+    name: ClassVar[str] = "dense"
+    keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
+
+    bias_correction: bool = True
+
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return ``exp_avg``, of the shape of the block."""
+        return {"exp_avg": ELEMENTWISE}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+    ) -> Generator[Any, Any, Direction]:
+        """Average the gradient in."""
+        yield from ()
+        average = state["exp_avg"].view(layout.local)
+        noise = self.rounding(layout, tick, "exp_avg")
+        for index in chunks(average):
+            part = average[index].to(layout.dtype).lerp_(grad[index].to(layout.dtype), 1 - beta1)
+            store_(average[index], part, noise and noise.part(index))
+        return Direction(average, 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0)
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return ``exp_avg``."""
+        return state["exp_avg"].view(layout.local).to(layout.dtype)
+
+    def from_dense(self, momentum: Tensor, layout: Layout) -> State:
+        """Keep the momentum as it is."""
+        state = self.init(layout)
+        store_(state["exp_avg"].view(layout.local), momentum)
+        return state

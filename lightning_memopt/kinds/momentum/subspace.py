@@ -1,0 +1,141 @@
+"""Subspace-Momentum: momentum inside a low-dimensional subspace, plain SGD outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_memopt.kinds.linalg import gram, leading_triplets, matmul, signed_eigh, store_
+from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
+from lightning_memopt.kinds.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
+from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.collectives import Sum, request, together
+from lightning_memopt.sharding.layout import Layout, Sizes, Whole
+
+
+@MOMENTA.register("subspace")
+@dataclass(frozen=True)
+class SubspaceMomentum(Momentum):
+    """Momentum in a subspace of the short side (SNSM, arXiv 2411.07120).
+
+    For a tall block, m ≥ n (a wide one is its transpose)::
+
+        every `gap` steps:  P ← `projection`(G),  X ← `handover`(X)
+        X ← β₁ X + (1−β₁) G P
+        U = X Pᵀ / (1−β₁ᵗ) + (G − G P Pᵀ)
+
+    State: ``subspace_p`` ``[..., n, k]`` with orthonormal (or zero) columns, ``subspace_x`` ``[..., m, k]``.
+
+    Attributes:
+        rank: k: an integer, or a fraction of the short side (then at least 4).
+        gap: Steps between two choices of the subspace; blocks take turns.
+        projection: ``power`` (warm-started power iteration), ``svd`` (exact), ``random``, ``topk`` (coordinates).
+        handover: ``reset``, ``rotate`` or ``keep``: what becomes of the momentum in a new subspace.
+        bias_correction: Divide the momentum by 1−β₁ᵗ.
+        correct_complement: Divide the complement by it, too, as the authors' code does.
+    """
+
+    name: ClassVar[str] = "subspace"
+    keys: ClassVar[tuple[str, ...]] = ("subspace_p", "subspace_x")
+    projection_keys: ClassVar[tuple[str, ...]] = ("subspace_p",)
+
+    rank: int | float = 1 / 8
+    gap: int = 10
+    projection: str = "power"
+    handover: str = "reset"
+    bias_correction: bool = True
+    correct_complement: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.rank)
+        if isinstance(self.gap, bool) or not isinstance(self.gap, int) or self.gap < 1:
+            raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {self.gap!r}.")
+        PROJECTIONS.get(self.projection)
+        HANDOVERS.get(self.handover)
+
+    def resolve(self, layout: Layout) -> SubspaceMomentum:
+        """Turn a fraction into a number for this block."""
+        return replace(self, rank=resolve_rank(self.rank, layout))
+
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return the basis, which every rank needs as a whole, and the momentum's coordinates in it."""
+        rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
+        return {"subspace_p": (Whole(short), rank), "subspace_x": (long, rank)}
+
+    def needs_whole(self, layout: Layout) -> bool:
+        """Return whether the projection compares parts of the short side that different ranks hold."""
+        return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(_sides(layout)[1])
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+    ) -> Generator[Any, Any, Direction]:
+        """Refresh the subspace when due, average the projected gradient in."""
+        long, short = _sides(layout)
+        tall = grad if long == -2 else grad.mT
+        basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
+        old = mine = layout.along(basis, at=-2, dim=short)
+        due = tick.due(self.gap)
+        if due:
+            mine = yield from PROJECTIONS.get(self.projection)(tall, basis, layout, long, short, tick)
+        (projected,), momentum = yield from together(
+            request(Sum(matmul(tall, mine), layout, short)),
+            HANDOVERS.get(self.handover if due else "keep")(momentum, old, mine, layout, short),
+        )
+        if due:
+            self._store_basis(state, mine, layout, short, tick)
+        momentum = momentum.lerp(projected, 1 - beta1)
+        store_(state["subspace_x"], momentum, self.rounding(layout, tick, "subspace_x"))
+        inside = 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0
+        outside = inside if self.correct_complement else 1.0
+        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), mine.mT
+        return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
+
+    def _store_basis(self, state: State, basis: Tensor, layout: Layout, short: int, tick: Tick) -> None:
+        target = layout.along(state["subspace_p"], at=-2, dim=short)
+        noise = self.rounding(layout, tick, "subspace_p")
+        if noise is not None:
+            start = layout.offset[short]
+            noise = noise.part((*[slice(0, None)] * (basis.ndim - 2), slice(start, None)))
+        store_(target, basis, noise)
+
+    def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return X and Pᵀ, or P and Xᵀ for a wide block."""
+        basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
+        return (momentum, basis.mT) if _sides(layout)[0] == -2 else (basis, momentum.mT)
+
+    def resized(self, state: State, layout: Layout) -> State:
+        """Keep the directions of the subspace that hold most momentum, or add zeros, which a new subspace replaces."""
+        mine = self.init(layout)
+        rank, (basis, momentum) = mine["subspace_p"].shape[-1], (state[key] for key in self.keys)
+        if rank < basis.shape[-1]:
+            # Directions are kept also where they hold no momentum yet, as in the first steps.
+            turn = signed_eigh(gram(momentum))[1][..., -rank:].flip(-1)
+            basis, momentum = basis.double() @ turn, momentum.double() @ turn
+        store_(mine["subspace_p"][..., : basis.shape[-1]], basis)
+        store_(mine["subspace_x"][..., : momentum.shape[-1]], momentum)
+        return mine
+
+    def from_dense(self, momentum: Tensor, layout: Layout) -> State:
+        """Keep what the leading singular vectors of the momentum span."""
+        state = self.init(layout)
+        tall = momentum if _sides(layout)[0] == -2 else momentum.mT
+        basis = leading_triplets(tall, state["subspace_p"].shape[-1])[2].mT.to(layout.dtype)
+        store_(state["subspace_p"], basis)
+        store_(state["subspace_x"], tall.to(layout.dtype) @ basis)
+        return state
+
+    def infer(self, state: Mapping[str, Tensor], layout: Layout) -> SubspaceMomentum:
+        """Read the rank off the basis."""
+        kind = replace(self, rank=max(1, int(state["subspace_p"].shape[-1])))
+        return Momentum.infer(kind, state, layout)
+
+
+def _sides(layout: Layout) -> tuple[int, int]:
+    """Return the long and the short dimension of the block."""
+    m, n = layout.matrix[-2:]
+    return (-2, -1) if m >= n else (-1, -2)

@@ -1,0 +1,98 @@
+"""The protocol of a second-moment kind: gradient in, denominator out, state in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_memopt._registry import Registry
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.linalg import Index, store_, take
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.layout import Layout
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """A denominator ``√square · √square' / √correction + eps``, formed a chunk at a time.
+
+    Attributes:
+        squares: Up to two tensors that broadcast against the block ``[..., m, n]``; none means a denominator of 1.
+        correction: The bias correction of the second moment.
+        eps: Added to the root.
+        run: Where given, every column of ``squares[0]`` stands for this many columns of the block.
+    """
+
+    squares: tuple[Tensor, Tensor] | tuple[Tensor] | tuple[()] = ()
+    correction: float = 1.0
+    eps: float = 0.0
+    run: int | None = None
+
+    def part(self, layout: Layout) -> Denominator:
+        """Return this rank's part of a whole block's denominator without runs."""
+        assert self.run is None
+        return replace(self, squares=tuple(layout.part(square) for square in self.squares))  # type: ignore[arg-type]
+
+    def at(self, index: Index, dtype: torch.dtype, columns: int) -> Tensor | None:
+        """Return what broadcasts against one chunk of the block, or None for 1."""
+        if not self.squares:
+            return None
+        first, *rest = (take(square, index).to(dtype).sqrt() for square in self.squares)
+        if self.correction != 1.0:
+            first.div_(self.correction**0.5)
+        if self.run is not None:
+            first = first.repeat_interleave(self.run, dim=-1)[..., :columns]
+        return (first * rest[0] if rest else first).add_(self.eps)
+
+
+@dataclass(frozen=True)
+class SecondMoment(Kind):
+    """A second-moment kind: turns gradients into denominators. Its dense statistic is the average V of the squares.
+
+    Attributes:
+        normalizes: Whether the denominator has the unit of a gradient, so that U / D has none and can be bounded.
+        bias_correction: Divide by 1−β₂ᵗ, as Adam does (never where β₂ = 1, which accumulates).
+    """
+
+    normalizes: ClassVar[bool] = True
+
+    bias_correction: bool = True
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+    ) -> Generator[Any, Any, Denominator]:
+        """Absorb a gradient and return the denominator.
+
+        Args:
+            grad: ``[..., m, n]``, this rank's part, any floating dtype; not modified.
+            state: The local tensors of :meth:`init`; updated in place.
+            layout: The block's layout.
+            beta2: Decay of the average, in [0, 1); 1 adds up instead of averaging.
+            eps: Added to the root.
+            tick: The step being taken.
+        """
+        raise NotImplementedError
+
+    def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
+        """Return the denominator of the last step once more.
+
+        State and layout are those of a whole block on one process.
+        """
+        return Denominator((self.to_dense(state, layout),), self.correction(beta2, tick), eps)
+
+    def accumulate_(self, state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
+        """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""
+        new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
+        store_(state[key], new, self.rounding(layout, tick, key))
+        return new
+
+    def correction(self, beta2: float, tick: Tick) -> float:
+        """Return the bias correction of this step."""
+        return 1 - beta2**tick.step if self.bias_correction and beta2 < 1 else 1.0
+
+
+SECOND_MOMENTS: Registry[type[SecondMoment]] = Registry("second-moment kind")

@@ -1,0 +1,54 @@
+"""Adam's second moment: one number per element."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_memopt.kinds.linalg import chunks, store_
+from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.sharding.layout import ELEMENTWISE, Layout, Sizes
+
+
+@SECOND_MOMENTS.register("dense")
+@dataclass(frozen=True)
+class DenseSecondMoment(SecondMoment):
+    """V ← β₂ V + (1−β₂) G²,  D = √(V / (1−β₂ᵗ)) + ε.  State: ``exp_avg_sq``, m·n numbers, as in torch's AdamW."""
+
+    name: ClassVar[str] = "dense"
+    keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+    squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+    needs_matrix: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
+
+    def sizes(self, layout: Layout) -> dict[str, Sizes]:
+        """Return ``exp_avg_sq``, of the shape of the block."""
+        return {"exp_avg_sq": ELEMENTWISE}
+
+    def update(
+        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+    ) -> Generator[Any, Any, Denominator]:
+        """Average the squares in."""
+        yield from ()
+        average = state["exp_avg_sq"].view(layout.local)
+        noise = self.rounding(layout, tick, "exp_avg_sq")
+        weight = 1 - beta2 if beta2 < 1 else 1.0
+        for index in chunks(average):
+            part = grad[index].to(layout.dtype)
+            new = average[index].to(layout.dtype).mul_(beta2).addcmul_(part, part, value=weight)
+            store_(average[index], new, noise and noise.part(index))
+        return Denominator((average,), self.correction(beta2, tick), eps)
+
+    def to_dense(self, state: State, layout: Layout) -> Tensor:
+        """Return ``exp_avg_sq``."""
+        return state["exp_avg_sq"].view(layout.local).to(layout.dtype)
+
+    def from_dense(self, square: Tensor, layout: Layout) -> State:
+        """Keep the second moment as it is."""
+        state = self.init(layout)
+        store_(state["exp_avg_sq"].view(layout.local), square)
+        return state

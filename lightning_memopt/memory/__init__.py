@@ -1,0 +1,1 @@
+"""Facts about memory: bytes behind tensors, sizes as people write them, and snapshots of an optimizer."""

@@ -1,0 +1,1 @@
+"""The optimizer, its recipes as classes, and what reads it."""

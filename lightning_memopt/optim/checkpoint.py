@@ -1,0 +1,203 @@
+"""Reading a saved state dict: keys and shapes decide kinds and ranks; what does not fit is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
+from lightning_memopt.optim.conversion import converted
+from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
+from lightning_memopt.sharding.layout import full_tensor
+
+Blocks = tuple[Block, ...]
+# What torch's AdamW keeps for every parameter.
+ADAMW_KEYS = frozenset(("step", "exp_avg", "exp_avg_sq"))
+
+
+def require_known_state(saved: Mapping[str, Any], optimizer: str) -> None:
+    """Refuse a state dict that is neither one of this package nor one of torch's AdamW.
+
+    Args:
+        saved: The state dict; only its keys matter.
+        optimizer: The name of the optimizer's class, for the message.
+
+    Raises:
+        ValueError: If it lacks what every recipe can go on from.
+    """
+    groups = saved["param_groups"]
+    if any("recipe" in group for group in groups):
+        return  # recipes and keys are compared one by one
+    missing = [key for key in ("betas", "eps") if any(key not in group for group in groups)]
+    entries = [entry for entry in saved["state"].values() if entry]
+    missing = missing or sorted({key for entry in entries for key in ADAMW_KEYS - entry.keys()})
+    if missing:
+        raise cannot_go_on(saved, optimizer, missing)
+
+
+def cannot_go_on(saved: Mapping[str, Any], optimizer: str, missing: Sequence[str]) -> ValueError:
+    """Return the error about a state dict that another kind of optimizer has saved."""
+    groups = saved["param_groups"]
+    recipes = dict.fromkeys(group["recipe"] for group in groups if "recipe" in group)
+    keys = dict.fromkeys(key for group in groups for key in group if key not in ("params", NAMES))
+    by = f"recipe {' and '.join(map(repr, recipes))}" if recipes else f"an optimizer with the options {', '.join(keys)}"
+    what = f"lacks {', '.join(map(repr, missing))}" if missing else "is compressed"
+    return ValueError(
+        f"{optimizer} cannot go on from this checkpoint: its optimizer state {what}. It was saved by {by}. Nothing was "
+        "loaded. Use the optimizer of the run that saved it, or start anew from the weights alone: load them in the "
+        "model, and leave out the optimizer's state (under a Trainer: `ckpt_path`)."
+    )
+
+
+def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return today's groups with the saved hyperparameters, after checking that they belong together.
+
+    A group without a recipe is one of ``torch.optim.AdamW`` and counts as ``adamw``. From ``adamw`` every recipe can
+    go on; the betas are then its own, since they belong to the recipe. Keys of the user's own come back.
+
+    Raises:
+        ValueError: If the numbers of groups or of parameters differ, or the recipes.
+    """
+    if len(saved) != len(ours):
+        raise ValueError(
+            f"The state dict has {len(saved)} parameter groups, the optimizer {len(ours)}: "
+            "it was saved for another model, or with other groups."
+        )
+    groups = []
+    for position, (theirs, mine) in enumerate(zip(saved, ours, strict=True)):
+        if len(theirs["params"]) != len(mine["params"]):
+            raise ValueError(
+                f"Parameter group {position} of the state dict has {len(theirs['params'])} parameters, that of "
+                f"the optimizer {len(mine['params'])}: it was saved for another model."
+            )
+        recipe = theirs.get("recipe", "adamw")
+        if recipe not in (mine["recipe"], "adamw"):
+            raise ValueError(
+                f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer "
+                f"has {mine['recipe']!r}. Nothing was loaded. Create the optimizer with `MemOpt(recipe={recipe!r})` or "
+                "that recipe's class, or start anew from the weights alone."
+            )
+        left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
+        kept = {key: value for key, value in theirs.items() if key not in left_out}
+        kept = plain_group({**mine, **copy.deepcopy(kept)})
+        betas = mine["betas"] if recipe != mine["recipe"] else kept["betas"]
+        kept["betas"] = tuple(betas) if isinstance(betas, list | tuple) else betas
+        check_group(kept, f"parameter group {position} of the state dict")
+        groups.append({key: value for key, value in kept.items() if key != "params"})
+    return groups
+
+
+def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[Blocks, dict[str, Tensor]]:
+    """Return the blocks of one parameter as its saved state shows them, and that state where the parameter lies.
+
+    Args:
+        blocks: The blocks as they are.
+        saved: Key → tensor: whole ones, or DTensors of any placement.
+        convert: Whether to keep the blocks' recipes and make their state from the saved one.
+
+    Raises:
+        ValueError: If the state does not fit the blocks.
+    """
+    theirs, saved = inferred(blocks, saved)
+    state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().reshape(()).clone()}
+    for old, new in zip(theirs, blocks, strict=True):
+        state.update(converted(old, new if convert else old, saved))
+    return blocks if convert else theirs, state
+
+
+def examine(blocks: Blocks, saved: Mapping[str, Any], values: Values) -> None:
+    """Check that :func:`loaded` can load a parameter's state; its tensors are added to ``values``, none is touched.
+
+    Raises:
+        ValueError: If the state does not fit the blocks, or holds no numbers.
+    """
+    name = blocks[0].name if not blocks[0].prefix else blocks[0].name.rpartition(":")[0]
+    tensors = {key: value for key, value in saved.items() if key != "step" and isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        check_kind(tensor, state_of(name, key))
+    shapes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
+    theirs, _ = inferred(blocks, {**saved, **shapes})
+    check_step(saved["step"], name)
+    squares = {prefix + key for block in theirs for key in block.squares for prefix in (block.prefix, "")}
+    for key, tensor in tensors.items():
+        values.add(state_of(name, key), tensor, negative=key not in squares)
+
+
+def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[str, Tensor]]:
+    """Return the blocks of one parameter with the recipes that its saved state shows, and that state by block.
+
+    Raises:
+        ValueError: If the state does not fit the blocks.
+    """
+    name = blocks[0].name
+    if "step" not in saved:
+        raise ValueError(f"The state of {name!r} in the state dict has no key 'step': it was saved for something else.")
+    for key, value in saved.items():
+        if key != "step" and not isinstance(value, Tensor):
+            raise ValueError(f"The state of {name!r} in the state dict has {key!r} = {value!r}, which is no tensor.")
+    saved = _split(blocks, saved)
+    adapted = tuple(_loaded_block(block, saved) for block in blocks)
+    known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
+    leftover = sorted(set(saved) - known)
+    if leftover:
+        raise ValueError(
+            f"The state of {name!r} in the state dict has unknown keys {leftover}: "
+            "it was saved for another model or recipe."
+        )
+    return adapted, saved
+
+
+def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return zeros where this rank would hold the saved state of a parameter, dtypes and global shapes as saved."""
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    adapted, split = inferred(blocks, saved)
+    if set(split) == set(saved):
+        for block in adapted:
+            state.update(block.init())
+        return state
+    for key in saved:  # fused, by an optimizer that knows no blocks
+        if key != "step":
+            state[key] = torch.zeros_like(param, dtype=saved[key].dtype, requires_grad=False)
+    return state
+
+
+def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Split the state of a fused parameter that another optimizer, such as torch's AdamW, kept as one."""
+    if not blocks[0].prefix or not all(key in ("step", "exp_avg", "exp_avg_sq") for key in saved):
+        return saved
+    split = {"step": saved["step"]}
+    for key in sorted(set(saved) - {"step"}):
+        expected = blocks[0].layout.param_shape
+        if tuple(saved[key].shape) != expected:
+            name = blocks[0].name.rpartition(":")[0]
+            raise ValueError(
+                f"The state of {name!r} in the state dict has {key!r} of shape {tuple(saved[key].shape)}, the "
+                f"parameter has {expected}: it was saved for another model."
+            )
+        value = full_tensor(saved[key])
+        for block in blocks:
+            slot = block.layout.slot
+            assert slot is not None
+            split[block.prefix + key] = value.narrow(slot.dim, slot.start, slot.length)
+    return split
+
+
+def _loaded_block(block: Block, saved: Mapping[str, Any]) -> Block:
+    dtypes = {saved[block.prefix + key].dtype for key in block.keys(saved)}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"The state of {block.name!r} in the state dict mixes dtypes or is no number: {dtypes}.")
+    layout = replace(block.layout, state_dtype=dtypes.pop()) if dtypes else block.layout
+    block = replace(block, layout=layout)
+    try:
+        return replace(block, recipe=block.infer(saved))
+    except ValueError as error:
+        raise ValueError(
+            f"The state dict does not fit the block {block.name!r} ({block.recipe.momentum.name} momentum, "
+            f"{block.recipe.second_moment.name} second moment): {error}. It was saved for another model or recipe."
+        ) from error

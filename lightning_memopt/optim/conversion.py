@@ -1,0 +1,163 @@
+"""State of one block turned into that of other kinds or ranks, and what is lost by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.linalg import chunks
+from lightning_memopt.kinds.momentum import Direction, Momentum
+from lightning_memopt.kinds.second_moment import Denominator
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.optim.guards import exact_arithmetic
+from lightning_memopt.sharding.layout import Layout, fill_, full_tensor
+
+# What becomes of momentum that a smaller state cannot hold.
+DROPPED = ("release", "discard")
+Loss = Callable[[State, State], None]
+
+
+def converted(
+    old: Block,
+    new: Block,
+    state: Mapping[str, Tensor],
+    *,
+    keep: bool = False,
+    on_loss: Loss | None = None,
+    group: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
+
+    A sharded block is put together on every rank, and every rank keeps its part of the result.
+
+    Args:
+        old: The block that the state belongs to.
+        new: The same block with another recipe, or elsewhere.
+        state: The state; keys have the block's prefix.
+        keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
+        on_loss: Called with the whole momentum state before and after, where the latter holds fewer ranks.
+        group: Hyperparameters, to bound momentum by that the new block's steps will not bound.
+    """
+    result: dict[str, Tensor] = {}
+    for before, after in zip(old.kinds, new.kinds, strict=True):
+        source = {key: state[old.prefix + key] for key in before.keys}
+        stays = after.keeps_state_of(before, new.layout)
+        if not stays:
+            whole = {key: full_tensor(value) for key, value in source.items()}
+            source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
+            if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
+                on_loss(whole, source)
+            if group is not None and isinstance(after, Momentum) and not before.elementwise and not new.recipe.bounded:
+                source = _limited(old, after, source, new.layout.whole(), state, group)
+        if not (stays and keep and old.work.gathered == new.work.gathered):
+            target = after.init(new.work)
+            for key, value in source.items():
+                fill_(target[key], value)
+            source = target
+        result.update({new.prefix + key: value for key, value in source.items()})
+    return result
+
+
+def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) -> State:
+    """Return the whole state of ``after`` that goes on from the whole one of ``before``."""
+    if not state or not after.keys or old.empty:  # nothing is there, or nothing is kept: no dense form is needed
+        return after.init(new)
+    if isinstance(after, Momentum) and type(before) is type(after):
+        resized = after.resized(state, new)
+        if resized is not None:
+            return resized
+    return after.from_dense(before.to_dense(state, old), new)
+
+
+def _limited(
+    old: Block, kind: Momentum, source: State, layout: Layout, state: Mapping[str, Tensor], group: Mapping[str, Any]
+) -> State:
+    """Return whole momentum no element of which moves a weight by more than ``max_update`` in one step.
+
+    An average of an element's own gradients needs no bound, but this one comes from factors that mixed elements. Once
+    it is small enough it stays so: it decays faster than the root of the second moment.
+    """
+    if not source or group["max_update"] is None or not old.recipe.second_moment.normalizes:
+        return source
+    denominator = _denominator(old, state, group)
+    value = kind.to_dense(source, layout)
+    bound = group["max_update"] * (1 - group["betas"][0] ** max(1, int(state["step"].item())))
+    for index in chunks(value):
+        limit = denominator.at(index, layout.dtype, value.shape[-1])
+        assert limit is not None
+        value[index] = value[index].clamp(-bound * limit, bound * limit)
+    return kind.from_dense(value, layout)
+
+
+def _denominator(old: Block, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Denominator:
+    """Return the denominator of the last step, of the whole block."""
+    kind, (_, beta2) = old.recipe.second_moment, group["betas"]
+    tick = Tick(int(state["step"].item()), old.key, old.index)
+    square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
+    return kind.denominator(square, old.layout.whole(), beta2=beta2, eps=group["eps"], tick=tick)
+
+
+def _rank(kind: Kind, state: State, layout: Layout) -> int:
+    """Return the largest rank of momentum that a whole state can hold; 0 for what is no momentum.
+
+    Not its numbers: in a square block, factors of half the rank already have as many as the dense momentum.
+    """
+    if not isinstance(kind, Momentum):
+        return 0
+    factors = kind.factors(state, layout.whole()) if state else None
+    if factors is not None:
+        return min(factors[0].shape[-1], layout.short_side)
+    return layout.short_side if state else 0
+
+
+def release(
+    old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], watch: Watch
+) -> Loss:
+    """Return what moves the weights by momentum that is about to be lost, as the steps to come would have.
+
+    A part ΔM of the momentum that no state keeps would have been in the next updates with weights β₁, β₁², ...::
+
+        W ← W − lr · β₁ / (1 − β₁) · ΔM / D
+
+    with the denominator of the last step. It is the rule by which low-rank momentum (AdaPM, arXiv 2510.09103) releases
+    what its factors drop.
+    """
+
+    def on_loss(before: State, after: State) -> None:
+        beta1 = group["betas"][0]
+        lost = _difference(old, new, before, after, beta1 / (1 - beta1))
+        denominator = _denominator(old, state, group).part(old.work)
+        # Where a gradient was always 0 the factors still hold something, which eps would blow up.
+        known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
+        denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
+        with exact_arithmetic({param.device.type}):
+            # As an update, it is bounded as one; whatever the kind was, what is lost mixes elements.
+            bounded = old.recipe.second_moment.normalizes
+            old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
+
+    return on_loss
+
+
+def _difference(old: Block, new: Block, before: State, after: State, weight: float) -> Direction:
+    """Return ``weight`` times this rank's part of the momentum that ``before`` holds and ``after`` does not."""
+    layout, work = old.layout.whole(), old.work
+    base = torch.zeros((), dtype=layout.dtype, device=layout.device).expand(work.local)
+    lefts, rights = [], []
+    for block, state, sign in ((old, before, weight), (new, after, -weight)):
+        momentum = block.recipe.momentum
+        factors = momentum.factors(state, layout)
+        if factors is not None:
+            lefts.append(work.part_of(factors[0], at=-2, dim=-2) * sign)
+            rights.append(work.part_of(factors[1], at=-1, dim=-1))
+        elif state:
+            base = base + work.part(momentum.to_dense(state, layout)) * sign
+    if not lefts:
+        return Direction(base)
+    return Direction(base, 1.0, torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))

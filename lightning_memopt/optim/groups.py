@@ -1,0 +1,218 @@
+"""Parsing and checking of what a user hands to an optimizer: parameters, names, hyperparameters."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Number
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.kinds.ranges import check_betas, check_number
+from lightning_memopt.optim.checking import described
+from lightning_memopt.plans.plan import known_options
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
+MAX_UPDATE = 10.0
+NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
+# Options of torch's AdamW that mean nothing here.
+TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
+# Options of the optimizer that a group cannot have, and other names of those that it can.
+OF_THE_OPTIMIZER = ("head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
+_OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
+_CLOSE = 0.7
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
+    """Return parameter groups of bare parameters, and the names that came with them.
+
+    Args:
+        params: Parameters, pairs of name and parameter, or group dicts whose ``params`` are either.
+
+    Raises:
+        TypeError: If an entry is neither.
+        ValueError: If a parameter or a name occurs twice, if only some have names, or if there are no parameters.
+    """
+    if isinstance(params, nn.Module):
+        kind = type(params).__name__
+        raise TypeError(f"`params` must be parameters, got the module {kind}: pass its `named_parameters()`.")
+    if isinstance(params, Tensor):
+        raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
+    if isinstance(params, Mapping):
+        raise TypeError("`params` must be an iterable of parameters or of group dicts, got a dict: wrap it in a list.")
+    _refuse_set(params)
+    entries = list(params)
+    if not entries:
+        raise ValueError(
+            "The optimizer got an empty parameter list. Layers that a LightningModule makes in `configure_model` "
+            "do not exist before that: create the optimizer in `configure_optimizers`."
+        )
+    groups = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
+    names: dict[Tensor, str] = {}
+    return [_group(group, names) for group in groups], names
+
+
+def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with Python's numbers in the place of numpy's, which no checkpoint can hold without pickling."""
+    return {key: plain(value) for key, value in group.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a number of numpy's as one of Python's, alone or in a tuple or list; everything else as it is."""
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
+def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise TypeError(
+            f"A parameter group must be a dict such as {{'params': model.named_parameters()}}, got {described(group)}."
+        )
+    _refuse_set(group["params"])
+    entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    given = group.get(NAMES)
+    if given is not None:
+        if len(given) != len(entries):
+            raise ValueError(f"A parameter group has {len(entries)} parameters and {len(given)} names in {NAMES!r}.")
+        entries = [entry if _is_pair(entry) else (name, entry) for name, entry in zip(given, entries, strict=True)]
+    taken = set(names.values())
+    params: dict[Tensor, None] = {}
+    for entry in entries:
+        name, param = entry if _is_pair(entry) else (None, entry)
+        _check_parameter(param, name)
+        if param in params:
+            raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
+        if name is not None:
+            if name in taken:
+                raise ValueError(f"The name {name!r} is given to two parameters; names must be unique.")
+            taken.add(name)
+            names[param] = name
+        params[param] = None
+    unnamed = [tuple(param.shape) for param in params if param not in names]
+    if names and unnamed:
+        raise ValueError(
+            f"{len(unnamed)} of the parameters have no name, the first of shape {unnamed[0]}, but others have: give "
+            "all as pairs of name and parameter (`named_parameters()`), or none and call `optimizer.bind(model)`."
+        )
+    return {**group, "params": list(params)}
+
+
+def _refuse_set(params: Any) -> None:
+    if isinstance(params, set):
+        raise TypeError("`params` must be in an order that is the same in every run; a set has none: use a list.")
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _check_parameter(param: Any, name: str | None) -> None:
+    what = f" for {name!r}" if name else ""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"Expected a parameter{what}, got {described(param)}.")
+    if param.is_complex():
+        raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the hyperparameters of one group.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range.
+    """
+    lr = group["lr"]
+    check_number("lr", float(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, where)
+    check_number("eps", group["eps"], where)
+    if group["eps"] == 0:
+        raise ValueError(f"In {where}: `eps` must be above 0, got 0: weights whose gradient stays 0 would become NaN.")
+    check_number("weight_decay", group["weight_decay"], where)
+    if group["max_update"] is not None:
+        check_number("max_update", group["max_update"], where)
+        if group["max_update"] == 0:
+            raise ValueError(f"In {where}: `max_update` must be above 0, got 0: nothing would train; None is no bound.")
+    check_betas(group["betas"], where)
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"In {where}: `maximize` must be True or False, got {group['maximize']!r}.")
+
+
+def check_keys(group: Mapping[str, Any], where: str) -> None:
+    """Refuse keys of a group that are misspelt options; all others are the user's own, and are kept.
+
+    A key counts as misspelt if difflib finds it closer than 0.7 to an option. ``lr_scale`` is not: one that has the
+    whole name of an option among its words is a key of its own.
+
+    Raises:
+        ValueError: If there is one, or an option that only the optimizer as a whole has, or that no optimizer here has.
+    """
+    if group.get("amsgrad"):
+        raise ValueError(f"In {where}: `amsgrad` is not supported, no second moment keeps a maximum.")
+    known = [*HYPERPARAMETERS, "recipe", *known_options()]
+    for key in group:
+        if key in (*known, "params", *TORCHS_OWN):
+            continue
+        if key in OF_THE_OPTIMIZER:
+            raise ValueError(
+                f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
+                "come from its `recipe`."
+            )
+        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
+        if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):
+            raise ValueError(
+                f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A key of "
+                "your own needs a name that is less like one of these."
+            )
+
+
+def state_dtype(value: Any) -> torch.dtype | None:
+    """Return the dtype that the option ``state_dtype`` names; None stands for that of the arithmetic.
+
+    Raises:
+        ValueError: If it is not a dtype that state can be kept in.
+    """
+    if value is None:
+        return None
+    found = STATE_DTYPES.get(str(value).removeprefix("torch."))
+    if found is None:
+        raise ValueError(unknown("`state_dtype`", str(value), list(STATE_DTYPES)))
+    return found
+
+
+def unnamed_error(param: Tensor) -> ValueError:
+    """Return the error about a parameter without a name."""
+    return ValueError(
+        f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the model: "
+        "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
+    )
+
+
+def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor, str]:
+    """Return the name of every parameter; where no names are known at all, vectors are called by their position.
+
+    Raises:
+        ValueError: If a parameter has no name though others have, or a matrix has none.
+    """
+    found = {}
+    for position, param in enumerate(params):
+        if param not in names and (names or param.ndim > 1):
+            raise unnamed_error(param)
+        found[param] = names.get(param, f"vector_{position}")
+    return found
+
+
+def check_head_dim(value: Any) -> None:
+    """Check the option ``head_dim``.
+
+    Raises:
+        ValueError: If it is neither None nor a positive integer.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {value!r}.")

@@ -1,0 +1,194 @@
+"""What stands between a gradient and a step: ranks that agree, finite gradients, arithmetic in full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.sharding.collectives import Sum, Task, drive, request
+from lightning_memopt.sharding.consensus import largest, rank
+from lightning_memopt.sharding.layout import Layout, local_tensor
+
+SHOWN = 5  # parameters that an error about ranks names
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A parameter that a step changes if it has a gradient; fresh if its weights have not been looked at yet."""
+
+    name: str
+    param: Tensor
+    layout: Layout
+    fresh: bool = False
+
+
+def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple[list[str], list[str]]:
+    """Return whose gradients and whose weights cannot be used, once ranks agree on which parameters have a gradient.
+
+    A gradient is of use if all its elements are finite and neither a sum of their squares nor the state can overflow:
+    up to about 1e16 in float32. Weights are of use if they are finite; only fresh ones are looked at. What ranks send
+    each other has the same size whatever gradients they have: four numbers per parameter, in one collective for each
+    mesh that shards some. Where nothing is sharded there is none.
+
+    Args:
+        params: All parameters of the optimizer. Those on one mesh are the same, in the same order, on all its ranks.
+        refusal: Why this rank cannot take the step, if it cannot.
+
+    Raises:
+        Exception: The refusal, if there is one.
+        RuntimeError: On all ranks, if a parameter has a gradient on some ranks of its mesh and none on others, or if
+            another rank has a refusal.
+    """
+    judged = [] if refusal is not None else [entry for entry in params if entry.param.grad is not None]
+    grads = {entry.name: _flag(entry.param.grad, _limit(entry.layout)) for entry in judged}  # type: ignore[arg-type]
+    weights = {entry.name: _flag(entry.param, math.inf) for entry in judged if entry.fresh}
+    answers = _ask(params, (grads, weights), refused=refusal is not None)
+    if refusal is not None:
+        raise refusal
+    clashes = [line for answer in answers for line in answer.clashes()]
+    if clashes:
+        more = f"; and {len(clashes) - SHOWN} more" if len(clashes) > SHOWN else ""
+        raise RuntimeError(
+            f"Ranks disagree about which parameters have a gradient: {'; '.join(clashes[:SHOWN])}{more}. Weights and "
+            "state are unchanged. Where a rank has not used a parameter, give it a gradient of zeros there, or set its "
+            "gradient to None on all ranks."
+        )
+    if answers and answers[-1].refused:
+        raise RuntimeError(
+            f"Rank {answers[-1].refused - 1} cannot take this step; its own error says why. Weights and state are "
+            "unchanged."
+        )
+    return _unusable(params, grads, answers, 0), _unusable(params, weights, answers, 1)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What all ranks of a mesh have said. A rank is given by its number plus one, and 0 is no rank.
+
+    Attributes:
+        rows: Per parameter of the mesh: its name, a rank without a gradient, one with it, and one that cannot use the
+            gradient, and the weights.
+        unusable: A rank that cannot use some gradient, and one that cannot use some weights, of any parameter.
+        refused: A rank that cannot take the step, for another reason.
+    """
+
+    rows: list[tuple[str, int, int, tuple[int, int]]]
+    unusable: tuple[int, int]
+    refused: int
+
+    def clashes(self) -> Iterator[str]:
+        """Yield a line for each parameter about which ranks disagree."""
+        for name, absent, present, _ in self.rows:
+            if absent and present:
+                yield f"{name!r} has one on rank {present - 1} and none on rank {absent - 1}"
+
+    def unusable_names(self, kind: int) -> set[str]:
+        """Return the parameters whose gradient (0) or weights (1) some rank cannot use."""
+        return {name for name, *_, unusable in self.rows if unusable[kind]}
+
+
+def _unusable(params: Sequence[Judged], flags: Mapping[str, Tensor], answers: list[_Answer], kind: int) -> list[str]:
+    if answers and not answers[-1].unusable[kind]:
+        return []
+    bad = _read(flags).union(*(answer.unusable_names(kind) for answer in answers))
+    names = [entry.name for entry in params if entry.name in bad]
+    # What is not sharded only its own rank knows of.
+    return names or [f"parameters of rank {answer.unusable[kind] - 1} alone" for answer in answers[-1:]]
+
+
+def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, refused: bool) -> list[_Answer]:
+    """Return what all ranks say, mesh by mesh; the last answer knows of the troubles in all of them."""
+    meshes = {entry.layout.mesh: entry.layout for entry in params if entry.layout.sharded}
+    # A rank that is in several tells the larger one what it has heard in the smaller.
+    layouts = sorted(meshes.values(), key=lambda layout: layout.mesh.size())
+    asked, heard = [], None
+    for layout in layouts:
+        mine = [entry for entry in params if entry.layout.mesh == layout.mesh]
+        device = local_tensor(mine[0].param).device
+        # Not of the default dtype, which a rank without gradients, or with empty shards, would send alone.
+        none = torch.zeros((), dtype=torch.float32, device=device)
+        seen = [{name: flag.to(none) for name, flag in each.items()} for each in flags]
+        if heard is None:
+            worst = [torch.stack([none, *each.values()]).amax() for each in seen]
+            heard = torch.stack([*worst, none + refused]) * (rank() + 1)
+        present = torch.tensor([entry.param.grad is not None for entry in mine], dtype=torch.float32)
+        present = present.to(device, non_blocking=True)  # the host waits for the answers only
+        unusable = [torch.stack([each.get(entry.name, none) for entry in mine]) for each in seen]
+        rows = torch.stack([1 - present, present, *unusable]) * (rank() + 1)
+        said = largest(torch.cat([rows.flatten(), heard.to(device)]), layout)
+        asked.append((mine, said))
+        absent, present = said[:-3].view(4, -1)[:2]
+        heard = torch.stack([said[-3], said[-2], torch.maximum(said[-1], torch.minimum(absent, present).amax())])
+    return [_answer(mine, said) for mine, said in asked]
+
+
+def _answer(params: Sequence[Judged], said: Tensor) -> _Answer:
+    *numbers, grads, weights, refused = (int(number) for number in said.tolist())
+    count = len(params)
+    absent, present, *unusable = (numbers[start : start + count] for start in range(0, 4 * count, count))
+    pairs = [*zip(*unusable, strict=True)]
+    rows = [*zip((entry.name for entry in params), absent, present, pairs, strict=True)]
+    return _Answer(rows, (grads, weights), refused)
+
+
+def _read(flags: Mapping[str, Tensor]) -> set[str]:
+    """Return the names whose flags are up; one synchronisation with the device."""
+    if not flags:
+        return set()
+    device = next(iter(flags.values())).device
+    numbers = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    return {name for name, number in zip(flags, numbers, strict=True) if number}
+
+
+def _limit(layout: Layout) -> float:
+    """Return what no element of a gradient may reach.
+
+    Sums of squares, over up to all elements of the parameter, are in the dtype of the arithmetic. State holds means of
+    squares, or with β₂ = 1 sums over steps: it gets room for a million of them, where its dtype has as much.
+    """
+    sums, state = torch.finfo(layout.dtype).max, torch.finfo(layout.state_dtype).max
+    count = max(1e6, float(math.prod(layout.param_shape)))
+    return float(min(sums / count, state / min(1e6, state**0.25)) ** 0.5)
+
+
+def _flag(tensor: Tensor, limit: float) -> Tensor:
+    local = local_tensor(tensor)
+    if local.numel() == 0:
+        return torch.zeros((), device=local.device)
+    low, high = torch.aminmax(local)
+    return 1.0 - ((low > -limit) & (high < limit)).float()
+
+
+def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:
+    """Return the positions of the numbers that are not zero on all ranks that share a layout; they are replaced."""
+    drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
+    counts = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return [position for position, count in enumerate(counts) if count]
+
+
+def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:
+    for dim in range(-len(layout.matrix), 0):
+        (flags[position],) = yield from request(Sum(flags[position], layout, dim))
+
+
+@contextmanager
+def exact_arithmetic(devices: set[str]) -> Iterator[None]:
+    """Switch off autocast and reduced-precision matrix products, whatever the training loop has chosen.
+
+    The coefficients of low-rank momentum nearly cancel; TF32 or bfloat16 products would leave noise.
+    """
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = (cuda.fp32_precision, mkldnn.fp32_precision)
+    cuda.fp32_precision = mkldnn.fp32_precision = "ieee"
+    try:
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        cuda.fp32_precision, mkldnn.fp32_precision = before

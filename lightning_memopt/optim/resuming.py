@@ -1,0 +1,168 @@
+"""What loading a checkpoint changes in an optimizer, said in one line."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.groups import NAMES
+from lightning_memopt.sharding.consensus import rank
+
+# Not of interest: what says how to compute, what schedulers write, and what is told in another way.
+_SILENT = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
+_SILENT |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_MOST = 6
+_source: ContextVar[str] = ContextVar("source", default="a state dict")
+
+
+class ResumeWarning(UserWarning):
+    """Says what loading an optimizer's state has changed, or could not check."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was configured, or came from a checkpoint.
+
+    Attributes:
+        groups: The hyperparameters of every group.
+        scheduled: Whether a scheduler sets the learning rate.
+        blocks: Block name → momentum kind, rank, second-moment kind, dtype of its state.
+    """
+
+    groups: tuple[dict[str, Any], ...]
+    scheduled: bool
+    blocks: dict[str, tuple[str, int | None, str, str]]
+
+
+def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> Facts:
+    """Return the facts about an optimizer as it is now."""
+    groups = list(groups)
+    return Facts(
+        tuple(_hyperparameters(group) for group in groups),
+        any("initial_lr" in group for group in groups),
+        {
+            block.name: (
+                block.recipe.momentum.name,
+                getattr(block.recipe.momentum, "rank", None),
+                block.recipe.second_moment.name,
+                str(block.layout.state_dtype).removeprefix("torch."),
+            )
+            for block in blocks
+        },
+    )
+
+
+@contextmanager
+def loading_from(source: str) -> Iterator[None]:
+    """Let messages say where the states come from that are loaded inside."""
+    token = _source.set(source)
+    try:
+        yield
+    finally:
+        _source.reset(token)
+
+
+def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: bool = False) -> None:
+    """Warn of what a checkpoint has put in the place of what was configured, if anything.
+
+    Args:
+        optimizer: The name of the optimizer's class.
+        before: The facts before loading.
+        after: The facts after it.
+        step: The step that it goes on from.
+        converted: Whether its state was made from that of an AdamW.
+    """
+    groups, blocks = _group_changes(before, after), _block_changes(before, after)
+    if not (groups or blocks or converted):
+        return
+    made = ", with state made from that of AdamW" if converted else ""
+    decided = f". Its settings replace those configured: {_list([*groups, *blocks])}" if groups or blocks else ""
+    ways = ["set them in `optimizer.param_groups`"] if groups else []
+    if any("state in" not in change for change in blocks):
+        ways.append("call `optimizer.reformat`")
+    own = f" To keep yours, {' and '.join(ways)} after loading, in `on_train_start` under a Trainer." if ways else ""
+    if after.scheduled and any(change.startswith("lr ") for change in groups):
+        own += " A scheduler sets `lr` again in its next step: set its `base_lrs`, too."
+    if any("state in" in change for change in blocks):
+        own += " The dtype of state stays that of the checkpoint."
+    notify(f"{optimizer} goes on from step {step} of {_source.get()}{made}{decided}.{own}")
+
+
+def notify(text: str) -> None:
+    """Warn on the first process of the job."""
+    if rank() == 0:
+        warnings.warn(text, ResumeWarning, stacklevel=3)
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    # A learning rate that a schedule has changed is compared by where it started. OneCycleLR also chooses where it
+    # starts, and the first beta.
+    values = {} if "max_lr" in group else {"lr": group.get("initial_lr", group.get("lr"))}
+    ignored = _SILENT | ({"betas", "momentum"} if "max_momentum" in group else set())
+    values |= {key: value for key, value in group.items() if key not in ignored}
+    return {key: _plain(value) for key, value in values.items()}
+
+
+def _group_changes(before: Facts, after: Facts) -> list[str]:
+    pairs = list(zip(before.groups, after.groups, strict=False))
+    changes: dict[str, list[int]] = {}
+    for number, (ours, theirs) in enumerate(pairs):
+        for key in ours:
+            if key in theirs and not _same(ours[key], theirs[key]):
+                changes.setdefault(f"{key} {_text(theirs[key])} instead of {_text(ours[key])}", []).append(number)
+    return [
+        change if len(numbers) == len(pairs) else f"{change} in group {_numbers(numbers)}"
+        for change, numbers in changes.items()
+    ]
+
+
+def _block_changes(before: Facts, after: Facts) -> list[str]:
+    counts: Counter[str] = Counter()
+    for name, ours in before.blocks.items():
+        theirs = after.blocks.get(name, ours)
+        if ours[0] != theirs[0]:
+            counts[f"momentum {theirs[0]} instead of {ours[0]}"] += 1
+        elif ours[1] != theirs[1]:
+            counts[f"rank {theirs[1]} instead of {ours[1]}"] += 1
+        if ours[2] != theirs[2]:
+            counts[f"second moment {theirs[2]} instead of {ours[2]}"] += 1
+        if ours[3] != theirs[3]:
+            counts[f"state in {theirs[3]} instead of {ours[3]}"] += 1
+    return [f"{change} in {count} block{'s' * (count > 1)}" for change, count in counts.items()]
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Return whether two values are the same, up to float32, in which a tensor may hold a learning rate."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return bool(ours == theirs)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else tuple(value.flatten().tolist())
+    return tuple(_plain(entry) for entry in value) if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:_MOST])) + (", ..." if len(numbers) > _MOST else "")
+
+
+def _list(entries: Sequence[str]) -> str:
+    more = f" and {len(entries) - _MOST} more" if len(entries) > _MOST else ""
+    return ", ".join(entries[:_MOST]) + more

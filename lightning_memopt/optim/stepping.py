@@ -1,0 +1,68 @@
+"""One step of all blocks: what ranks gather, in waves of bounded size, and the updates that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.sharding.collectives import Gather, Task, drive, gather, packed
+
+
+@dataclass(frozen=True)
+class Update:
+    """One block and what its update needs.
+
+    Attributes:
+        block: The block.
+        param: Its parameter, which has a gradient.
+        state: The parameter's state.
+        group: The parameter's hyperparameters.
+    """
+
+    block: Block
+    param: Tensor
+    state: dict[str, Tensor]
+    group: Mapping[str, Any]
+
+    def wants(self) -> list[Gather]:
+        """Return what ranks have to put together first."""
+        assert self.param.grad is not None
+        return self.block.wants(self.param.grad, self.state)
+
+    def task(self, gathered: Sequence[Tensor], watch: Watch) -> Task:
+        """Return the update as a task for ``drive``."""
+        assert self.param.grad is not None
+        step = int(self.state["step"].item())
+        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered, watch)
+
+
+class Step:
+    """The updates of one step, in waves: all blocks of a wave share their collectives.
+
+    What blocks gather is alive until their wave is done. A wave gathers no more than one collective carries, so that
+    memory stays bounded however large the model is; up to that size the whole model is one wave.
+    """
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        """Divide the updates, which nothing has changed yet, into waves: the same on every rank.
+
+        Blocks without elements have none: means over nothing would put NaN into their state.
+        """
+        wanted = [(update, update.wants()) for update in updates if not update.block.layout.empty]
+        self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
+
+    def run(self, watch: Watch) -> None:
+        """Update all blocks; ``watch`` sees what becomes of the weights."""
+        for wave in self._waves:
+            drive(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
+
+
+def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterable[Task]:
+    for update, requests in wave:
+        mine, gathered = gathered[: len(requests)], gathered[len(requests) :]
+        yield update.task(mine, watch)

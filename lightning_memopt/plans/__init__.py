@@ -1,0 +1,1 @@
+"""Which block gets which kinds: roles of weights, recipes, and plans."""

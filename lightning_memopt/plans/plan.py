@@ -1,0 +1,327 @@
+"""Recipe (what one block gets) and Plan (which block gets which recipe)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning_memopt._registry import Registry, unknown
+from lightning_memopt.kinds.base import Kind
+from lightning_memopt.kinds.momentum import MOMENTA, Momentum
+from lightning_memopt.kinds.ranges import check_betas
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
+from lightning_memopt.plans.roles import ROLES
+from lightning_memopt.sharding.layout import Layout
+
+_AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECOND_MOMENTS}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A momentum kind and a second-moment kind. Names are accepted for either and mean the kind's defaults."""
+
+    momentum: Momentum
+    second_moment: SecondMoment
+
+    def __init__(self, momentum: Momentum | str, second_moment: SecondMoment | str) -> None:
+        object.__setattr__(self, "momentum", _kind("momentum", momentum))
+        object.__setattr__(self, "second_moment", _kind("second_moment", second_moment))
+
+    def resolve(self, layout: Layout) -> Recipe:
+        """Return the recipe for one block, with fractional ranks turned into numbers."""
+        return Recipe(self.momentum.resolve(layout), self.second_moment.resolve(layout))
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the recipe is undefined on vectors."""
+        return self.momentum.needs_matrix or self.second_moment.needs_matrix
+
+    @property
+    def bounded(self) -> bool:
+        """Whether ``max_update`` bounds |U / D|: wherever that has no unit, and the kinds do not bound it themselves.
+
+        Where both kinds average each element's own gradients, |U / D| is at most a number that follows from the betas
+        (Cauchy-Schwarz). A direction that mixes elements can be large where the denominator is almost 0.
+        """
+        alone = self.momentum.elementwise and self.second_moment.elementwise
+        return self.second_moment.normalizes and not alone
+
+    def options(self) -> set[str]:
+        """Return the names of the options that at least one of the two kinds has."""
+        return {*self.momentum.options(), *self.second_moment.options()}
+
+    def with_options(self, options: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with those of ``options`` that its kinds have."""
+
+        def changed(kind: Kind) -> Any:
+            return replace(kind, **{key: value for key, value in options.items() if key in kind.options()})
+
+        return Recipe(changed(self.momentum), changed(self.second_moment))
+
+    def changed(self, change: Recipe | Mapping[str, Any]) -> Recipe:
+        """Return the recipe after a change: a whole recipe, or kinds and options by name.
+
+        Raises:
+            ValueError: If a kind or option is unknown, or the resulting kinds do not have the option.
+        """
+        if isinstance(change, Recipe):
+            return change
+        check_change(change)
+        kinds = {
+            axis: getattr(self, axis)
+            if change.get(axis, current := getattr(self, axis).name) == current
+            else _kind(axis, change[axis])
+            for axis in _AXES
+        }
+        recipe, options = Recipe(**kinds), {key: value for key, value in change.items() if key not in _AXES}
+        for key in options:
+            if key not in recipe.options():
+                raise ValueError(
+                    f"Option {key!r} means nothing to momentum {recipe.momentum.name!r} with second moment "
+                    f"{recipe.second_moment.name!r}; they have: {', '.join(sorted(recipe.options())) or 'none'}."
+                )
+        return recipe.with_options(options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as strings and numbers; the inverse of :meth:`from_dict`."""
+        return {axis: {"kind": getattr(self, axis).name, **asdict(getattr(self, axis))} for axis in _AXES}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from :meth:`to_dict`'s result."""
+        kinds = {}
+        for axis, registry in _AXES.items():
+            options = dict(data[axis])
+            kinds[axis] = registry.get(options.pop("kind"))(**options)
+        return Recipe(**kinds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which recipe every block gets.
+
+    Attributes:
+        name: A name for messages and checkpoints.
+        roles: The recipe of every role.
+        betas: The default decay rates.
+        overrides: Changes by role or by name pattern (``*`` and ``?`` as in a shell, matched against the name of a
+            block or of its parameter); applied in order.
+        options: Options for every kind that has them; an override wins.
+    """
+
+    name: str
+    roles: Mapping[str, Recipe]
+    betas: tuple[float, float] = (0.9, 0.999)
+    overrides: Mapping[str, Recipe | Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_betas(self.betas, f"the recipe {self.name!r}")
+        for role in self.roles:
+            if role not in ROLES:
+                raise ValueError(unknown("role", role, list(ROLES)))
+        missing = [role for role in ROLES if role not in self.roles]
+        if missing:
+            raise ValueError(f"The plan {self.name!r} says nothing about: {', '.join(missing)}.")
+        for change in self.overrides.values():
+            if not isinstance(change, Recipe):
+                check_change(change)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse options that are unknown or that no recipe of the plan would listen to."""
+        recipes = list(self.roles.values())
+        for change in self.overrides.values():
+            found = [recipe.changed(_kinds_only(change)) for recipe in self.roles.values()]
+            if not isinstance(change, Recipe):  # its options, too, are checked now and not when a block has them
+                found = [recipe.with_options(change) for recipe in found]
+            recipes += found
+        for key in self.options:
+            if key not in known_options():
+                raise ValueError(unknown("option", key, known_options()))
+            if not any(key in recipe.options() for recipe in recipes):
+                owners = [f"{axis} {name!r}" for axis, table in _AXES.items() for name in table.names()
+                          if key in table.get(name).options()]  # fmt: skip
+                raise ValueError(
+                    f"Option {key!r} has no effect in the recipe {self.name!r}: it belongs to {' and '.join(owners)}, "
+                    "which no role has. Leave it out, or choose such a kind with `overrides`."
+                )
+        for recipe in recipes:
+            recipe.with_options(self.options)
+
+    def updated(self, *, overrides: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> Plan:
+        """Return the plan with more overrides and options."""
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise TypeError(f"`overrides` must map roles or name patterns to changes, got {overrides!r}.")
+        given = {key: value for key, value in (options or {}).items() if value is not None}
+        return replace(self, overrides={**self.overrides, **(overrides or {})}, options={**self.options, **given})
+
+    def recipe(self, name: str, role: str) -> Recipe:
+        """Return the recipe of one block, fractions of ranks not yet resolved.
+
+        A name pattern may cover blocks of all sorts: an option is taken by those that have it, and vectors keep
+        their recipe where a kind is undefined on them.
+        """
+        recipe = self.roles[role].with_options(self.options)
+        for pattern, change in self.overrides.items():
+            if not applies(pattern, name, role):
+                continue
+            if isinstance(change, Recipe):
+                new = change
+            else:
+                change = self._with_templates(change, recipe)
+                new = recipe.changed(_kinds_only(change)).with_options(self.options).with_options(change)
+            if role != "vector" or pattern == "vector" or not new.needs_matrix:
+                recipe = new
+        return recipe
+
+    def has(self, axis: str, name: str) -> bool:
+        """Return whether any role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
+        chosen = {getattr(recipe, axis).name for recipe in self.roles.values()}
+        return name in chosen | {_wanted(change, axis) for change in self.overrides.values()}
+
+    def kind(self, axis: str, name: str, name_of_block: str, role: str) -> Any:
+        """Return the kind of this name as a block has it: by its recipe, else as the plan has it elsewhere.
+
+        Args:
+            axis: ``momentum`` or ``second_moment``.
+            name: The kind's name.
+            name_of_block: The block's name.
+            role: Its role.
+        """
+        own = getattr(self.recipe(name_of_block, role), axis)
+        if own.name == name:
+            return own
+        kind = self._elsewhere(axis, name) or _AXES[axis].get(name)()
+        return replace(kind, **{key: value for key, value in self.options.items() if key in kind.options()})
+
+    def _elsewhere(self, axis: str, name: str | None) -> Any:
+        """Return the kind of this name as some role has it."""
+        kinds = (getattr(entry, axis) for entry in self.roles.values())
+        return next((kind for kind in kinds if kind.name == name), None)
+
+    def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+        """Replace the name of a kind that is new to ``recipe`` by that kind as the plan has it elsewhere."""
+        found = dict(change)
+        for axis in _AXES:
+            if change.get(axis) != getattr(recipe, axis).name:
+                found[axis] = self._elsewhere(axis, change.get(axis)) or change.get(axis)
+        return {key: value for key, value in found.items() if value is not None}
+
+    def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]]) -> None:
+        """Refuse overrides that change nothing.
+
+        Args:
+            blocks: Name, role and final recipe of every block.
+
+        Raises:
+            ValueError: Naming the pattern and what it could have matched, or the option that no block has.
+        """
+        blocks = list(blocks)
+        for pattern, change in self.overrides.items():
+            matched = [recipe for name, role, recipe in blocks if applies(pattern, name, role)]
+            if not matched:
+                names = [name for name, _, _ in blocks]
+                raise ValueError(
+                    f"The override {pattern!r} matches nothing. Roles here: "
+                    f"{', '.join(sorted({role for _, role, _ in blocks}))}; blocks: "
+                    f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
+                    "Patterns are matched against the whole name: start with '*' to match the end of it."
+                )
+            for axis in _AXES:
+                wanted = _wanted(change, axis)
+                if wanted is not None and not any(getattr(recipe, axis).name == wanted for recipe in matched):
+                    raise ValueError(
+                        f"The override {pattern!r} asks for {axis} {wanted!r}, but none of the blocks it matches has "
+                        "it in the end: all are vectors, on which it is undefined, or a later override wins."
+                    )
+            options = [] if isinstance(change, Recipe) else [key for key in change if key not in _AXES]
+            for key in options:
+                if not any(key in recipe.options() for recipe in matched):
+                    kinds = sorted({f"{recipe.momentum.name} × {recipe.second_moment.name}" for recipe in matched})
+                    raise ValueError(
+                        f"The override {pattern!r} sets {key!r}, which means nothing to the blocks it matches: "
+                        f"they have {', '.join(kinds)}. Choose another kind for them, too."
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as mappings, strings and numbers; the inverse of :meth:`from_dict`."""
+        overrides = {
+            pattern: change.to_dict() if isinstance(change, Recipe) else dict(change)
+            for pattern, change in self.overrides.items()
+        }
+        return {
+            "name": self.name,
+            "betas": list(self.betas),
+            "roles": {role: recipe.to_dict() for role, recipe in self.roles.items()},
+            "overrides": overrides,
+            "options": dict(self.options),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """Build a plan from :meth:`to_dict`'s result."""
+        overrides = {
+            pattern: Recipe.from_dict(change) if isinstance(change.get("momentum"), Mapping) else change
+            for pattern, change in data.get("overrides", {}).items()
+        }
+        first, second = data["betas"]
+        return Plan(
+            name=data["name"],
+            roles={role: Recipe.from_dict(recipe) for role, recipe in data["roles"].items()},
+            betas=(first, second),
+            overrides=overrides,
+            options=dict(data.get("options", {})),
+        )
+
+
+def applies(pattern: str, name: str, role: str) -> bool:
+    """Return whether an override is about a block: by role, by its name, or by the name of its parameter."""
+    if pattern in ROLES:
+        return pattern == role
+    return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[0], pattern)
+
+
+def known_options() -> list[str]:
+    """Return the names of all options of all registered kinds."""
+    options = {option for table in _AXES.values() for name in table.names() for option in table.get(name).options()}
+    return sorted(options)
+
+
+def check_change(change: Any) -> None:
+    """Check that a change names known kinds and known options only.
+
+    Raises:
+        TypeError: If it is no mapping.
+        ValueError: Naming what is unknown, and what exists.
+    """
+    if not isinstance(change, Mapping):
+        raise TypeError(
+            f"A change must be a Recipe or a mapping such as {{'momentum': 'low_rank', 'rank': 8}}, got {change!r}."
+        )
+    for key, value in change.items():
+        if key in _AXES:
+            _kind(key, value)
+        elif key not in known_options():
+            raise ValueError(unknown("option", key, [*_AXES, *known_options()]))
+
+
+def _wanted(change: Recipe | Mapping[str, Any], axis: str) -> str | None:
+    """Return the name of the kind that a change asks for on one axis, if it does."""
+    kind = getattr(change, axis) if isinstance(change, Recipe) else change.get(axis)
+    return getattr(kind, "name", kind)
+
+
+def _kinds_only(change: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any]:
+    if isinstance(change, Recipe):
+        return change
+    return {key: value for key, value in change.items() if key in _AXES}
+
+
+def _kind(axis: str, value: Any) -> Any:
+    """Return a kind, built with its defaults where a name is given."""
+    if isinstance(value, Kind):
+        return value
+    return _AXES[axis].get(value)()

@@ -1,0 +1,214 @@
+"""The named recipes, and recipe files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_memopt._registry import Registry, unknown
+from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
+from lightning_memopt.kinds.ranges import check_betas
+from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
+from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.roles import ROLES
+
+PLANS: Registry[Plan] = Registry("recipe")
+
+_ADAM = Recipe("dense", "dense")
+_FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
+_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head")
+
+
+def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999), **roles: Recipe) -> Plan:
+    """File a plan in which every role that is not mentioned gets ``default``; vectors get Adam's kinds."""
+    plan = Plan(name, {"vector": _ADAM, **{role: default for role in ROLES if role != "vector"}, **roles}, betas)
+    return PLANS.register(name)(plan)
+
+
+def _adapm(name: str, second_moment: str) -> Plan:
+    """AdaPM's roles: no momentum for embeddings and attention output, full for values, low rank for the rest."""
+    low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
+    roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
+    return _named(name, low, (0.9, 0.95), **roles)
+
+
+def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, float], **roles: Recipe) -> Plan:
+    """File a plan that treats linear weights apart from everything else."""
+    return _named(name, default, betas, **dict.fromkeys(_LINEAR, linear), **roles)
+
+
+ADAMW = _named("adamw", _ADAM)
+ADAPM = _adapm("adapm", "dense")
+ADAPM_MINI = _adapm("adapm_mini", "blockwise")
+ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95))
+ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
+ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
+# The authors run AdaGrad and RMSProp without any bias correction, and with sums over the subsets.
+_SUMS = SubsetNormSecondMoment(reduction="sum", bias_correction=False)
+_RAW: SecondMoment = DenseSecondMoment(bias_correction=False)
+_ADAGRAD = Recipe(DenseMomentum(bias_correction=False), _RAW)
+ADAGRAD_SNSM = _on_linear(
+    "adagrad_snsm", _ADAGRAD, Recipe(SubspaceMomentum(bias_correction=False), _SUMS), (0.9, 1.0), vector=_ADAGRAD
+)
+_RMSPROP = Recipe("none", _RAW)
+RMSPROP_SN = _on_linear("rmsprop_sn", _RMSPROP, Recipe("none", _SUMS), (0.0, 0.999), vector=_RMSPROP)
+ADAM_MINI = _named("adam_mini", Recipe("dense", "blockwise"))
+ADAFACTOR = _named("adafactor", Recipe("none", "factored"))
+
+
+def recipe_names() -> list[str]:
+    """Return the names that ``recipe=`` accepts."""
+    return PLANS.names()
+
+
+def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan:
+    """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
+
+    A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
+    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options). Its values may refer to one
+    another (``${roles.mlp.rank}``), but not call resolvers (``${oc.env:HOME}``).
+
+    Raises:
+        TypeError: If ``recipe`` is something else, or an entry of a file has the wrong type.
+        ValueError: If a name, key, kind, role or option is unknown, a number is out of range, or a resolver is called.
+        FileNotFoundError: If it looks like a path and no file is there.
+    """
+    if isinstance(recipe, Plan):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _from_mapping(_plain(recipe, "a mapping"), "")
+    if not isinstance(recipe, str | os.PathLike):
+        raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
+    path = Path(recipe)
+    if isinstance(recipe, str) and recipe in PLANS:
+        return PLANS.get(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        data = _read(path)
+        try:
+            return _from_mapping(data, path.stem, path.parent)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"In the recipe file {str(path)!r}: {error}") from error
+    raise ValueError(
+        f"{unknown('recipe', str(recipe), recipe_names())} Or give the path of a recipe file that ends in .yaml."
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe file {str(path)!r} (working directory: {os.getcwd()}).")
+    try:
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise ImportError(
+            f"Reading the recipe file {str(path)!r} needs omegaconf: pip install 'lightning-memopt[cli]'."
+        ) from error
+    data = OmegaConf.load(path)
+    if not OmegaConf.is_dict(data):
+        found = type(OmegaConf.to_container(data)).__name__
+        raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {found}.")
+    if not data:
+        raise ValueError(f"The recipe file {str(path)!r} is empty: give at least a `base` or `roles`.")
+    return {str(key): value for key, value in _plain(data, f"the recipe file {str(path)!r}").items()}
+
+
+def _plain(data: Any, where: str) -> Mapping[str, Any]:
+    """Return a mapping without OmegaConf's types, references to other values resolved.
+
+    Resolvers are refused, not left as they are: what they return, such as a secret from the environment, would be
+    stored in every checkpoint, and the same file would mean something else on another machine; a literal
+    ``${oc.env:RANK}`` in the place of a number or a name would never be what somebody wanted.
+
+    Raises:
+        ValueError: If a value calls a resolver.
+    """
+    omegaconf = sys.modules.get("omegaconf")  # without it there are no such types
+    if omegaconf is None or not omegaconf.OmegaConf.is_config(data):
+        return data
+    for text in _texts(omegaconf.OmegaConf.to_container(data, resolve=False)):
+        if _calls_resolver(text):
+            raise ValueError(
+                f"In {where}: {text!r} calls a resolver, and what that returns would be stored in every checkpoint. "
+                "Write the value itself, or refer to another value of the file, as in '${roles.mlp.rank}'."
+            )
+    return omegaconf.OmegaConf.to_container(data, resolve=True)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all strings in a container, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in (*value.keys(), *value.values()):
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _calls_resolver(text: str) -> bool:
+    """Return whether an interpolation has a colon: ``${name:...}`` calls, ``${name}`` refers; both can be nested."""
+    depth = 0
+    for position, character in enumerate(text):
+        if text.startswith("${", position):
+            depth += 1
+        elif depth and character == "}":
+            depth -= 1
+        elif depth and character == ":":
+            return True
+    return False
+
+
+def _base(base: Any, folder: Path | None) -> Plan:
+    """Return the plan that a recipe file starts from: a name, or a file whose path is relative to its own."""
+    if isinstance(base, str) and folder is not None and base not in PLANS and base.endswith((".yaml", ".yml")):
+        data = _read(folder / base)
+        if str(data.get("base", "")).endswith((".yaml", ".yml")):
+            raise ValueError(f"The recipe file {base!r} has a base of its own; start from a recipe's name instead.")
+        return _from_mapping(data, Path(base).stem, folder)
+    if isinstance(base, str) and base.endswith((".yaml", ".yml")):
+        raise ValueError(f"The base {base!r} of a mapping must be a recipe's name: {', '.join(recipe_names())}.")
+    return load_plan(base)
+
+
+def _digest(roles: Mapping[str, Recipe]) -> str:
+    """Return a name for a recipe without one, which tells what its state consists of."""
+    kinds = [f"{role}={recipe.momentum.name}*{recipe.second_moment.name}" for role, recipe in sorted(roles.items())]
+    return f"custom-{hashlib.blake2b(' '.join(kinds).encode(), digest_size=4).hexdigest()}"
+
+
+def _from_mapping(data: Mapping[str, Any], fallback_name: str, folder: Path | None = None) -> Plan:
+    for key in data:
+        if key not in _FILE_KEYS:
+            raise ValueError(unknown("key of a recipe file", key, list(_FILE_KEYS)))
+    base = _base(data.get("base", "adamw"), folder)
+    roles = dict(base.roles)
+    for role, change in _section(data, "roles").items():
+        if role not in ROLES:
+            raise ValueError(unknown("role", role, list(ROLES)))
+        roles[role] = roles[role].with_options(base.options).changed(change)
+    plan = Plan(
+        name=str(data.get("name", fallback_name or _digest(roles))),
+        roles=roles,
+        betas=_betas(data.get("betas", base.betas)),
+        overrides=base.overrides,
+        options=base.options,
+    )
+    return plan.updated(overrides=_section(data, "overrides"))
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = data.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise TypeError(f"{key!r} of a recipe file must be a mapping, got {section!r}.")
+    return section
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"'betas' of a recipe file must be two numbers, got {value!r}.")
+    check_betas(value, "a recipe file")
+    return (float(value[0]), float(value[1]))

@@ -1,0 +1,14 @@
+"""Vision transformers as in transformers; the names of their attention are LLaMA's."""
+
+from lightning_memopt.plans.roles.base import NamingScheme, Rule, register_naming_scheme
+
+VIT = register_naming_scheme(
+    NamingScheme(
+        "vit",
+        (
+            Rule(r"embeddings\.(cls_token|position_embeddings|patch_embeddings\.projection\.weight)$", ("embedding",)),
+            Rule(r"mlp\.fc[12]\.weight$", ("mlp",)),
+            Rule(r"(^|\.)classifier\.weight$", ("head",)),
+        ),
+    )
+)

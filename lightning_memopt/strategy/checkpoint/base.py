@@ -1,0 +1,103 @@
+"""The part of the strategy that Lightning calls to save and load."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, is_local
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.finetuning import groups_restored
+
+
+class CheckpointingStrategy(ModelParallelStrategy):
+    """ModelParallelStrategy whose checkpoints are atomic, complete, and load on any number of ranks."""
+
+    _verify: bool
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()  # waits for what is still being written; ModelParallelStrategy leaves it out
+
+    @property
+    def _trained_by(self) -> list[Optimizer]:
+        """The optimizers, without the one that Lightning makes up where ``configure_optimizers`` returns None."""
+        return [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's CheckpointIO, or one that replaces files atomically."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO(verify=self._verify)
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            # Has no effect where the user gave one.
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO(verify=self._verify)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return model_state(self.model, whole=not self._save_distributed_checkpoint)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.model is not None
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        if isinstance(optimizer, _MockOptimizer):
+            return {}
+        return optimizer_state(optimizer, self.model, whole=not self._save_distributed_checkpoint)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError(
+                f"`{type(self).__name__}.save_checkpoint(..., storage_options=...)` is not supported: give them to a "
+                "`CheckpointIO` plugin of your own."
+            )
+        path = self.broadcast(filepath)  # all ranks save to the same place
+        if not self._save_distributed_checkpoint:
+            save_file(checkpoint, path, self.checkpoint_io)
+        elif is_local(path):
+            save_directory(checkpoint, Path(path))
+        else:
+            raise ValueError(
+                f"A distributed checkpoint needs a file system that all ranks share, got {str(path)!r}: save to a "
+                "local path, or set `save_distributed_checkpoint=False`."
+            )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        assert self.lightning_module is not None
+        module, trainer = self.lightning_module, self.lightning_module.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return load_checkpoint(
+            self.broadcast(checkpoint_path),
+            self.model,
+            self._trained_by if fitting else None,
+            self.checkpoint_io,
+            strict=self.lightning_module.strict_loading,
+            weights_only=weights_only,
+            verify=self._verify,
+            adapting=(lambda rest: groups_restored(trainer, module, rest)) if fitting else nullcontext,
+        )

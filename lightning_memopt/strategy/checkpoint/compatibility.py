@@ -1,0 +1,100 @@
+"""Whether a saved optimizer state is one that an optimizer can go on from, told before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
+from lightning_memopt.optim.checkpoint import ADAMW_KEYS, cannot_go_on, require_known_state
+from lightning_memopt.optim.memopt import MemOpt
+
+# What torch's own optimizers read without asking whether it is there.
+_NEEDED: dict[type[optim.Optimizer], frozenset[str]] = {
+    optim.Adam: ADAMW_KEYS,  # AdamW is a subclass
+    optim.NAdam: ADAMW_KEYS | {"mu_product"},
+    optim.RAdam: ADAMW_KEYS,
+    optim.Adamax: frozenset(("step", "exp_avg", "exp_inf")),
+    optim.RMSprop: frozenset(("step", "square_avg")),
+    optim.Adagrad: frozenset(("step", "sum")),
+    optim.Adadelta: frozenset(("step", "square_avg", "acc_delta")),
+    optim.Rprop: frozenset(("step", "prev", "step_size")),
+    optim.ASGD: frozenset(("step", "eta", "mu", "ax")),
+}
+
+
+# Of those, and of state that others of torch's keep per element: what is never negative.
+_FACTORS = frozenset(("row_var", "col_var"))  # Adafactor's: one number per row or column
+_SQUARES = _FACTORS | {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "variance"}
+
+
+def check_state(saved: Mapping[str, Any], optimizer: optim.Optimizer, names: Sequence[str], values: Values) -> None:
+    """Check counters and shapes of the state that an optimizer of others is to load; tensors go to ``values``.
+
+    Args:
+        saved: A state dict by position, in the order of the optimizer's parameters.
+        optimizer: The optimizer that is to load it.
+        names: The names of its parameters, in order.
+        values: Collects the tensors; none is looked at here.
+
+    Raises:
+        ValueError: If a shape is not that of the parameter, or a counter is no count.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    torchs = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, optim.LBFGS)
+    for position, entries in saved["state"].items():
+        param, name = params[position], names[position]
+        has = optimizer.state.get(param, {})
+        for key, value in entries.items():
+            if key == "step" and torchs:
+                check_step(value, name)
+            elif isinstance(value, Tensor):
+                what = state_of(name, key)
+                check_kind(value, what)
+                expected = has[key].shape if isinstance(has.get(key), Tensor) else param.shape if torchs else None
+                _check_shape(what, value.shape, expected, factor=key in _FACTORS)
+                values.add(what, value, negative=not (torchs and key in _SQUARES), infinite=not torchs)
+
+
+def _check_shape(what: str, found: torch.Size, expected: torch.Size | None, *, factor: bool) -> None:
+    """Refuse what is neither one number nor of the expected shape; a factor may be 1 where that is not."""
+    if expected is None or found == expected or not found:
+        return
+    if not factor or len(found) != len(expected) or any(n not in (1, m) for n, m in zip(found, expected, strict=True)):
+        raise ValueError(
+            f"{what} has shape {tuple(found)}, expected {tuple(expected)}: it was saved for another parameter. Nothing "
+            "was loaded. Create the optimizer as in the run that saved it."
+        )
+
+
+def check_family(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> None:
+    """Refuse the state of another kind of optimizer, which would fail in the first step.
+
+    Args:
+        saved: A state dict; only its keys and recipes matter.
+        optimizer: The optimizer that is to load it.
+
+    Raises:
+        ValueError: If groups or states lack what the optimizer reads. Nothing has changed then.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, MemOpt):
+        require_known_state(saved, name)
+        return
+    lacks = _torch_lacks(saved, optimizer)
+    if lacks or any(group.get("recipe", "adamw") != "adamw" for group in saved["param_groups"]):
+        raise cannot_go_on(saved, name, lacks)
+
+
+def _torch_lacks(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> list[str]:
+    """Return the keys of groups, then those of states, that the optimizer reads and does not find."""
+    groups = [{**group, "params": []} for group in saved["param_groups"]]
+    probe = object.__new__(type(optimizer))
+    vars(probe).update({**vars(optimizer), "defaults": dict(optimizer.defaults)})
+    probe.__setstate__({"state": {}, "param_groups": groups})  # fills in what older versions have not saved
+    needed = frozenset[str]().union(*(keys for kind, keys in _NEEDED.items() if isinstance(optimizer, kind)))
+    missing = [key for key in optimizer.defaults if any(key not in group for group in groups)]
+    return missing or sorted({key for entry in saved["state"].values() if entry for key in needed - entry.keys()})

@@ -1,0 +1,151 @@
+"""Optimizer states and weights that were read: checked as a whole, and written only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from lightning_memopt.optim.checking import Share, Values, check_kind, check_structure
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.naming import warn_of_positions
+from lightning_memopt.optim.resuming import facts, tell
+from lightning_memopt.sharding.layout import fill_
+from lightning_memopt.strategy.checkpoint.compatibility import check_state
+from lightning_memopt.strategy.checkpoint.states import cut, names_of, parameter_names
+
+
+def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+    """Return the weights and the optimizer states of a checkpoint in one file.
+
+    Args:
+        checkpoint: What was read.
+        weights: The key of the weights.
+        states: The key of the optimizer states.
+
+    Raises:
+        TypeError: If the checkpoint or a part of it has the wrong type.
+        ValueError: If it has no weights.
+    """
+    if not isinstance(checkpoint, Mapping):
+        kind = type(checkpoint).__name__
+        raise TypeError(f"The checkpoint must be a dict with the key {weights!r}, but is of the type {kind}.")
+    if weights not in checkpoint:
+        keys = ", ".join(repr(key) for key in list(checkpoint)[:5]) or "nothing"
+        raise ValueError(
+            f"The checkpoint has no key {weights!r}, it has {keys}: it was not saved by Lightning. To start training "
+            "from bare weights, load them in the LightningModule and leave out `ckpt_path`."
+        )
+    found, optimizers = checkpoint[weights], checkpoint.get(states, [])
+    for key, value, fits in (
+        (weights, found, isinstance(found, Mapping)),
+        (states, optimizers, isinstance(optimizers, list | tuple)),
+    ):
+        if not fits:
+            got = type(value).__name__
+            raise TypeError(f"The checkpoint has under {key!r} a value of the type {got}: Lightning did not save it.")
+    optimizers = [state for state in optimizers if state != {}]  # what a run without an optimizer saves
+    for number, state in enumerate(optimizers):
+        check_structure(state, f"state of optimizer {number} in the checkpoint")
+    return found, optimizers
+
+
+def prepare_optimizer(
+    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    share: Share,
+    *,
+    named: bool,
+    whole: bool,
+) -> Callable[[], None]:
+    """Check the state of one optimizer and return what loads it.
+
+    Args:
+        state: A state dict by position, in the order of the optimizer's parameters.
+        optimizer: The optimizer.
+        model: The model that it trains.
+        share: This rank's position, and how many ranks divide looking at tensors that all of them have.
+        named: Whether names decided the order.
+        whole: Whether tensors are whole, not this rank's parts.
+
+    Raises:
+        ValueError: If it does not fit, or holds what is no state.
+    """
+    if isinstance(optimizer, MemOpt):
+        load = optimizer.prepare_load(state, share=share, ordered=True)
+    else:
+        values = Values(share)
+        check_state(state, optimizer, list(chain(*names_of(optimizer, model))), values)
+        values.check()
+        load = _loader(state, optimizer, whole)
+
+    def restore() -> None:
+        if not named:
+            warn_of_positions(state)
+        load()
+
+    return restore
+
+
+def _loader(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, whole: bool) -> Callable[[], None]:
+    def load() -> None:
+        before = facts(optimizer.param_groups)
+        optimizer.load_state_dict(cut(state, optimizer) if whole else dict(state))
+        steps = [float(entries["step"]) for entries in state["state"].values() if "step" in entries]
+        tell(type(optimizer).__name__, before, facts(optimizer.param_groups), step=int(max(steps, default=0)))
+
+    return load
+
+
+def check_values(
+    weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.Module, share: Share, path: Any
+) -> None:
+    """Refuse weights that are no numbers, or not finite; buffers may have infinite elements, as masks do.
+
+    Args:
+        weights: The saved weights by name.
+        ours: The model's.
+        model: The model.
+        share: This rank's position, and how many ranks divide looking at tensors that all of them have.
+        path: The checkpoint, for the message.
+
+    Raises:
+        ValueError: Naming the first that is refused.
+    """
+    values, params = Values(share), parameter_names(model)
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and isinstance(ours.get(name), Tensor):
+            what = f"The saved weight {name!r} in {str(path)!r}"
+            check_kind(value, what)
+            if name in params:
+                values.add(what, value, infinite=not params[name].requires_grad)
+    values.check()
+
+
+def same_sort(saved: torch.dtype, ours: torch.dtype) -> bool:
+    """Return whether weights of one dtype can be loaded as those of another: real, complex or whole numbers."""
+    return (saved.is_complex, saved.is_floating_point) == (ours.is_complex, ours.is_floating_point)
+
+
+@torch.no_grad()
+def write_weights(weights: Mapping[str, Any], ours: dict[str, Any], model: nn.Module) -> None:
+    """Put weights into the model: whole ones, or parts that are placed as the model's.
+
+    Args:
+        weights: The saved weights by name; those that the model does not have are left out.
+        ours: The model's state, in which the tensors are its own.
+        model: The model.
+    """
+    for name in ours.keys() & weights.keys():
+        if isinstance(ours[name], Tensor):
+            fill_(ours[name], weights[name])
+        else:
+            ours[name] = weights[name]
+    # The tensors are the model's already; hooks and extra state are served.
+    mine = {name: ours[name] for name in ours if name in weights}
+    set_model_state_dict(model, mine, options=StateDictOptions(strict=False))

@@ -1,0 +1,164 @@
+"""Saving a checkpoint: one directory that all ranks write to, or one file that the first rank writes."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from lightning_memopt.optim.groups import NAMES, plain_group
+from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, save_with_checksums
+from lightning_memopt.strategy.checkpoint.planner import FirstRankPlanner
+from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
+from lightning_memopt.strategy.files import atomic
+from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
+from lightning_memopt.strategy.files.directory import CHECKSUMS, REST, check_replaceable, copy_others
+
+WEIGHTS, STATES = "state_dict", "optimizer_states"
+_TRIES = 20
+
+
+def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str, Any]:
+    """Return the weights by name: each rank's part, or whole ones on the first rank and nothing on the others.
+
+    Args:
+        model: The LightningModule.
+        whole: Whether to gather, one tensor after the other.
+        group: The process group; None for all ranks.
+    """
+    state = get_model_state_dict(model)
+    return _gather(state, rank_and_size(group)[0] == 0) if whole else state
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, whole: bool, group: Any = None
+) -> dict[str, Any]:
+    """Return the optimizer's state: each rank's part by name, or a single device's state dict on the first rank.
+
+    Args:
+        optimizer: The optimizer itself, not Lightning's wrapper.
+        model: The LightningModule.
+        whole: Whether to gather, one tensor after the other; other ranks than the first get nothing.
+        group: The process group; None for all ranks.
+
+    Raises:
+        ValueError: If a parameter is not the model's.
+    """
+    if not whole:
+        return by_name(optimizer, model)
+    state = optimizer.state_dict()
+    keep = rank_and_size(group)[0] == 0
+    # In the same order everywhere: every tensor is a collective.
+    states = {index: _gather(state["state"][index], keep) for index in sorted(state["state"])}
+    groups = [_gather(plain_group(entries), keep) for entries in state["param_groups"]]
+    # An optimizer of this package may have been given other names, by which it is found on a single device.
+    names = state.get(NAMES) or names_of(optimizer, model)
+    return {"state": states, "param_groups": groups, NAMES: names} if keep else {}
+
+
+def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = None) -> None:
+    """Save a checkpoint as a directory, in the place of whatever has its name.
+
+    The layout is that of Lightning's ModelParallelStrategy: torch's distributed checkpoint with ``state_dict`` and
+    ``optimizer_0``, ..., and everything else in ``meta.pt``.
+
+    Args:
+        checkpoint: What Lightning saves, with sharded ``state_dict`` and, by name, ``optimizer_states``.
+        path: The directory, on a file system that all ranks share.
+        group: The process group; None for all ranks.
+
+    Raises:
+        IsADirectoryError: If the path is a directory of something else.
+        OSError: If any rank cannot write; what was there is unchanged then.
+    """
+    state = {WEIGHTS: checkpoint[WEIGHTS]}
+    state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
+    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+
+    on_first(lambda: check_replaceable(path), group)
+    new: Path | None = None
+    try:
+        new = on_first(lambda: _begin(path), group)
+        parts = on_all(lambda: _write_shards(state, new, group), group)
+        sums = {name: entry for part in parts for name, entry in part.items()}
+        on_first(lambda: _finish(rest, new, path, sums), group)
+    except (Exception, CheckpointException) as error:
+        raise OSError(
+            f"Saving {str(path)!r} failed: {describe(error)}. What was saved under this name before is unchanged."
+        ) from error
+    finally:
+        if new is not None and rank_and_size(group)[0] == 0:
+            atomic.abandon(new)  # nothing is there after a commit
+
+
+def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, group: Any = None) -> None:
+    """Save a checkpoint as one file, written by the first rank.
+
+    Args:
+        checkpoint: What Lightning saves, complete on the first rank.
+        path: The file, or what the CheckpointIO takes for one.
+        checkpoint_io: Lightning's CheckpointIO.
+        group: The process group; None for all ranks.
+
+    Raises:
+        IsADirectoryError: If the path is a directory of something else.
+        OSError: If the first rank cannot write; with AtomicCheckpointIO, what was there is unchanged then.
+    """
+
+    def write() -> None:
+        check_replaceable(Path(path))
+        if not isinstance(innermost(checkpoint_io), AtomicCheckpointIO) and Path(path).is_dir():
+            atomic.discard(Path(path))  # a distributed checkpoint, which nobody expects to find there
+        checkpoint_io.save_checkpoint(checkpoint, path)
+
+    on_first(write, group)
+
+
+def _begin(path: Path) -> Path:
+    """Return a new directory to save to, with what somebody has put beside the checkpoint that it replaces."""
+    new = atomic.begin(path)
+    try:
+        new.mkdir()
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError, shutil.Error):  # another process has replaced the directory
+                copy_others(path, new)
+                return new
+        copy_others(path, new)
+        return new
+    except BaseException:
+        atomic.abandon(new)
+        raise
+
+
+def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, Checksum]:
+    """Write this rank's files, and return the checksums of all that it wrote."""
+    _, size = rank_and_size(group)
+    writer, files = FileSystemWriter(folder, sync_files=True), ChecksummedFiles()
+    writer.fs = files
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(state, storage_writer=writer, planner=FirstRankPlanner(), process_group=group, no_dist=size == 1)
+    return files.checksums
+
+
+def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksum]) -> None:
+    missing = [name for name in sums if not (new / name).is_file()]
+    if missing:
+        raise OSError(f"{missing[0]!r} of another rank is not there: all ranks must save to a file system they share")
+    atomic.write_synced(new / REST, lambda stream: save_with_checksums({**rest, CHECKSUMS: sums}, stream))
+    atomic.commit(new, path)
+
+
+def _gather(entries: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    whole = {key: gathered(entries[key], keep) for key in entries}
+    return whole if keep else {}

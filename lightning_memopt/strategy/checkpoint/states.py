@@ -1,0 +1,200 @@
+"""Optimizer states by parameter name or by position; whole or cut for this rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lightning_memopt.optim.groups import plain_group
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.naming import arranged, places, saved_names
+from lightning_memopt.sharding.layout import fill_
+
+# What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def parameter_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by all their names; a tied parameter has several, the first one goes into checkpoints."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without a backward pass it has other parameters
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): param
+        for name, param in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def first_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the names under which checkpoints have the parameters."""
+    names: dict[Tensor, str] = {}
+    for name, param in parameter_names(model).items():
+        names.setdefault(param, name)
+    return names
+
+
+def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return the optimizer's state dict with names in the place of positions.
+
+    State that does not exist is not made up: torch's own function takes a step on zero gradients to create it.
+
+    Raises:
+        ValueError: If a parameter is not the model's.
+    """
+    ordered = names_of(optimizer, model)
+    saved = optimizer.state_dict()
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    named = dict(zip(ids, itertools.chain(*ordered), strict=True))
+    return {
+        "state": {named[index]: dict(entries) for index, entries in saved["state"].items() if entries},
+        "param_groups": [
+            {**plain_group(group), "params": [named[i] for i in group["params"]]} for group in saved["param_groups"]
+        ],
+    }
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the model's names of the parameters in every group.
+
+    Raises:
+        ValueError: If a parameter is not the model's.
+    """
+    names = first_names(model)
+    for position, param in enumerate(_params(optimizer)):
+        if param not in names:
+            raise ValueError(
+                f"Parameter {position} of {type(optimizer).__name__}, of shape {tuple(param.shape)}, is not a "
+                f"parameter of {type(model).__name__}: its state cannot be saved under a name."
+            )
+    return [[names[param] for param in group["params"]] for group in optimizer.param_groups]
+
+
+def by_position(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, Any], bool]:
+    """Return a state dict as ``optimizer.state_dict()`` has it, in today's order, and whether names decided that.
+
+    Raises:
+        ValueError: If groups or their parameters differ; the message names the first parameter.
+    """
+    names, kind = saved_names(saved), type(optimizer).__name__
+    if names is None:
+        found = _places_by_count(saved["param_groups"], optimizer)
+    else:
+        found = _places_by_name(names, optimizer, model)
+    ordered = arranged(saved, found)
+    numbers = itertools.count()
+    positions = {index: next(numbers) for group in ordered["param_groups"] for index in group["params"]}
+    unknown = next((index for index in saved["state"] if index not in positions), None)
+    if unknown is not None:
+        raise ValueError(f"The checkpoint has state of {kind} for parameter {unknown!r}, which no group lists.")
+    return {
+        "state": {positions[index]: entries for index, entries in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [positions[index] for index in group["params"]]} for group in ordered["param_groups"]
+        ],
+    }, names is not None
+
+
+def _places_by_name(
+    names: list[list[str]], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> list[tuple[int, list[int]]]:
+    params, first = parameter_names(model), first_names(model)
+    kind = type(optimizer).__name__
+    theirs = [[first[params[name]] if name in params else name for name in group] for group in names]
+    ours = [[first[param] for param in group["params"]] for group in optimizer.param_groups]
+    try:
+        return places(theirs, ours, "checkpoint", kind)
+    except ValueError:
+        own = optimizer.parameter_names() if isinstance(optimizer, MemOpt) else None
+        if own is None or own == ours:
+            raise
+        return places(names, own, "checkpoint", kind)  # those that it was given, on one device
+
+
+def _places_by_count(
+    groups: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> list[tuple[int, list[int]]]:
+    sizes = [len(group["params"]) for group in groups]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != ours:
+        raise ValueError(
+            f"The checkpoint has parameter groups of {sizes} parameters for {type(optimizer).__name__}, the optimizer "
+            f"has groups of {ours}: create it with the groups of the run that saved it."
+        )
+    return [(number, list(range(size))) for number, size in enumerate(sizes)]
+
+
+def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a state dict by position with real tensors, placed as today, in the place of those on the meta device.
+
+    An optimizer of this package says how; of others, what has its parameter's shape is placed as the
+    parameter is, and everything else is whole on every rank.
+    """
+    if isinstance(optimizer, MemOpt):
+        return optimizer.allocate_state_dict(saved)
+    state = _with_params(saved, optimizer, _allocate)
+    return {"state": state, "param_groups": saved["param_groups"]}
+
+
+def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a state dict by position as the optimizer can load it, from one with whole tensors.
+
+    An optimizer of this package cuts whole tensors itself, when it loads them.
+    """
+    if isinstance(optimizer, MemOpt):
+        return dict(saved)
+    return {"state": _with_params(saved, optimizer, _cut), "param_groups": saved["param_groups"]}
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """Return a tensor whole and on the CPU, or None if not ``keep``; all ranks of its mesh must call this."""
+    if not isinstance(value, Tensor):
+        return value if keep else None
+    value = value.detach()
+    if isinstance(value, DTensor):
+        if value.device.type != value.device_mesh.device_type:  # offloaded: its group cannot send from the CPU
+            value = value.to(value.device_mesh.device_type)
+        value = value.full_tensor()
+    if not keep:
+        return None
+    value = value.cpu()
+    # A view would take everything that it is a view of into the file.
+    return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _with_params(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, change: Any) -> dict[Any, Any]:
+    """Apply a function of a state tensor and its parameter to all state; parameters correspond by position."""
+    ids = [index for group in saved["param_groups"] for index in group["params"]]
+    params: dict[Any, Tensor] = dict(zip(ids, _params(optimizer), strict=False))  # `load_state_dict` counts them
+    return {
+        index: {
+            key: change(value, params[index]) if isinstance(value, Tensor) else value for key, value in entry.items()
+        }
+        for index, entry in saved["state"].items()
+        if index in params
+    }
+
+
+def _allocate(value: Tensor, param: Tensor) -> Tensor:
+    if value.shape == param.shape and value.ndim:
+        return torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+    return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _cut(value: Tensor, param: Tensor) -> Tensor:
+    if value.shape != param.shape or not value.ndim:
+        return value
+    mine = _allocate(value, param)
+    fill_(mine, value)
+    return mine

@@ -1,0 +1,348 @@
+"""A checkpoint directory that is open: what is read is one save, on all ranks, and checked before it is used."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from lightning_memopt._registry import listed
+from lightning_memopt.strategy.agreement import on_all
+from lightning_memopt.strategy.files.atomic import current
+from lightning_memopt.strategy.files.checksums import Checksum, checksum, parsed
+from lightning_memopt.strategy.files.directory import CHECKSUMS, INDEX, REST, SAMPLED, SHARDS, is_checkpoint
+from lightning_memopt.strategy.files.metadata import parse_metadata
+from lightning_memopt.strategy.files.opened_file import naming, open_regular, verify_zip
+
+_TRIES, _PAUSE = 60, 0.02
+
+
+class Opened(Protocol):
+    """What is open, and tells which save it is."""
+
+    identity: str
+
+    def close(self) -> None:
+        """Close it."""
+
+
+T = TypeVar("T", bound=Opened)
+
+
+class OpenedDirectory:
+    """All files of a checkpoint directory, opened once through one descriptor.
+
+    Attributes:
+        path: The name it was opened under.
+        identity: Tells this save from others; the same on every rank that has opened the same one.
+        index: Torch's metadata: keys, shapes and dtypes, and where they are.
+        rest: The checkpoint without weights and optimizer states.
+    """
+
+    def __init__(self, path: Path, *, weights_only: bool | None = None, verify: bool = True) -> None:
+        """Open a directory, and read all but weights and optimizer states.
+
+        Args:
+            path: The directory.
+            weights_only: As for ``torch.load``, for what is no tensor.
+            verify: Whether to compare checksums, here and in :meth:`check`.
+
+        Raises:
+            ValueError: If a file is missing or damaged; the message names it.
+            pickle.UnpicklingError: If a file asks for objects that are not allowed.
+        """
+        self.path = path
+        self._weights_only, self._verify = weights_only, verify
+        self._files: dict[str, IO[bytes]] = {}
+        flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+        self._folder = os.open(current(path), flags) if os.open in os.supports_dir_fd else None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        for name in (INDEX, REST):
+            try:
+                self._open(name)
+            except FileNotFoundError:
+                raise ValueError(
+                    f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either a "
+                    f"part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
+                ) from None
+        rest, index = (self._files[name].read() for name in (REST, INDEX))
+        self.identity = hashlib.blake2b(rest + index, digest_size=16).hexdigest()
+        self.rest = self._parse_rest(rest)
+        self._checksums: dict[str, Checksum] | None = None
+        with naming(self.path / REST):
+            if CHECKSUMS in self.rest:
+                self._checksums = parsed(self.rest.pop(CHECKSUMS))
+        self.rest.pop(SAMPLED, None)
+        if self._verify and INDEX in (self._checksums or {}):
+            self._compare(INDEX)
+        with naming(self.path / INDEX):
+            self.index: Metadata = parse_metadata(index)
+        for name in {*self._ends(), *(self._checksums or {})}:
+            if name not in self._files:
+                self._open_shard(name)
+
+    def _checkpoints_inside(self) -> str:
+        entries = sorted(current(self.path).iterdir())
+        found = [entry.name for entry in entries if is_checkpoint(entry) or entry.suffix == ".ckpt"]
+        return f" ({listed(list(map(repr, found)), 3)})" if found else ""
+
+    def _parse_rest(self, content: bytes) -> dict[str, Any]:
+        path = self.path / REST
+        if not content.startswith(b"PK\x03\x04"):
+            raise ValueError(f"{str(path)!r} is no checkpoint: it is empty, or torch.save did not write it.")
+        stream = io.BytesIO(content)
+        with naming(path, stream):
+            if self._verify:
+                verify_zip(stream)
+            stream.seek(0)
+            rest = torch.load(stream, map_location="cpu", weights_only=self._weights_only)
+            if not isinstance(rest, dict):
+                raise TypeError(f"expected a mapping, found {type(rest).__name__}")
+        return rest
+
+    def _open(self, name: str) -> None:
+        place = name if self._folder is not None else self.path / name
+        self._files[name] = open_regular(place, self._folder)
+
+    def _open_shard(self, name: str) -> None:
+        try:
+            self._open(name)
+        except FileNotFoundError:
+            raise ValueError(
+                f"The checkpoint {str(self.path)!r} is not complete: {name!r} is missing. All ranks must save to, and "
+                "load from, a file system that they share; otherwise use another checkpoint."
+            ) from None
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise OSError(
+                    error.errno,
+                    f"the checkpoint has {len(self._ends())} files, and this process may not open as many: raise the "
+                    "limit with `ulimit -n`",
+                    str(self.path),
+                ) from error
+            raise
+
+    # ------------------------------------------------------------------ checking
+
+    def check(self, share: tuple[int, int]) -> None:
+        """Check that all files are whole and those of one save.
+
+        Args:
+            share: Rank and number of the ranks that divide the reading among them.
+
+        Raises:
+            ValueError: If a file is truncated, damaged or from another save; the message names it.
+        """
+        rank, ranks = share
+        self._check_sizes()
+        if self._verify:
+            self._warn_of_missing_checksums(rank)
+            for name in sorted(self._checksums or {})[rank::ranks]:
+                self._compare(name)
+
+    def _check_sizes(self) -> None:
+        ends = self._ends()
+        known = {**ends, **{name: size for name, (size, _) in (self._checksums or {}).items()}}
+        for name, expected in known.items():
+            size = os.fstat(self._files[name].fileno()).st_size
+            if size < expected:
+                raise ValueError(
+                    f"The checkpoint {str(self.path)!r} is not complete: {name!r} is truncated or from another save, "
+                    f"it has {size} of {expected} bytes. Use another checkpoint."
+                )
+            if size > expected:
+                raise self._mixed(name, f"it has {size} bytes, {expected} were saved")
+            if ends.get(name, 0) > expected:
+                raise self._mixed(name, f"{INDEX!r} says that it has {ends[name]} bytes")
+        for name in sorted(os.listdir(self.path if self._folder is None else self._folder)):
+            if SHARDS.fullmatch(name) and name not in known and self._length_of_stray(name):
+                raise self._mixed(name, f"{INDEX!r} does not know it. Remove it if the others are the ones you want")
+
+    def _length_of_stray(self, name: str) -> int:
+        """Return the size of a file that no table lists; torch writes an empty one where a rank has nothing to save."""
+        return os.stat(name if self._folder is not None else self.path / name, dir_fd=self._folder).st_size
+
+    def _compare(self, name: str) -> None:
+        assert self._checksums is not None
+        if checksum(self._files[name]) != self._checksums[name]:
+            raise ValueError(
+                f"The checkpoint {str(self.path)!r} is damaged: {name!r} does not match its checksum in {REST!r} (it "
+                "has changed, or is from another save). Use another checkpoint."
+            )
+
+    def _warn_of_missing_checksums(self, rank: int) -> None:
+        if self._checksums is None and rank == 0:
+            warnings.warn(
+                f"The checkpoint {str(self.path)!r} has no checksums, because another tool or an earlier version saved "
+                "it: a flipped bit would not be noticed.",
+                stacklevel=2,
+            )
+
+    def _mixed(self, name: str, why: str) -> ValueError:
+        return ValueError(
+            f"The checkpoint {str(self.path)!r} mixes files of different saves: {name!r} is from another one ({why}). "
+            "Use another checkpoint."
+        )
+
+    def _ends(self) -> dict[str, int]:
+        """Return the size that every rank's file must have at least."""
+        ends: dict[str, int] = {}
+        for info in self.index.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        return ends
+
+    # ------------------------------------------------------------------ reading
+
+    def object(self, key: str) -> Any:
+        """Return the value of a key that is no tensor.
+
+        Raises:
+            ValueError: If it is damaged.
+            pickle.UnpicklingError: If it asks for objects that are not allowed.
+        """
+        return self._load(MetadataIndex(key), self._weights_only)
+
+    def tensor(self, index: MetadataIndex) -> Tensor:
+        """Return a part of a tensor, as it was saved.
+
+        Raises:
+            ValueError: If it is damaged, or not what the index says.
+            pickle.UnpicklingError: If it is no tensor.
+        """
+        value = self._load(index, True)
+        entry = self.index.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        chunk = next(chunk for chunk in entry.chunks if chunk.offsets == index.offset)
+        if (
+            not isinstance(value, Tensor)
+            or value.layout is not torch.strided
+            or (value.shape, value.dtype) != (chunk.sizes, entry.properties.dtype)
+        ):
+            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise self._mixed(
+                self.index.storage_data[index].relative_path,
+                f"{index.fqn!r} is {found} there, and {entry.properties.dtype} {tuple(chunk.sizes)} in {INDEX!r}",
+            )
+        return value
+
+    def whole(self, key: str) -> Any:
+        """Return the value of a key: an object, or a tensor put together from its parts.
+
+        Raises:
+            ValueError: As :meth:`tensor`.
+            pickle.UnpicklingError: As :meth:`object`.
+        """
+        entry = self.index.state_dict_metadata[key]
+        if not isinstance(entry, TensorStorageMetadata):
+            return self.object(key)
+        with naming(self.path / INDEX):  # the shape may be nonsense
+            value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            part = value
+            for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                part = part.narrow(dim, start, length)
+            part.copy_(self.tensor(MetadataIndex(key, chunk.offsets)))
+        return value
+
+    def _load(self, index: MetadataIndex, weights_only: bool | None) -> Any:
+        info = self.index.storage_data[index]
+        stream = self.stream(index)
+        with naming(self.path / info.relative_path, stream):
+            return torch.load(stream, map_location="cpu", weights_only=weights_only)
+
+    def stream(self, index: MetadataIndex) -> IO[bytes]:
+        """Return what was saved for a key, or for a part of a tensor, in torch's format."""
+        info = self.index.storage_data[index]
+        stream = self._files[info.relative_path]
+        stream.seek(info.offset)
+        return io.BytesIO(stream.read(info.length))
+
+    def close(self) -> None:
+        """Close all files."""
+        for stream in self._files.values():
+            stream.close()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+
+def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
+    """Open a checkpoint on all ranks, the same save on each, also while another process replaces it.
+
+    Args:
+        path: Its name.
+        open_: Opens it.
+        group: The process group; None for all ranks.
+
+    Raises:
+        Exception: Whatever ``open_`` raised on a rank, on all ranks.
+        ValueError: If ranks see different saves under the name, or it is replaced again and again.
+    """
+    return _opened(path, open_, lambda action: on_all(action, group))
+
+
+def open_alone(path: Path, open_: Callable[[], T]) -> T:
+    """Open a checkpoint on this process only, also while another process replaces it.
+
+    Raises:
+        Exception: Whatever ``open_`` raised.
+        ValueError: If it is replaced again and again.
+    """
+    return _opened(path, open_, lambda action: [action()])
+
+
+def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[], Any]], list[Any]]) -> T:
+    error: Exception | None = None
+    for attempt in range(_TRIES):
+        mine, error, before = None, None, _version(path)
+        try:
+            mine = open_()
+        except Exception as caught:
+            error = caught
+        replaced = error is not None and (_version(path) != before or getattr(error, "errno", None) == errno.ESTALE)
+        mark = "replaced" if replaced else "failed" if mine is None else mine.identity
+        seen = set(everywhere(partial(str, mark)))
+        if mine is not None and len(seen) == 1:
+            return mine
+        if mine is not None:
+            mine.close()
+        if "failed" in seen and "replaced" not in seen:
+            break
+        time.sleep(_PAUSE * min(attempt, 10))
+    everywhere(partial(_raise, error))
+    raise ValueError(
+        f"The ranks found different checkpoints under {str(path)!r}, {_TRIES} times: either the path is not on a file "
+        "system that all ranks share, or another process replaces it all the time. Load a copy under another name."
+    )
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a path is replaced; numbers of files alone are soon used again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -1,0 +1,192 @@
+"""Reading torch's files: opened once, checked, and with errors that name the file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import pickletools
+import re
+import stat
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from lightning_memopt.strategy.files.atomic import current
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_BLOCK, _PICKLE_SIZE = 1 << 20, 1 << 24
+# What an `os.system` in a pickle is called on the system that wrote it.
+_SYSTEM_MODULES = {"posix": "os", "nt": "os"}
+
+
+class OpenedFile:
+    """One file of torch's, opened once: what is read is one save, whatever is put under the name meanwhile.
+
+    Attributes:
+        path: The name it was opened under.
+        identity: Tells this save from others; the same on every rank that has opened the same one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If torch did not write it, or it is damaged.
+        """
+        self.path = path
+        self._stream = open_regular(current(path))
+        try:
+            self._magic = self._stream.read(len(_ZIP))
+            if self._magic != _ZIP and not self._magic.startswith(_PICKLE):
+                raise ValueError(f"{str(path)!r} is no checkpoint: it is empty, or torch.save did not write it.")
+            with naming(path):
+                self.identity = self._identity()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, *, weights_only: bool | None = None, map_location: Any = "cpu", verify: bool = True) -> Any:
+        """Return what ``torch.save`` wrote; tensors are mapped into memory, so that only what is used is read.
+
+        Args:
+            weights_only: As for ``torch.load``.
+            map_location: As for ``torch.load``.
+            verify: Whether to compare the checksums of everything first, which reads the whole file.
+
+        Raises:
+            ValueError: If it is truncated or damaged.
+            pickle.UnpicklingError: If it holds objects and only tensors and builtins are allowed.
+        """
+        with naming(self.path, self._stream):
+            if verify and self._magic == _ZIP:
+                verify_zip(self._stream)
+            self._stream.seek(0)
+            place = self._mappable()
+            return torch.load(
+                self._stream if place is None else place,
+                map_location=map_location,
+                weights_only=weights_only,
+                mmap=place is not None,
+            )
+
+    def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
+        self._stream.close()
+
+    def _identity(self) -> str:
+        if self._magic != _ZIP:
+            return str(os.fstat(self._stream.fileno()).st_size)
+        self._stream.seek(0)
+        with zipfile.ZipFile(self._stream) as archive:
+            entries = [(info.filename, info.CRC, info.file_size) for info in archive.infolist()]
+        return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
+
+    def _mappable(self) -> str | None:
+        """Return a path of the file that is open, not of what has its name by now; None if it cannot be mapped."""
+        if self._magic != _ZIP:
+            return None
+        descriptor = self._stream.fileno()
+        return next(
+            (path for path in (f"/proc/self/fd/{descriptor}", f"/dev/fd/{descriptor}") if os.path.exists(path)), None
+        )
+
+
+def open_regular(path: Path | str, folder: int | None = None) -> IO[bytes]:
+    """Open a file for reading, in a folder given by its descriptor; never waits, as on a pipe.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If it is something else than a file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "this is not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def verify_zip(stream: IO[bytes]) -> None:
+    """Compare every entry of a file of torch's with the CRC-32 that the file has of it.
+
+    Raises:
+        zipfile.BadZipFile: If one differs, or the file is no archive.
+    """
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as entry:
+                while entry.read(_BLOCK):
+                    pass
+
+
+@contextmanager
+def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None, None, None]:
+    """Turn whatever is raised while a file is read into an error that names it.
+
+    Args:
+        path: Its name.
+        stream: What is unpickled, to find out what it asks for; None where no setting makes it allowed.
+
+    Raises:
+        ValueError: If the file is damaged.
+        pickle.UnpicklingError: If it asks for objects that are not allowed.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise _forbidden(path, error, stream) from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is truncated or damaged: {type(error).__name__}: {error}. Use another checkpoint."
+        ) from error
+
+
+def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> pickle.UnpicklingError:
+    found = re.search(r"(?:GLOBAL |asks for `)([\w.]+)\.(\w+)", str(error))
+    module, name = found.groups() if found else _asked_for(stream)
+    way_out = _TRUST if stream is not None else "Use another checkpoint."
+    if not name:
+        return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {way_out}")
+    return pickle.UnpicklingError(
+        f"{str(path)!r} asks for `{_SYSTEM_MODULES.get(module, module)}.{name}`, which is not allowed in a checkpoint: "
+        f"loading it could run code. Nothing was loaded. {way_out}"
+    )
+
+
+def _asked_for(stream: IO[bytes] | None) -> tuple[str, str]:
+    """Return what a pickle asks for first, torch's own aside: torch's unpickler gives up before, on newer protocols."""
+    texts: list[str] = []
+    with contextlib.suppress(Exception):  # it is damaged, too
+        assert stream is not None
+        stream.seek(0)
+        content = stream.read(_PICKLE_SIZE)
+        if content.startswith(_ZIP):
+            stream.seek(0)
+            with zipfile.ZipFile(stream) as archive:
+                content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        for opcode, argument, _ in pickletools.genops(content):
+            if "UNICODE" in opcode.name:
+                texts.append(str(argument))
+            elif opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                module, name = str(argument).split(" ") if opcode.name == "GLOBAL" else texts[-2:]
+                if module.partition(".")[0] not in ("torch", "collections"):
+                    return module, name
+    return "", ""
+
+
+_TRUST = (
+    "Lightning's Trainer does not tell sharded strategies of weights_only=False. If you trust the source of this file, "
+    "set the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, or name the classes with "
+    "torch.serialization.add_safe_globals. To need no trust, keep other objects than tensors and builtins out of "
+    "hyperparameters and callback states."
+)

@@ -1,0 +1,82 @@
+"""Whole weights, and norms of whole gradients, for tools that do not know that a model is sharded."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.strategy.agreement import rank_and_size
+from lightning_memopt.strategy.checkpoint.states import gathered
+from lightning_memopt.strategy.model.shard import sharded_modules
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Return ``module.state_dict()`` with whole tensors on the CPU on the first rank, and nothing on the others.
+
+    All ranks must call it. One tensor is gathered after the other; tied weights share their memory, as in the module.
+
+    Args:
+        module: A sharded model or a part of one, such as the model of transformers in a LightningModule.
+    """
+    for unit in sharded_modules(module):
+        unit.reshard()  # after a forward pass without a backward pass it has other parameters
+    first = rank_and_size()[0] == 0
+    state = module.state_dict(keep_vars=True)
+    whole = {id(value): gathered(value, first) for value in {id(value): value for value in state.values()}.values()}
+    return {name: whole[id(value)] for name, value in state.items()} if first else {}
+
+
+@torch.no_grad()
+def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, float]:
+    """Return the norms of all gradients and the total, the same on every rank; for sharded models and others.
+
+    All ranks must call it, for example in ``on_before_optimizer_step``. Keys are those of
+    ``lightning.pytorch.utilities.grad_norm``, which cannot read sharded gradients: ``grad_2.0_norm/<parameter>`` and
+    ``grad_2.0_norm_total``.
+
+    Args:
+        module: The model.
+        norm_type: The p of the p-norm, or "inf" for the largest element.
+
+    Raises:
+        ValueError: If the p is not positive.
+    """
+    p = float(norm_type)
+    if not p > 0:
+        raise ValueError(f"`norm_type` must be a positive number or 'inf', got {norm_type!r}.")
+    grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
+    alike: dict[object, list[str]] = defaultdict(list)
+    for name, grad in grads.items():
+        alike[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(name)
+    norms: dict[str, float] = {}
+    for names in alike.values():
+        mine = torch.stack([_norm(local_tensor(grads[name]), p) for name in names])
+        norms.update(zip(names, _over_ranks(mine, grads[names[0]], p).tolist(), strict=True))
+    found = {f"grad_{p}_norm/{name}": norms[name] for name in grads}
+    if found:
+        found[f"grad_{p}_norm_total"] = float(_norm(torch.tensor([*norms.values()], dtype=torch.float64), p))
+    return found
+
+
+def _norm(value: Tensor, p: float) -> Tensor:
+    if not value.numel():  # the largest of no elements is an error
+        return value.new_zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(value, p, dtype=torch.promote_types(value.dtype, torch.float32)).double()
+
+
+def _over_ranks(mine: Tensor, grad: Tensor, p: float) -> Tensor:
+    """Return norms of whole tensors from those of this rank's parts, which lie as ``grad`` does."""
+    if not isinstance(grad, DTensor):
+        return mine
+    mesh, largest = grad.device_mesh, math.isinf(p)
+    part = Partial("max" if largest else "sum")
+    placements = [Replicate() if placement.is_replicate() else part for placement in grad.placements]
+    powers = (mine if largest else mine**p).to(mesh.device_type)
+    whole = DTensor.from_local(powers, mesh, placements, run_check=False).full_tensor()
+    return whole if largest else whole ** (1 / p)
