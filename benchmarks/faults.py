@@ -3,8 +3,9 @@
     python benchmarks/faults.py                               # writes docs/reliability.md, about 12 minutes
     python benchmarks/faults.py --rounds 20 --output /tmp     # a quick look
 
-The same functions as in ``tests/test_faults.py``, on a network with a few hundred weights in both formats. An outcome
-that is not promised is printed in capitals, and the script fails. The cost of checksums is measured on a larger file.
+The same functions as in ``tests/strategy/files/test_faults.py``, on a network with a few hundred weights in both
+formats. An outcome that is not promised is printed in capitals, and the script fails. The cost of checksums is measured
+on a larger file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, save_directory, save_file
-from tests import _faults
+from tests.strategy.files import _faults
 
 HEAD = ["what was done", "times", "refused, file named", "loaded, content right", "anything else"]
 COSTS = ["format", "save", "of it checksums", "load", "load with verify=False", "verification"]
@@ -62,7 +63,7 @@ One process, both formats (a directory and a file), on a small network with stat
 {table}
 
 The same on several ranks, with fewer repetitions, is in `tests/distributed/`; kills before and after every single
-operation on files are in `tests/test_atomic.py`.
+operation on files are in `tests/strategy/files/test_atomic.py`.
 
 ## What verification costs
 

@@ -1,0 +1,489 @@
+"""Probe: what it says of the gradients equals what dense averages in float64 say, and training does not notice it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import lightning_memopt as lm
+from lightning_memopt.optim.signals import MEMORY, SAMPLE, BlockSignals, Probe
+from tests._compare import assert_equal
+from tests._models import tiny_gpt2, train
+from tests._ranks import run_ranks
+from tests._traffic import Traffic
+from tests.kinds.contract.cases import gradient
+from tests.optim.test_reformat import grad_of, momentum_of
+from tests.optim.test_world_sizes import attempt
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+BETA = 0.9
+
+
+def optimizer_of(shapes: dict[str, tuple[int, ...]], recipe: Any = "adapm_lean", **options: Any) -> lm.MemOpt:
+    params = [(name, nn.Parameter(gradient(shape, 50 + len(name)))) for name, shape in shapes.items()]
+    return lm.MemOpt(params, recipe, **{"lr": 1e-3, "betas": (BETA, 0.99), **options})
+
+
+def step(optimizer: lm.MemOpt, grads: dict[str, Tensor | None]) -> None:
+    for _, param, block in optimizer.blocks():
+        param.grad = grads[block.name.split(":")[0]]
+    optimizer.step()
+
+
+@dataclass
+class Dense:
+    """One block's signals by their definitions, from all its elements, in float64."""
+
+    average: Any = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    energies: list[float] = field(default_factory=list)
+
+    def see(self, grad: Tensor) -> None:
+        grad = grad.double()
+        old = self.average + torch.zeros_like(grad)
+        self.sums += torch.stack([(grad * old).sum(), grad.square().sum(), old.square().sum(), torch.tensor(1.0)])
+        self.average = BETA * old + (1 - BETA) * grad
+
+    def read(self) -> tuple[float, float, float]:
+        product, grads, averages, steps = self.sums.tolist()
+        self.energies.insert(0, float(self.average.square().sum()))
+        weights = [MEMORY**age for age in range(len(self.energies))]
+        energy = sum(w * e for w, e in zip(weights, self.energies, strict=True)) / sum(weights)
+        self.sums *= MEMORY
+        return product / max((grads * averages) ** 0.5, 1e-300), grads / max(steps, 1e-300), energy
+
+
+def close(found: BlockSignals, expected: tuple[float, float, float], rel: float = 1e-5, cosine: float = 1e-5) -> None:
+    assert found.oscillation == pytest.approx(expected[0], abs=cosine)
+    assert (found.gradient_energy, found.momentum_energy) == pytest.approx(expected[1:], rel=rel)
+
+
+# --- what signals are ------------------------------------------------------------------------------------------------
+
+SMALL = {
+    NAME: (16, 20),
+    "model.layers.0.mlp.experts.weight": (2, 10, 12),
+    "conv.weight": (8, 3, 2, 2),
+    "model.layers.0.mlp.down_proj.weight": (1, SAMPLE),
+}
+
+
+@pytest.mark.parametrize("recipe", ["adapm_lean", "adamw", "adafactor", "adam_snsm"])
+def test_small_blocks_are_known_exactly(recipe):
+    """Blocks of up to 512 elements, with any momentum or none, over several readings; some gradients are missing."""
+    optimizer = optimizer_of(SMALL, recipe, maximize=recipe == "adam_snsm")
+    probe, dense = Probe(optimizer), {name: Dense() for name in SMALL}
+    for number in range(1, 13):
+        grads: dict[str, Tensor | None] = {
+            name: gradient(shape, 100 * number + place) + 0.3 for place, (name, shape) in enumerate(SMALL.items())
+        }
+        if number % 5 == 0:
+            grads[NAME] = None
+        for name, grad in grads.items():
+            if grad is not None:
+                dense[name].see(grad)
+        step(optimizer, grads)
+        if number in (3, 4, 12):
+            signals = probe.read()
+            assert list(signals) == list(SMALL)
+            for name in SMALL:
+                close(signals[name], dense[name].read())
+    assert probe.steps == 12
+
+
+def test_large_blocks_are_known_within_the_sampling_error():
+    """512 of 12,000 alike elements: energies are known to √(2/512) = 6%, the oscillation to 1/√(512 · 40) = 0.7%."""
+    shape = (100, 120)
+    optimizer = optimizer_of({NAME: shape})
+    probe, dense = Probe(optimizer), Dense()
+    for number in range(40):
+        grad = gradient(shape, number) + (-1) ** number
+        dense.see(grad)
+        step(optimizer, {NAME: grad})
+    close(probe.read()[NAME], dense.read(), rel=4 * (2 / SAMPLE) ** 0.5, cosine=4 / (SAMPLE * 40) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", [{"momentum": "low_rank"}, {"momentum": "subspace", "gap": 4}], ids=["low", "sub"])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (12, 12), (3, 12, 20), (1, 9)], ids=str)
+def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
+    for rank in (3, 100):
+        for content in ("full", "zero"):
+            optimizer = optimizer_of({NAME: shape}, "adamw", overrides={NAME: {**kind, "rank": rank}})
+            probe = Probe(optimizer)
+            for number in range(1, 6):
+                step(optimizer, {NAME: grad_of(shape, number, content)})
+            found = probe.read()[NAME]
+            ((_, param, block),) = optimizer.blocks()
+            expected = torch.linalg.svdvals(momentum_of(optimizer, param)).square()
+            expected = expected.reshape(-1, expected.shape[-1]).sum(0)[: block.recipe.momentum.rank]
+            if content == "zero":
+                assert found == BlockSignals(0.0, 0.0, 0.0)
+                assert found.residual(1) == found.residual_energy == 0
+                continue
+            assert list(found.spectrum) == sorted(found.spectrum, reverse=True)
+            spectrum = torch.tensor(found.spectrum, dtype=torch.float64)
+            torch.testing.assert_close(spectrum, expected, rtol=1e-4, atol=1e-6 * float(expected[0]))
+            exact = shape != (40, 12) and shape != (12, 40) and shape != (3, 12, 20)
+            if exact and rank == 100 and kind["momentum"] == "low_rank":  # nothing is dropped
+                assert found.residual(rank) == pytest.approx(0, abs=1e-5)
+                assert found.residual_energy == pytest.approx(0, abs=1e-5 * found.momentum_energy)
+            assert found.residual(0) == 1
+            assert found.residual(1) == pytest.approx(1 - float(expected[0]) / found.momentum_energy, abs=1e-4)
+
+
+def test_spectrum_is_empty_where_none_is_known():
+    for momentum in ("dense", "none"):
+        optimizer = optimizer_of({NAME: (16, 20)}, "adamw", overrides={NAME: {"momentum": momentum}})
+        probe = Probe(optimizer)
+        step(optimizer, {NAME: gradient((16, 20), 1)})
+        signals = probe.read()[NAME]
+        assert signals.spectrum == ()
+        assert signals.residual(5) == 1
+        assert signals.residual_energy == signals.momentum_energy > 0
+
+
+def test_spectrum_remembers_what_a_larger_rank_knew():
+    optimizer = optimizer_of({NAME: (16, 20)}, rank=8)
+    probe = Probe(optimizer)
+    for number in range(1, 9):
+        step(optimizer, {NAME: grad_of((16, 20), number)})
+        if number == 4:
+            before = probe.read()[NAME]
+            optimizer.reformat({NAME: {"rank": 2}})
+    after = probe.read()[NAME]
+    assert len(before.spectrum) == len(after.spectrum) == 8
+    assert after.residual(2) >= after.residual(8)
+    optimizer.reformat({NAME: {"momentum": "none"}})
+    step(optimizer, {NAME: grad_of((16, 20), 9)})
+    assert len(probe.read()[NAME].spectrum) == 8
+
+
+def oscillation(shape: tuple[int, ...], grad: Callable[[int], Tensor], recipe: str = "adafactor") -> float:
+    optimizer = optimizer_of({NAME: shape}, recipe)
+    probe = Probe(optimizer)
+    for number in range(60):
+        step(optimizer, {NAME: grad(number)})
+    return probe.read()[NAME].oscillation
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (64, 96)], ids=["all elements", "sampled"])
+def test_oscillation_tells_swings_drift_and_noise_apart(shape):
+    """Also of a block without momentum."""
+    one = gradient(shape, 1)
+    assert oscillation(shape, lambda _: one) > 0.95
+    assert oscillation(shape, lambda number: one * (-1) ** number) < -0.95
+    assert abs(oscillation(shape, lambda number: gradient(shape, number))) < 4 / (320 * 60) ** 0.5
+    noisy = oscillation(shape, lambda number: one * (-1) ** number + 2 * gradient(shape, 100 + number))
+    assert -0.9 < noisy < -0.01
+    scaled = oscillation(shape, lambda number: 1e-4 * (one * (-1) ** number + 2 * gradient(shape, 100 + number)))
+    assert scaled == pytest.approx(noisy, abs=1e-5)
+
+
+# --- which gradients count -------------------------------------------------------------------------------------------
+
+
+def test_skipped_steps_are_not_seen():
+    bad = gradient((16, 20), 9)
+    bad[3, 4] = float("nan")
+    seen = []
+    for steps in ([1, 2, 3], [1, 9, 2, 9, 9, 3]):
+        optimizer = optimizer_of({NAME: (16, 20)}, nonfinite="skip")
+        probe = Probe(optimizer)
+        for number in steps:
+            step(optimizer, {NAME: bad if number == 9 else gradient((16, 20), number)})
+        seen.append((probe.steps, probe.read()))
+    assert seen[0] == seen[1]
+    with pytest.raises(FloatingPointError):
+        step(raising := optimizer_of({NAME: (16, 20)}), {NAME: bad})
+    assert Probe(raising).read() == {}
+
+
+def test_parameters_that_come_later():
+    """Unfrozen ones and those of a new group: known from their first gradient on; vectors are left out."""
+    names = {"a.weight": (8, 6), "b.weight": (6, 8), "norm.bias": (6,)}
+    optimizer = optimizer_of(names)
+    probe = Probe(optimizer)
+    assert probe.read() == {}
+    first, second, bias = (param for _, param, _ in optimizer.blocks())
+    second.requires_grad_(False)
+    first.grad, bias.grad = gradient((8, 6), 1), gradient((6,), 1)
+    optimizer.step()
+    assert list(probe.read()) == ["a.weight"]
+    second.requires_grad_(True)
+    added = nn.Parameter(gradient((4, 5), 3))
+    optimizer.add_param_group({"params": [("c.weight", added)], "betas": (0.5, 0.9)})
+    second.grad, added.grad, first.grad = gradient((6, 8), 2), gradient((4, 5), 4), None
+    optimizer.step()
+    signals = probe.read()
+    assert list(signals) == ["a.weight", "b.weight", "c.weight"]
+    assert signals["b.weight"].gradient_energy == pytest.approx(float(gradient((6, 8), 2).square().sum()), rel=1e-5)
+    # The first step of a group whose beta1 is 0.5: M = G / 2.
+    assert signals["c.weight"].momentum_energy == pytest.approx(signals["c.weight"].gradient_energy / 4, rel=1e-5)
+    assert signals["a.weight"].oscillation == 0, "one gradient, and no average before it"
+    probe.rest()
+    optimizer.step()
+    assert probe.steps == 3
+    assert probe.read()["a.weight"].oscillation == 0
+    probe.stop()
+    optimizer.step()
+    assert probe.steps == 3
+
+
+@pytest.mark.parametrize("fused", ["gpt2", "in_proj"])
+def test_blocks_of_fused_weights(fused):
+    """Each has the signals of its own part."""
+    if fused == "gpt2":
+        model = tiny_gpt2()
+        name, dim = "transformer.h.0.attn.c_attn.weight", 1
+    else:
+        model = nn.MultiheadAttention(22, 2)
+        name, dim = "in_proj_weight", 0
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3, betas=(BETA, 0.95))
+    optimizer.bind(model)
+    probe, params = Probe(optimizer), dict(model.named_parameters())
+    shape = tuple(params[name].shape)
+    dense = {role: Dense() for role in ("query", "key", "value")}
+    for number in range(4):
+        scale = torch.repeat_interleave(torch.tensor([1.0, 10.0, 0.1]), shape[dim] // 3)
+        grad = (gradient(shape, number) + 0.5) * (scale if dim == 1 else scale.unsqueeze(1))
+        for key, param in params.items():
+            param.grad = grad if key == name else gradient(tuple(param.shape), number)
+        for entry, part in zip(dense.values(), grad.chunk(3, dim), strict=True):
+            entry.see(part)
+        optimizer.step()
+    signals = probe.read()
+    for role, entry in dense.items():
+        exact = shape[0] * shape[1] // 3 <= SAMPLE
+        close(signals[f"{name}:{role}"], entry.read(), **({} if exact else {"rel": 0.3, "cosine": 0.1}))
+
+
+# --- training does not notice ----------------------------------------------------------------------------------------
+
+
+def test_training_and_random_numbers_are_not_touched():
+    results = []
+    for watched in (False, True):
+        model = tiny_gpt2()
+        optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
+        torch.manual_seed(7)
+        probe = Probe(optimizer) if watched else None
+        train(model, optimizer, 3)
+        if probe is not None:
+            probe.read()
+            probe.state_dict()
+        state = torch.rand(3), torch.randn(2, generator=torch.default_generator)
+        results.append((state, [param.detach().clone() for param in model.parameters()]))
+    assert_equal(results[0], results[1])
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file keeps of it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_a_loaded_probe_goes_on_bit_by_bit():
+    shapes = {NAME: (64, 20), "lm_head.weight": (16, 20)}
+
+    def steps(optimizer: lm.MemOpt, numbers: range) -> None:
+        for number in numbers:
+            step(optimizer, {name: gradient(shape, number) for name, shape in shapes.items()})
+
+    optimizer = optimizer_of(shapes)
+    probe = Probe(optimizer)
+    steps(optimizer, range(7))
+    probe.read()
+    steps(optimizer, range(7, 10))
+    state = probe.state_dict()
+    state, weights = saved(state), copy.deepcopy(optimizer.state_dict())
+
+    def rest(optimizer: lm.MemOpt, probe: Probe) -> list[Any]:
+        found = []
+        for start in (10, 14):
+            steps(optimizer, range(start, start + 4))
+            found.append((probe.steps, probe.read()))
+        return found
+
+    resumed = optimizer_of(shapes)
+    resumed.load_state_dict(weights)
+    for (_, ours, _), (_, theirs, _) in zip(resumed.blocks(), optimizer.blocks(), strict=True):
+        ours.data.copy_(theirs.data)
+    expected = rest(optimizer, probe)
+    again = Probe(resumed)
+    again.load_state_dict(state)
+    assert rest(resumed, again) == expected
+    never_saved = optimizer_of(shapes)
+    probe = Probe(never_saved)
+    steps(never_saved, range(7))
+    probe.read()
+    steps(never_saved, range(7, 10))
+    assert rest(never_saved, probe) == expected
+
+    fewer = optimizer_of({"lm_head.weight": (16, 20)})
+    part = Probe(fewer)
+    part.load_state_dict(state)
+    step(fewer, {"lm_head.weight": gradient((16, 20), 10)})
+    assert list(part.read()) == ["lm_head.weight"]
+
+
+# --- sharded ---------------------------------------------------------------------------------------------------------
+
+# Uneven and empty shards, a stack, a kernel, a fused weight torn over ranks; small enough for all elements, and not.
+SHARDED: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (50, 24),
+    "model.layers.0.mlp.gate_proj.weight": (41, 12),
+    "model.layers.0.mlp.down_proj.weight": (12, 42),
+    "model.layers.0.mlp.experts.weight": (5, 10, 18),
+    "model.layers.1.mlp.up_proj.weight": (12, 30),
+    "model.layers.1.mlp.down_proj.weight": (24, 24),
+    "model.layers.1.row.weight": (1, 30),
+    "model.layers.1.short.weight": (2, 30),
+    "conv.weight": (7, 3, 4, 4),
+    "attention.in_proj_weight": (66, 22),
+    "model.layers.0.input_layernorm.weight": (24,),
+}
+MESHES = {"two": (2,), "three": (3,), "hybrid": (2, 2)}
+
+
+def sharded_optimizer(mesh: DeviceMesh | None) -> lm.MemOpt:
+    params = {}
+    for place, (name, shape) in enumerate(SHARDED.items()):
+        params[name] = nn.Parameter(placed(name, gradient(shape, place, scale=0.1), mesh))
+    # The short side of some of these is sharded: every rank has the whole basis of the subspace.
+    subspaces = ("0.mlp.gate", "1.mlp.up", "1.mlp.down")
+    overrides: dict[str, Any] = {f"*.{name}_proj.weight": {"momentum": "subspace", "gap": 3} for name in subspaces}
+    overrides |= {"model.embed_tokens.weight": {"momentum": "none"}, "conv.weight": {"momentum": "dense"}}
+    return lm.MemOpt(list(params.items()), "adapm_lean", lr=1e-2, rank=3, overrides=overrides)
+
+
+def placed(name: str, value: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return value
+    dim = 1 if "down_proj" in name and value.shape[1] % mesh.size(mesh.ndim - 1) == 0 else 0
+    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(dim)], src_data_rank=None)
+
+
+def sharded_steps(optimizer: lm.MemOpt, mesh: DeviceMesh | None, numbers: range) -> None:
+    for number in numbers:
+        for place, (name, shape) in enumerate(SHARDED.items()):
+            grad = (gradient(shape, 100 * number + place) + 0.2) * 1e-2
+            for _, param, block in optimizer.blocks():
+                if block.name.split(":")[0] == name:
+                    param.grad = None if number == 4 and place % 3 == 0 else placed(name, grad, mesh)
+        optimizer.step()
+
+
+def sharded_run(mesh: DeviceMesh | None) -> tuple[list[Any], Any, Any]:
+    """Return all readings, and what could be saved half-way."""
+    optimizer = sharded_optimizer(mesh)
+    probe, found = Probe(optimizer), []
+    sharded_steps(optimizer, mesh, range(1, 6))
+    found.append(probe.read())
+    sharded_steps(optimizer, mesh, range(6, 9))
+    state = probe.state_dict()
+    sharded_steps(optimizer, mesh, range(9, 12))
+    found.append(probe.read())
+    return found, state, optimizer
+
+
+def same_signals(found: list[dict[str, BlockSignals]], expected: list[dict[str, BlockSignals]]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert list(ours) == list(theirs)
+        for name, other in theirs.items():
+            close(ours[name], (other.oscillation, other.gradient_energy, other.momentum_energy))
+            size = max(other.spectrum, default=1.0)
+            assert ours[name].spectrum == pytest.approx(other.spectrum, rel=1e-3, abs=1e-5 * size), name
+
+
+def equals_unsharded(mesh: DeviceMesh, expected: list[dict[str, BlockSignals]]) -> None:
+    found, _, _ = sharded_run(mesh)
+    same_signals(found, expected)
+    everyone: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(everyone, found, group=whole_group(mesh))
+    assert everyone == [found] * mesh.size(), "bit by bit the same on every rank"
+
+
+def whole_group(mesh: DeviceMesh) -> Any:
+    return mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+
+
+def collectives_are_few(mesh: DeviceMesh, expected: Any) -> None:
+    """None in a step; per reading one sum, and for the spectra a gather, a sum of Gram matrices, one over stacks."""
+    quiet, watched = Traffic(), Traffic()
+    for traffic in (quiet, watched):
+        optimizer = sharded_optimizer(mesh)
+        probe = Probe(optimizer) if traffic is watched else None
+        with traffic:
+            sharded_steps(optimizer, mesh, range(1, 3))
+    assert watched.calls == quiet.calls
+    assert probe is not None
+    with Traffic() as traffic:
+        probe.read()
+    assert traffic.calls["allreduce"] <= 3
+    assert traffic.calls["all_gather_into_tensor"] <= 1
+    with Traffic() as traffic:
+        probe.state_dict()
+    assert traffic.calls["allreduce"] <= 2
+    assert traffic.calls["all_gather_into_tensor"] == 0
+
+
+def goes_on_from_other_ranks(mesh: DeviceMesh, expected: Any) -> None:
+    """What three ranks saved, two load, as if they had been one all the time; so does one process."""
+    _, state, _ = sharded_run(mesh)
+    if dist.get_rank() < 2:
+        smaller = SMALLER["two"]
+        for other in (smaller, None):
+            reference, resumed = sharded_optimizer(other), sharded_optimizer(other)
+            watching = Probe(reference)
+            sharded_steps(reference, other, range(1, 6))
+            watching.read()
+            sharded_steps(reference, other, range(6, 9))
+            probe = Probe(resumed)
+            sharded_steps(resumed, other, range(1, 9))
+            probe.stop()
+            probe = Probe(resumed)
+            probe.load_state_dict(saved(state))
+            for optimizer in (reference, resumed):
+                sharded_steps(optimizer, other, range(9, 12))
+            same_signals([probe.read()], [watching.read()])
+            assert probe.steps == watching.steps
+
+
+SMALLER: dict[str, DeviceMesh] = {}
+
+
+def on_a_rank(rank: int, world: int, expected: Any) -> dict[str, str]:
+    found = {}
+    for label, shape in MESHES.items():
+        mesh = SMALLER[label] = DeviceMesh("cpu", torch.arange(torch.Size(shape).numel()).view(shape))
+        if mesh.get_coordinate() is None:
+            continue
+        checks = [equals_unsharded, collectives_are_few]
+        for check in checks + [goes_on_from_other_ranks] * (label == "three"):
+            found[f"{label}, {check.__name__}"] = attempt(check, mesh, expected)
+    return found
+
+
+def test_sharded_signals():
+    expected, _, _ = sharded_run(None)
+    assert any(signals.spectrum for signals in expected[0].values())
+    outcomes = run_ranks(on_a_rank, 4, expected)
+    assert len(outcomes[0]) == 7
+    for outcome in outcomes:
+        wrong = "\n".join(f"{key}: {error}" for key, error in outcome.items() if error)
+        assert not wrong, wrong

@@ -1,0 +1,461 @@
+"""The whole optimizer on DTensor parameters: the same steps at every world size, sharded state, few collectives."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import lightning_memopt as lm
+from lightning_memopt.sharding import collectives
+from tests._compare import assert_equal, relative_error
+from tests._ranks import run_ranks
+from tests._traffic import Traffic
+from tests.kinds.contract.cases import gradient
+
+STEPS = 20
+TOLERANCE = 1e-5
+# (name, shape, fused dimension): what transformers are made of, and what is awkward: fewer rows than ranks, one row,
+# lengths that no number of ranks divides, no elements, a stack, a kernel, a fused weight whose blocks fall on different
+# ranks.
+SHAPES: list[tuple[str, tuple[int, ...]]] = [
+    ("model.embed_tokens.weight", (50, 24)),
+    ("model.layers.0.self_attn.q_proj.weight", (24, 24)),
+    ("model.layers.0.self_attn.k_proj.weight", (12, 24)),
+    ("model.layers.0.self_attn.v_proj.weight", (12, 24)),
+    ("model.layers.0.self_attn.o_proj.weight", (24, 24)),
+    ("model.layers.0.mlp.gate_proj.weight", (41, 24)),
+    ("model.layers.0.mlp.down_proj.weight", (24, 41)),
+    ("model.layers.0.input_layernorm.weight", (24,)),
+    ("model.layers.0.experts.weight", (5, 10, 18)),
+    ("model.layers.1.short.weight", (2, 30)),
+    ("model.layers.1.row.weight", (1, 30)),
+    ("model.layers.1.bias", (3,)),
+    ("model.layers.1.none.weight", (0, 30)),
+    ("model.layers.1.nothing.weight", (6, 0)),
+    ("conv.weight", (7, 3, 4, 4)),
+    ("attention.in_proj_weight", (66, 22)),
+    ("lm_head.weight", (50, 24)),
+]
+MESHES = {"two": (2,), "three": (3,), "four": (4,), "hybrid": (2, 2)}
+RECIPES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    name: (lambda named, name=name: lm.MemOpt(named, recipe=name, lr=1e-2, weight_decay=0.1))
+    for name in lm.recipe_names()
+}
+VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamSNSM(paper=True)": lambda named: lm.AdamSNSM(named, lr=1e-3, paper=True),
+    "rotate, gap 3": lambda named: lm.AdamSNSM(named, lr=1e-2, handover="rotate", gap=3),
+    "subset_size": lambda named: lm.AdamSN(named, lr=1e-2, subset_size=5),
+    "heads": lambda named: lm.AdamMini(named, lr=1e-2, head_dim=2),
+    "maximize": lambda named: lm.AdaPMLean(named, lr=1e-2, maximize=True),
+}
+
+
+def weights() -> dict[str, Tensor]:
+    return {name: gradient(shape, number, scale=0.1) for number, (name, shape) in enumerate(SHAPES)}
+
+
+def by_rows(shape: tuple[int, ...], count: int) -> int:
+    return 0
+
+
+def by_long_side(shape: tuple[int, ...], count: int) -> int:
+    """Shard the long side where that divides evenly, as FSDP2 demands of every dimension but the first."""
+    dim = max(range(len(shape)), key=lambda dim: shape[dim]) if len(shape) < 4 else 0
+    return dim if shape[dim] % count == 0 else 0
+
+
+def sharded(mesh: DeviceMesh, choose: Callable[..., int] = by_long_side) -> dict[str, nn.Parameter]:
+    count = mesh.size(mesh.ndim - 1)
+    return {
+        name: nn.Parameter(
+            distribute_tensor(value, mesh, placements_for(value, mesh, choose, count), src_data_rank=None)
+        )
+        for name, value in weights().items()
+    }
+
+
+def placements_for(value: Tensor, mesh: DeviceMesh, choose: Callable[..., int], count: int) -> list[Any]:
+    return [Replicate()] * (mesh.ndim - 1) + [Shard(choose(tuple(value.shape), count))]
+
+
+def fill(params: dict[str, nn.Parameter], step: int) -> None:
+    """Give all parameters the gradients of a step; at step 4 some have none, and at step 6 one is zero."""
+    for number, param in enumerate(params.values()):
+        if step == 4 and number % 3 == 0:
+            param.grad = None
+            continue
+        grad = gradient(tuple(param.shape), 100 * step + number, scale=1e-2) * (step != 6 or number != 5)
+        if hasattr(param, "device_mesh"):
+            grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
+        param.grad = grad
+
+
+def named(params: dict[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return list(params.items())
+
+
+def plain() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(value) for name, value in weights().items()}
+
+
+def trajectory(builder: Callable[..., torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return the weights after all steps on one process."""
+    params = plain()
+    optimizer = builder(named(params))
+    for step in range(1, STEPS + 1):
+        fill(params, step)
+        optimizer.step()
+    return {name: param.detach() for name, param in params.items()}
+
+
+# --- on the ranks ----------------------------------------------------------------------------------------------------
+
+
+def cases(mesh: str) -> list[tuple[Callable[..., int], str]]:
+    """Return which placements and optimizers are tried on a mesh."""
+    if mesh == "three":
+        return [(by_long_side, name) for name in RECIPES | VARIANTS]
+    return [(by_long_side, name) for name in RECIPES]
+
+
+def on_a_rank(rank: int, world: int, expected: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Return what is wrong, by check."""
+    found: dict[str, Any] = {}
+    for label, shape in MESHES.items():
+        mesh = DeviceMesh("cpu", torch.arange(torch.Size(shape).numel()).view(shape))
+        if mesh.get_coordinate() is None:
+            continue
+        for choose, name in cases(label):
+            key = f"{label}, {choose.__name__}, {name}"
+            found[key] = attempt(compare, mesh, choose, (RECIPES | VARIANTS)[name], expected[name])
+        for check in CHECKS if label in ("three", "hybrid") else ():
+            found[f"{label}, {check.__name__}"] = attempt(check, mesh)
+    return found
+
+
+def attempt(check: Callable[..., Any], *args: Any) -> str:
+    try:
+        check(*args)
+    except (Exception, pytest.fail.Exception):
+        return traceback.format_exc()
+    return ""
+
+
+def compare(mesh: DeviceMesh, choose: Callable[..., int], builder: Callable[..., Any], expected: Any) -> None:
+    """The same weights after all steps, state within its bounds, and at most five collectives in every step."""
+    params = sharded(mesh, choose)
+    optimizer = builder(named(params))
+    for step in range(1, STEPS + 1):
+        fill(params, step)
+        traffic = Traffic()
+        with traffic if step in (1, 5) else nullcontext():  # looking at every operation takes time
+            optimizer.step()
+        assert traffic.total() <= 5, f"step {step}: {dict(traffic.calls)}"
+    for name, param in params.items():
+        error = relative_error(param.full_tensor().detach(), expected[name])
+        assert error <= TOLERANCE, f"{name} {param.placements}: {error:.1e}"
+    snapshot, count = optimizer.snapshot(), mesh.size(mesh.ndim - 1)
+    assert snapshot.local_bytes <= 1.05 * snapshot.state_bytes / count + 4096
+    for param in params.values():
+        for key, value in optimizer.state[param].items():
+            assert key == "step" or value.placements[-1].is_shard(), f"{key} is not sharded: {value.placements}"
+
+
+def no_dtensor_operation_in_a_step(mesh: DeviceMesh) -> None:
+    params = sharded(mesh)
+    optimizer = lm.AdaPMLean(named(params), lr=1e-2)
+    fill(params, 1)
+    with CommDebugMode() as mode, Traffic() as traffic:
+        optimizer.step()
+    assert 0 < mode.get_total_counts() <= 5
+    assert mode.get_total_counts() == traffic.total()
+    assert not traffic.dtensor_calls
+    with Traffic() as other:
+        params["lm_head.weight"].detach().add_(1)
+    assert other.dtensor_calls, "such an operation would be seen"
+
+
+def bytes_are_those_of_the_small_factors(mesh: DeviceMesh) -> None:
+    """A weight [m, n] sharded by rows sends R, before and after, the r × r Gram matrices and two rows of statistics."""
+    (m, n), rank, count = (48, 40), 4, mesh.size(mesh.ndim - 1)
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    weight = nn.Parameter(distribute_tensor(gradient((m, n), 1), mesh, placements, src_data_rank=None))
+    optimizer = lm.AdaPMLean([("model.layers.0.mlp.up_proj.weight", weight)], lr=1e-2, rank=rank)
+    for step in (1, 2):
+        grad = gradient((m, n), step)
+        weight.grad = distribute_tensor(grad, mesh, placements, src_data_rank=None)
+        with Traffic() as traffic:
+            optimizer.step()
+    piece = 8 * -(-4 * rank * -(-n // count) // 8) + 8 * -(-4 * -(-n // count) // 8)
+    assert traffic.nbytes["allgather_base"] == count * piece  # R, the columns' means
+    verdict = 4 * (4 * 1 + 3)
+    assert traffic.nbytes["allreduce"] == verdict + 4 * (rank * n + rank * rank + n) + 8 * (rank * rank + 1)
+
+
+def payload_is_sent_in_bounded_pieces(mesh: DeviceMesh) -> None:
+    limit, before = 1 << 12, collectives.MAX_PAYLOAD
+    params, other = sharded(mesh), sharded(mesh)
+    optimizer, reference = lm.AdaPMLean(named(params), lr=1e-2), lm.AdaPMLean(named(other), lr=1e-2)
+    for step in range(1, 4):
+        fill(params, step)
+        fill(other, step)
+        reference.step()
+        try:
+            collectives.MAX_PAYLOAD = limit
+            with Traffic() as traffic:
+                optimizer.step()
+        finally:
+            collectives.MAX_PAYLOAD = before
+    assert traffic.total() > 5
+    for name in params:
+        error = relative_error(params[name].full_tensor().detach(), other[name].full_tensor().detach())
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
+
+
+def unusable_gradients_change_nothing(mesh: DeviceMesh) -> None:
+    """All ranks refuse a step because of one element on one of them."""
+    params = sharded(mesh)
+    optimizer = lm.AdaPM(named(params), lr=1e-2)
+    fill(params, 1)
+    optimizer.step()
+    before = [param.to_local().clone() for param in params.values()]
+    state = [
+        value.to_local().clone() for entry in optimizer.state.values() for k, value in entry.items() if k != "step"
+    ]
+    fill(params, 2)
+    bad = params["model.layers.0.mlp.gate_proj.weight"].grad.to_local()
+    if mesh.get_coordinate()[-1] == 1:
+        bad.view(-1)[3] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"in: model\.layers\.0\.mlp\.gate_proj\.weight\. Weights and state"):
+        optimizer.step()
+    assert_equal([param.to_local() for param in params.values()], before)
+    after = [value.to_local() for entry in optimizer.state.values() for k, value in entry.items() if k != "step"]
+    assert_equal(after, state)
+    assert {float(entry["step"]) for entry in optimizer.state.values()} == {1.0}
+
+
+def rebinding_goes_on(mesh: DeviceMesh) -> None:
+    """Parameters are replaced by their sharded selves after three steps; everything goes on as if nothing was."""
+    for builder in (lm.AdaPMLean, lm.AdamSNSM, lm.AdamMini):
+        reference, params = plain(), plain()
+        one, two = builder(named(reference), lr=1e-2), builder(named(params), lr=1e-2)
+        for step in range(1, 8):
+            if step == 4:
+                shards = sharded(mesh)
+                for name, param in params.items():
+                    value = distribute_tensor(param.detach(), mesh, shards[name].placements, src_data_rank=None)
+                    shards[name].to_local().data.copy_(value.to_local())
+                two.rebind({param: shards[name] for name, param in params.items()})
+                params = shards
+            fill(reference, step)
+            fill(params, step)
+            one.step()
+            two.step()
+        for name in params:
+            assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, name
+
+
+def state_dicts_move_between_shardings(mesh: DeviceMesh) -> None:
+    """Whole tensors load into shards, shards into shards of another placement, and shards into whole tensors."""
+    reference = plain()
+    source = lm.AdaPM(named(reference), lr=1e-2, rank=5)
+    for step in range(1, 3):
+        fill(reference, step)
+        source.step()
+    rows, columns, whole = (
+        lm.AdaPM(named(params), lr=1e-2) for params in (sharded(mesh, by_rows), sharded(mesh), plain())
+    )
+    rows.load_state_dict(source.state_dict())
+    columns.load_state_dict(rows.state_dict())
+    saved = columns.state_dict()
+    for index, entry in saved["state"].items():
+        saved["state"][index] = {k: v if k == "step" else v.full_tensor() for k, v in entry.items()}
+    whole.load_state_dict(saved)
+    assert_equal(whole.state_dict()["state"], source.state_dict()["state"])
+    allocated = columns.allocate_state_dict(
+        {**saved, "state": {i: {k: v.to("meta") for k, v in e.items()} for i, e in saved["state"].items()}}
+    )
+    for index, entry in columns.state_dict()["state"].items():
+        for key in set(entry) - {"step"}:
+            target = allocated["state"][index][key]
+            assert (target.shape, target.dtype, target.placements) == (
+                entry[key].shape,
+                entry[key].dtype,
+                entry[key].placements,
+            )
+
+
+def reformat_equals_that_of_one_process(mesh: DeviceMesh) -> None:
+    changes = {
+        "model.layers.0.mlp.gate_proj.weight": {"rank": 7},
+        "model.layers.0.self_attn.q_proj.weight": {"momentum": "dense"},
+        "model.layers.0.self_attn.v_proj.weight": {"momentum": "none"},
+        "lm_head.weight": {"momentum": "subspace", "rank": 3},
+        "attention.in_proj_weight:key": {"second_moment": "dense"},
+        "model.layers.0.experts.weight": {"second_moment": "subset_norm", "subset_size": 4},
+    }
+    reference, params = plain(), sharded(mesh)
+    one, two = lm.AdaPMLean(named(reference), lr=1e-2), lm.AdaPMLean(named(params), lr=1e-2)
+    for step in range(1, 10):
+        if step == 5:
+            one.reformat(changes)
+            two.reformat(changes)
+        fill(reference, step)
+        fill(params, step)
+        one.step()
+        two.step()
+    for name in params:
+        assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, name
+    local = {"local": None, "local_adamw_bytes": None}
+    facts = [[block.__dict__ | local for block in entry.snapshot().blocks] for entry in (one, two)]
+    assert facts[0] == facts[1]
+
+
+def adamw_is_continued_compressed(mesh: DeviceMesh) -> None:
+    """The state of torch's AdamW becomes that of every recipe, the same as on one process, and training goes on."""
+    adamw_params = plain()
+    adamw = torch.optim.AdamW(adamw_params.values(), lr=1e-2)
+    for step in range(1, 6):
+        fill(adamw_params, step)
+        adamw.step()
+    for recipe in ("adapm", "adapm_mini", "adapm_lean", "adam_snsm", "adamw"):
+        reference, params = plain(), sharded(mesh)
+        one, two = (lm.MemOpt(named(p), recipe=recipe, lr=1e-2) for p in (reference, params))
+        one.load_state_dict(adamw.state_dict())
+        two.load_state_dict(adamw.state_dict())
+        assert one.param_groups[0]["betas"] == one.defaults["betas"] or recipe == "adamw"
+        for step in range(5, 8):
+            fill(reference, step)
+            fill(params, step)
+            one.step()
+            two.step()
+        for name in params:
+            error = relative_error(params[name].full_tensor().detach(), reference[name].detach())
+            assert error <= TOLERANCE, f"{recipe}, {name}: {error:.1e}"
+
+
+def gradients_of_other_placements_are_reduced(mesh: DeviceMesh) -> None:
+    """Autograd leaves a pending sum where nobody has reduced a gradient, for instance of a replicated weight."""
+    value = gradient((24, 16), 1)
+    reference, replicate = nn.Parameter(value), [Replicate()] * mesh.ndim
+    weight = nn.Parameter(distribute_tensor(value, mesh, replicate, src_data_rank=None))
+    one, two = (lm.AdaPMLean([("a.mlp.up_proj.weight", param)], lr=1e-2) for param in (reference, weight))
+    for step in range(3):
+        inputs = gradient((12, 24), 10 + step)
+        (inputs @ reference).square().sum().backward()
+        batch = [*replicate[:-1], Shard(0)]
+        (distribute_tensor(inputs, mesh, batch, src_data_rank=None) @ weight).square().sum().backward()
+        assert weight.grad.placements != weight.placements, "the case to be tested"
+        for optimizer in (one, two):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert relative_error(weight.to_local().detach(), reference.detach()) <= TOLERANCE
+
+
+def refusals_change_nothing(mesh: DeviceMesh) -> None:
+    """An exact projection cannot be had where both sides are sharded; the optimizer that was asked goes on."""
+    if mesh.ndim < 2:
+        return
+    whole = nn.Parameter(gradient((24, 16), 1))
+    value = distribute_tensor(whole.detach(), mesh, [Shard(0), Shard(1)], src_data_rank=None)
+    both = nn.Parameter(value)
+    name = "a.mlp.up_proj.weight"
+    exact = lm.AdamSNSM([(name, whole)], lr=1e-2, projection="svd")
+    other = lm.AdamSNSM([(name, both)], lr=1e-2)
+    for optimizer, param, ask in (
+        (exact, whole, lambda optimizer: optimizer.rebind({whole: both})),
+        (other, both, lambda optimizer: optimizer.reformat({name: {"projection": "svd"}})),
+    ):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        state = dict(optimizer.state[param])
+        before = repr(optimizer)
+        with pytest.raises(NotImplementedError, match=r"several mesh dimensions: placements \(Shard\(dim=0"):
+            ask(optimizer)
+        assert repr(optimizer) == before
+        assert all(optimizer.state[param][key] is entry for key, entry in state.items())
+        optimizer.step()
+
+
+def two_sharded_dimensions_take_more_collectives(mesh: DeviceMesh) -> None:
+    """Right, but one collective per mesh dimension: the number that the documentation gives."""
+    if mesh.ndim < 2:
+        return
+    for recipe in RECIPES:
+        wholes = {"a.mlp.up_proj.weight": (20, 12), "a.mlp.down_proj.weight": (12, 20), "a.q_proj.weight": (12, 12)}
+        reference = {name: nn.Parameter(gradient(shape, 3)) for name, shape in wholes.items()}
+        params = {
+            name: nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0), Shard(1)], src_data_rank=None))
+            for name, p in reference.items()
+        }
+        one, two = RECIPES[recipe](named(reference)), RECIPES[recipe](named(params))
+        for step in range(1, 6):
+            fill(reference, step)
+            fill(params, step)
+            one.step()
+            with Traffic() as traffic:
+                two.step()
+            assert traffic.total() <= 11, f"{recipe}, step {step}: {dict(traffic.calls)}"
+        for name in params:
+            assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, recipe
+
+
+def plans_and_draws_are_the_same_on_all_ranks(mesh: DeviceMesh) -> None:
+    tables = [None] * dist.get_world_size(mesh.get_group(mesh.ndim - 1))
+    optimizer = lm.AdaPMMini(named(sharded(mesh)))
+    mine = [(b.name, b.role, b.momentum, b.rank, b.second_moment) for b in optimizer.snapshot().blocks]
+    dist.all_gather_object(tables, mine, group=mesh.get_group(mesh.ndim - 1))
+    assert all(table == mine for table in tables)
+    whole = lm.AdaPMMini(named(plain()))
+    assert mine == [(b.name, b.role, b.momentum, b.rank, b.second_moment) for b in whole.snapshot().blocks]
+
+
+CHECKS = [
+    no_dtensor_operation_in_a_step,
+    bytes_are_those_of_the_small_factors,
+    payload_is_sent_in_bounded_pieces,
+    unusable_gradients_change_nothing,
+    rebinding_goes_on,
+    state_dicts_move_between_shardings,
+    reformat_equals_that_of_one_process,
+    adamw_is_continued_compressed,
+    gradients_of_other_placements_are_reduced,
+    refusals_change_nothing,
+    two_sharded_dimensions_take_more_collectives,
+    plans_and_draws_are_the_same_on_all_ranks,
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[str, str]]:
+    expected = {name: trajectory(builder) for name, builder in (RECIPES | VARIANTS).items()}
+    return run_ranks(on_a_rank, 4, expected, timeout=240)
+
+
+def check_outcomes(outcomes: list[dict[str, str]], mesh: str, key: str) -> None:
+    found = [outcome[key] for outcome in outcomes if key in outcome]
+    assert len(found) == torch.Size(MESHES[mesh]).numel()
+    assert not any(found), "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "choose", "name"), [(mesh, choose.__name__, name) for mesh in MESHES for choose, name in cases(mesh)]
+)
+def test_steps_are_the_same_at_every_world_size(outcomes, mesh, choose, name):
+    check_outcomes(outcomes, mesh, f"{mesh}, {choose}, {name}")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("mesh", ["three", "hybrid"])
+def test_on_ranks(outcomes, mesh, check):
+    check_outcomes(outcomes, mesh, f"{mesh}, {check.__name__}")

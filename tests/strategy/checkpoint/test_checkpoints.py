@@ -1,0 +1,125 @@
+"""Checkpoints of sharded models: saved on any number of ranks, loaded on any other, in both formats, or refused.
+
+One process group of four runs everything; its first one, two and three ranks also serve as smaller worlds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_memopt import MemOpt
+from tests._ranks import run_ranks
+from tests.strategy.checkpoint._checkpoint_cases import CASES
+from tests.strategy.checkpoint._checkpoint_trainers import TRAINERS
+from tests.strategy.checkpoint._checkpoints import (
+    FAMILIES,
+    FORMATS,
+    World,
+    difference,
+    grouped,
+    load,
+    save,
+    shard,
+    step,
+    towers,
+    whole_params,
+    worlds,
+)
+
+SIZES = (1, 2, 3, 4)
+CELLS = list(itertools.product(SIZES, SIZES, FORMATS))
+
+
+# --- every number of ranks to every other, every recipe --------------------------------------------------------------
+
+
+def reformatted(optimizer: MemOpt) -> None:
+    """Change rank or momentum of one block of every family; its other blocks stay as they are."""
+    optimizer.reformat(
+        {
+            f"{family}.layers.0.self_attn.q_proj.weight": {"rank": 2}
+            if family.startswith("adapm") or family == "adam_snsm"
+            else {"momentum": "low_rank", "rank": 2}
+            for family in FAMILIES
+        }
+    )
+
+
+def interrupted(world: World, folder: Path) -> dict[str, Tensor]:
+    """Save after two of three steps; return the parameters after all three."""
+    model = shard(towers(*FAMILIES), world)
+    optimizer = grouped(model)
+    step(model, optimizer, 0)
+    reformatted(optimizer)
+    step(model, optimizer, 1)
+    for format in FORMATS:
+        save(folder / f"{world.size}-{format}", model, optimizer, format=format, world=world, global_step=2)
+    step(model, optimizer, 2)
+    return whole_params(model)
+
+
+def resumed(world: World, folder: Path, expected: dict[int, dict[str, Tensor]]) -> dict[Any, str]:
+    """Load everything that was saved and take the last step."""
+    model = shard(towers(*FAMILIES, seed=1), world)
+    optimizer, outcomes = grouped(model), {}
+    for size, format in itertools.product(SIZES, FORMATS):
+        rest = load(folder / f"{size}-{format}", model, optimizer, world=world)
+        assert rest == {"global_step": 2}
+        step(model, optimizer, 2)
+        outcomes[size, world.size, format] = difference(model, expected[size], exact=size == world.size)
+    return outcomes
+
+
+def matrix(all_worlds: dict[int, World], folder: Path) -> dict[Any, str]:
+    expected = [{size: interrupted(world, folder) for size, world in all_worlds.items() if world.mine}]
+    dist.broadcast_object_list(expected, src=0)  # the first rank is in all worlds
+    outcomes = {}
+    for world in all_worlds.values():
+        if world.mine:
+            outcomes |= resumed(world, folder, expected[0])
+    return outcomes
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def on_a_rank(rank: int, world: int, folder: str, names: tuple[str, ...] | None) -> dict[Any, str]:
+    """Return what went wrong, by cell of the matrix and by name of the case; names select cases."""
+    torch.manual_seed(rank)
+    all_worlds = worlds()
+    outcomes = {}
+    if names is None:
+        outcomes = matrix(all_worlds, Path(folder))
+    for function in (*CASES, *TRAINERS) if names is None else [f for f in (*CASES, *TRAINERS) if f.__name__ in names]:
+        place = Path(folder) / function.__name__
+        try:
+            function(all_worlds, place)
+            outcomes[function.__name__] = ""
+        except Exception:
+            outcomes[function.__name__] = traceback.format_exc()
+        dist.barrier()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run_ranks(on_a_rank, 4, str(tmp_path_factory.mktemp("checkpoints")), None, timeout=290)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
+def test_resumed_equals_uninterrupted(outcomes, cell):
+    _, loaded, _ = cell
+    assert [outcomes[rank].get(cell) for rank in range(4)] == [""] * loaded + [None] * (4 - loaded)
+
+
+@pytest.mark.parametrize("name", [function.__name__ for function in (*CASES, *TRAINERS)])
+def test_case(outcomes, name):
+    assert not any(text := "".join(outcome[name] for outcome in outcomes)), text
