@@ -19,10 +19,9 @@ from typing_extensions import override
 
 from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, resolve_policy
 from lightning_memopt.strategy.checkpoint.base import CheckpointingStrategy
-from lightning_memopt.strategy.explaining import explain
-from lightning_memopt.strategy.failures import FirstFailure
+from lightning_memopt.strategy.errors import FirstFailure, explain
 from lightning_memopt.strategy.finetuning import let_finetuning_compare_sharded_parameters
-from lightning_memopt.strategy.loose import average_gradients, loose_parameters
+from lightning_memopt.strategy.gradients import average_gradients, loose_parameters
 from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
 from lightning_memopt.strategy.model.precision import ShardedHalfPrecision, ShardedMixedPrecision, sharded_plugin
 from lightning_memopt.strategy.model.refusals import (

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 import tests._ranks  # noqa: F401  (what the server that ranks are forked from imports)
-from lightning_memopt.strategy import failures
-from lightning_memopt.strategy.failures import FirstFailure
+from lightning_memopt.strategy import errors as failures
+from lightning_memopt.strategy.errors import FirstFailure
 from tests.strategy._training import LanguageModule, fit
 
 LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"

@@ -21,7 +21,7 @@ from lightning_memopt import MemOptFSDPStrategy
 from lightning_memopt.plans.placement import shard_dim, shard_dims
 from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, own_modules, resolve_policy
 from lightning_memopt.strategy import register
-from lightning_memopt.strategy.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_memopt.strategy.gradients import clip_grad_norm_, clip_grad_value_
 from lightning_memopt.strategy.mesh import resolved_data_size
 from lightning_memopt.strategy.model.materialize import convert, move, pretrained_owners, refuse_uninitializable
 from lightning_memopt.strategy.model.precision import sharded_plugin, sharding_policy

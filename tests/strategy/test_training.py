@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
-from lightning_memopt.strategy.loose import average_gradients
+from lightning_memopt.strategy.gradients import average_gradients
 from tests._ranks import run_ranks
 from tests.strategy._training import (
     VOCAB,

@@ -11,6 +11,9 @@ from torch import Tensor, optim
 from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.checkpoint import ADAMW_KEYS, cannot_go_on, require_known_state
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.resuming import notify
+
+Optimizers = Sequence[torch.optim.Optimizer]
 
 # What torch's own optimizers read without asking whether it is there.
 _NEEDED: dict[type[optim.Optimizer], frozenset[str]] = {
@@ -98,3 +101,62 @@ def _torch_lacks(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> list[s
     needed = frozenset[str]().union(*(keys for kind, keys in _NEEDED.items() if isinstance(optimizer, kind)))
     missing = [key for key in optimizer.defaults if any(key not in group for group in groups)]
     return missing or sorted({key for entry in saved["state"].values() if entry for key in needed - entry.keys()})
+
+
+def check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | None) -> None:
+    """Refuse optimizer states that are not of these optimizers; warn if there are states and nothing to train.
+
+    Raises:
+        KeyError: If there are none at all.
+        ValueError: If there are more or fewer.
+    """
+    if optimizers is not None and not optimizers and saved:
+        notify(
+            f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returned None: they "
+            "are not loaded, and the next checkpoint will not have them."
+        )
+    if optimizers and not saved:
+        raise KeyError(
+            "Trying to restore optimizer state but checkpoint contains only the model. This is probably due to "
+            "`ModelCheckpoint.save_weights_only` being set to `True`; to start training from these weights, load them "
+            "in the LightningModule."
+        )
+    if optimizers and len(saved) != len(optimizers):
+        raise ValueError(
+            f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returns "
+            f"{len(optimizers)}: return those of the run that saved it."
+        )
+
+
+def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: bool, *, fitting: bool) -> None:
+    """Refuse weights of other names, shapes or sorts of numbers, told by tensors whose values do not matter."""
+    problems = []
+    if strict:
+        problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
+        problems += [f"not in the model: {name!r}" for name in saved if name not in ours]
+    for name, value in ours.items():
+        if name not in saved:
+            continue
+        there, here = (tuple(entry.shape) if isinstance(entry, Tensor) else None for entry in (saved[name], value))
+        if there != here:
+            problems.append(f"{name!r} has shape {there} in the checkpoint and {here} in the model")
+        elif isinstance(value, Tensor) and not same_sort(saved[name].dtype, value.dtype):
+            problems.append(f"{name!r} has dtype {saved[name].dtype} in the checkpoint and {value.dtype} in the model")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        way_out = (
+            "Training goes on only with the model of the run that saved it; `strict_loading = False` helps `validate`, "
+            "`test` and `predict`. To start training from these weights, load them in the LightningModule and leave "
+            "out `ckpt_path`."
+            if fitting
+            else "To load what has the same name, set `strict_loading = False` on the LightningModule; shapes must be "
+            "the same."
+        )
+        raise RuntimeError(
+            f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. {way_out}"
+        )
+
+
+def same_sort(saved: torch.dtype, ours: torch.dtype) -> bool:
+    """Return whether weights of one dtype can be loaded as those of another: real, complex or whole numbers."""
+    return (saved.is_complex, saved.is_floating_point) == (ours.is_complex, ours.is_floating_point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,8 @@ from lightning_memopt.optim.resuming import facts, tell
 from lightning_memopt.sharding.layout import fill_
 from lightning_memopt.strategy.checkpoint.compatibility import check_state
 from lightning_memopt.strategy.checkpoint.states import cut, names_of, parameter_names
+
+Adapting = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
 
 def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
@@ -125,11 +128,6 @@ def check_values(
             if name in params:
                 values.add(what, value, infinite=not params[name].requires_grad)
     values.check()
-
-
-def same_sort(saved: torch.dtype, ours: torch.dtype) -> bool:
-    """Return whether weights of one dtype can be loaded as those of another: real, complex or whole numbers."""
-    return (saved.is_complex, saved.is_floating_point) == (ours.is_complex, ours.is_floating_point)
 
 
 @torch.no_grad()

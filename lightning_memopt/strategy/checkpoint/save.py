@@ -1,4 +1,4 @@
-"""Saving a checkpoint: one directory that all ranks write to, or one file that the first rank writes."""
+"""Save a checkpoint: one directory that all ranks write to, or one file that the first rank writes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, save
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from typing_extensions import override
 
 from lightning_memopt.optim.groups import NAMES, plain_group
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, save_with_checksums
-from lightning_memopt.strategy.checkpoint.planner import FirstRankPlanner
 from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
@@ -162,3 +164,20 @@ def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksu
 def _gather(entries: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     whole = {key: gathered(entries[key], keep) for key in entries}
     return whole if keep else {}
+
+
+class FirstRankPlanner(DefaultSavePlanner):
+    """Writes what is not sharded from the first rank, and every shard from one of the ranks that hold it.
+
+    The default takes each tensor from whichever rank has least to write. For plain tensors that differ between ranks,
+    such as running statistics, that is a mixture which no rank has ever had. (``dedup_save_to_lowest_rank`` cures that,
+    but leaves all shards of a replicated model to the first replica.)
+    """
+
+    @override
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        if self.is_coordinator:
+            return plan
+        self.plan = replace(plan, items=[item for item in plan.items if item.type == WriteItemType.SHARD])
+        return self.plan

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.strategy.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_memopt.strategy.gradients import clip_grad_norm_, clip_grad_value_
 
 SUPPORTED = ("32-true", "bf16-true", "bf16-mixed")
 

@@ -25,9 +25,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, 
 from lightning_memopt import AdaPMLean, MemOpt, ResumeWarning
 from lightning_memopt.sharding.layout import local_tensor
 from lightning_memopt.strategy.checkpoint.save import optimizer_state
-from lightning_memopt.strategy.files import opened_directory as opened_module
+from lightning_memopt.strategy.files import same_save
 from lightning_memopt.strategy.files.checksums import ChecksummedStream
-from lightning_memopt.strategy.files.opened_directory import OpenedDirectory, open_together
+from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
+from lightning_memopt.strategy.files.same_save import open_together
 from tests._compare import assert_equal
 from tests.strategy.checkpoint._checkpoints import (
     FAMILIES,
@@ -753,7 +754,7 @@ def ranks_that_open_different_saves(ranks: dict[int, World], folder: Path) -> No
     opened = open_together(folder / "new", lambda: open_(True), world.group)
     assert (opened.rest, tries) == ({"global_step": 1}, 4)
     opened.close()
-    patched = mock.patch.object(opened_module, "_PAUSE", 0.0)
+    patched = mock.patch.object(same_save, "_PAUSE", 0.0)
     with patched, raises(ValueError, "The ranks found different checkpoints under", "is not on a file system that all"):
         open_together(folder / "new", lambda: open_(False), world.group)
 

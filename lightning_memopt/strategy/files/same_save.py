@@ -1,0 +1,90 @@
+"""Open a checkpoint so that all ranks read the same save, also while another process replaces it."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from lightning_memopt.strategy.agreement import on_all
+
+_TRIES, _PAUSE = 60, 0.02
+
+
+class Opened(Protocol):
+    """What is open, and tells which save it is."""
+
+    identity: str
+
+    def close(self) -> None:
+        """Close it."""
+
+
+T = TypeVar("T", bound=Opened)
+
+
+def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
+    """Open a checkpoint on all ranks, the same save on each, also while another process replaces it.
+
+    Args:
+        path: Its name.
+        open_: Opens it.
+        group: The process group; None for all ranks.
+
+    Raises:
+        Exception: Whatever ``open_`` raised on a rank, on all ranks.
+        ValueError: If ranks see different saves under the name, or it is replaced again and again.
+    """
+    return _opened(path, open_, lambda action: on_all(action, group))
+
+
+def open_alone(path: Path, open_: Callable[[], T]) -> T:
+    """Open a checkpoint on this process only, also while another process replaces it.
+
+    Raises:
+        Exception: Whatever ``open_`` raised.
+        ValueError: If it is replaced again and again.
+    """
+    return _opened(path, open_, lambda action: [action()])
+
+
+def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[], Any]], list[Any]]) -> T:
+    error: Exception | None = None
+    for attempt in range(_TRIES):
+        mine, error, before = None, None, _version(path)
+        try:
+            mine = open_()
+        except Exception as caught:
+            error = caught
+        replaced = error is not None and (_version(path) != before or getattr(error, "errno", None) == errno.ESTALE)
+        mark = "replaced" if replaced else "failed" if mine is None else mine.identity
+        seen = set(everywhere(partial(str, mark)))
+        if mine is not None and len(seen) == 1:
+            return mine
+        if mine is not None:
+            mine.close()
+        if "failed" in seen and "replaced" not in seen:
+            break
+        time.sleep(_PAUSE * min(attempt, 10))
+    everywhere(partial(_raise, error))
+    raise ValueError(
+        f"The ranks found different checkpoints under {str(path)!r}, {_TRIES} times: either the path is not on a file "
+        "system that all ranks share, or another process replaces it all the time. Load a copy under another name."
+    )
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a path is replaced; numbers of files alone are soon used again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
