@@ -15,8 +15,6 @@ from lightning_memopt.kinds.linalg import chunks
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.memory.snapshot import BlockFacts, PartBytes
-from lightning_memopt.memory.storages import Storages
 from lightning_memopt.optim.bounding import Rates, Watch, limited
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather, Task, together
@@ -152,42 +150,6 @@ class Block:
             raise ValueError(f"the state has unknown keys {sorted(keys)}")
         return Recipe(**found)
 
-    def facts(self, state: Mapping[str, Tensor], storages: Storages, max_update: float | None) -> BlockFacts:
-        """Return what a snapshot says about the block.
-
-        Args:
-            state: The parameter's state.
-            storages: Knows what has been counted before.
-            max_update: The bound of its parameter group.
-        """
-        momentum, second_moment = self.kinds
-        projections = momentum.projection_keys
-
-        def parts(nbytes: Mapping[str, int]) -> PartBytes:
-            return PartBytes(
-                momentum=sum(nbytes.get(key, 0) for key in momentum.keys if key not in projections),
-                projections=sum(nbytes.get(key, 0) for key in projections),
-                second_moment=sum(nbytes.get(key, 0) for key in second_moment.keys),
-            )
-
-        keys = (*momentum.keys, *second_moment.keys) if state else ()
-        shapes = momentum.shapes(self.layout) | second_moment.shapes(self.layout)
-        size = self.layout.state_dtype.itemsize
-        return BlockFacts(
-            name=self.name,
-            role=self.role,
-            shape=self.layout.shape,
-            full_rank=self.layout.short_side,
-            momentum=momentum.name,
-            rank=getattr(momentum, "rank", None),
-            second_moment=second_moment.name,
-            max_update=max_update if self.recipe.bounded else None,
-            state=parts({key: torch.Size(shape).numel() * size for key, shape in shapes.items()}),
-            local=parts({key: storages.count([state[self.prefix + key]]) for key in keys}),
-            adamw_bytes=2 * torch.Size(self.layout.shape).numel() * self.itemsize,
-            local_adamw_bytes=2 * torch.Size(self.layout.local).numel() * self.itemsize,
-        )
-
     def missing(self, state: State, keys: tuple[str, ...]) -> list[Gather]:
         """Return what ranks have to put together to see those of the state tensors that :attr:`cuts` names."""
         wanted = []
@@ -316,3 +278,11 @@ def apply_(
         if part.dtype != weights.dtype or rates.checked:
             weights[index] = part
     return lost
+
+
+def initial_state(blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """Return the state of a parameter before its first step."""
+    state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    for block in blocks:
+        state.update(block.init())
+    return state

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
@@ -109,6 +109,16 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
     for old, new in zip(theirs, blocks, strict=True):
         state.update(converted(old, new if convert else old, saved))
     return blocks if convert else theirs, state
+
+
+def relocated(blocks: Blocks, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a parameter that lies elsewhere now; before the first step it is made anew, also on a device.
+
+    That is what gives state to parameters that were on the meta device.
+    """
+    if not state or float(state["step"]) == 0:
+        return initial_state(blocks) if state else {}
+    return loaded(blocks, state, convert=True)[1]
 
 
 def examine(blocks: Blocks, saved: Mapping[str, Any], values: Values) -> None:

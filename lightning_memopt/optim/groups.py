@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.ranges import check_betas, check_number
 from lightning_memopt.optim.checking import described
-from lightning_memopt.plans.plan import known_options
+from lightning_memopt.plans.plan import Plan, known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 MAX_UPDATE = 10.0
+NONFINITE = ("raise", "skip")
 NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
 # Options of torch's AdamW that mean nothing here.
 TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
@@ -208,11 +209,41 @@ def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor,
     return found
 
 
-def check_head_dim(value: Any) -> None:
-    """Check the option ``head_dim``.
+def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any) -> None:
+    """Check the options that an optimizer as a whole has.
 
     Raises:
-        ValueError: If it is neither None nor a positive integer.
+        TypeError: If the seed is no integer.
+        ValueError: If a value is not valid, or an option is unknown.
     """
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {value!r}.")
+    if nonfinite not in NONFINITE:
+        raise ValueError(unknown("value of `nonfinite`", nonfinite, list(NONFINITE)))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
+    if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1):
+        raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {head_dim!r}.")
+    known = [*HYPERPARAMETERS, *OF_THE_OPTIMIZER, *known_options()]
+    for key in options:
+        if key not in known_options():
+            raise ValueError(unknown("option", key, known))
+
+
+def check_head_dim_is_used(head_dim: int | None, plan: Plan) -> None:
+    """Refuse a ``head_dim`` that no block of a plan would read.
+
+    Raises:
+        ValueError: If no role has the blockwise second moment.
+    """
+    if head_dim is not None and not plan.has("second_moment", "blockwise"):
+        raise ValueError(
+            f"Option 'head_dim' has no effect in the recipe {plan.name!r}: it belongs to second moment "
+            "'blockwise', which no role has."
+        )
+
+
+def shown(group: Mapping[str, Any]) -> str:
+    """Return the hyperparameters of a group in one line, for ``repr``."""
+    return (
+        f"recipe={group['recipe']!r}, lr={float(group['lr']):g}, betas={group['betas']}, eps={group['eps']:g}, "
+        f"weight_decay={group['weight_decay']:g}, max_update={group['max_update']}, {len(group['params'])} parameters"
+    )

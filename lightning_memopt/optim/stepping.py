@@ -9,8 +9,36 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.optim.bounding import Tally, Watch
+from lightning_memopt.optim.guards import exact_arithmetic
 from lightning_memopt.sharding.collectives import Gather, Task, drive, gather, packed
+
+
+def take_step(
+    active: Sequence[tuple[dict[str, Any], Tensor]],
+    blocks: Mapping[Tensor, Sequence[Block]],
+    states: Mapping[Tensor, dict[str, Tensor]],
+    tally: Tally,
+) -> None:
+    """Update all parameters that have a gradient, which has been checked.
+
+    Args:
+        active: Parameters with their groups.
+        blocks: Parameter → its blocks.
+        states: Parameter → its state.
+        tally: Counts what the bound changes.
+
+    Raises:
+        FloatingPointError: If a weight would have become infinite or undefined; it keeps its value.
+    """
+    step = Step(Update(block, param, states[param], group) for group, param in active for block in blocks[param])
+    for _, param in active:
+        states[param]["step"] += 1
+    watch = tally.watch(states[param]["step"] for _, param in active)
+    with exact_arithmetic({param.device.type for _, param in active}):
+        step.run(watch)
+    tally.take(watch)
+    watch.require_finite()
 
 
 @dataclass(frozen=True)

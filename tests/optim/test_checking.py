@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
+from lightning_memopt.optim.binding import params_of
 from tests._compare import assert_equal
 from tests._models import fill_grads
 
@@ -18,7 +19,7 @@ def trained(recipe: str = "adapm_lean") -> lm.MemOpt:
     torch.manual_seed(0)
     optimizer = lm.MemOpt(nn.Linear(6, 5).named_parameters(), recipe)
     for seed in range(2):
-        fill_grads(optimizer._all_params(), seed)
+        fill_grads(params_of(optimizer), seed)
         optimizer.step()
     return optimizer
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lightning_memopt as lm
+from lightning_memopt.optim.gradients import follow
 from tests._compare import assert_equal
 from tests._models import big_llama, fill_grads, tiny_gpt2, tiny_llama, train
 
@@ -110,7 +111,7 @@ def test_the_dtype_of_state_comes_back_from_the_checkpoint():
     resumed.reformat({"lm_head.weight": {"rank": 3}})
     assert_equal(torch.get_rng_state(), before)
     train_quietly(model, optimizer)
-    resumed._follow(twin.lm_head.weight)  # as after a move to another device
+    follow(twin.lm_head.weight, resumed, resumed._binding)  # as after a move to another device
     assert resumed.snapshot() == optimizer.snapshot()
     state = resumed.state[twin.lm_head.weight]
     assert {value.dtype for key, value in state.items() if key != "step"} == {torch.bfloat16}

@@ -69,7 +69,7 @@ def test_paper_variants():
     assert lm.AdaPM(model.named_parameters(), paper=True).defaults["betas"] == (0.9, 0.999)
     assert lm.AdaPM(model.named_parameters(), paper=True, betas=(0.8, 0.9)).defaults["betas"] == (0.8, 0.9)
     optimizer = lm.AdamSNSM(model.named_parameters(), paper=True, gap=50)
-    recipe = optimizer._blocks[model.lm_head.weight][0].recipe
+    recipe = optimizer._binding.blocks[model.lm_head.weight][0].recipe
     assert recipe.second_moment.reduction == "sum"
     assert (recipe.momentum.gap, recipe.momentum.projection, recipe.momentum.handover) == (50, "svd", "reset")
     assert recipe.momentum.correct_complement
@@ -133,7 +133,7 @@ def test_groups_have_their_own_hyperparameters_and_recipes():
     facts = {block.name: block for block in optimizer.snapshot().blocks}
     assert facts["model.layers.0.mlp.up_proj.weight"].rank == 7
     assert facts["lm_head.weight"].momentum == "subspace"
-    assert optimizer._blocks[model.lm_head.weight][0].recipe.momentum.gap == 3
+    assert optimizer._binding.blocks[model.lm_head.weight][0].recipe.momentum.gap == 3
     train(model, optimizer, 3)
 
 
@@ -415,7 +415,7 @@ def test_bind_keeps_given_names_and_brings_head_sizes():
     optimizer.bind(model)
     query = model["inner"].model.layers[0].self_attn.q_proj.weight
     assert optimizer.state[query]["blockwise_sq"].shape == (4, 1)
-    block = optimizer._blocks[query][0]
+    block = optimizer._binding.blocks[query][0]
     assert (block.name, block.recipe.momentum.name) == ("model.layers.0.self_attn.q_proj.weight", "none")
 
 

@@ -142,11 +142,11 @@ def test_every_change_keeps_the_best_approximation(shape, content, state_dtype):
 @pytest.mark.parametrize("momentum", ["low_rank", "subspace"])
 def test_growing_keeps_every_bit(momentum, shape, state_dtype):
     optimizer, param = made(SHAPES[shape], MOMENTA[f"{momentum} 3"], state_dtype=state_dtype)
-    block = optimizer._blocks[param][0]
+    block = optimizer._binding.blocks[param][0]
     old, weights = dict(optimizer.state[param]), param.detach().clone()
     dense = block.recipe.momentum.to_dense({key: old[key] for key in block.recipe.momentum.keys}, block.layout)
     optimizer.reformat({NAME: {"rank": 7}})
-    state, block = optimizer.state[param], optimizer._blocks[param][0]
+    state, block = optimizer.state[param], optimizer._binding.blocks[param][0]
     grown = {key: state[key] for key in block.recipe.momentum.keys}
     assert_equal(block.recipe.momentum.to_dense(grown, block.layout), dense)
     for key, value in grown.items():
@@ -198,7 +198,7 @@ def test_options_alone_change_no_tensor():
     basis = state["subspace_p"]
     optimizer.reformat({"lm_head.weight": {"gap": 5}})
     assert optimizer.state[model.lm_head.weight]["subspace_p"] is basis
-    assert optimizer._blocks[model.lm_head.weight][0].recipe.momentum.gap == 5
+    assert optimizer._binding.blocks[model.lm_head.weight][0].recipe.momentum.gap == 5
 
 
 # ------------------------------------------------------------------------------------------------- what is released
@@ -207,7 +207,7 @@ def test_options_alone_change_no_tensor():
 def denominator(optimizer: lm.MemOpt, param: Tensor, *, beta2: float, eps: float) -> Tensor:
     """Return the denominator of the last step in float64, straight from the definition of every kind."""
     state = {key: value.double() for key, value in optimizer.state[param].items()}
-    kind, step = optimizer._blocks[param][0].recipe.second_moment, float(state["step"])
+    kind, step = optimizer._binding.blocks[param][0].recipe.second_moment, float(state["step"])
     shape = param.shape if param.ndim < 4 else param.flatten(1).shape
     *_, m, n = shape
     if kind.name == "none":
@@ -463,7 +463,7 @@ def test_old_state_is_gone():
     made_before, old = [], []
     for (before, after), dropped in itertools.product(PAIRS, ("release", "discard")):
         optimizer, param = made((20, 12), MOMENTA[before], steps=2)
-        momentum = optimizer._blocks[param][0].recipe.momentum
+        momentum = optimizer._binding.blocks[param][0].recipe.momentum
         old += [weakref.ref(optimizer.state[param][key]) for key in momentum.keys]
         optimizer.reformat({NAME: MOMENTA[after]}, dropped=dropped)
         held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in optimizer.state[param].values()}

@@ -185,7 +185,7 @@ def old_state_is_gone(mesh: DeviceMesh) -> None:
     """Nothing refers to its pieces any more, and what this rank holds is its part of what the plan says."""
     for before, after in PAIRS:
         optimizer, param = weight_on(mesh, MOMENTA[before], steps=1)
-        keys = optimizer._blocks[param][0].recipe.momentum.keys
+        keys = optimizer._binding.blocks[param][0].recipe.momentum.keys
         old = [weakref.ref(t) for key in keys for v in [optimizer.state[param][key]] for t in (v, v._local_tensor)]
         optimizer.reformat({WEIGHT: MOMENTA[after]})
         if any(ref() is not None for ref in old):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
+from lightning_memopt.optim.binding import params_of
 from lightning_memopt.optim.resuming import loading_from
 from tests._models import fill_grads, tiny_llama
 
@@ -17,7 +18,7 @@ from tests._models import fill_grads, tiny_llama
 def linear(**options) -> lm.MemOpt:
     torch.manual_seed(0)
     optimizer = lm.AdaPMLean(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).named_parameters(), **options)
-    fill_grads(optimizer._all_params(), 0)
+    fill_grads(params_of(optimizer), 0)
     optimizer.step()
     return optimizer
 

@@ -1,0 +1,295 @@
+"""Which blocks the parameters of an optimizer consist of: names → roles → plans → blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memopt.kinds.tick import block_key
+from lightning_memopt.optim import groups as parsing
+from lightning_memopt.optim.block import Block, initial_state
+from lightning_memopt.optim.checkpoint import relocated
+from lightning_memopt.plans.plan import Plan, Recipe, known_options
+from lightning_memopt.plans.recipes import load_plan
+from lightning_memopt.plans.roles import Part, canonical_names, classify
+from lightning_memopt.sharding.layout import Layout
+
+Blocks = dict[Tensor, tuple[Block, ...]]
+
+
+class Binding:
+    """The names, parts, plans and blocks of an optimizer's parameters.
+
+    All tables are changed in place, never rebound: Lightning's ``LightningOptimizer`` is a copy of the optimizer's
+    attributes.
+
+    Attributes:
+        plan: The plan of every group without a recipe of its own.
+        names: Parameter → canonical name, as far as known.
+        parts: Name → the roles in it.
+        plans: Parameter → the plan of its group.
+        blocks: Parameter → its blocks; empty as long as no names are known.
+        reformatted: Block → the recipe that a reformat or a checkpoint has given it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        overrides: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        betas: tuple[float, float] | None,
+        state_dtype: torch.dtype | None,
+        seed: int,
+        head_dim: int | None,
+    ) -> None:
+        """Take what the user asked for; ``betas`` of None are those of a group's recipe."""
+        self.plan, self._overrides, self._options, self._betas = plan, overrides, options, betas
+        self.state_dtype, self._seed, self._head_dim = state_dtype, seed, head_dim
+        self.names: dict[Tensor, str] = {}
+        self.parts: dict[str, tuple[Part, ...]] = {}
+        self.plans: dict[Tensor, Plan] = {}
+        self.blocks: Blocks = {}
+        self.reformatted: dict[str, Recipe] = {}
+
+    # ------------------------------------------------------------------ groups
+
+    def parsed(
+        self, group: dict[str, Any], names: Mapping[Tensor, str], optimizer: Optimizer
+    ) -> tuple[dict[str, Any], Plan]:
+        """Return a new group as torch takes it, checked, and the plan of its parameters."""
+        recipe, defaults = group.get("recipe"), optimizer.defaults
+        plan = self.plan if recipe in (None, self.plan.name) else self._plan_of(recipe)
+        own = {key: group[key] for key in group if key in known_options()}
+        where = f"parameter group {len(optimizer.param_groups)}"
+        parsing.check_keys(group, where)
+        known = {key: defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}
+        parsing.check_group({**known, **group}, where)
+        plan = plan.updated(options=own)
+        left_out = {*own, *parsing.TORCHS_OWN}
+        # As torch has it: names are in all groups, or in none.
+        if parsing.NAMES not in (optimizer.param_groups or [group])[0]:
+            left_out.add(parsing.NAMES)
+        elif parsing.NAMES not in group:
+            group[parsing.NAMES] = [{**self.names, **names}.get(param) for param in group["params"]]
+        group = parsing.plain_group({key: value for key, value in group.items() if key not in left_out})
+        group["recipe"] = plan.name
+        if recipe is not None and "betas" not in group and self._betas is None:
+            group["betas"] = plan.betas
+        return group, plan
+
+    def _plan_of(self, recipe: Any) -> Plan:
+        """Return the plan of a group's own recipe, with those of the optimizer's options that mean something to it."""
+        plan = load_plan(recipe)
+        known = {key for entry in plan.roles.values() for key in entry.options()}
+        options = {key: value for key, value in self._options.items() if key in known}
+        return plan.updated(overrides=self._overrides, options=options)
+
+    def complete_groups(self, optimizer: Optimizer) -> None:
+        """Complete groups that somebody has put into ``param_groups``, and find the plans of their parameters.
+
+        Lightning's BaseFinetuning replaces the whole list on resume, by groups that hold the same hyperparameters.
+        """
+        for number, group in enumerate(optimizer.param_groups):
+            for key, value in optimizer.defaults.items():
+                group.setdefault(key, value)
+            new = [param for param in group["params"] if param not in self.plans]
+            if new:
+                parsing.check_group(group, f"parameter group {number}")
+                known = {plan.name: plan for plan in (*self.plans.values(), self.plan)}
+                recipe = group["recipe"]
+                plan = known[recipe] if recipe in known else self._plan_of(recipe)
+                self.plans.update(dict.fromkeys(new, plan))
+
+    # ------------------------------------------------------------------ names
+
+    def learn(self, names: Mapping[Tensor, str]) -> None:
+        """Take names that came with parameters."""
+        self.names.update(zip(names, canonical_names(names.values()), strict=True))
+
+    def require_names(self, optimizer: Optimizer) -> None:
+        """Raise the error that tells how to give names, if a parameter has none."""
+        self.build_missing(optimizer)
+        if not self.blocks:
+            parsing.named(self.names, params_of(optimizer))
+
+    def parameter_names(self, optimizer: Optimizer) -> list[list[str]] | None:
+        """Return the names of every group's parameters, or None if not all have one."""
+        if any(param not in self.names for param in params_of(optimizer)):
+            return None
+        return [[self.names[param] for param in group["params"]] for group in optimizer.param_groups]
+
+    def _classify(self) -> None:
+        """Find the parts of all named parameters; what a model has told before stays."""
+        pairs = [(name, param.shape) for param, name in self.names.items()]
+        known = dict(self.parts)
+        self.parts.update(classify(pairs, head_dim=self._head_dim))
+        self.parts.update(known)
+
+    # ------------------------------------------------------------------ blocks
+
+    def entries(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
+        """Yield all blocks as they are now, each with its parameter group and its parameter."""
+        self.build_missing(optimizer)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                for block in self.blocks.get(param, ()):
+                    yield group, param, block
+
+    def build(self, optimizer: Optimizer) -> None:
+        """Make the blocks of all parameters, if their names are known or none needs one."""
+        if self.names or not any(param.ndim > 1 for param in params_of(optimizer)):
+            self._classify()
+            self._adopt(self._all_blocks(optimizer), optimizer)
+
+    def build_missing(self, optimizer: Optimizer) -> None:
+        """Make the blocks of parameters that have none, once any names are known."""
+        self.complete_groups(optimizer)
+        missing = [param for param in params_of(optimizer) if param not in self.blocks]
+        if missing and (self.blocks or self.names):
+            with self.undone_on_error(optimizer):
+                self._classify()
+                blocks = self._all_blocks(optimizer)
+                self._adopt({param: blocks[param] for param in missing}, optimizer)
+
+    def bind(self, model: Any, optimizer: Optimizer) -> None:
+        """Take names, and the size of attention heads, from a model; see :meth:`MemOpt.bind`."""
+        self.complete_groups(optimizer)
+        named = list(model.named_parameters())
+        theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
+        for param in params_of(optimizer):
+            if param not in theirs and (param not in self.names or not theirs.keys() & self.names.keys()):
+                known = self.names.get(param)
+                name = "A parameter without a name," if known is None else f"The parameter {known!r}"
+                raise ValueError(
+                    f"{name} of shape {tuple(param.shape)} is not a parameter of the given {type(model).__name__}: "
+                    "bind the model that the optimizer trains."
+                )
+        parts = classify(model, head_dim=self._head_dim)
+        with self.undone_on_error(optimizer):
+            self.names.update({param: name for param, name in theirs.items() if param not in self.names})
+            self._classify()
+            self.parts.update({self.names[param]: parts[name] for param, name in theirs.items()})
+            blocks, before = self._all_blocks(optimizer), _identity(self.blocks)
+            changed = [param for param, identity in _identity(blocks).items() if before.get(param) != identity]
+            if any(float(optimizer.state[param]["step"]) > 0 for param in changed if optimizer.state.get(param)):
+                raise ValueError(
+                    "bind(model) would change names or head sizes of blocks that have taken steps already; "
+                    "call it before the first step."
+                )
+            self._adopt({param: blocks[param] for param in changed}, optimizer)
+
+    def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
+        """Replace parameters by others of the same weights; see :meth:`MemOpt.rebind`."""
+        self.build_missing(optimizer)
+        table = {old: params.get(old, old) for old in params_of(optimizer)}
+        for old, new in table.items():
+            if old.shape != new.shape:
+                raise ValueError(
+                    f"{self.names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, what is to replace it "
+                    f"{tuple(new.shape)}: rebind replaces parameters by others of the same weights."
+                )
+        if len(set(table.values())) < len(table):
+            raise ValueError("Two parameters are to be replaced by the same one: rebind takes a new one for each.")
+        blocks = {new: tuple(block.moved(new) for block in self.blocks.get(old, ())) for old, new in table.items()}
+        names = {table.get(param, param): name for param, name in self.names.items()}
+        states = {
+            table[param]: relocated(blocks[table[param]], state) if blocks[table[param]] else state
+            for param, state in optimizer.state.items()
+            if param in table
+        }
+        plans = {table.get(param, param): plan for param, plan in self.plans.items()}
+        kept = {param: entries for param, entries in blocks.items() if entries}
+        for own, entries in ((self.names, names), (self.plans, plans), (self.blocks, kept)):
+            own.clear()
+            own.update(entries)  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            group["params"] = [table[param] for param in group["params"]]
+        optimizer.state.clear()
+        optimizer.state.update(states)
+
+    @contextmanager
+    def undone_on_error(self, optimizer: Optimizer) -> Iterator[None]:
+        """Restore groups, names and blocks if what follows fails."""
+        before = [(table, dict(table)) for table in (self.names, self.parts, self.plans, self.blocks)]
+        groups = len(optimizer.param_groups)
+        try:
+            yield
+        except Exception:
+            for table, entries in before:
+                table.clear()
+                table.update(entries)  # type: ignore[arg-type]
+            del optimizer.param_groups[groups:]
+            raise
+
+    def _adopt(self, blocks: Mapping[Tensor, tuple[Block, ...]], optimizer: Optimizer) -> None:
+        """Adopt blocks and allocate the state of those that train.
+
+        State is complete before the first step: every checkpoint has it all, and nothing has to take a dummy step
+        to find out what the state will look like.
+        """
+        fresh = {param: initial_state(entries) for param, entries in blocks.items() if param.requires_grad}
+        self.blocks.update(blocks)
+        optimizer.state.update(fresh)
+
+    def _all_blocks(self, optimizer: Optimizer) -> Blocks:
+        """Return the blocks of all parameters, as names, parts and plans are now."""
+        blocks: Blocks = {}
+        known: list[tuple[str, str, Recipe]] = []
+        names = parsing.named(self.names, params_of(optimizer))
+        for param in params_of(optimizer):
+            name, plan = names[param], self.plans[param]
+            parts = self.parts.get(name, (Part("vector"),))
+            blocks[param] = tuple(
+                self._block(param, name, part, plan, len(known) + offset, fused=len(parts) > 1)
+                for offset, part in enumerate(parts)
+            )
+            known += [(block.name, block.role, block.recipe) for block in blocks[param]]
+        twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
+        if twice:
+            raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a name of its own.")
+        for plan in {id(plan): plan for plan in self.plans.values()}.values():
+            plan.check_overrides(known)
+        return blocks
+
+    def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:
+        full_name = f"{name}:{part.role}" if fused else name
+        layout = Layout.of(
+            param,
+            slot=part.slot,
+            state_dtype=self.state_dtype,
+            output_dim=part.output_dim,
+            head_dim=part.head_dim,
+            flatten=part.flatten,
+        )
+        recipe = self.reformatted.get(full_name, plan.recipe(full_name, part.role))
+        return Block(
+            name=full_name,
+            role=part.role,
+            recipe=recipe.resolve(layout),
+            layout=layout,
+            prefix=f"{part.role}." if fused else "",
+            key=block_key(self._seed, full_name),
+            index=index,
+            itemsize=param.element_size(),
+            plan=plan,
+        )
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return all parameters, group by group."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _identity(blocks: Mapping[Tensor, tuple[Block, ...]]) -> dict[Tensor, list[Any]]:
+    """Return what decides how blocks are updated."""
+    return {
+        param: [(block.name, block.role, block.recipe, block.layout.slot, block.layout.matrix) for block in entries]
+        for param, entries in blocks.items()
+    }

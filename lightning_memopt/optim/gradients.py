@@ -1,0 +1,110 @@
+"""Which parameters a step can change: those with a gradient that all ranks can use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memopt._registry import listed
+from lightning_memopt.optim.binding import Binding, params_of
+from lightning_memopt.optim.checkpoint import relocated
+from lightning_memopt.optim.guards import Judged, verdict
+from lightning_memopt.sharding.layout import aligned, arithmetic_dtype, is_aligned, local_tensor
+
+Active = list[tuple[dict[str, Any], Tensor]]
+
+
+def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tuple[Active, list[str], list[str]]:
+    """Return all parameters with a gradient, and the names of gradients and of weights that cannot be used.
+
+    Args:
+        optimizer: The optimizer.
+        binding: Its blocks.
+        trusted: Parameters whose weights need not be looked at.
+
+    Raises:
+        ValueError: If names are not known, or a gradient is sparse or complex.
+        RuntimeError: If ranks disagree about which parameters have a gradient, or another rank has raised.
+    """
+    active, refusal = [], None
+    try:
+        active = _active(optimizer, binding)
+    except Exception as error:  # whatever it is, other ranks must hear of it
+        refusal = error
+    judged = [
+        Judged(
+            binding.names.get(param, binding.blocks[param][0].name),
+            param,
+            binding.blocks[param][0].layout,
+            fresh=param not in trusted,
+        )
+        for param in params_of(optimizer)
+        if param in binding.blocks
+    ]
+    bad, broken = verdict(judged, refusal)
+    if not all(is_aligned(param.grad, param) for _, param in active):  # type: ignore[arg-type]
+        for _, param in active:
+            param.grad = aligned(param.grad, param)  # type: ignore[arg-type]
+        bad, broken = verdict(judged)
+    return active, bad, broken
+
+
+def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
+    """Raise if there are gradients or weights that cannot be used.
+
+    Raises:
+        FloatingPointError: With their names.
+    """
+    if broken:
+        raise FloatingPointError(
+            f"Weights with non-finite elements before the first step in: {listed(broken)}. Weights and state "
+            "are unchanged. Look at how these weights are initialised or loaded."
+        )
+    if bad:
+        raise FloatingPointError(
+            f"Gradients with non-finite or overflowing elements in: {listed(bad)}. Weights and state are "
+            "unchanged. Lower the learning rate, clip gradients, or skip such steps with nonfinite='skip'."
+        )
+
+
+def _active(optimizer: Optimizer, binding: Binding) -> Active:
+    """Return all parameters with a gradient, checked."""
+    active = [(group, param) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    if active or any(local_tensor(param) is not param for param in params_of(optimizer)):
+        binding.require_names(optimizer)  # on all ranks, also on one without gradients
+    for _, param in active:
+        name, layout = binding.blocks[param][0].name, binding.blocks[param][0].layout
+        if param.grad.is_sparse or param.grad.layout is not torch.strided:
+            raise ValueError(f"The gradient of {name!r} is sparse; create the layer with sparse=False.")
+        if param.grad.is_complex():
+            raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
+        if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
+            follow(param, optimizer, binding)
+    return active
+
+
+def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
+    """Move the state of a parameter that has been moved to another device since the optimizer was made.
+
+    Raises:
+        ValueError: If its dtype has changed, too, and steps were taken in the old one.
+    """
+    blocks, state = binding.blocks[param], optimizer.state.get(param, {})
+    dtype = arithmetic_dtype(param)
+    if dtype != blocks[0].layout.dtype and state and float(state["step"]) > 0:
+        raise ValueError(
+            f"{blocks[0].name!r} is {param.dtype} now, but has taken steps in {blocks[0].layout.dtype} arithmetic: "
+            "create a new optimizer after changing a model's dtype."
+        )
+    changes: dict[str, Any] = {"device": param.device, "dtype": dtype}
+    if dtype != blocks[0].layout.dtype:  # otherwise that of the state at hand, which a checkpoint may have brought
+        changes["state_dtype"] = binding.state_dtype or dtype
+    binding.blocks[param] = tuple(
+        replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
+    )
+    optimizer.state[param] = relocated(binding.blocks[param], state)

@@ -1,0 +1,79 @@
+"""Change kinds or ranks of blocks between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.optim.binding import Binding
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.optim.conversion import DROPPED, converted, release
+from lightning_memopt.sharding.consensus import decided_alike
+
+# Group, parameter, the block as it is, and as it will be.
+Change = tuple[dict[str, Any], Tensor, Block, Block]
+
+
+@torch.no_grad()
+def reformat(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], dropped: str) -> None:
+    """Change kinds or ranks of blocks; see :meth:`MemOpt.reformat`."""
+    binding.require_names(optimizer)
+    watch = Watch()
+    for group, param, old, new in _agreed(optimizer, binding, changes, dropped):
+        state = optimizer.state.get(param, {})
+        if state:
+            nothing_to_release = dropped == "discard" or float(state["step"]) == 0
+            on_loss = None if nothing_to_release else release(old, new, param, state, group, watch)
+            fresh = converted(old, new, state, keep=True, on_loss=on_loss, group=group)
+            for kind in old.kinds:
+                for key in kind.keys:
+                    del state[old.prefix + key]
+            state.update(fresh)
+        binding.reformatted[old.name] = new.recipe
+        binding.blocks[param] = tuple(new if entry is old else entry for entry in binding.blocks[param])
+    watch.require_finite()
+
+
+def _agreed(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], dropped: str) -> list[Change]:
+    """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
+    layouts = [block.layout for blocks in binding.blocks.values() for block in blocks]
+    groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
+    return decided_alike(
+        "what to reformat",
+        lambda: _planned(optimizer, binding, changes, dropped),
+        lambda planned: [
+            *(f"{new.name}: {new.recipe.momentum}, {new.recipe.second_moment}" for *_, new in planned),
+            f"dropped={dropped}",
+        ],
+        [group for group, _ in groups.values()],
+        next((device for _, device in groups.values()), torch.device("cpu")),
+    )
+
+
+def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], dropped: str) -> list[Change]:
+    """Return what changes, checked."""
+    if dropped not in DROPPED:
+        raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
+    places = {block.name: (group, param, block) for group, param, block in binding.entries(optimizer)}
+    planned = []
+    for name, change in changes.items():
+        if name not in places:
+            raise ValueError(unknown("block", name, list(places)))
+        group, param, old = places[name]
+        new = old.changed(change)
+        for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
+            if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
+                raise ValueError(
+                    f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
+                    f"{new_kind.name!r} could go on from; build a new optimizer instead."
+                )
+        new.check()
+        if new.recipe != old.recipe:
+            planned.append((group, param, old, new))
+    return planned
