@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_memopt.kinds.linalg import Noise
 from lightning_memopt.kinds.ranges import check_option
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.sharding.layout import Layout, Sizes
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import Sizes, allocate, origin, shape_of
 
 State = dict[str, Tensor]
 
@@ -61,7 +62,7 @@ class Kind:
         return self
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return the sizes of every state tensor, as :meth:`Layout.allocate` takes them.
+        """Return the sizes of every state tensor, as :func:`allocate` takes them.
 
         A dimension given as ``-2`` or ``-1`` is sharded as the block's is, and :meth:`update` sees this rank's part of
         it. Every other dimension it sees as a whole, wherever the tensor is stored.
@@ -77,7 +78,7 @@ class Kind:
 
     def init(self, layout: Layout) -> State:
         """Allocate the state of one block, all zeros, on the layout's device."""
-        return {key: layout.allocate(sizes) for key, sizes in self.sizes(layout).items()}
+        return {key: allocate(layout, sizes) for key, sizes in self.sizes(layout).items()}
 
     def keeps_state_of(self, other: Kind, layout: Layout) -> bool:
         """Return whether the state of ``other`` is one of this kind, tensor for tensor.
@@ -111,7 +112,7 @@ class Kind:
 
     def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
         """Return the global shapes of the state tensors; allocates nothing."""
-        return {key: layout.shape_of(sizes) for key, sizes in self.sizes(layout).items()}
+        return {key: shape_of(layout, sizes) for key, sizes in self.sizes(layout).items()}
 
     def nbytes(self, layout: Layout) -> int:
         """Return the bytes of the block's state, over all ranks."""
@@ -126,5 +127,5 @@ class Kind:
         if layout.state_dtype == layout.dtype:
             return None
         sizes = self.sizes(layout)[key]
-        shape = layout.shape_of(sizes) if sizes else layout.matrix
-        return Noise(tick.salted(f"rounding {key}"), shape, layout.origin(sizes))
+        shape = shape_of(layout, sizes) if sizes else layout.matrix
+        return Noise(tick.salted(f"rounding {key}"), shape, origin(layout, sizes))

@@ -17,8 +17,10 @@ from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, Se
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.bounding import Rates, Watch, limited
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
-from lightning_memopt.sharding.collectives import Gather, Task, together
-from lightning_memopt.sharding.layout import Cut, Layout, local_tensor
+from lightning_memopt.sharding.collectives import Gather, Task, interleave
+from lightning_memopt.sharding.layout import Cut, Layout
+from lightning_memopt.sharding.state import cut_of
+from lightning_memopt.sharding.tensors import local_tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Block:
     @cached_property
     def work(self) -> Layout:
         """The layout that the kinds work with: the parameter's, or that of a block which ranks have to gather."""
-        if self.layout.sharded and (self.layout.torn or any(kind.needs_whole(self.layout) for kind in self.kinds)):
+        if self.layout.sharded and (
+            self.layout.straddles_shards or any(kind.needs_whole(self.layout) for kind in self.kinds)
+        ):
             return self.layout.gather()
         return self.layout
 
@@ -82,7 +86,7 @@ class Block:
         """How those state tensors are cut, without the prefix, that ranks gather for a step."""
         if not self.layout.sharded:
             return {}
-        cuts = {key: self.work.cut_of(sizes) for kind in self.kinds for key, sizes in kind.sizes(self.work).items()}
+        cuts = {key: cut_of(self.work, sizes) for kind in self.kinds for key, sizes in kind.sizes(self.work).items()}
         return {key: cut for key, cut in cuts.items() if cut is not None}
 
     def changed(self, change: Recipe | Mapping[str, Any]) -> Block:
@@ -150,7 +154,7 @@ class Block:
             raise ValueError(f"the state has unknown keys {sorted(keys)}")
         return Recipe(**found)
 
-    def missing(self, state: State, keys: tuple[str, ...]) -> list[Gather]:
+    def requests_for(self, state: State, keys: tuple[str, ...]) -> list[Gather]:
         """Return what ranks have to put together to see those of the state tensors that :attr:`cuts` names."""
         wanted = []
         for key in keys:
@@ -159,14 +163,14 @@ class Block:
                 wanted.append(Gather(local_tensor(tensor), self.cuts[key], tensor.numel() * tensor.element_size()))
         return wanted
 
-    def seen(self, state: State, keys: tuple[str, ...], gathered: Sequence[Tensor]) -> State:
-        """Return state tensors as the kinds see them, given what :meth:`missing` asked for."""
+    def with_gathered(self, state: State, keys: tuple[str, ...], gathered: Sequence[Tensor]) -> State:
+        """Return state tensors as the kinds see them, given what :meth:`requests_for` asked for."""
         found = dict(zip((key for key in keys if key in self.cuts), gathered, strict=True))
         return {**self.part(state, keys), **found}
 
-    def wants(self, grad: Tensor, state: State) -> list[Gather]:
+    def gather_requests(self, grad: Tensor, state: State) -> list[Gather]:
         """Return what ranks have to put together before :meth:`update`; the same on all of them."""
-        wanted = self.missing(state, tuple(self.cuts))
+        wanted = self.requests_for(state, tuple(self.cuts))
         if self.work.gathered:
             size = torch.Size(self.layout.matrix).numel() * grad.element_size()
             wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block(), size))
@@ -182,7 +186,7 @@ class Block:
         gathered: Sequence[Tensor],
         watch: Watch,
     ) -> Task:
-        """Absorb a gradient into the state and update the weights; a task for ``drive``.
+        """Absorb a gradient into the state and update the weights; a task for ``run_tasks``.
 
         Args:
             param: The parameter.
@@ -190,7 +194,7 @@ class Block:
             state: Its state.
             group: Its hyperparameters.
             step: The step being taken, counted from 1.
-            gathered: What :meth:`wants` asked for.
+            gathered: What :meth:`gather_requests` asked for.
             watch: What is to watch the update of the weights.
         """
         beta1, beta2 = group["betas"]
@@ -202,7 +206,7 @@ class Block:
         whole = dict(zip(self.cuts, gathered, strict=False))
         seen = {**self.part(state, (*momentum.keys, *second_moment.keys)), **whole}
         now: dict[str, Any] = {"layout": self.work, "tick": tick}
-        direction, denominator = yield from together(
+        direction, denominator = yield from interleave(
             momentum.update(gradient, {key: seen[key] for key in momentum.keys}, beta1=beta1, **now),
             second_moment.update(
                 gradient, {key: seen[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now

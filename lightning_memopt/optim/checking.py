@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt._registry import listed
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 
 Share = tuple[int, int]
 

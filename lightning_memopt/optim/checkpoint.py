@@ -14,7 +14,7 @@ from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
-from lightning_memopt.sharding.layout import full_tensor
+from lightning_memopt.sharding.tensors import full_tensor
 
 Blocks = tuple[Block, ...]
 # What torch's AdamW keeps for every parameter.

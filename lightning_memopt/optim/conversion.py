@@ -17,7 +17,8 @@ from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounding import Watch
 from lightning_memopt.optim.guards import exact_arithmetic
-from lightning_memopt.sharding.layout import Layout, fill_, full_tensor
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.tensors import fill_, full_tensor
 
 # What becomes of momentum that a smaller state cannot hold.
 DROPPED = ("release", "discard")

@@ -14,7 +14,7 @@ from lightning_memopt._registry import listed
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.checkpoint import relocated
 from lightning_memopt.optim.guards import Judged, verdict
-from lightning_memopt.sharding.layout import aligned, arithmetic_dtype, is_aligned, local_tensor
+from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
 
 Active = list[tuple[dict[str, Any], Tensor]]
 

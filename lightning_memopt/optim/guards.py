@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_memopt.sharding.collectives import Sum, Task, drive, request
+from lightning_memopt.sharding.collectives import Sum, Task, request, run_tasks
 from lightning_memopt.sharding.consensus import largest, rank
-from lightning_memopt.sharding.layout import Layout, local_tensor
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.tensors import local_tensor
 
 SHOWN = 5  # parameters that an error about ranks names
 
@@ -166,7 +167,7 @@ def _flag(tensor: Tensor, limit: float) -> Tensor:
 
 def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:
     """Return the positions of the numbers that are not zero on all ranks that share a layout; they are replaced."""
-    drive([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
+    run_tasks([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
     counts = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return [position for position, count in enumerate(counts) if count]
 

@@ -19,7 +19,8 @@ from lightning_memopt.memory.storages import Storages
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.plans.roles import Part, canonical_names, classify
 from lightning_memopt.sharding.consensus import world_size
-from lightning_memopt.sharding.layout import as_matrix, local_tensor
+from lightning_memopt.sharding.layout import as_matrix
+from lightning_memopt.sharding.tensors import local_tensor
 
 # What the optimizers of torch.optim call their statistics; what is in none of these counts as other state.
 MOMENTUM = ("exp_avg", "momentum_buffer")

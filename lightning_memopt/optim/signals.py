@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_memopt.kinds.linalg import gram
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.sharding.collectives import Sum, Task, drive, gather, packed, request
+from lightning_memopt.sharding.collectives import Sum, Task, gather, packed, request, run_tasks
 from lightning_memopt.sharding.layout import Layout
 
 # Elements per block whose full momentum is followed: a cosine over 100 steps is known to about 0.01.
@@ -192,7 +192,7 @@ class Probe:
     def _over_ranks(self, mine: Tensor) -> Tensor:
         """Return rows of this rank's numbers with those of the other ranks of each block's shards added."""
         rows = list(mine.unbind())
-        drive(_summed(rows, position, row.layout) for position, row in enumerate(self._rows.values()))
+        run_tasks(_summed(rows, position, row.layout) for position, row in enumerate(self._rows.values()))
         return torch.stack(rows) if rows else mine
 
     # ------------------------------------------------------------------ saving
@@ -282,7 +282,7 @@ def _spectra(
     """Return the squared singular values of every momentum that is kept in factors, from their Gram matrices."""
     spectra: dict[str, Tensor] = {}
     wanted = [
-        (block, states[param], block.missing(states[param], block.recipe.momentum.keys))
+        (block, states[param], block.requests_for(states[param], block.recipe.momentum.keys))
         for _, param, block in blocks
         if states.get(param)
     ]
@@ -291,8 +291,8 @@ def _spectra(
         tasks = []
         for block, state, pieces in wave:
             mine, found = found[: len(pieces)], found[len(pieces) :]
-            tasks.append(_spectrum(spectra, block, block.seen(state, block.recipe.momentum.keys, mine)))
-        drive(tasks)
+            tasks.append(_spectrum(spectra, block, block.with_gathered(state, block.recipe.momentum.keys, mine)))
+        run_tasks(tasks)
     return {name: tuple(values.tolist()) for name, values in spectra.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounding import Tally, Watch
 from lightning_memopt.optim.guards import exact_arithmetic
-from lightning_memopt.sharding.collectives import Gather, Task, drive, gather, packed
+from lightning_memopt.sharding.collectives import Gather, Task, gather, packed, run_tasks
 
 
 def take_step(
@@ -57,13 +57,13 @@ class Update:
     state: dict[str, Tensor]
     group: Mapping[str, Any]
 
-    def wants(self) -> list[Gather]:
+    def gather_requests(self) -> list[Gather]:
         """Return what ranks have to put together first."""
         assert self.param.grad is not None
-        return self.block.wants(self.param.grad, self.state)
+        return self.block.gather_requests(self.param.grad, self.state)
 
     def task(self, gathered: Sequence[Tensor], watch: Watch) -> Task:
-        """Return the update as a task for ``drive``."""
+        """Return the update as a task for ``run_tasks``."""
         assert self.param.grad is not None
         step = int(self.state["step"].item())
         return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered, watch)
@@ -81,13 +81,13 @@ class Step:
 
         Blocks without elements have none: means over nothing would put NaN into their state.
         """
-        wanted = [(update, update.wants()) for update in updates if not update.block.layout.empty]
+        wanted = [(update, update.gather_requests()) for update in updates if not update.block.layout.empty]
         self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
 
     def run(self, watch: Watch) -> None:
         """Update all blocks; ``watch`` sees what becomes of the weights."""
         for wave in self._waves:
-            drive(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
+            run_tasks(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
 
 
 def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterable[Task]:

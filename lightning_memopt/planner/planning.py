@@ -21,7 +21,7 @@ from lightning_memopt.plans.placement import shard_dims
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipes import load_plan, recipe_names
 from lightning_memopt.plans.roles import names_without_role
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.sharding.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")

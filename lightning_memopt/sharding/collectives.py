@@ -1,4 +1,4 @@
-"""Numbers from other ranks: kinds ``yield`` requests, :func:`drive` answers them for all blocks at once."""
+"""Numbers from other ranks: kinds ``yield`` requests, :func:`run_tasks` answers them for all blocks at once."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def request(*sums: Sum) -> Generator[Requests, None, tuple[Tensor, ...]]:
     return tuple(pending.value if pending else value for pending, value in zip(asked, values, strict=True))  # type: ignore[misc]
 
 
-def together(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
+def interleave(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
     """Run several tasks side by side, so that their requests share collectives; return their results in order."""
     results: list[Any] = [None] * len(tasks)
     waiting: dict[int, Requests] = {}
@@ -108,7 +108,7 @@ def together(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
     return tuple(results)
 
 
-def drive(tasks: Iterable[Task]) -> None:
+def run_tasks(tasks: Iterable[Task]) -> None:
     """Run the tasks of all blocks to their end, with as few collectives as their requests allow.
 
     A task that never asks for a sharded number runs through before the next one starts: a single process works

@@ -1,4 +1,4 @@
-"""What this rank holds of one block of a parameter, and how its state is wrapped; the only user of DTensor."""
+"""What this rank holds of one block of a parameter."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.sharding.tensors import arithmetic_dtype, local_tensor
+
 try:  # torch can be built without distributed
     from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 except ImportError:  # pragma: no cover
     DTensor = None  # type: ignore[assignment,misc]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """As many as dimension ``dim`` of the block, sharded as it is, but every rank works on all of them."""
-
-    dim: int
-
-
-# The last two sizes of a state tensor: ``-2`` or ``-1`` for "as many as that dimension of the block", of which every
-# rank works on its part; `Whole`; or a number, of which every rank works on all.
-Sizes = tuple[int | Whole, ...]
-# The sizes of a state tensor that has one number per element of the block, in the block's own shape.
-ELEMENTWISE: Sizes = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,8 @@ class Layout:
         slot: Which part of the parameter the block covers, if not all of it.
         local_slot: Where that part lies in what this rank holds of the parameter.
         param_shape: Global shape of the parameter.
-        torn: Whether a fused parameter is sharded across its blocks, so that a rank may hold any part of this one.
+        straddles_shards: Whether shards of the fused parameter end inside its blocks, so that a rank may hold any part
+            of this one.
         gathered: Whether every rank works on the whole block, although the parameter is sharded.
     """
 
@@ -100,7 +88,7 @@ class Layout:
     slot: Slot | None = None
     local_slot: Slot | None = None
     param_shape: tuple[int, ...] = ()
-    torn: bool = False
+    straddles_shards: bool = False
     gathered: bool = False
 
     @staticmethod
@@ -137,14 +125,14 @@ class Layout:
             shape[slot.dim] = slot.length
         dtype = arithmetic_dtype(param)
         matrix = as_matrix(tuple(shape), flatten)
-        mesh, local, offset, torn, local_slot = None, matrix, (0,) * len(matrix), False, slot
+        mesh, local, offset, straddles, local_slot = None, matrix, (0,) * len(matrix), False, slot
         placements: tuple[Any, ...] = ()
         if DTensor is not None and isinstance(param, DTensor):
             mesh, placements = param.device_mesh, tuple(param.placements)
             _check(param, flattened=len(matrix) < param.ndim)
             mine, start = map(list, compute_local_shape_and_global_offset(param.shape, mesh, placements))
             if slot is not None:
-                torn = any(p.is_shard(slot.dim) and mesh.size(i) > 1 for i, p in enumerate(placements))
+                straddles = any(p.is_shard(slot.dim) and mesh.size(i) > 1 for i, p in enumerate(placements))
                 local_slot = _overlap(slot, start[slot.dim], mine[slot.dim])
                 mine[slot.dim], start[slot.dim] = local_slot.length, max(0, start[slot.dim] - slot.start)
             local = as_matrix(tuple(mine), flatten)
@@ -167,9 +155,9 @@ class Layout:
             slot=slot,
             local_slot=local_slot,
             param_shape=tuple(param.shape),
-            torn=torn,
+            straddles_shards=straddles,
         )
-        if torn:
+        if straddles:
             layout.gather()  # refuses what cannot be gathered
         return layout
 
@@ -177,7 +165,7 @@ class Layout:
 
     def group(self, dim: int) -> Any | None:
         """Return the process group over which the work on dimension ``dim`` (negative) of ``matrix`` is divided."""
-        positions = [] if self.gathered else self._shards(dim)
+        positions = [] if self.gathered else self.shards(dim)
         assert len(positions) < 2, "two mesh dimensions shard one dimension, which _check refuses"
         return self.mesh.get_group(positions[0]) if positions else None
 
@@ -186,17 +174,17 @@ class Layout:
         count = self.mesh.ndim if self.mesh is not None else 0
         return [self.mesh.get_group(position) for position in range(count) if self.mesh.size(position) > 1]
 
-    def _shards(self, dim: int | None = None) -> list[int]:
+    def shards(self, dim: int | None = None) -> list[int]:
         """Return the mesh dimensions of more than one rank that shard the block, or one dimension of ``matrix``."""
         return [
             position
             for position, placement in enumerate(self.placements)
             if placement.is_shard()
             and self.mesh.size(position) > 1
-            and (dim is None or self._matrix_dim(placement.dim) == dim)
+            and (dim is None or self.matrix_dim(placement.dim) == dim)
         ]
 
-    def _matrix_dim(self, dim: int) -> int:
+    def matrix_dim(self, dim: int) -> int:
         """Return the negative dimension of ``matrix`` in which dimension ``dim`` of the parameter ends up."""
         if len(self.shape) == 1:
             return -1
@@ -204,7 +192,7 @@ class Layout:
 
     def divides(self, dim: int) -> bool:
         """Return whether dimension ``dim`` of ``matrix`` is sharded."""
-        return bool(self._shards(dim))
+        return bool(self.shards(dim))
 
     def gather(self) -> Layout:
         """Return the layout for a block that every rank works on as a whole.
@@ -212,7 +200,7 @@ class Layout:
         Raises:
             NotImplementedError: If it is sharded over more than one dimension of the mesh.
         """
-        if len(self._shards()) > 1:
+        if len(self.shards()) > 1:
             raise NotImplementedError(
                 f"A block of shape {self.shape} has to be worked on as a whole, but its parameter is sharded over "
                 f"several mesh dimensions: placements {self.placements}. Shard it over one of them, along the "
@@ -223,92 +211,24 @@ class Layout:
     def whole(self) -> Layout:
         """Return the layout of the same block on one process."""
         origin = (0,) * len(self.matrix)
-        return replace(self, mesh=None, placements=(), local=self.matrix, offset=origin, torn=False, gathered=False)
-
-    # ------------------------------------------------------------------ state
-
-    def allocate(self, sizes: Sizes) -> Tensor:
-        """Allocate one state tensor of this block, all zeros, stack dimensions first.
-
-        A state tensor that lies along a sharded dimension is sharded with it. One that does not, such as the right
-        factor of a matrix whose rows are sharded, is sharded along its own longest dimension: ranks gather it for a
-        step and keep their piece.
-
-        Args:
-            sizes: The last two sizes, or ``ELEMENTWISE``.
-        """
-        whole = self.shape_of(sizes)
-        if self.mesh is None:
-            return torch.zeros(whole, dtype=self.state_dtype, device=self.device)
-        placements = self._placements(sizes)
-        mine, _ = compute_local_shape_and_global_offset(torch.Size(whole), self.mesh, placements)
-        local = torch.zeros(mine, dtype=self.state_dtype, device=self.device)
-        meta = TensorMeta(torch.Size(whole), torch.empty(whole, device="meta").stride(), self.state_dtype)
-        # Not from_local, which would move the state of offloaded parameters to the mesh's device.
-        return DTensor(local, DTensorSpec(self.mesh, placements, tensor_meta=meta), requires_grad=False)
-
-    def shape_of(self, sizes: Sizes) -> tuple[int, ...]:
-        """Return the global shape of a state tensor."""
-        if sizes == ELEMENTWISE:
-            return self.shape
-        dims = [size.dim if isinstance(size, Whole) else size for size in sizes]
-        return (*self.matrix[:-2], *(self.matrix[size] if size < 0 else size for size in dims))
-
-    def origin(self, sizes: Sizes) -> tuple[int, ...]:
-        """Return where in the whole state tensor, seen as ``[..., m, n]``, the part starts that this rank works on."""
-        if sizes == ELEMENTWISE:
-            return self.offset
-        parts = [0 if isinstance(size, Whole) or size >= 0 else self.offset[size] for size in sizes]
-        return (*self.offset[:-2], *parts)
-
-    def cut_of(self, sizes: Sizes) -> Cut | None:
-        """Return how a state tensor is cut that ranks need as a whole; None for one of which each works on its part."""
-        for position in self._shards():
-            placement, follows = self._placements(sizes)[position], self._follows(sizes, position)
-            last = None if follows is None or sizes == ELEMENTWISE else follows - len(self.matrix) + 2
-            seen_whole = follows is None or (last is not None and last >= 0 and isinstance(sizes[last], Whole))
-            if placement.is_shard() and seen_whole:
-                pieces = _pieces(self.shape_of(sizes)[placement.dim], self.mesh.size(position))
-                return self._cut(position, placement.dim, pieces)
-        return None
+        return replace(
+            self, mesh=None, placements=(), local=self.matrix, offset=origin, straddles_shards=False, gathered=False
+        )
 
     def cut_of_block(self) -> Cut:
         """Return how the block, as ``[..., m, n]``, is cut where it has to be gathered."""
-        (position,) = self._shards()
+        (position,) = self.shards()
         dim = self.placements[position].dim
         count = self.mesh.size(position)
-        pieces = _pieces(self.param_shape[dim], count)
+        lengths = pieces(self.param_shape[dim], count)
         if self.slot is not None and self.slot.dim == dim:
-            starts = [sum(pieces[:rank]) for rank in range(count)]
-            pieces = [_overlap(self.slot, start, size).length for start, size in zip(starts, pieces, strict=True)]
-        return self._cut(position, self._matrix_dim(dim) + len(self.matrix), pieces)
+            starts = [sum(lengths[:rank]) for rank in range(count)]
+            lengths = [_overlap(self.slot, start, size).length for start, size in zip(starts, lengths, strict=True)]
+        return self.cut(position, self.matrix_dim(dim) + len(self.matrix), lengths)
 
-    def _cut(self, position: int, dim: int, pieces: list[int]) -> Cut:
-        return Cut(dim, tuple(pieces), self.mesh.get_local_rank(position), self.mesh.get_group(position))
-
-    def _follows(self, sizes: Sizes, position: int) -> int | None:
-        """Return the dimension of a state tensor that is sharded as mesh dimension ``position`` shards the block."""
-        if self.gathered:
-            return None
-        dim = self._matrix_dim(self.placements[position].dim)
-        stack = len(self.matrix) - 2
-        if sizes == ELEMENTWISE:
-            return self.placements[position].dim
-        if dim < -2:
-            return dim + len(self.matrix)
-        return next((stack + place for place, size in enumerate(sizes) if size in (dim, Whole(dim))), None)
-
-    def _placements(self, sizes: Sizes) -> tuple[Any, ...]:
-        shape = self.shape_of(sizes)
-        placements: list[Any] = [Replicate()] * len(self.placements)
-        shards = self._shards()
-        for position in shards:
-            follows = self._follows(sizes, position)
-            if follows is not None:
-                placements[position] = Shard(follows)
-            elif len(shards) == 1 and shape:
-                placements[position] = Shard(max(range(len(shape)), key=lambda dim: shape[dim]))
-        return tuple(placements)
+    def cut(self, position: int, dim: int, lengths: list[int]) -> Cut:
+        """Return how a tensor is cut over the ranks of one mesh dimension."""
+        return Cut(dim, tuple(lengths), self.mesh.get_local_rank(position), self.mesh.get_group(position))
 
     # ------------------------------------------------------------------ parts of the block
 
@@ -346,7 +266,7 @@ class Layout:
     @property
     def sharded(self) -> bool:
         """Whether other ranks hold other parts of the block."""
-        return bool(self._shards())
+        return bool(self.shards())
 
     @property
     def vector(self) -> bool:
@@ -364,55 +284,7 @@ class Layout:
         return min(self.matrix[-2:])
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the local part of a DTensor, or the tensor itself."""
-    return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a DTensor, which all its ranks ask for together, or the tensor itself."""
-    return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
-
-
-def is_aligned(grad: Tensor, param: Tensor) -> bool:
-    """Return whether a gradient has the placements of its parameter.
-
-    Autograd may leave others where ``fully_shard`` does not reduce it, such as a pending sum over the ranks.
-    """
-    if DTensor is None or not (isinstance(grad, DTensor) and isinstance(param, DTensor)):
-        return True
-    return grad.placements == param.placements
-
-
-def aligned(grad: Tensor, param: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter; all its ranks ask for that together."""
-    if is_aligned(grad, param):
-        return grad
-    return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-
-
-def fill_(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor, or a DTensor of any placement, into what this rank holds of ``target``."""
-    if DTensor is None or not isinstance(target, DTensor):
-        target.copy_(full_tensor(value).view(target.shape))
-        return
-    same = isinstance(value, DTensor) and value.device_mesh == target.device_mesh
-    if same and value.placements == target.placements and value.shape == target.shape:  # type: ignore[attr-defined]
-        target.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
-        return
-    sizes, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    part = full_tensor(value).view(target.shape)
-    for dim, (start, length) in enumerate(zip(offset, sizes, strict=True)):
-        part = part.narrow(dim, min(start, part.shape[dim]), length)
-    target.to_local().copy_(part)
-
-
-def arithmetic_dtype(param: Tensor) -> torch.dtype:
-    """Return the dtype in which a parameter is updated."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _pieces(length: int, count: int) -> list[int]:
+def pieces(length: int, count: int) -> list[int]:
     """Return how long the pieces are into which a dimension is sharded over ``count`` ranks."""
     size = -(-length // count)
     return [max(0, min(size, length - rank * size)) for rank in range(count)]
@@ -439,8 +311,8 @@ def _check(param: Any, *, flattened: bool) -> None:
     placements = [p for position, p in enumerate(param.placements) if param.device_mesh.size(position) > 1]
     dims = [placement.dim for placement in placements if type(placement) is Shard]
     plain = all(type(placement) in (Shard, Replicate) for placement in placements)
-    torn = flattened and any(dim != 0 for dim in dims)
-    if not plain or len(dims) != len(set(dims)) or torn:
+    cuts_flattened = flattened and any(dim != 0 for dim in dims)
+    if not plain or len(dims) != len(set(dims)) or cuts_flattened:
         raise NotImplementedError(
             f"A parameter of shape {tuple(param.shape)} is sharded in this way: placements {param.placements}. "
             "Supported: Replicate and one Shard per dimension, on dimension 0 for weights of more than three "

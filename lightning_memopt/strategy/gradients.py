@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_memopt.sharding.layout import aligned, local_tensor
+from lightning_memopt.sharding.tensors import aligned, local_tensor
 
 
 def loose_parameters(model: nn.Module) -> list[Tensor]:

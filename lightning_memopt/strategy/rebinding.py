@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 
 
 class KnownParameters:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.strategy.agreement import rank_and_size
 from lightning_memopt.strategy.checkpoint.states import gathered
 from lightning_memopt.strategy.model.shard import sharded_modules

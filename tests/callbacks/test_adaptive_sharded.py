@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.distributed.tensor import DTensor
 
 from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 from tests._ranks import run_ranks
 from tests.callbacks import test_adaptive_momentum as single
 from tests.optim.test_world_sizes import attempt

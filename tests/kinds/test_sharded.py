@@ -242,7 +242,7 @@ def compare_state(kind: Kind, state: dict[str, Any], expected: dict[str, torch.T
         local = value.to_local()
         if local.untyped_storage().nbytes() != local.numel() * local.element_size():
             return f"{key}: its storage is larger than it"
-        if len(layout._shards()) == 1 and not any(placement.is_shard() for placement in value.placements):
+        if len(layout.shards()) == 1 and not any(placement.is_shard() for placement in value.placements):
             return f"{key} is not sharded: {value.placements}"
     return ""
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import lightning_memopt as lm
 from lightning_memopt.sharding import consensus
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 from tests._compare import assert_equal, relative_error
 from tests._ranks import run_ranks
 from tests._traffic import Traffic

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
-from lightning_memopt.sharding.layout import full_tensor, local_tensor
+from lightning_memopt.sharding.tensors import full_tensor, local_tensor
 from tests._compare import assert_equal, relative_error
 from tests._ranks import run_ranks
 from tests._traffic import Traffic

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_memopt.sharding import collectives
-from lightning_memopt.sharding.collectives import Sum, drive, request, together
+from lightning_memopt.sharding.collectives import Sum, interleave, request, run_tasks
 from tests._compare import assert_equal
 from tests.kinds.contract.cases import layout_of
 
@@ -64,7 +64,7 @@ def keeping(task, results, name):
 
 def test_nothing_sharded_runs_block_by_block(flights):
     log = []
-    drive([asking(log, "a", WHOLE, rounds=2), asking(log, "b", WHOLE)])
+    run_tasks([asking(log, "a", WHOLE, rounds=2), asking(log, "b", WHOLE)])
     assert log == ["a asks 0", "a asks 1", "a ends", "b asks 0", "b ends"]
     assert flights == []
 
@@ -79,7 +79,9 @@ def test_unsharded_request_is_the_same_tensor():
 
 def test_sharded_blocks_run_in_lockstep_with_one_collective_per_round(flights):
     log = []
-    drive([asking(log, "a", ROWS, rounds=2, size=3), asking(log, "b", ROWS, size=5), asking(log, "c", ROWS, rounds=2)])
+    run_tasks(
+        [asking(log, "a", ROWS, rounds=2, size=3), asking(log, "b", ROWS, size=5), asking(log, "c", ROWS, rounds=2)]
+    )
     assert log == [
         *["a asks 0", "b asks 0", "c asks 0"],
         *["a asks 1", "b ends", "c asks 1"],
@@ -90,7 +92,7 @@ def test_sharded_blocks_run_in_lockstep_with_one_collective_per_round(flights):
 
 def test_unsharded_blocks_do_not_wait_for_sharded_ones(flights):
     log = []
-    drive([asking(log, "a", ROWS), asking(log, "b", WHOLE, rounds=2), asking(log, "c", ROWS)])
+    run_tasks([asking(log, "a", ROWS), asking(log, "b", WHOLE, rounds=2), asking(log, "c", ROWS)])
     assert log == ["a asks 0", "b asks 0", "b asks 1", "b ends", "c asks 0", "a ends", "c ends"]
     assert len(flights) == 1
 
@@ -104,7 +106,7 @@ def test_answers_reach_those_who_asked(flights):
         "whole": asking([], "whole", WHOLE, rounds=3),
         "wide": asking([], "wide", ROWS, size=4, dtype=torch.float64),
     }
-    drive([keeping(task, results, name) for name, task in tasks.items()])
+    run_tasks([keeping(task, results, name) for name, task in tasks.items()])
     assert_equal(results["rows"], torch.full((2,), 6.0))
     assert_equal(results["rows, asking for columns"], torch.full((1,), 3.0))
     assert_equal(results["columns"], torch.full((1,), 2.0))
@@ -120,7 +122,7 @@ def test_one_collective_per_group_and_dtype(flights):
         asking([], "d", BOTH, over=-1, size=8),
         asking([], "e", ROWS, size=16, dtype=torch.float64),
     ]
-    drive(tasks)
+    run_tasks(tasks)
     assert sorted(flights, key=str) == [
         ("A", torch.float32, 3),
         ("A", torch.float64, 16),
@@ -130,7 +132,7 @@ def test_one_collective_per_group_and_dtype(flights):
 
 def test_only_the_groups_of_that_dimension_are_asked(flights):
     results = {}
-    drive([keeping(asking([], "a", BOTH, over=-2), results, "rows")])
+    run_tasks([keeping(asking([], "a", BOTH, over=-2), results, "rows")])
     assert_equal(results["rows"], torch.full((1,), 2.0))
     assert [group for group, *_ in flights] == ["A"]
 
@@ -142,7 +144,7 @@ def test_shapes_and_empty_parts_survive_the_flight(flights):
     def task():
         results["all"] = yield from request(*(Sum(torch.ones(shape), ROWS, -2) for shape in shapes))
 
-    drive([task()])
+    run_tasks([task()])
     for answer, shape in zip(results["all"], shapes, strict=True):
         assert_equal(answer, torch.full(shape, 2.0))
 
@@ -153,7 +155,7 @@ def test_one_request_may_mix_sharded_and_whole(flights):
     def task():
         results["both"] = yield from request(Sum(torch.ones(2), ROWS, -2), Sum(torch.ones(3), ROWS, -1))
 
-    drive([task()])
+    run_tasks([task()])
     assert_equal(results["both"], (torch.full((2,), 2.0), torch.ones(3)))
 
 
@@ -164,7 +166,7 @@ def test_values_that_were_sent_are_not_changed(flights):
         (answer,) = yield from request(Sum(value, ROWS, -2))
         answer.mul_(5)
 
-    drive([task()])
+    run_tasks([task()])
     assert_equal(value, torch.ones(4))
 
 
@@ -175,7 +177,7 @@ def test_together_shares_rounds_and_keeps_order(flights):
         asking(log, "b", WHOLE, rounds=2),
         asking(log, "c", ROWS, rounds=3),
     )
-    drive([keeping(together(*parts), results, "all")])
+    run_tasks([keeping(interleave(*parts), results, "all")])
     assert_equal(results["all"], (torch.full((2,), 2.0), torch.full((1,), 3.0), torch.full((1,), 12.0)))
     assert [size for *_, size in flights] == [3, 1, 1]
     assert log == [
@@ -185,7 +187,7 @@ def test_together_shares_rounds_and_keeps_order(flights):
 
 
 def test_together_of_nothing_sharded_never_suspends():
-    task = together(asking([], "a", WHOLE), asking([], "b", WHOLE, rounds=2))
+    task = interleave(asking([], "a", WHOLE), asking([], "b", WHOLE, rounds=2))
     with pytest.raises(StopIteration) as info:
         next(task)
     assert_equal(info.value.value, (torch.full((1,), 1.0), torch.full((1,), 3.0)))
@@ -193,8 +195,8 @@ def test_together_of_nothing_sharded_never_suspends():
 
 def test_together_in_together(flights):
     results = {}
-    inner = together(asking([], "a", ROWS), asking([], "b", ROWS, rounds=2))
-    drive([keeping(together(inner, asking([], "c", ROWS)), results, "all")])
+    inner = interleave(asking([], "a", ROWS), asking([], "b", ROWS, rounds=2))
+    run_tasks([keeping(interleave(inner, asking([], "c", ROWS)), results, "all")])
     assert_equal(results["all"], ((torch.full((1,), 2.0), torch.full((1,), 6.0)), torch.full((1,), 2.0)))
     assert [size for *_, size in flights] == [3, 1]
 
@@ -205,11 +207,11 @@ def test_an_error_in_a_task_comes_through(flights):
         raise RuntimeError("in the second half")
 
     with pytest.raises(RuntimeError, match="in the second half"):
-        drive([asking([], "a", ROWS), failing()])
+        run_tasks([asking([], "a", ROWS), failing()])
 
 
 def test_drive_takes_any_iterable(flights):
     log = []
-    drive(asking(log, name, WHOLE) for name in "ab")
+    run_tasks(asking(log, name, WHOLE) for name in "ab")
     assert log == ["a asks 0", "a ends", "b asks 0", "b ends"]
-    drive([])
+    run_tasks([])

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_memopt.kinds.linalg import chunks, store_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.sharding.layout import ELEMENTWISE, Layout, Sizes
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import ELEMENTWISE, Sizes
 
 
 @MOMENTA.register("dense")

@@ -14,7 +14,8 @@ from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, S
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
-from lightning_memopt.sharding.layout import Layout, Sizes
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import Sizes
 
 
 @MOMENTA.register("low_rank")

@@ -13,8 +13,9 @@ from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, S
 from lightning_memopt.kinds.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.sharding.collectives import Sum, request, together
-from lightning_memopt.sharding.layout import Layout, Sizes, Whole
+from lightning_memopt.sharding.collectives import Sum, interleave, request
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import Sizes, Whole
 
 
 @MOMENTA.register("subspace")
@@ -82,7 +83,7 @@ class SubspaceMomentum(Momentum):
         due = tick.due(self.gap)
         if due:
             mine = yield from PROJECTIONS.get(self.projection)(tall, basis, layout, long, short, tick)
-        (projected,), momentum = yield from together(
+        (projected,), momentum = yield from interleave(
             request(Sum(matmul(tall, mine), layout, short)),
             HANDOVERS.get(self.handover if due else "keep")(momentum, old, mine, layout, short),
         )

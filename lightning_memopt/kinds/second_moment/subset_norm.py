@@ -14,7 +14,8 @@ from lightning_memopt.kinds.linalg import column_square_sums, row_square_sums, s
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
-from lightning_memopt.sharding.layout import Layout, Sizes
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import Sizes
 
 REDUCTIONS = ("mean", "sum")
 

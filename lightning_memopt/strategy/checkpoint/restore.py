@@ -15,7 +15,7 @@ from lightning_memopt.optim.checking import Share, Values, check_kind, check_str
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.naming import warn_of_positions
 from lightning_memopt.optim.resuming import facts, tell
-from lightning_memopt.sharding.layout import fill_
+from lightning_memopt.sharding.tensors import fill_
 from lightning_memopt.strategy.checkpoint.compatibility import check_state
 from lightning_memopt.strategy.checkpoint.states import cut, names_of, parameter_names
 

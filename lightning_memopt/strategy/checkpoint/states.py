@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_memopt.optim.groups import plain_group
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.naming import arranged, places, saved_names
-from lightning_memopt.sharding.layout import fill_
+from lightning_memopt.sharding.tensors import fill_
 
 # What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 
 Modules = Sequence[tuple[str, nn.Module]]
 Owners = Mapping[nn.Module, Any]

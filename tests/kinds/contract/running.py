@@ -15,7 +15,8 @@ from lightning_memopt.kinds.linalg import chunks
 from lightning_memopt.kinds.momentum import Direction, Momentum
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.sharding.layout import Layout, local_tensor
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.tensors import local_tensor
 from tests.kinds.contract.cases import BETAS, EPS, tick_at
 
 Task = Generator[Any, Any, Any]

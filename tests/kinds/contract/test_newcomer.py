@@ -11,6 +11,7 @@ from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.momentum.dense import DenseMomentum
 from lightning_memopt.sharding.collectives import Sum, request
+from lightning_memopt.sharding.state import allocate
 from tests.kinds.contract.cases import all_momenta, label, shapes_for, variants
 from tests.kinds.contract.checks import CHECKS, check_registry
 
@@ -86,7 +87,7 @@ class CallsAMomentumSquares(DenseMomentum):
 
 class KeepsAnExtraKey(DenseMomentum):
     def init(self, layout):
-        return {**super().init(layout), "extra": layout.allocate((1, 1))}
+        return {**super().init(layout), "extra": allocate(layout, (1, 1))}
 
 
 class DrawsFromTheGlobalGenerator(DenseMomentum):

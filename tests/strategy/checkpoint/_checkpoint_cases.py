@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, fully_shard
 
 from lightning_memopt import AdaPMLean, MemOpt, ResumeWarning
-from lightning_memopt.sharding.layout import local_tensor
+from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.strategy.checkpoint.save import optimizer_state
 from lightning_memopt.strategy.files import same_save
 from lightning_memopt.strategy.files.checksums import ChecksummedStream

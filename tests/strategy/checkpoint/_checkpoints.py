@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_memopt import MemOpt
-from lightning_memopt.sharding.layout import fill_, local_tensor
+from lightning_memopt.sharding.tensors import fill_, local_tensor
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file

@@ -1,0 +1,108 @@
+"""Where the state of a block lies: its shapes, which rank stores what, and what ranks gather for a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.sharding.layout import Cut, Layout, pieces
+
+try:  # torch can be built without distributed
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+except ImportError:  # pragma: no cover
+    DTensor = None  # type: ignore[assignment,misc]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """As many as dimension ``dim`` of the block, sharded as it is, but every rank works on all of them."""
+
+    dim: int
+
+
+# The last two sizes of a state tensor: ``-2`` or ``-1`` for "as many as that dimension of the block", of which every
+# rank works on its part; `Whole`; or a number, of which every rank works on all.
+Sizes = tuple[int | Whole, ...]
+# The sizes of a state tensor that has one number per element of the block, in the block's own shape.
+ELEMENTWISE: Sizes = ()
+
+
+def allocate(layout: Layout, sizes: Sizes) -> Tensor:
+    """Allocate one state tensor of a block, all zeros, stack dimensions first.
+
+    A state tensor that lies along a sharded dimension is sharded with it. One that does not, such as the right
+    factor of a matrix whose rows are sharded, is sharded along its own longest dimension: ranks gather it for a
+    step and keep their piece.
+
+    Args:
+        layout: The layout of the block.
+        sizes: The last two sizes, or ``ELEMENTWISE``.
+    """
+    whole = shape_of(layout, sizes)
+    if layout.mesh is None:
+        return torch.zeros(whole, dtype=layout.state_dtype, device=layout.device)
+    placements = _placements(layout, sizes)
+    mine, _ = compute_local_shape_and_global_offset(torch.Size(whole), layout.mesh, placements)
+    local = torch.zeros(mine, dtype=layout.state_dtype, device=layout.device)
+    meta = TensorMeta(torch.Size(whole), torch.empty(whole, device="meta").stride(), layout.state_dtype)
+    # Not from_local, which would move the state of offloaded parameters to the mesh's device.
+    return DTensor(local, DTensorSpec(layout.mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def shape_of(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
+    """Return the global shape of a state tensor."""
+    if sizes == ELEMENTWISE:
+        return layout.shape
+    dims = [size.dim if isinstance(size, Whole) else size for size in sizes]
+    return (*layout.matrix[:-2], *(layout.matrix[size] if size < 0 else size for size in dims))
+
+
+def origin(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
+    """Return where in the whole state tensor, seen as ``[..., m, n]``, the part starts that this rank works on."""
+    if sizes == ELEMENTWISE:
+        return layout.offset
+    parts = [0 if isinstance(size, Whole) or size >= 0 else layout.offset[size] for size in sizes]
+    return (*layout.offset[:-2], *parts)
+
+
+def cut_of(layout: Layout, sizes: Sizes) -> Cut | None:
+    """Return how a state tensor is cut that ranks need as a whole; None for one of which each works on its part."""
+    for position in layout.shards():
+        placement, follows = _placements(layout, sizes)[position], _follows(layout, sizes, position)
+        last = None if follows is None or sizes == ELEMENTWISE else follows - len(layout.matrix) + 2
+        seen_whole = follows is None or (last is not None and last >= 0 and isinstance(sizes[last], Whole))
+        if placement.is_shard() and seen_whole:
+            lengths = pieces(shape_of(layout, sizes)[placement.dim], layout.mesh.size(position))
+            return layout.cut(position, placement.dim, lengths)
+    return None
+
+
+def _follows(layout: Layout, sizes: Sizes, position: int) -> int | None:
+    """Return the dimension of a state tensor that is sharded as mesh dimension ``position`` shards the block."""
+    if layout.gathered:
+        return None
+    dim = layout.matrix_dim(layout.placements[position].dim)
+    stack = len(layout.matrix) - 2
+    if sizes == ELEMENTWISE:
+        return layout.placements[position].dim
+    if dim < -2:
+        return dim + len(layout.matrix)
+    return next((stack + place for place, size in enumerate(sizes) if size in (dim, Whole(dim))), None)
+
+
+def _placements(layout: Layout, sizes: Sizes) -> tuple[Any, ...]:
+    shape = shape_of(layout, sizes)
+    placements: list[Any] = [Replicate()] * len(layout.placements)
+    shards = layout.shards()
+    for position in shards:
+        follows = _follows(layout, sizes, position)
+        if follows is not None:
+            placements[position] = Shard(follows)
+        elif len(shards) == 1 and shape:
+            placements[position] = Shard(max(range(len(shape)), key=lambda dim: shape[dim]))
+    return tuple(placements)
