@@ -10,7 +10,36 @@ from torch import Tensor
 from lightning_memopt.optim.memopt import MemOpt, ParamsT
 
 
-class AdaPM(MemOpt):
+class RecipeOptimizer(MemOpt):
+    """MemOpt with one recipe.
+
+    Args:
+        params: As for :class:`MemOpt`.
+        lr: Learning rate.
+        betas: Decay rates; None for the recipe's.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        options: Any other option of :class:`MemOpt` but the recipe.
+    """
+
+    _recipe: str
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        # By keyword, or jsonargparse leaves out the options of classes that inherit this.
+        super().__init__(
+            params=params, recipe=self._recipe, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
+        )
+
+
+class AdaPM(RecipeOptimizer):
     """AdaPM: each block of a transformer gets the momentum it needs (arXiv 2510.09103).
 
     Embeddings and attention output have no momentum, values a dense one, everything else a low-rank one whose dropped
@@ -25,13 +54,11 @@ class AdaPM(MemOpt):
     Args:
         params: As for :class:`MemOpt`.
         lr: Learning rate.
-        betas: Decay rates; None means (0.9, 0.95), or with ``paper`` (0.9, 0.999).
+        betas: Decay rates; None for (0.9, 0.95), or with ``paper`` (0.9, 0.999).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        rank: Rank of the low-rank momentum; None means 1/64 of the short side, at least 4.
         paper: Use the authors' decay rates.
-        overrides: As for :class:`MemOpt`.
-        options: Any other option of :class:`MemOpt`.
+        options: Any other option of :class:`MemOpt`. The default ``rank`` is 1/64 of the short side, at least 4.
     """
 
     _recipe = "adapm"
@@ -44,13 +71,11 @@ class AdaPM(MemOpt):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        rank: int | float | None = None,
         paper: bool = False,
-        overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         betas = (0.9, 0.999) if betas is None and paper else betas
-        super().__init__(params, self._recipe, lr, betas, eps, weight_decay, rank=rank, overrides=overrides, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
 class AdaPMMini(AdaPM):
@@ -65,7 +90,7 @@ class AdaPMMini(AdaPM):
     _recipe = "adapm_mini"
 
 
-class AdaPMLean(MemOpt):
+class AdaPMLean(RecipeOptimizer):
     """Low-rank momentum for every matrix, Adafactor's factored second moment: this package's default.
 
     U as in :class:`AdaPM`; a ← β₂ a + (1−β₂) mean_n(G²), c ← β₂ c + (1−β₂) mean_m(G²)::
@@ -75,34 +100,12 @@ class AdaPMLean(MemOpt):
     State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, warmed up. No element of U / D
     exceeds ``max_update``.
     Sources: arXiv 2510.09103 (momentum), arXiv 1804.04235, section 3 (second moment).
-
-    Args:
-        params: As for :class:`MemOpt`.
-        lr: Learning rate.
-        betas: Decay rates; None means (0.9, 0.95).
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-        rank: Rank of the momentum; None means 1/32 of the short side, at least 4.
-        overrides: As for :class:`MemOpt`.
-        options: Any other option of :class:`MemOpt`.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | float | None = None,
-        overrides: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, "adapm_lean", lr, betas, eps, weight_decay, rank=rank, overrides=overrides, **options)
+    _recipe = "adapm_lean"
 
 
-class AdamSN(MemOpt):
+class AdamSN(RecipeOptimizer):
     """Adam with Subset-Norm step sizes on linear weights (arXiv 2411.07120).
 
     V ← β₂ V + (1−β₂) mean(G²) over each row of a tall weight, each column of a wide one, or each run of
@@ -112,36 +115,9 @@ class AdamSN(MemOpt):
 
     State: AdamW's momentum, and almost no second moment except for embeddings: a little over half of AdamW's.
     Learning rate: AdamW's. With ``reduction="sum"``, as in the paper, √(subset's size) times it.
-
-    Args:
-        params: As for :class:`MemOpt`.
-        lr: Learning rate.
-        betas: Decay rates; None means (0.9, 0.999).
-        eps: Added to the denominator.
-        weight_decay: Decoupled weight decay.
-        reduction: ``mean`` or ``sum``.
-        subset_size: Elements per subset; None means rows or columns.
-        overrides: As for :class:`MemOpt`.
-        options: Any other option of :class:`MemOpt`.
     """
 
     _recipe = "adam_sn"
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        reduction: str | None = None,
-        subset_size: int | None = None,
-        overrides: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        options |= {"reduction": reduction, "subset_size": subset_size}
-        super().__init__(params, self._recipe, lr, betas, eps, weight_decay, overrides=overrides, **options)
 
 
 class RMSPropSN(AdamSN):
@@ -158,7 +134,7 @@ class RMSPropSN(AdamSN):
     _recipe = "rmsprop_sn"
 
 
-class AdamSNSM(MemOpt):
+class AdamSNSM(RecipeOptimizer):
     """Adam with Subset-Norm step sizes and Subspace-Momentum on linear weights (arXiv 2411.07120).
 
     Momentum lives in a k-dimensional subspace of the short side, its complement follows plain SGD; every ``gap`` steps
@@ -175,20 +151,14 @@ class AdamSNSM(MemOpt):
     Args:
         params: As for :class:`MemOpt`.
         lr: Learning rate.
-        betas: Decay rates; None means (0.9, 0.999).
+        betas: Decay rates; None for (0.9, 0.999).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        rank: Dimension of the subspace; None means 1/8 of the short side, at least 4.
-        gap: Steps between two choices of the subspace; None means 10, or with ``paper`` 200.
-        projection: ``power``, ``svd``, ``random`` or ``topk``; None means ``power``, or with ``paper`` ``svd``.
-        handover: ``reset``, ``rotate`` or ``keep``; None means ``reset``.
-        reduction: ``mean`` or ``sum``; None means ``mean``, or with ``paper`` ``sum``.
-        subset_size: Elements per subset; None means rows or columns.
-        paper: Follow the authors' code: sums over the subsets, the complement divided by 1−β₁ᵗ, too, a new subspace
-            by SVD every 200 steps. Their use of the old momentum's coordinates in the new basis for one step, before
-            they reset it, is not copied: the signs of singular vectors are arbitrary.
-        overrides: As for :class:`MemOpt`.
-        options: Any other option of :class:`MemOpt`.
+        paper: Follow the authors' code: sums over the subsets, the complement divided by 1−β₁ᵗ, too, a new subspace by
+            SVD every 200 steps. Their use of the old momentum's coordinates in the new basis for one step, before they
+            reset it, is not copied: the signs of singular vectors are arbitrary.
+        options: Any other option of :class:`MemOpt`. The defaults are ``rank`` 1/8 of the short side, at least 4,
+            ``gap`` 10, ``projection`` ``power``, ``handover`` ``reset`` and ``reduction`` ``mean``.
     """
 
     _recipe = "adam_snsm"
@@ -202,21 +172,12 @@ class AdamSNSM(MemOpt):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        rank: int | float | None = None,
-        gap: int | None = None,
-        projection: str | None = None,
-        handover: str | None = None,
-        reduction: str | None = None,
-        subset_size: int | None = None,
         paper: bool = False,
-        overrides: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
-        options |= {"reduction": reduction, "subset_size": subset_size}
         if paper:
             options |= {key: value for key, value in self._paper.items() if options.get(key) is None}
-        super().__init__(params, self._recipe, lr, betas, eps, weight_decay, overrides=overrides, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
 class AdaGradSNSM(AdamSNSM):
@@ -233,7 +194,7 @@ class AdaGradSNSM(AdamSNSM):
     _paper: Mapping[str, Any] = {"gap": 200, "projection": "svd"}
 
 
-class AdamMini(MemOpt):
+class AdamMini(RecipeOptimizer):
     """Adam-mini: one second-moment number per block of the Hessian's structure (arXiv 2406.16793).
 
     V ← β₂ V + (1−β₂) mean(G²) over each attention head (queries and keys, where the size of a head is known: bind the
@@ -244,23 +205,10 @@ class AdamMini(MemOpt):
     State: AdamW's momentum and almost no second moment: 50% of AdamW's. Learning rate: AdamW's.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        head_dim: int | None = None,
-        overrides: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        options |= {"head_dim": head_dim}
-        super().__init__(params, "adam_mini", lr, betas, eps, weight_decay, overrides=overrides, **options)
+    _recipe = "adam_mini"
 
 
-class Adafactor(MemOpt):
+class Adafactor(RecipeOptimizer):
     """Adafactor's factored second moment without momentum (arXiv 1804.04235, section 3).
 
     a ← β₂ a + (1−β₂) mean_n(G²), c ← β₂ c + (1−β₂) mean_m(G²)::
@@ -272,15 +220,4 @@ class Adafactor(MemOpt):
     m × n weight, under 1% of AdamW's. Learning rate: AdamW's or less, for lack of momentum.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        overrides: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(params, "adafactor", lr, betas, eps, weight_decay, overrides=overrides, **options)
+    _recipe = "adafactor"
