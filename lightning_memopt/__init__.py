@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_memopt._registration import register_with_lightning
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
@@ -42,15 +43,7 @@ _LAZY = {
     "load_weights": "lightning_memopt.strategy",
 }
 
-try:
-    import lightning.pytorch as _lightning  # noqa: F401
-except ImportError:
-    pass
-else:
-    # Lightning finds a strategy by its name only once somebody has registered it, and has no entry point for that.
-    from lightning_memopt import strategy as _strategy
-
-    _strategy.register()
+register_with_lightning()
 
 __version__ = "0.1.0"
 

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.sharding.tensors import arithmetic_dtype, local_tensor
-
-try:  # torch can be built without distributed
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # pragma: no cover
-    DTensor = None  # type: ignore[assignment,misc]
+from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, local_tensor
 
 
 @dataclass(frozen=True)
@@ -127,8 +121,10 @@ class Layout:
         matrix = as_matrix(tuple(shape), flatten)
         mesh, local, offset, straddles, local_slot = None, matrix, (0,) * len(matrix), False, slot
         placements: tuple[Any, ...] = ()
-        if DTensor is not None and isinstance(param, DTensor):
-            mesh, placements = param.device_mesh, tuple(param.placements)
+        if is_dtensor(param):
+            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+            mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
             _check(param, flattened=len(matrix) < param.ndim)
             mine, start = map(list, compute_local_shape_and_global_offset(param.shape, mesh, placements))
             if slot is not None:
@@ -308,6 +304,8 @@ def as_matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
 
 def _check(param: Any, *, flattened: bool) -> None:
     """Refuse placements under which a block's rows and columns do not stay whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
     placements = [p for position, p in enumerate(param.placements) if param.device_mesh.size(position) > 1]
     dims = [placement.dim for placement in placements if type(placement) is Shard]
     plain = all(type(placement) in (Shard, Replicate) for placement in placements)

@@ -10,13 +10,6 @@ from torch import Tensor
 
 from lightning_memopt.sharding.layout import Cut, Layout, pieces
 
-try:  # torch can be built without distributed
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # pragma: no cover
-    DTensor = None  # type: ignore[assignment,misc]
-
 
 @dataclass(frozen=True)
 class Whole:
@@ -46,6 +39,10 @@ def allocate(layout: Layout, sizes: Sizes) -> Tensor:
     whole = shape_of(layout, sizes)
     if layout.mesh is None:
         return torch.zeros(whole, dtype=layout.state_dtype, device=layout.device)
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     placements = _placements(layout, sizes)
     mine, _ = compute_local_shape_and_global_offset(torch.Size(whole), layout.mesh, placements)
     local = torch.zeros(mine, dtype=layout.state_dtype, device=layout.device)
@@ -96,6 +93,8 @@ def _follows(layout: Layout, sizes: Sizes, position: int) -> int | None:
 
 
 def _placements(layout: Layout, sizes: Sizes) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Replicate, Shard
+
     shape = shape_of(layout, sizes)
     placements: list[Any] = [Replicate()] * len(layout.placements)
     shards = layout.shards()

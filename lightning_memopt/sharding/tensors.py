@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 
-try:  # torch can be built without distributed
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # pragma: no cover
-    DTensor = None  # type: ignore[assignment,misc]
+
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether a tensor is a DTensor: none is as long as nobody has imported the class, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the local part of a DTensor, or the tensor itself."""
-    return tensor.to_local() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole of a DTensor, which all its ranks ask for together, or the tensor itself."""
-    return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_aligned(grad: Tensor, param: Tensor) -> bool:
@@ -27,9 +30,9 @@ def is_aligned(grad: Tensor, param: Tensor) -> bool:
 
     Autograd may leave others where ``fully_shard`` does not reduce it, such as a pending sum over the ranks.
     """
-    if DTensor is None or not (isinstance(grad, DTensor) and isinstance(param, DTensor)):
+    if not (is_dtensor(grad) and is_dtensor(param)):
         return True
-    return grad.placements == param.placements
+    return grad.placements == param.placements  # type: ignore[attr-defined]
 
 
 def aligned(grad: Tensor, param: Tensor) -> Tensor:
@@ -41,18 +44,20 @@ def aligned(grad: Tensor, param: Tensor) -> Tensor:
 
 def fill_(target: Tensor, value: Tensor) -> None:
     """Write a whole tensor, or a DTensor of any placement, into what this rank holds of ``target``."""
-    if DTensor is None or not isinstance(target, DTensor):
+    if not is_dtensor(target):
         target.copy_(full_tensor(value).view(target.shape))
         return
-    same = isinstance(value, DTensor) and value.device_mesh == target.device_mesh
+    same = is_dtensor(value) and value.device_mesh == target.device_mesh  # type: ignore[attr-defined]
     if same and value.placements == target.placements and value.shape == target.shape:  # type: ignore[attr-defined]
         target.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
         return
-    sizes, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
     part = full_tensor(value).view(target.shape)
     for dim, (start, length) in enumerate(zip(offset, sizes, strict=True)):
         part = part.narrow(dim, min(start, part.shape[dim]), length)
-    target.to_local().copy_(part)
+    target.to_local().copy_(part)  # type: ignore[attr-defined]
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:

@@ -18,9 +18,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt._registration import register_with_lightning
 from lightning_memopt.plans.placement import shard_dim, shard_dims
 from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, own_modules, resolve_policy
-from lightning_memopt.strategy import register
 from lightning_memopt.strategy.gradients import clip_grad_norm_, clip_grad_value_
 from lightning_memopt.strategy.mesh import resolved_data_size
 from lightning_memopt.strategy.model.materialize import convert, move, pretrained_owners, refuse_uninitializable
@@ -472,7 +472,7 @@ def test_parameters_become_contiguous():
 
 
 def test_registered_under_both_names_and_only_once():
-    register()
+    register_with_lightning()
     assert StrategyRegistry["memopt_fsdp"]["strategy"] is MemOptFSDPStrategy
     assert StrategyRegistry["memopt_fsdp_offload"]["init_params"] == {"cpu_offload": True}
     assert lm.MemOptFSDPStrategy is MemOptFSDPStrategy

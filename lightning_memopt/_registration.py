@@ -1,0 +1,63 @@
+"""The names ``memopt_fsdp`` and ``memopt_fsdp_offload``, known to Lightning as soon as it is imported.
+
+Lightning finds a strategy by name only once somebody has registered it, and has no entry point for that. Importing
+Lightning to register two names would make ``import lightning_memopt`` several times slower than ``import torch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+REGISTRY_MODULE = "lightning.pytorch.strategies"
+NAMES: dict[str, dict[str, Any]] = {"memopt_fsdp": {}, "memopt_fsdp_offload": {"cpu_offload": True}}
+DESCRIPTION = "FSDP2 with optimizer state sharded like the parameters: see lightning_memopt.MemOptFSDPStrategy."
+
+
+def register_with_lightning() -> None:
+    """Register the names now if Lightning is there, and otherwise when it is imported. A second call does nothing."""
+    if REGISTRY_MODULE in sys.modules:
+        register(sys.modules[REGISTRY_MODULE].StrategyRegistry)
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def register(registry: Any) -> None:
+    """Register the names that a StrategyRegistry does not have."""
+    for name, options in NAMES.items():
+        if name not in registry:
+            registry.register(name, _strategy, description=DESCRIPTION, **options)
+
+
+def _strategy(**options: Any) -> Any:
+    from lightning_memopt.strategy import MemOptFSDPStrategy
+
+    return MemOptFSDPStrategy(**options)
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers the names after the module with the registry has been executed; finds nothing itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != REGISTRY_MODULE:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register(module.StrategyRegistry)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,24 @@
+"""The recipes' classes: each says only what is its own, and offers every option of MemOpt."""
+
+from __future__ import annotations
+
+import jsonargparse
+import pytest
+
+import lightning_memopt as lm
+from lightning_memopt.optim import classes
+
+CLASSES = [entry for entry in vars(classes).values() if isinstance(entry, type) and hasattr(entry, "_recipe")]
+
+
+def options_of(cls):
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(cls, "optimizer", skip={"params"})
+    return {action.dest.removeprefix("optimizer.") for action in parser._actions if "." in action.dest}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_command_line_shows_every_option(cls):
+    expected = {name for name in options_of(lm.MemOpt) if not name.startswith("recipe")}
+    assert options_of(cls) - {"paper"} == expected
+    assert {"rank", "max_update", "overrides", "head_dim"} <= expected

@@ -1,0 +1,95 @@
+"""The strategy's names reach Lightning, whichever of the two packages is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+import lightning_memopt as lm
+from lightning_memopt import _registration
+from lightning_memopt._registration import NAMES, REGISTRY_MODULE, _WhenImported, register, register_with_lightning
+
+
+@pytest.fixture
+def before_lightning(monkeypatch):
+    """Let it look as if Lightning had not been imported."""
+    finders = [finder for finder in sys.meta_path if not isinstance(finder, _WhenImported)]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.delitem(sys.modules, REGISTRY_MODULE)
+    return finders
+
+
+class Loader:
+    """Executes a module that holds a registry, or fails."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def exec_module(self, module):
+        if self.error:
+            raise self.error
+        module.StrategyRegistry = _StrategyRegistry()
+
+
+def imported(finders, loader):
+    found = SimpleNamespace(find_spec=lambda name, path=None, target=None: ModuleSpec(name, loader))
+    finders.append(found)
+    spec = finders[0].find_spec(REGISTRY_MODULE, None)
+    module = ModuleType(REGISTRY_MODULE)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_names_are_there_where_lightning_was_imported_first():
+    assert set(NAMES) <= set(StrategyRegistry)
+    register_with_lightning()
+    assert not any(isinstance(finder, _WhenImported) for finder in sys.meta_path)
+    assert isinstance(StrategyRegistry.get("memopt_fsdp"), lm.MemOptFSDPStrategy)
+
+
+def test_names_are_registered_once_lightning_is_imported(before_lightning):
+    register_with_lightning()
+    register_with_lightning()
+    assert sum(isinstance(finder, _WhenImported) for finder in before_lightning) == 1
+    assert before_lightning[0].find_spec("lightning.pytorch", None) is None
+    before_lightning[1:] = []
+    module = imported(before_lightning, Loader())
+    assert list(module.StrategyRegistry) == list(NAMES)
+    assert not any(isinstance(finder, _WhenImported) for finder in before_lightning)
+
+
+def test_an_import_that_failed_may_be_tried_again(before_lightning):
+    register_with_lightning()
+    before_lightning[1:] = []
+    with pytest.raises(RuntimeError, match="half of Lightning"):
+        imported(before_lightning, Loader(RuntimeError("half of Lightning is missing")))
+    before_lightning[1:] = []
+    assert list(imported(before_lightning, Loader()).StrategyRegistry) == list(NAMES)
+
+
+def test_names_of_others_stay():
+    registry = _StrategyRegistry()
+    registry.register("memopt_fsdp", dict, description="somebody else's")
+    register(registry)
+    assert registry["memopt_fsdp"]["strategy"] is dict
+    assert registry["memopt_fsdp_offload"]["strategy"] is _registration._strategy
+
+
+def test_the_package_imports_neither_lightning_nor_dtensor():
+    """Each takes a second or more, as long as torch itself."""
+    program = """
+import sys
+import lightning_memopt
+print([name for name in ("lightning", "torchmetrics", "torch.distributed.tensor") if name in sys.modules])
+import lightning.pytorch
+print([name for name in lightning.pytorch.strategies.StrategyRegistry if name.startswith("memopt")])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["[]", "['memopt_fsdp', 'memopt_fsdp_offload']"]
