@@ -473,7 +473,7 @@ def test_parameters_become_contiguous():
 
 def test_registered_under_both_names_and_only_once():
     register_with_lightning()
-    assert StrategyRegistry["memopt_fsdp"]["strategy"] is MemOptFSDPStrategy
+    assert type(StrategyRegistry.get("memopt_fsdp")) is MemOptFSDPStrategy
     assert StrategyRegistry["memopt_fsdp_offload"]["init_params"] == {"cpu_offload": True}
     assert lm.MemOptFSDPStrategy is MemOptFSDPStrategy
 
