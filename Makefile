@@ -1,20 +1,26 @@
 # make demo    train a small LLaMA with AdamW and with compressed state, and compare; make demo ARGS="--data.root DIR"
-# make test    lint, types and tests
+# make test    lint, types and tests; make test ARGS="tests/kinds -k low_rank"
+# make test-quick    the tests that start no processes and train no model, for daily work
 # The virtual environment is made on first use, and again when the requirements change.
 
 PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)
 VENV ?= .venv
 ARGS ?=
+# Whole files go to the workers, so that the cases of a file share one process group.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean venv
+.PHONY: demo test test-quick lint clean venv
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
