@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy
 from lightning_memopt.sharding.layout import local_tensor
 from tests._ranks import run_ranks
-from tests.callbacks import test_adaptive_momentum as single
+from tests.callbacks import _adaptive as single
 from tests.optim.test_world_sizes import attempt
 from tests.strategy._training import raises, trainer, whole_weights
 
