@@ -33,7 +33,7 @@ def test_decisions_count_steps_of_the_optimizer():
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    module = Module(scheduled)
+    module = Module(scheduled, layers=0)
     callback, watch = AdaptiveMomentum(0.25, "energy", every_n_steps=2), Watch(int(0.25 * dense_bytes(module)))
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1, "val_check_interval": 4, "limit_val_batches": 1}
     made = fit(module, callback, watch, max_epochs=5, **options)  # 10 batches and 4 steps each
@@ -60,7 +60,7 @@ class Stream(IterableDataset):
 )
 def test_half_of_the_training(options, expected):
     callback = AdaptiveMomentum(0.25, every_n_steps=2, freeze_after=0.5)
-    trainer(callback, **options).fit(Module())
+    trainer(callback, **options).fit(Module(layers=0))
     assert steps_of(callback) == expected
 
 
@@ -70,9 +70,9 @@ def test_training_of_unknown_length_warns(unknown, tmp_path):
         if unknown == "time":
             stops = StopsAt(12, path=tmp_path)
             made = trainer(*callbacks, stops, max_steps=-1, max_epochs=-1, max_time=timedelta(minutes=5))
-            made.fit(Module())
+            made.fit(Module(layers=0))
         else:
-            trainer(*callbacks, max_epochs=2).fit(Module(), DataLoader(Stream()))
+            trainer(*callbacks, max_epochs=2).fit(Module(layers=0), DataLoader(Stream()))
 
     callback = AdaptiveMomentum(0.25, "energy", every_n_steps=2)
     with pytest.warns(UserWarning, match="`freeze_after` 0.3 is a share of a training whose length is not known"):
@@ -88,7 +88,7 @@ def test_training_of_unknown_length_warns(unknown, tmp_path):
 def test_stopping_early():
     callback = AdaptiveMomentum(0.25, "energy", every_n_steps=2, freeze_after=None)
     stopping = EarlyStopping("val_loss", patience=1, mode="max", stopping_threshold=-1e9)
-    made = fit(Module(), callback, stopping, max_epochs=9, limit_val_batches=1)
+    made = fit(Module(layers=0), callback, stopping, max_epochs=9, limit_val_batches=1)
     assert 10 <= made.global_step < 90
     assert steps_of(callback)[-1] == made.global_step
 

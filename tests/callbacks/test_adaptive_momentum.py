@@ -41,7 +41,7 @@ def test_moves_settle(kind, budget, policy):
 def test_when_decisions_are_due():
     def steps(**options: Any) -> list[int]:
         callback = AdaptiveMomentum(0.25, "energy", **options)
-        fit(Module(), callback, max_steps=12)
+        fit(Module(layers=0), callback, max_steps=12)
         return steps_of(callback)
 
     assert steps(every_n_steps=2, freeze_after=7) == [0, 2, 4, 6]

@@ -24,53 +24,53 @@ pytestmark = [
 
 
 def adaptive(policy: str = "energy", budget: Any = 0.25, **options: Any) -> AdaptiveMomentum:
-    return AdaptiveMomentum(budget, policy, **{"every_n_steps": 8, "start": 4, "freeze_after": 0.9, **options})
+    return AdaptiveMomentum(budget, policy, **{"every_n_steps": 4, "start": 2, "freeze_after": 0.9, **options})
 
 
 @pytest.mark.parametrize(("policy", "recipe"), [("energy", "adapm_lean"), ("benefit", "adam_snsm")])
 def test_a_resumed_run_decides_as_an_uninterrupted_one(tmp_path, policy, recipe):
     """Also after it was frozen, and with nothing left to do."""
     whole, one = Module(recipe), adaptive(policy)
-    fit(whole, one, max_steps=60)
+    fit(whole, one, max_steps=30)
     stopped = adaptive(policy)
-    fit(Module(recipe), stopped, StopsAt(25, path=tmp_path), max_steps=60)
-    assert steps_of(stopped) == [0, 4, 12, 20]
-    for step in (25, 56, 60):
+    fit(Module(recipe), stopped, StopsAt(13, path=tmp_path), max_steps=30)
+    assert steps_of(stopped) == [0, 2, 6, 10]
+    for step in (13, 28, 30):
         resumed, other = Module(recipe), adaptive(policy)
         watch = Watch(int(0.25 * dense_bytes(resumed)))
-        fit(resumed, other, watch, StopsAt(56, 60, path=tmp_path), max_steps=60, ckpt_path=tmp_path / f"{step}.ckpt")
+        fit(resumed, other, watch, StopsAt(28, 30, path=tmp_path), max_steps=30, ckpt_path=tmp_path / f"{step}.ckpt")
         assert other.history == one.history
         assert_equal(weights(resumed), weights(whole))
-    assert steps_of(one) == [0, 4, 12, 20, 28, 36, 44, 52]
+    assert steps_of(one) == [0, 2, 6, 10, 14, 18, 22, 26]
     assert sum(moved(one)[:3]) > 0
 
 
 def test_resuming_with_another_budget_or_without_the_callback(tmp_path, capsys):
-    with_it, without = tmp_path / "with" / "13.ckpt", tmp_path / "without" / "13.ckpt"
-    fit(Module(), saved := adaptive(), StopsAt(13, path=with_it.parent), max_steps=60)
-    fit(Module(), StopsAt(13, path=without.parent), max_steps=60)
+    with_it, without = tmp_path / "with" / "7.ckpt", tmp_path / "without" / "7.ckpt"
+    fit(Module(), saved := adaptive(), StopsAt(7, path=with_it.parent), max_steps=30)
+    fit(Module(), StopsAt(7, path=without.parent), max_steps=30)
     dense = dense_bytes(Module())
 
     lower, watch = adaptive(budget=0.15), Watch(int(0.15 * dense))
     capsys.readouterr()
-    fit(Module(), lower, watch, max_steps=24, ckpt_path=with_it)
-    assert "AdaptiveMomentum goes on after step 13 with " in capsys.readouterr().out
+    fit(Module(), lower, watch, max_steps=12, ckpt_path=with_it)
+    assert "AdaptiveMomentum goes on after step 7 with " in capsys.readouterr().out
     assert lower.history[: len(saved.history)] == saved.history
-    assert steps_of(lower) == [0, 4, 12, 13, 20]
+    assert steps_of(lower) == [0, 2, 6, 7, 10]
     assert watch.sizes[0] > 0.1 * dense
     with pytest.raises(ValueError, match="`budget` is 1000 bytes"):
-        fit(Module(), adaptive(budget=1000), max_steps=24, ckpt_path=with_it)
+        fit(Module(), adaptive(budget=1000), max_steps=12, ckpt_path=with_it)
 
     higher = adaptive(budget=0.5)
-    fit(Module(), higher, Watch(int(0.5 * dense)), max_steps=24, ckpt_path=with_it)
+    fit(Module(), higher, Watch(int(0.5 * dense)), max_steps=12, ckpt_path=with_it)
     assert higher.history[: len(saved.history)] == saved.history
     assert higher.history[-1]["momentum_bytes"] > saved.history[-1]["momentum_bytes"]
 
     late, watch = adaptive(), Watch(int(0.25 * dense))
-    fit(Module(), late, watch, max_steps=24, ckpt_path=without)
-    assert steps_of(late) == [0, 4]
+    fit(Module(), late, watch, max_steps=12, ckpt_path=without)
+    assert steps_of(late) == [0, 2]
     module, watch = Module(), Watch()
-    fit(module, watch, max_steps=24, ckpt_path=with_it)
+    fit(module, watch, max_steps=12, ckpt_path=with_it)
     assert set(watch.sizes) == {saved.history[-1]["momentum_bytes"]}, "the allocation is the optimizer's"
 
 
@@ -81,14 +81,14 @@ def test_a_checkpoint_of_the_very_first_moment(tmp_path):
         def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
             trainer.save_checkpoint(tmp_path / "again.ckpt")
 
-    fit(Module(), one := adaptive(), StopsAt(13, path=tmp_path), max_steps=60)
-    fit(Module(), SavesAtOnce(), adaptive(), max_steps=14, ckpt_path=tmp_path / "13.ckpt")
+    fit(Module(), one := adaptive(), StopsAt(7, path=tmp_path), max_steps=30)
+    fit(Module(), SavesAtOnce(), adaptive(), max_steps=8, ckpt_path=tmp_path / "7.ckpt")
     other = adaptive()
-    fit(Module(), other, max_steps=14, ckpt_path=tmp_path / "again.ckpt")
+    fit(Module(), other, max_steps=8, ckpt_path=tmp_path / "again.ckpt")
     assert other.history[:3] == one.history
     fit(Module(), SavesAtOnce(), adaptive(), max_steps=1)
-    fit(Module(), fresh := adaptive(), max_steps=6, ckpt_path=tmp_path / "again.ckpt")
-    assert steps_of(fresh) == [0, 4]
+    fit(Module(), fresh := adaptive(), max_steps=3, ckpt_path=tmp_path / "again.ckpt")
+    assert steps_of(fresh) == [0, 2]
 
 
 def test_the_state_is_numbers_and_tensors(tmp_path):

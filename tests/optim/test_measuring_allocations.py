@@ -27,10 +27,13 @@ def held_by(action: Callable[[], Any]) -> tuple[int, Any]:
 
     Read off the profiler's records of allocations: as many bytes as were asked for, without rounding.
     """
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = action()
-        gc.collect()
+    gc.freeze()  # what was there before is not looked at: collecting all of it takes longer than the tests
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = action()
+            gc.collect()
+    finally:
+        gc.unfreeze()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert all(event.device_type() == torch.autograd.DeviceType.CPU for event in events)
     return sum(event.nbytes() for event in events), result

@@ -11,6 +11,7 @@ pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("transformers")
 
 from lightning_memopt import cli as cli_module
+from tests._commands import keep_parsers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _clean(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
+    keep_parsers(monkeypatch, "fit")
     yield
     cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 

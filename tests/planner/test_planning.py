@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lightning_memopt.planner import planning, sweep_memory
 from lightning_memopt.planner.figure import sweep_figure
 from lightning_memopt.planner.memory_plan import ADAMW
 from tests._models import tiny_gpt2, tiny_llama
+from tests._ranks import run_ranks
 
 
 def test_a_module_stays_as_it_is():
@@ -99,18 +99,18 @@ def test_the_example_in_the_docstring():
     assert doctest.testmod(planning) == (0, 2)
 
 
+def peak_of_planning(rank: int, world: int) -> int:
+    """Plan in a process of its own, and return the most KiB that were resident in it."""
+    plan = lm.plan_memory("llama-3-70b", world_size=64)
+    assert len(plan.rows) == 1 + len(lm.recipe_names())
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
 def test_a_model_of_70_billion_parameters_needs_little_memory():
-    program = """
-import lightning_memopt as lm
-plan = lm.plan_memory("llama-3-70b", world_size=64)
-assert len(plan.rows) == 1 + len(lm.recipe_names())
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-"""
     if not Path("/proc/self/status").exists():
         pytest.skip("the system does not tell how much memory a process used")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2 << 20
+    (peak,) = run_ranks(peak_of_planning, 1)
+    assert peak < 2 << 20
 
 
 @pytest.mark.parametrize(
