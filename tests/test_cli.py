@@ -1,5 +1,4 @@
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_memopt as lm
 from lightning_memopt import cli as cli_module
 from lightning_memopt.cli import BindNames, MemOptCLI
+from tests._commands import keep_parsers, run_python
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
          "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
@@ -84,6 +84,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.chdir(tmp_path)
+    keep_parsers(monkeypatch, "fit", "validate")
     yield
     cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 
@@ -290,13 +291,10 @@ def test_the_module_runs_and_finds_classes_of_the_working_directory(tmp_path):
         "    def __init__(self, width: int = 1): super().__init__()\n"
     )
     script = Path(sys.executable).parent / "lightning-memopt"
-    command = [str(script)] if script.is_file() else [sys.executable, "-m", "lightning_memopt"]
-    command += ["fit", "--model=mine.Mine", "--model.width=7", "--print_config"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [str(script)] if script.is_file() else ["-m", "lightning_memopt"]
+    done = run_python(*command, "fit", "--model=mine.Mine", "--model.width=7", "--print_config")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["model"] == {"class_path": "mine.Mine", "init_args": {"width": 7}}
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_memopt", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_python("-m", "lightning_memopt", "--help")
     assert done.returncode == 0, done.stderr
     assert "usage: lightning-memopt" in done.stdout

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lightning_memopt as lm
+from tests._commands import keep_parsers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,6 +49,7 @@ def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *args = shlex.split(line)
     assert program == "lightning-memopt"
+    keep_parsers(monkeypatch, "fit" if args[0] == "plan" else args[0])
     if args[0] == "plan":
         monkeypatch.setattr(sys, "argv", [program, *args])
         if "--config" not in args:

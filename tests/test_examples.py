@@ -1,5 +1,4 @@
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ pytest.importorskip("transformers")
 import lightning_memopt as lm
 from lightning_memopt import cli as cli_module
 from lightning_memopt.cli import MemOptCLI
+from tests._commands import keep_parsers, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -27,6 +27,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    keep_parsers(monkeypatch, "fit")
     yield
     cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 
@@ -111,8 +112,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(small):
 
 def test_demo_trains_on_two_processes_and_prints_one_table(small):
     args = [arg for arg in small if "max_steps" not in arg and "accelerator" not in arg]
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), *args, "--trainer.max_steps=7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run_python(str(ROOT / "examples" / "demo.py"), *args, "--trainer.max_steps=7")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The same model, data and steps") == 1, "rank 0 alone prints"
     table = done.stdout[done.stdout.rindex("The same model, data and steps") :]

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy
 from lightning_memopt.sharding.tensors import local_tensor
+from tests._attempt import attempt
 from tests._ranks import run_ranks
-from tests.callbacks import test_adaptive_momentum as single
-from tests.optim.test_world_sizes import attempt
+from tests.callbacks import _adaptive as single
 from tests.strategy._training import raises, trainer, whole_weights
 
 STEPS, SAVED = 14, 8
@@ -61,12 +61,13 @@ class Watch(Callback):
 
 
 class Saves(Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, stop: bool = False) -> None:
+        self.path, self.stop = path, stop
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == SAVED:
             trainer.save_checkpoint(self.path)
+            trainer.should_stop = self.stop
 
 
 def adaptive(run: str, kind: type[AdaptiveMomentum] = AdaptiveMomentum) -> AdaptiveMomentum:
@@ -172,7 +173,7 @@ def saves_for_one_process(folder: Path, expected: Expected) -> None:
     """A file each: what a single device reads."""
     for name in STRATEGIES:
         strategy = MemOptFSDPStrategy(save_distributed_checkpoint=False) if name == "memopt_fsdp" else name
-        fit("energy", adaptive("energy"), Saves(folder / f"two, {name}.ckpt"), strategy=strategy)
+        fit("energy", adaptive("energy"), Saves(folder / f"two, {name}.ckpt", stop=True), strategy=strategy)
 
 
 def figures_and_early_ends(folder: Path, expected: Expected) -> None:

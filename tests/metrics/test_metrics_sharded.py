@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchmetrics import MetricCollection
 
 import lightning_memopt as lm
 from lightning_memopt.metrics import MemorySavings, MomentumAllocation, OptimizerStateBytes, PeakMemory
+from tests._attempt import attempt
 from tests._ranks import run_ranks
 from tests.strategy._training import LanguageModule, fit, raises
 
@@ -73,7 +75,7 @@ def measured(strategy: str, name: str) -> Found:
     return {**found, "allocation": {name: rank.item() for name, rank in allocation.compute().items()}}
 
 
-def metrics_are_those_of_all_ranks(rank: int, world: int) -> None:
+def metrics_are_those_of_all_ranks(rank: int, world: int, folder: str) -> None:
     for name in OPTIMIZERS:
         sharded, replicated = measured("memopt_fsdp", name), measured("ddp", name)
         for key in ("global", "allocation"):
@@ -82,11 +84,6 @@ def metrics_are_those_of_all_ranks(rank: int, world: int) -> None:
         assert replicated["momentum"] == world * sharded["momentum"]
         assert replicated["role/mlp"] == world * sharded["role/mlp"]
         assert (sharded["projections"] > 0) == (name == "adam_snsm")
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_metrics_are_those_of_all_ranks(world):
-    run_ranks(metrics_are_those_of_all_ranks, world)
 
 
 class Recorded(CSVLogger):
@@ -123,11 +120,8 @@ def the_monitor_reports_once(rank: int, world: int, folder: str) -> None:
                 assert {path.name for path in log_dir.glob("*.png")} == {"memory.png", "momentum.png"}
 
 
-def test_the_monitor_reports_once(tmp_path):
-    run_ranks(the_monitor_reports_once, 2, str(tmp_path))
-
-
-def snapshots_of_another_job_are_refused(rank: int, world: int, path: str) -> None:
+def snapshots_of_another_job_are_refused(rank: int, world: int, folder: str) -> None:
+    path = f"{folder}/facts.pt"
     module = LanguageModule(optimizer=OPTIMIZERS["adapm_lean"])
     (optimizer,) = fit(module, max_steps=1).optimizers
     snapshot = optimizer.snapshot()
@@ -140,10 +134,6 @@ def snapshots_of_another_job_are_refused(rank: int, world: int, path: str) -> No
 
     with raises(ValueError, f"taken in a job of 1 processes, this one has {world}", "Take a new one here"):
         OptimizerStateBytes().update(dataclasses.replace(snapshot, world_size=1))
-
-
-def test_snapshots_of_another_job_are_refused(tmp_path):
-    run_ranks(snapshots_of_another_job_are_refused, 2, str(tmp_path / "facts.pt"))
 
 
 class OnOneRank(torch.optim.SGD):
@@ -167,5 +157,51 @@ def state_on_one_rank_only(rank: int, world: int, folder: str) -> None:
     assert [entry["step"] for entry in monitor.history] == [1, 2, 4, 5]
 
 
-def test_state_on_one_rank_only_does_not_hang(tmp_path):
-    run_ranks(state_on_one_rank_only, 2, str(tmp_path))
+CASES = (
+    metrics_are_those_of_all_ranks,
+    the_monitor_reports_once,
+    snapshots_of_another_job_are_refused,
+    state_on_one_rank_only,
+)
+
+
+def on_ranks(rank: int, world: int, folder: str) -> dict[str, str]:
+    cases = CASES if world == 2 else CASES[:1]
+    found = {}
+    for case in cases:
+        place = f"{folder}/{case.__name__}"
+        Path(place).mkdir(exist_ok=True)
+        found[case.__name__] = attempt(case, rank, world, place)
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> Callable[[Callable[..., None], int], list[str]]:
+    """Return a function that says how a case went on every rank; the ranks start once for all cases."""
+
+    @cache
+    def run(world: int) -> list[dict[str, str]]:
+        return run_ranks(on_ranks, world, str(tmp_path_factory.mktemp("metrics")))
+
+    return lambda case, world: [entry[case.__name__] for entry in run(world) if entry[case.__name__]]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_metrics_are_those_of_all_ranks(outcomes, world):
+    wrong = outcomes(metrics_are_those_of_all_ranks, world)
+    assert not wrong, wrong[0]
+
+
+def test_the_monitor_reports_once(outcomes):
+    wrong = outcomes(the_monitor_reports_once, 2)
+    assert not wrong, wrong[0]
+
+
+def test_snapshots_of_another_job_are_refused(outcomes):
+    wrong = outcomes(snapshots_of_another_job_are_refused, 2)
+    assert not wrong, wrong[0]
+
+
+def test_state_on_one_rank_only_does_not_hang(outcomes):
+    wrong = outcomes(state_on_one_rank_only, 2)
+    assert not wrong, wrong[0]

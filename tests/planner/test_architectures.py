@@ -1,0 +1,75 @@
+"""Models that a config file describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning.pytorch.cli")
+pytest.importorskip("transformers")
+
+from transformers import LlamaConfig, MambaConfig, T5Config
+
+import lightning_memopt as lm
+
+
+def test_a_config_file_and_its_folder_are_the_built_in_model(tmp_path):
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path / "mine")
+    built_in = lm.plan_memory("llama-60m", "adam_mini", world_size=4)
+    for path in (tmp_path / "mine", str(tmp_path / "mine" / "config.json")):
+        plan = lm.plan_memory(path, "adam_mini", world_size=4)
+        assert plan.model == "mine"
+        assert plan.rows == built_in.rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json", "is not JSON"),
+        ("[]", "has the `model_type` None"),
+        (
+            '{"model_type": "nonsuch"}',
+            "has the `model_type` 'nonsuch', which .* plan for the module itself",
+        ),
+        ('{"model_type": "llama", "hidden_size": 10}', "makes no model of 'config.json' .*correct the file"),
+    ],
+)
+def test_bad_config_files(content, message):
+    Path("config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        lm.plan_memory(Path("config.json"))
+
+
+@pytest.mark.parametrize("config", [T5Config(num_layers=1), MambaConfig(num_hidden_layers=1)])
+def test_architectures_without_roles_are_planned_with_a_warning(run, config, tmp_path):
+    config.save_pretrained(tmp_path / "strange")
+    code, out, err = run("--model", str(tmp_path / "strange"), "--recipe", "adapm_lean", "--world-size", "2")
+    plan = lm.plan_memory(tmp_path / "strange", "adapm_lean", world_size=2)
+    assert code == 0
+    assert 0 < len(plan.unknown) <= plan.matrices
+    share = f"{len(plan.unknown)} of {plan.matrices} matrices have no known role and count as 'other'"
+    assert f"Warning: {share} ({plan.unknown[0]}, " in err
+    assert "register_naming_scheme" in err
+    assert "adapm_lean *" in out
+    assert f"* {share}" in out
+    assert "adapm_lean *" in plan.table()
+    code, out, err = run("--model", str(tmp_path / "strange"), "--recipe", "adapm_lean", "--json")
+    assert json.loads(out)["unknown"] == list(plan.unknown)
+    assert share in err
+
+
+def test_an_architecture_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, "architectures": ["NoSuchModel"]}))
+    with pytest.warns(UserWarning, match="no NoSuchModel.*planned is LlamaForCausalLM"):
+        lm.plan_memory(path, "adapm")

@@ -1,0 +1,138 @@
+"""The command with --config: it plans what the config would run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lightning.pytorch.cli")
+pytest.importorskip("transformers")
+
+import lightning_memopt as lm
+from lightning_memopt.planner.memory_plan import ADAMW
+
+CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIG_ARGS = {
+    "demo.yaml": [],
+    "gpt2.yaml": [],
+    "interpolation.yaml": ["--parser_mode", "omegaconf+", "--data.vocab_size=3000"],
+    "adaptive.yaml": ["--config", str(CONFIGS / "demo.yaml")],
+    "adamw.yaml": ["--config", str(CONFIGS / "demo.yaml")],
+    "recipe.yaml": ["--config", str(CONFIGS / "demo.yaml"), "--optimizer=lightning_memopt.MemOpt",
+                    f"--optimizer.recipe={CONFIGS / 'recipe.yaml'}"],
+}  # fmt: skip
+OWN_ROWS = {
+    "demo.yaml": "config: AdaPMLean",
+    "gpt2.yaml": "config: AdaPMMini",
+    "interpolation.yaml": "config: MemOpt(recipe=adapm_lean)",
+    "adaptive.yaml": "config: AdaPMLean",
+    "adamw.yaml": None,
+    "recipe.yaml": "config: MemOpt(recipe=wide_mlp)",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_configs_of_the_examples(run, name):
+    files = CONFIG_ARGS[name]
+    own = [] if name == "recipe.yaml" else ["--config", str(CONFIGS / name)]
+    code, out, err = run(*files[:2], *own, *files[2:], "--recipe", "adafactor", "--world-size", "2", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    rows = [row["recipe"] for row in plan["rows"]]
+    assert rows == [ADAMW, *filter(None, [OWN_ROWS[name]]), "adafactor"]
+    assert plan["unknown"] == []
+    if name == "interpolation.yaml":  # the model follows the override
+        demo = json.loads(run("--config", str(CONFIGS / "demo.yaml"), "--json")[1])
+        assert plan["parameters"] == demo["parameters"] + 2 * 256 * (3000 - 2048)
+
+
+def test_the_optimizer_of_a_config_has_its_options(run):
+    args = ["--config", str(CONFIGS / "demo.yaml"), "--optimizer.rank=8", "--optimizer.state_dtype=bfloat16"]
+    _, out, err = run(*args, "--recipe", "adapm_lean", "--json")
+    own, named_one = json.loads(out)["rows"][1:]
+    assert own["recipe"] == "config: AdaPMLean(rank=8, state_dtype=bfloat16)"
+    assert 0 < own["state_bytes"] < named_one["state_bytes"] / 2 * 1.5
+    import examples.llama
+
+    with torch.device("meta"):
+        module = examples.llama.LlamaModule()
+    optimizer = lm.AdaPMLean(module.named_parameters(), rank=8, state_dtype="bfloat16")
+    assert own["state_bytes"] == optimizer.snapshot().state_bytes
+
+
+NOISY = """
+import lightning.pytorch as pl, torch
+class Noisy(pl.LightningModule):
+    def configure_model(self):
+        print("making it")
+        self.net = torch.nn.Linear(4, 4)
+class Loads(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 4)
+        self.scale = float(self.net.weight.sum())
+"""
+
+
+def test_modules_that_are_made_later_or_need_values(run, monkeypatch):
+    Path("noisy_modules.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("x.yaml").write_text("model: {class_path: noisy_modules.Noisy}\nseed_everything: 3\n")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    state = torch.get_rng_state()
+    code, out, err = run("--config", "x.yaml", "--json", "--recipe", "adafactor")
+    assert (code, "making it" in err) == (0, True)
+    assert json.loads(out)["parameters"] == 20
+    assert torch.equal(torch.get_rng_state(), state)
+    Path("y.yaml").write_text("model: {class_path: noisy_modules.Loads}\n")
+    code, _, err = run("--config", "y.yaml")
+    assert code == 2
+    assert "noisy_modules.Loads could not be made on the meta device (" in err
+    assert "load and ask for them in `setup`" in err
+    sys.modules.pop("noisy_modules")
+
+
+def test_the_precision_of_a_config_is_the_default(run):
+    config = str(CONFIGS / "demo.yaml")
+    for value, name in (("bf16", "bf16-mixed"), ("bf16-true", "bf16-true"), ("32", "32-true")):
+        _, out, _ = run("--config", config, f"--trainer.precision={value}", "--recipe", "adapm_lean", "--json")
+        assert json.loads(out)["precision"] == name
+    _, out, _ = run(
+        "--config", config, "--trainer.precision=bf16", "--precision", "32-true", "--recipe", "adapm", "--json"
+    )
+    assert json.loads(out)["precision"] == "32-true"
+    code, _, error = run("--config", config, "--trainer.precision=16-mixed")
+    assert code == 2
+    assert "Unknown precision '16-mixed'" in error
+
+
+def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_path):
+    def config(strategy: Any, devices: Any = 2) -> tuple[dict[str, Any], str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, "devices": devices}}))
+        files = ["--config", str(CONFIGS / "demo.yaml"), "--config", str(path)]
+        code, out, error = run(*files, "--recipe", "adapm", "--json")
+        assert code == 0
+        return json.loads(out), error
+
+    def ours(**options: Any) -> dict[str, Any]:
+        return {"class_path": "lightning_memopt.MemOptFSDPStrategy", "init_args": options}
+
+    whole, error = config("memopt_fsdp")
+    assert whole["world_size"] == 2
+    assert error == ""
+    small, error = config(ours(wrap="torch.nn.Linear"))
+    assert small["unsharded_bytes"] != whole["unsharded_bytes"], "other modules are gathered together"
+    assert error == ""
+    for name, value in (("replicate_size", 2), ("cpu_offload", True)):
+        _, error = config(ours(**{name: value}))
+        assert f"Warning: {name} of the strategy is not planned" in error
+    _, error = config("ddp")
+    assert "Warning: The strategy 'ddp' is planned as 'memopt_fsdp'" in error
+    assert config("memopt_fsdp", "auto")[0]["world_size"] == 1

@@ -1,0 +1,163 @@
+"""Planning, without a real run beside it: see test_planned.py for that."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning.pytorch.cli")
+pytest.importorskip("transformers")
+
+import lightning_memopt as lm
+from lightning_memopt.planner import planning, sweep_memory
+from lightning_memopt.planner.figure import sweep_figure
+from lightning_memopt.planner.memory_plan import ADAMW
+from tests._models import tiny_gpt2, tiny_llama
+from tests._ranks import run_ranks
+
+
+def test_a_module_stays_as_it_is():
+    model = tiny_gpt2()
+    before = {name: (param, param.clone()) for name, param in model.named_parameters(remove_duplicate=False)}
+    attributes = set(vars(model))
+    plan = lm.plan_memory(model, "adapm_mini", world_size=2, precision="bf16-true")
+    assert plan.parameters == sum(param.numel() for param in model.parameters())
+    assert set(vars(model)) == attributes
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before)
+    for name, (param, value) in before.items():
+        assert after[name] is param
+        torch.testing.assert_close(param, value, rtol=0, atol=0)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_module_may_be_on_the_meta_device_or_compiled():
+    with torch.device("meta"):
+        meta = tiny_llama()
+    expected = lm.plan_memory(tiny_llama(), "adapm_mini", world_size=3)
+    assert lm.plan_memory(meta, "adapm_mini", world_size=3) == expected
+    assert lm.plan_memory(torch.compile(meta), "adapm_mini", world_size=3).rows == expected.rows
+
+
+def test_one_rank_holds_what_the_optimizer_says():
+    model = tiny_llama()
+    for recipe in lm.recipe_names():
+        plan = lm.plan_memory(model, recipe)
+        optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe)
+        optimizer.bind(model)
+        snapshot = optimizer.snapshot()
+        assert plan.rows[1].state_bytes == snapshot.state_bytes
+        assert plan.rows[1].saved == snapshot.saved
+        assert plan.rows[0].state_bytes == snapshot.adamw_bytes
+    size = 4 * sum(param.numel() for param in model.parameters())
+    assert (plan.parameter_bytes, plan.gradient_bytes, plan.unsharded_bytes, plan.largest_unit) == (size, size, 0, None)
+    assert plan.rows[0].total_bytes == 4 * size
+
+
+def test_frozen_parameters_have_neither_gradient_nor_state():
+    model = tiny_llama()
+    all_of_it = lm.plan_memory(model, "adapm_lean", world_size=2)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    plan = lm.plan_memory(model, "adapm_lean", world_size=2)
+    frozen = 2 * model.model.embed_tokens.weight.numel()
+    assert plan.parameter_bytes == all_of_it.parameter_bytes
+    assert plan.unsharded_bytes == all_of_it.unsharded_bytes
+    assert plan.gradient_bytes == all_of_it.gradient_bytes - frozen
+    assert plan.row(ADAMW).state_bytes == all_of_it.row(ADAMW).state_bytes - 2 * frozen
+    assert plan.row("adapm_lean").state_bytes < all_of_it.row("adapm_lean").state_bytes
+    nothing = lm.plan_memory(nn.Linear(4, 4).requires_grad_(False), "adapm_lean")
+    assert [(row.state_bytes, row.saved) for row in nothing.rows] == [(0, 0.0)] * 2
+
+
+def test_precisions():
+    whole, true, mixed = (
+        lm.plan_memory("llama-60m", "adapm_lean", world_size=4, precision=precision)
+        for precision in ("32-true", "bf16-true", "bf16-mixed")
+    )
+    assert true.parameter_bytes * 2 == whole.parameter_bytes == mixed.parameter_bytes
+    assert true.gradient_bytes * 2 == whole.gradient_bytes == mixed.gradient_bytes
+    assert true.unsharded_bytes * 2 == whole.unsharded_bytes == mixed.unsharded_bytes * 2
+    assert true.row(ADAMW).state_bytes * 2 == whole.row(ADAMW).state_bytes == mixed.row(ADAMW).state_bytes
+    assert len({plan.row("adapm_lean").state_bytes for plan in (whole, true, mixed)}) == 1
+
+
+def test_recipes_in_every_form(tmp_path):
+    Path("mine.yaml").write_text("base: adapm_lean\nroles: {mlp: {momentum: dense}}\n")
+    given = ["adam_mini", Path("mine.yaml"), {"name": "other", "base": "adamw"}, lm.load_plan("adafactor")]
+    plan = lm.plan_memory("llama-60m", given)
+    assert [row.recipe for row in plan.rows] == [ADAMW, "adam_mini", "mine", "other", "adafactor"]
+    assert plan.row("other").state_bytes == plan.row(ADAMW).state_bytes
+    assert [row.recipe for row in lm.plan_memory("llama-60m").rows[1:]] == lm.recipe_names()
+
+
+def test_the_example_in_the_docstring():
+    assert doctest.testmod(planning) == (0, 2)
+
+
+def peak_of_planning(rank: int, world: int) -> int:
+    """Plan in a process of its own, and return the most KiB that were resident in it."""
+    plan = lm.plan_memory("llama-3-70b", world_size=64)
+    assert len(plan.rows) == 1 + len(lm.recipe_names())
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
+def test_a_model_of_70_billion_parameters_needs_little_memory():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell how much memory a process used")
+    (peak,) = run_ranks(peak_of_planning, 1)
+    assert peak < 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, r"Unknown model 'lama-7b'. Did you mean 'llama-7b'\?.*mixtral.*config file", {"model": "lama-7b"}),
+        (TypeError, "`model` must be a name.*got 3", {"model": 3}),
+        (FileNotFoundError, "no model configuration 'nowhere/config.json'", {"model": "nowhere/config.json"}),
+        (ValueError, "Unknown recipe 'adapm_leen'.*adapm_lean", {"recipe": "adapm_leen"}),
+        (ValueError, "`recipe` is an empty list: name some of adamw", {"recipe": []}),
+        (ValueError, "`world_size` must be at least 1, got 0", {"world_size": 0}),
+        (TypeError, "`world_size` must be an integer, got 2.5", {"world_size": 2.5}),
+        (ValueError, "such as '512MiB'.*got '24 gigs'", {"gpu_memory": "24 gigs"}),
+        (ValueError, "`gpu_memory` 0 means 0 bytes, too few", {"gpu_memory": 0}),
+        (TypeError, "A size must be a text.*got 2.5", {"gpu_memory": 2.5}),
+        (ValueError, "Unknown precision '16-mixed'.*bf16-mixed", {"precision": "16-mixed"}),
+        (ValueError, "ReLU has no parameters.*configure_model", {"model": nn.ReLU()}),
+        (ValueError, "without a shape cannot be planned for: 'weight', 'bias'", {"model": nn.LazyLinear(3)}),
+    ],
+)
+def test_bad_input_names_the_value_and_the_way_out(error, message, options):
+    with pytest.raises(error, match=message):
+        lm.plan_memory(**{"model": "llama-60m", "recipe": "adafactor", **options})
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    Path("config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        lm.plan_memory("config.json")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        sweep_figure(sweep_memory("llama-60m", "adafactor", world_sizes=[1]))
+    with pytest.raises(KeyError, match="'adapm' was not planned; there are torch.optim.AdamW, adafactor"):
+        lm.plan_memory("llama-60m", "adafactor").row("adapm")
+
+
+def test_counters_are_told_apart():
+    model = tiny_llama()
+    plan = lm.plan_memory(model, "adapm_lean")
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    assert plan.counter_bytes == optimizer.snapshot().counter_bytes == 4 * len(list(model.parameters()))
+
+
+def test_short_forms_of_precision_and_sizes_without_a_unit():
+    assert lm.plan_memory("llama-60m", "adapm", precision="bf16").precision == "bf16-mixed"
+    with pytest.raises(ValueError, match="'16-mixed' as 'bf16-mixed'"):
+        lm.plan_memory("llama-60m", "adapm", precision="16-mixed")
+    with pytest.raises(ValueError, match="`gpu_memory` '24' means 24 bytes.*'24GiB'"):
+        lm.plan_memory("llama-60m", "adapm", gpu_memory="24")
