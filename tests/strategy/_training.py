@@ -59,6 +59,7 @@ def trainer(strategy: Any = "memopt_fsdp", **options: Any) -> Trainer:
     """Return a quiet Trainer over all ranks of the process group."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "barebones": False}
+    quiet |= {"limit_val_batches": 2, "limit_test_batches": 2, "limit_predict_batches": 2}
     plugins = [Spawned(), *options.pop("plugins", [])]
     devices = {"accelerator": "cpu", "devices": dist.get_world_size()}
     return Trainer(**{**quiet, **devices, "strategy": strategy, "plugins": plugins, **options})
