@@ -18,7 +18,8 @@ import torch.multiprocessing as mp
 
 # A server, itself a new process without threads, imports these once; ranks are forked from it. Importing them in every
 # rank took longer than most tests.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning_memopt", "transformers", "torch._dynamo"])
+PRELOADED = ["lightning_memopt", "transformers", "torch._dynamo", "pytest", "tests._models"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:

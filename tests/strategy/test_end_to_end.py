@@ -19,7 +19,7 @@ from lightning_memopt.sharding.wrapping import find_units
 from tests._models import LENGTH, VOCAB, tiny_llama
 from tests._ranks import run_ranks
 
-STEPS, BATCH, LR = 20, 12, 1e-3
+STEPS, BATCH, LR = 8, 12, 1e-3
 FLOOR = torch.finfo(torch.float32).eps  # smaller differences between weights are no differences
 SIZES = (1, 2, 3, 4)
 RECIPES = lm.recipe_names()

@@ -25,7 +25,15 @@ from lightning_memopt import AdaPMLean
 from lightning_memopt.strategy import MemOptFSDPStrategy
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from tests._compare import assert_equal
-from tests.strategy.checkpoint._checkpoints import FORMATS, Case, World, raises, whole_params, whole_state
+from tests.strategy.checkpoint._checkpoints import (
+    FORMATS,
+    Case,
+    World,
+    local_params,
+    local_state,
+    raises,
+    whole_params,
+)
 
 TRAINERS: list[Case] = []
 RANKS = 4
@@ -123,7 +131,7 @@ def a_resumed_fit_equals_an_uninterrupted_one(ranks: dict[int, World], folder: P
             resumed, callback = Module(seed=1), SavesAtOnce(folder / "unused.ckpt")
             again = trainer(folder, format, callback)
             again.fit(resumed, ckpt_path=place / name)
-            assert_equal(whole_params(resumed), whole_params(model))
+            assert_equal(local_params(resumed), local_params(model))
             assert (callback.seen, again.global_step, epochs) == (2, 4, epochs)
             assert again.optimizers[0].param_groups[0]["lr"] == 0.01 / 4
 
@@ -137,7 +145,7 @@ def validation_loads_weights_only(ranks: dict[int, World], folder: Path) -> None
         fitted.save_checkpoint(path)
         other = Module(seed=1)
         trainer(folder, format).validate(other, ckpt_path=path, verbose=False)
-        assert_equal(whole_params(other), whole_params(model))
+        assert_equal(local_params(other), local_params(model))
         with raises(TypeError, "storage_options=...)` is not supported"):
             fitted.save_checkpoint(path, storage_options={"a": 1})
         fitted.save_checkpoint(path, weights_only=True)
@@ -203,7 +211,7 @@ def objects_need_trust(ranks: dict[int, World], folder: Path) -> None:
             again.fit(other, ckpt_path=path)
         with mock.patch.dict(os.environ, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}):
             trainer(folder, format, max_epochs=1).fit(other, ckpt_path=path)
-        assert_equal(whole_params(other), whole_params(model))
+        assert_equal(local_params(other), local_params(model))
 
 
 @case
@@ -261,8 +269,8 @@ def a_directory_becomes_a_file(ranks: dict[int, World], folder: Path) -> None:
     again.fit(other, ckpt_path=folder / "directory")
     again.save_checkpoint(folder / "file")
     assert again.global_step == fitted.global_step
-    assert_equal(whole_params(other), whole_params(model))
-    assert_equal(whole_state(again.optimizers[0]), whole_state(fitted.optimizers[0]))
+    assert_equal(local_params(other), local_params(model))
+    assert_equal(local_state(again.optimizers[0]), local_state(fitted.optimizers[0]))
     content = torch.load(folder / "file", weights_only=True)
     assert_equal(content["state_dict"], whole_params(model))
     assert content["global_step"] == fitted.global_step
@@ -287,7 +295,7 @@ def plugins_of_the_user_are_used(ranks: dict[int, World], folder: Path) -> None:
         assert isinstance(getattr(plugin, "checkpoint_io", plugin), inner)
         other = Module(seed=1)
         trainer(folder, "file", plugins=[plugin]).validate(other, ckpt_path=path, verbose=False)
-        assert_equal(whole_params(other), whole_params(model))
+        assert_equal(local_params(other), local_params(model))
     assert len(Own.saved) == 2 * (dist.get_rank() == 0)
     trainer_of_directories = trainer(folder, "directory", max_epochs=1)
     trainer_of_directories.fit(model)

@@ -17,9 +17,15 @@ from torch import Tensor
 
 from lightning_memopt import MemOpt
 from tests._ranks import run_ranks
-from tests.strategy.checkpoint._checkpoint_cases import CASES
+from tests.strategy.checkpoint import (  # noqa: F401  (they register themselves)
+    _compatibility_cases,
+    _content_cases,
+    _refused_cases,
+    _resuming_cases,
+)
 from tests.strategy.checkpoint._checkpoint_trainers import TRAINERS
 from tests.strategy.checkpoint._checkpoints import (
+    CASES,
     FAMILIES,
     FORMATS,
     World,
