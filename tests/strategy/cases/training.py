@@ -176,7 +176,9 @@ def fits_again_with_another_trainer() -> None:
 def evaluates_without_fitting() -> None:
     for reshard in (True, None):
         module, reference = LanguageModule(), LanguageModule()
-        ours, theirs = trainer(MemOptFSDPStrategy(reshard_after_forward=reshard)), trainer("ddp")
+        every = dict.fromkeys(("limit_val_batches", "limit_test_batches", "limit_predict_batches"), 1.0)
+        strategy = MemOptFSDPStrategy(reshard_after_forward=reshard)
+        ours, theirs = trainer(strategy, **every), trainer("ddp", **every)
         assert ours.validate(module, verbose=False) == theirs.validate(reference, verbose=False)
         assert ours.test(module, verbose=False) == theirs.test(reference, verbose=False)
         for mine, other in zip(ours.predict(module), theirs.predict(reference), strict=True):
