@@ -18,7 +18,7 @@ class Storages:
     """Counts the bytes behind tensors, each storage only once.
 
     A view keeps its whole storage alive, so the whole storage counts. For a DTensor, or another wrapper of tensors,
-    the tensors inside it that this process holds count.
+    the inner tensors on this process count.
     """
 
     def __init__(self) -> None:

@@ -149,7 +149,7 @@ class Binding:
             self._adopt(self._all_blocks(optimizer), optimizer)
 
     def build_missing(self, optimizer: Optimizer) -> None:
-        """Build the blocks of parameters that have none, after any names are known."""
+        """Build the blocks of parameters that have none, if any names are known."""
         self.complete_groups(optimizer)
         missing = [param for param in params_of(optimizer) if param not in self.blocks]
         if missing and (self.blocks or self.names):

@@ -16,10 +16,10 @@ from lightning_memopt.optim.guards import agreed
 from lightning_memopt.sharding.consensus import rank
 from lightning_memopt.sharding.layout import Layout
 
-# If the bound changes this share of the elements, it is a part of the method.
+# If the bound changes this share of the elements, it has become a part of the method.
 SHARE = 0.01
-# Elements are counted every ten steps from step 20 on, since the first steps of a low-rank momentum may reach the bound
-# without harm. So may a single spike: only several counts in a row are significant.
+# Elements are counted every ten steps, from step 20 on. It is normal that the first steps of a low-rank momentum reach
+# the bound, or that a spike does: only several counts in a row are significant.
 EVERY, FIRST, COUNTED = 10, 20, 3
 
 

@@ -94,7 +94,7 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
 
 
 def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[Blocks, dict[str, Tensor]]:
-    """Return the blocks of one parameter as its saved state implies them, and that state on the parameter's device.
+    """Return the blocks of one parameter as its saved state implies them, and that state placed like the parameter.
 
     Args:
         blocks: The current blocks.

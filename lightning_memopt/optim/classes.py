@@ -42,8 +42,9 @@ class RecipeOptimizer(MemOpt):
 class AdaPM(RecipeOptimizer):
     """AdaPM: each block of a transformer gets the momentum it needs (arXiv 2510.09103).
 
-    Embeddings and attention output have no momentum, values have a dense one, and all other weights a low-rank one. It
-    releases at once what it drops. With M = β₁ Q₋R₋ + (1−β₁) G, Q = orth(M R₋ᵀ) and R = Qᵀ M::
+    Embeddings and attention output have no momentum. Values and matrices of unknown role have a dense one. All other
+    matrices have a low-rank one, which releases at once what it drops. With M = β₁ Q₋R₋ + (1−β₁) G,
+    Q = orth(M R₋ᵀ) and R = Qᵀ M::
 
         U = Q R / (1−β₁ᵗ) + (M − Q R) / (1−β₁),   D = √(V / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
@@ -82,7 +83,7 @@ class AdaPMMini(AdaPM):
     """AdaPM with Adam-mini's second moment (arXiv 2510.09103 with 2406.16793).
 
     Momentum as in :class:`AdaPM`. V is the mean of G² over each attention head for queries and keys, if the head size
-    is known (bind the model, or give ``head_dim``), and over each output for all other weights.
+    is known (bind the model, or give ``head_dim``), and over each output for all other matrices.
 
     State: at most 5.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's.
     """
@@ -199,7 +200,7 @@ class AdamMini(RecipeOptimizer):
     """Adam-mini: one second-moment number per block of the Hessian's structure (arXiv 2406.16793).
 
     V ← β₂ V + (1−β₂) mean(G²) over each attention head for queries and keys, if the head size is known (bind the model,
-    or give ``head_dim``), and over each output for all other weights (for embeddings, each token)::
+    or give ``head_dim``), and over each output for all other matrices (for embeddings, each token)::
 
         W ← (1 − ηλ) W − η · M / (1−β₁ᵗ) / (√(V / (1−β₂ᵗ)) + ε)
 

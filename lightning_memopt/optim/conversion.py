@@ -108,7 +108,7 @@ def _denominator(old: Block, state: Mapping[str, Tensor], group: Mapping[str, An
 def _rank(kind: Kind, state: State, layout: Layout) -> int:
     """Return the largest rank that a whole momentum state can hold; 0 for other kinds.
 
-    Sizes would not do: in a square block, factors of half the rank already have as many numbers as dense momentum.
+    Comparing sizes would not work: in a square block, factors of half the rank have as many numbers as dense momentum.
     """
     if not isinstance(kind, Momentum):
         return 0

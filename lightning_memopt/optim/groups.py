@@ -146,13 +146,13 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Refuse keys of a group that are misspelt options. All other keys are the user's own, and are kept.
+    """Refuse keys of a group that are misspelled options. All other keys are the user's own, and are kept.
 
-    A key counts as misspelt if difflib rates its similarity to an option above 0.7. A key such as ``lr_scale``, with
+    A key counts as misspelled if difflib rates its similarity to an option above 0.7. A key such as ``lr_scale``, with
     the whole name of an option among its words, is the user's own.
 
     Raises:
-        ValueError: If a key is misspelt, or an option of the whole optimizer, or not supported.
+        ValueError: If a key is misspelled, or an option of the whole optimizer, or not supported.
     """
     if group.get("amsgrad"):
         raise ValueError(f"In {where}: `amsgrad` is not supported, no second moment keeps a maximum.")

@@ -264,7 +264,7 @@ class MemOpt(torch.optim.Optimizer):
         """Load a state dict from :meth:`state_dict`. Every dtype is kept.
 
         State goes to the parameter of the same name; without names, to the same position, with a warning. Keys and
-        shapes decide kinds and ranks, so a checkpoint saved after a :meth:`reformat` loads into an optimizer without it.
+        shapes decide kinds and ranks, so a checkpoint from after a :meth:`reformat` loads into an optimizer without it.
         Every recipe loads state of ``torch.optim.AdamW`` or the recipe ``adamw``. Tensors may be whole, or DTensors of
         any placement. A :class:`ResumeWarning` lists what has changed.
 

@@ -57,8 +57,8 @@ class Probe:
     """Tracks the gradients of an optimizer's steps, at a fixed random sample of each matrix's elements.
 
     On the sample, it keeps the full average M that no compressed kind has, even for blocks without momentum. The cost
-    does not depend on the size of a block: one gather of 512 elements per block and step. The sample is the same on
-    every sharding. Ranks combine their parts only when signals are read, in one collective.
+    does not depend on the size of a block: each step reads 512 elements per block. The sample is the same on every
+    sharding. Ranks combine their parts only when signals are read, in one collective.
 
     Attributes:
         steps: Number of steps seen.
@@ -154,7 +154,7 @@ class Probe:
 
     @torch.no_grad()
     def read(self) -> dict[str, BlockSignals]:
-        """Return the signals of every block with a gradient so far. All ranks call this together, with equal results."""
+        """Return the signals of every block with a gradient so far. All ranks call it together, with equal results."""
         energies = self._put_together()
         spectra = _spectra(self._matrices(), self._optimizer.state)
         signals = {}

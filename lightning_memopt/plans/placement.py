@@ -1,4 +1,4 @@
-"""Chooses the dimension to shard of each parameter, so that its optimizer state needs no other rank."""
+"""Chooses the dimension along which to shard each parameter, so that its optimizer state needs no other rank."""
 
 from __future__ import annotations
 

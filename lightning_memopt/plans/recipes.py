@@ -30,7 +30,7 @@ def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999)
 
 
 def _adapm(name: str, second_moment: str) -> Plan:
-    """Register AdaPM's roles: no momentum for embeddings and attention output, dense for values, low rank elsewhere."""
+    """Register AdaPM's roles: no momentum (embedding, attention output), dense (value, other), else low rank."""
     low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
     roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
     return _named(name, low, (0.9, 0.95), **roles)
