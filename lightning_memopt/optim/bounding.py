@@ -124,11 +124,11 @@ class Tally:
         """Start without counts."""
         self._pending: Watch | None = None
         self._counts: list[tuple[int, int]] = []
-        self._said = False
+        self._warned = False
 
     def watch(self, counters: Iterable[Tensor]) -> Watch:
         """Return the watch for this step. The largest of the parameters' step counters is the step number."""
-        if self._said:
+        if self._warned:
             return Watch()
         step = max((int(counter.item()) for counter in counters), default=0)
         return Watch(counting=step >= FIRST and step % EVERY == 0)
@@ -146,7 +146,7 @@ class Tally:
         self._counts = [*self._counts[1 - COUNTED :], (int(hits), elements)]
         shares = [hits / elements for hits, elements in self._counts]
         if len(shares) == COUNTED and min(shares) > SHARE:
-            self._said, self._counts = True, []
+            self._warned, self._counts = True, []
             if rank() == 0:
                 warnings.warn(
                     f"{sum(shares) / COUNTED:.1%} of all elements of the updates were above the bound `max_update` in "

@@ -21,7 +21,7 @@ from lightning_memopt.optim.stepping import take_step
 from lightning_memopt.plans.plan import Plan, Recipe
 from lightning_memopt.plans.recipes import load_plan
 
-_OWN = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")
+_PICKLED = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")
 ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
@@ -233,7 +233,7 @@ class MemOpt(torch.optim.Optimizer):
         return "\n".join([*groups, table])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN if key in self.__dict__}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _PICKLED if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

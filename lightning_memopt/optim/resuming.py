@@ -18,9 +18,9 @@ from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.sharding.consensus import rank
 
 # Not reported: keys that say how to compute, keys that schedulers write, and keys reported elsewhere.
-_SILENT = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
-_SILENT |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
-_MOST = 6
+_NOT_REPORTED = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
+_NOT_REPORTED |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_MAX_LISTED = 6
 _source: ContextVar[str] = ContextVar("source", default="a state dict")
 
 
@@ -106,7 +106,7 @@ def notify(text: str) -> None:
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     # Compare a scheduled learning rate by its initial value. OneCycleLR also sets the initial value and the first beta.
     values = {} if "max_lr" in group else {"lr": group.get("initial_lr", group.get("lr"))}
-    ignored = _SILENT | ({"betas", "momentum"} if "max_momentum" in group else set())
+    ignored = _NOT_REPORTED | ({"betas", "momentum"} if "max_momentum" in group else set())
     values |= {key: value for key, value in group.items() if key not in ignored}
     return {key: _plain(value) for key, value in values.items()}
 
@@ -159,9 +159,9 @@ def _text(value: Any) -> str:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:_MOST])) + (", ..." if len(numbers) > _MOST else "")
+    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
 
 
 def _list(entries: Sequence[str]) -> str:
-    more = f" and {len(entries) - _MOST} more" if len(entries) > _MOST else ""
-    return ", ".join(entries[:_MOST]) + more
+    more = f" and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
+    return ", ".join(entries[:_MAX_LISTED]) + more

@@ -73,7 +73,7 @@ class Probe:
         # One row per block. Holds M where this rank has the sample, and zero elsewhere.
         self._average = torch.zeros(0, SAMPLE)
         # Sums of G·M, G², M² and of steps: of this rank since ranks last combined theirs, and of all ranks until then.
-        self._mine = self._ours = torch.zeros(0, 4, dtype=torch.float64)
+        self._local = self._combined = torch.zeros(0, 4, dtype=torch.float64)
         # For every block, ‖M‖² and the spectrum's shares of it, as pairs of a weighted sum over readings and a weight.
         self._readings: dict[str, list[list[float]]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
@@ -109,7 +109,7 @@ class Probe:
         new.view(-1)[places] = torch.cat([row.take(grad).to(new) for _, grad, row in seen])
         old = self._average[rows]
         sums = [(new * old).sum(1), new.square().sum(1), old.square().sum(1), share]
-        self._mine[rows] += torch.stack(sums, dim=1).double()
+        self._local[rows] += torch.stack(sums, dim=1).double()
         self._average[rows] = old * decay + new * (1 - decay)
 
     def _tables(self, seen: list[tuple[float, _Row]]) -> tuple[Tensor, ...]:
@@ -138,12 +138,12 @@ class Probe:
         if row is None:
             row = _Row.of(block, len(self._rows))
             if not self._rows:
-                self._average, self._mine, self._ours = (
-                    tensor.to(block.layout.device) for tensor in (self._average, self._mine, self._ours)
+                self._average, self._local, self._combined = (
+                    tensor.to(block.layout.device) for tensor in (self._average, self._local, self._combined)
                 )
-            self._average, self._mine, self._ours = (
+            self._average, self._local, self._combined = (
                 torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
-                for tensor in (self._average, self._mine, self._ours)
+                for tensor in (self._average, self._local, self._combined)
             )
         elif row.layout is not block.layout:  # the block has moved
             row = _Row.of(block, row.position)
@@ -159,7 +159,7 @@ class Probe:
         spectra = _spectra(self._matrices(), self._optimizer.state)
         signals = {}
         for name, row in self._rows.items():
-            product, grads, averages, steps = self._ours[row.position].tolist()
+            product, grads, averages, steps = self._combined[row.position].tolist()
             scale = row.numel / row.sampled
             now = scale * energies[name]
             shares = [value / now for value in spectra.get(name, ())] if now > 0 else []
@@ -170,7 +170,7 @@ class Probe:
                 momentum_energy=energy,
                 spectrum=tuple(sorted((energy * share for share in spectrum), reverse=True)),
             )
-        self._ours = self._ours * MEMORY
+        self._combined = self._combined * MEMORY
         return signals
 
     def _averaged(self, name: str, values: list[float]) -> list[float]:
@@ -184,9 +184,9 @@ class Probe:
     def _put_together(self) -> dict[str, float]:
         """Combine the sums of all ranks. Return the energy of every block's average on the sample."""
         energy = self._average.double().square().sum(1, keepdim=True)
-        sums = self._over_ranks(torch.cat([self._mine, energy], dim=1))
-        self._ours = self._ours + sums[:, :-1]
-        self._mine = torch.zeros_like(self._mine)
+        sums = self._over_ranks(torch.cat([self._local, energy], dim=1))
+        self._combined = self._combined + sums[:, :-1]
+        self._local = torch.zeros_like(self._local)
         return dict(zip(self._rows, sums[:, -1].tolist(), strict=True))
 
     def _over_ranks(self, mine: Tensor) -> Tensor:
@@ -203,9 +203,9 @@ class Probe:
             "steps": self.steps,
             "blocks": list(self._rows),
             "average": self._over_ranks(self._average).cpu(),
-            "sums": self._ours.cpu(),
+            "sums": self._combined.cpu(),
             # Kept separate from the sums: adding them here would change the rounding compared with an unsaved run.
-            "latest": self._over_ranks(self._mine).cpu(),
+            "latest": self._over_ranks(self._local).cpu(),
             "readings": {name: [list(pair) for pair in pairs] for name, pairs in self._readings.items()},
         }
 
@@ -219,8 +219,8 @@ class Probe:
                 row = self._row(blocks[name])
                 mine = row.places
                 self._average[row.position, mine] = state["average"][position].to(self._average)[mine]
-                self._ours[row.position] = state["sums"][position].to(self._ours)
-                self._mine[row.position] = row.share * state["latest"][position].to(self._mine)
+                self._combined[row.position] = state["sums"][position].to(self._combined)
+                self._local[row.position] = row.share * state["latest"][position].to(self._local)
 
 
 @dataclass(frozen=True)

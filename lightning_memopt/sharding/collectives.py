@@ -150,12 +150,12 @@ def _next_flight(asked: list[Requests]) -> Flight:
 
 def _sum(flight: Sequence[Pending]) -> None:
     """Answer sums of one group and dtype. Every rank has the same ones in the same order, even with empty shards."""
-    for some in packed(flight, lambda pending: pending.value.nbytes):
-        flat = torch.cat([pending.value.reshape(-1) for pending in some])
+    for batch in packed(flight, lambda pending: pending.value.nbytes):
+        flat = torch.cat([pending.value.reshape(-1) for pending in batch])
         for part in flat.split(MAX_PAYLOAD // flat.element_size()):
-            dist.all_reduce(part, group=some[0].group)
-        parts = flat.split([pending.value.numel() for pending in some])
-        for pending, part in zip(some, parts, strict=True):
+            dist.all_reduce(part, group=batch[0].group)
+        parts = flat.split([pending.value.numel() for pending in batch])
+        for pending, part in zip(batch, parts, strict=True):
             pending.value, pending.answered = part.view_as(pending.value), True
 
 
@@ -165,8 +165,8 @@ def gather(wanted: Sequence[Gather]) -> list[Tensor]:
     flights = [(entry.cut.group, entry.value.device) for entry in wanted]
     for flight in dict.fromkeys(flights):
         mine = [position for position, entry in enumerate(flights) if entry == flight]
-        for some in packed(mine, lambda position: wanted[position].nbytes):
-            for position, tensor in zip(some, _gather([wanted[position] for position in some]), strict=True):
+        for batch in packed(mine, lambda position: wanted[position].nbytes):
+            for position, tensor in zip(batch, _gather([wanted[position] for position in batch]), strict=True):
                 whole[position] = tensor
     return whole
 
