@@ -1,4 +1,4 @@
-"""Name → implementation tables whose errors name the bad value and list what exists."""
+"""Tables from names to implementations. Their errors name the bad value and list what exists."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def unknown(what: str, name: object, known: list[str]) -> str:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return the first of many names, and how many more there are."""
+    """Return the first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 class Registry(Generic[T]):
-    """A table of named things of one sort.
+    """A table of named entries of one sort.
 
     Args:
-        what: What the things are, in the singular; used in error messages.
+        what: What an entry is, in the singular; used in error messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that files its argument under ``name``.
+        """Return a decorator that registers its argument under ``name``.
 
         Raises:
             ValueError: If the name is taken.
@@ -49,10 +49,10 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return the entry filed under ``name``.
+        """Return the entry registered under ``name``.
 
         Raises:
-            ValueError: If there is none; the message lists the names that exist.
+            ValueError: If no entry has this name. The message lists the names that exist.
         """
         if not isinstance(name, str) or name not in self._entries:
             raise ValueError(unknown(self.what, name, self.names()))

@@ -1,4 +1,4 @@
-"""What momentum kinds and second-moment kinds have in common."""
+"""The base class of momentum kinds and second-moment kinds."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """Pure math on one block. A subclass is a frozen dataclass whose fields are its options; it holds no tensor.
+    """Pure math on one block. A subclass is a frozen dataclass: its fields are its options, and it holds no tensors.
 
     Attributes:
-        name: The name it is registered under.
-        keys: The names of its state tensors. No two kinds share one, so that a checkpoint's keys tell the kind.
-        squares: Those of its ``keys`` whose elements are never negative, such as averages of squares.
-        needs_matrix: Whether it is undefined on vectors.
-        restorable: Whether another kind can go on from its state.
-        elementwise: Whether what it says of an element follows from that element's gradients alone, averaged. The
-            quotient of two such kinds is bounded by their decays (RMSProp, Adam); no other is.
+        name: The name under which the kind is registered.
+        keys: The names of its state tensors. No two kinds share a name, so the keys of a checkpoint identify the kind.
+        squares: The ``keys`` whose elements are never negative, such as averages of squares.
+        needs_matrix: Whether the kind is undefined on vectors.
+        restorable: Whether another kind can continue from its state.
+        elementwise: Whether the result for an element depends only on the averaged gradients of that element. The
+            quotient of two such kinds is bounded by their decay rates (RMSProp, Adam); no other quotient is.
     """
 
     name: ClassVar[str]
@@ -40,10 +40,10 @@ class Kind:
     elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check what holds for options of any kind; a kind checks the rest after calling this.
+        """Check what every option must satisfy. Subclasses call this first, then check the rest.
 
         Raises:
-            TypeError: If one that is true or false is neither: a word like "no" would count as true.
+            TypeError: If a boolean option is not a boolean: a word like "no" would count as true.
             ValueError: If a number is not finite, or larger than anything it could count.
         """
         for entry in fields(self):
@@ -58,51 +58,51 @@ class Kind:
         return [entry.name for entry in fields(cls)]
 
     def resolve(self, layout: Layout) -> Self:
-        """Return the kind with every option that depends on the block's shape replaced by a number."""
+        """Return the kind with a number for every option that depends on the shape of the block."""
         return self
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return the sizes of every state tensor, as :func:`allocate` takes them.
+        """Return the sizes of every state tensor, in the form that :func:`allocate` takes.
 
-        A dimension given as ``-2`` or ``-1`` is sharded as the block's is, and :meth:`update` sees this rank's part of
-        it. Every other dimension it sees as a whole, wherever the tensor is stored.
+        A dimension given as ``-2`` or ``-1`` is sharded like that dimension of the block: :meth:`update` sees the local
+        part. :meth:`update` sees every other dimension whole, wherever the tensor is stored.
         """
         return {}
 
     def needs_whole(self, layout: Layout) -> bool:
-        """Return whether the update can do nothing with a part of the block, as it is sharded.
+        """Return whether the update cannot work on a part of the block, given how the block is sharded.
 
-        Every rank then gathers the gradient and works on all of it.
+        Every rank then gathers the gradient and updates the whole block.
         """
         return False
 
     def init(self, layout: Layout) -> State:
-        """Allocate the state of one block, all zeros, on the layout's device."""
+        """Allocate the state of one block on the layout's device, filled with zeros."""
         return {key: allocate(layout, sizes) for key, sizes in self.sizes(layout).items()}
 
     def keeps_state_of(self, other: Kind, layout: Layout) -> bool:
-        """Return whether the state of ``other`` is one of this kind, tensor for tensor.
+        """Return whether the state of ``other`` is valid state of this kind, tensor for tensor.
 
-        No option changes what a state of given shapes means; options only change what is done with it.
+        Options never change the meaning of state of given shapes, only how the kind uses it.
         """
         return type(self) is type(other) and self.shapes(layout) == other.shapes(layout)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return the full statistic that the state stands for, ``[..., m, n]``, without bias correction.
+        """Return the full statistic that the state represents, ``[..., m, n]``, without bias correction.
 
-        State and layout are those of a whole block on one process, here and in :meth:`from_dense`.
+        Here and in :meth:`from_dense`, state and layout describe a whole block on one process.
         """
         raise NotImplementedError
 
     def from_dense(self, value: Tensor, layout: Layout) -> State:
-        """Return the state that stands for a full statistic as closely as this kind can."""
+        """Return the state that best approximates a full statistic."""
         raise NotImplementedError
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> Self:
-        """Return the kind with the options that the shapes of saved state show.
+        """Return the kind with the options that the shapes of saved state imply.
 
         Raises:
-            ValueError: If the shapes cannot belong to this block; names the key and both shapes.
+            ValueError: If the shapes do not fit this block. The message names the key and both shapes.
         """
         for key, expected in self.shapes(layout).items():
             found = tuple(state[key].shape)
@@ -111,18 +111,18 @@ class Kind:
         return self
 
     def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
-        """Return the global shapes of the state tensors; allocates nothing."""
+        """Return the global shapes of the state tensors, without allocating them."""
         return {key: shape_of(layout, sizes) for key, sizes in self.sizes(layout).items()}
 
     def nbytes(self, layout: Layout) -> int:
-        """Return the bytes of the block's state, over all ranks."""
+        """Return the size of the block's state in bytes, over all ranks."""
         size = layout.state_dtype.itemsize
         return sum(torch.Size(shape).numel() * size for shape in self.shapes(layout).values())
 
     def rounding(self, layout: Layout, tick: Tick, key: str) -> Noise | None:
-        """Return the noise with which a state tensor is rounded, where it is stored in less than it is computed in.
+        """Return the noise for rounding a state tensor, or None if it is stored in the dtype of the arithmetic.
 
-        It is a function of the position in the whole tensor: every sharding rounds alike.
+        The noise depends on the position in the whole tensor, so every sharding rounds identically.
         """
         if layout.state_dtype == layout.dtype:
             return None

@@ -1,4 +1,4 @@
-"""Pure tensor functions that the kinds are made of; everything works on ``[..., m, n]``."""
+"""Pure tensor functions that the kinds build on. All of them work on ``[..., m, n]``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 
 Index = tuple[slice, ...]
 
-# Elements per chunk: on a CPU small enough for the cache, large enough for matrix products to be efficient. It bounds
-# the temporary memory everywhere.
+# Elements per chunk. On a CPU, small enough for the cache and large enough for efficient matrix products. The limit
+# bounds temporary memory everywhere.
 CPU_CHUNK = 1 << 19
 GPU_CHUNK = 1 << 24
 
-# Squared singular values below this, relative to the largest after equilibration, count as zero. A float64 Gram
-# matrix resolves 1e-16, so what is kept is orthonormal to 1e-16 / 1e-10.
+# Squared singular values below this count as zero, relative to the largest after equilibration. A float64 Gram matrix
+# resolves 1e-16, so the columns that remain are orthonormal to 1e-16 / 1e-10.
 GRAM_CUTOFF = 1e-10
 
 
 def _limit(tensor: Tensor) -> int:
-    """Return the number of elements that a chunk may have on the tensor's device."""
+    """Return the largest number of elements of a chunk on the tensor's device."""
     return CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
 
 
 def chunks(tensor: Tensor) -> Iterator[Index]:
-    """Yield indices that cut ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
+    """Yield indices that split ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
     *stack, m, n = tensor.shape
     limit = _limit(tensor)
     rows = max(1, limit // max(1, n))
@@ -45,12 +45,12 @@ def chunks(tensor: Tensor) -> Iterator[Index]:
 
 
 def take(tensor: Tensor, index: Index) -> Tensor:
-    """Return the part of ``tensor``, which broadcasts against the chunked one, that belongs to a chunk."""
+    """Return the part of ``tensor`` that belongs to a chunk. ``tensor`` broadcasts against the chunked tensor."""
     return tensor[tuple(slice(None) if size == 1 else part for size, part in zip(tensor.shape, index, strict=False))]
 
 
 def take_stack(tensor: Tensor, index: Index) -> Tensor:
-    """Return the matrices of ``tensor`` that belong to a chunk, with all their rows."""
+    """Return the matrices of ``tensor`` that belong to a chunk, with all rows."""
     return tensor[index[: tensor.ndim - 2]]
 
 
@@ -71,7 +71,7 @@ def rmatmul(left: Tensor, matrix: Tensor) -> Tensor:
     Shapes: ``[..., m, r]``, ``[..., m, n]`` → ``[..., r, n]``.
     """
     if matrix.dtype == left.dtype:
-        return (matrix.mT @ left).mT  # a quarter faster than leftᵀ @ matrix, whose result is flat and wide
+        return (matrix.mT @ left).mT  # a quarter faster than leftᵀ @ matrix, whose result is short and wide
     out = left.new_zeros((*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
     for index in chunks(matrix):
         take_stack(out, index).add_(left[index].mT @ matrix[index].to(left.dtype))
@@ -79,9 +79,9 @@ def rmatmul(left: Tensor, matrix: Tensor) -> Tensor:
 
 
 def row_square_sums(matrix: Tensor, dtype: torch.dtype, run: int | None = None) -> Tensor:
-    """Return the sum of squares of every row, or of every ``run`` consecutive elements of a row.
+    """Return the sum of squares of every row, or of every run of ``run`` consecutive elements of a row.
 
-    Shapes: ``[..., m, n]`` → ``[..., m, ceil(n / run)]``; the last run of a row may be shorter.
+    Shapes: ``[..., m, n]`` → ``[..., m, ceil(n / run)]``. The last run of a row may be shorter.
     """
     n = matrix.shape[-1]
     if run is None or run >= n:
@@ -105,7 +105,7 @@ def column_square_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         for index in chunks(matrix):
             take_stack(out, index).copy_(matrix[index].to(dtype).square().sum(-2, keepdim=True))
         return out
-    # Panels of rows are added up in one that stays in the cache, so that the squares are never written to memory.
+    # Accumulate panels of rows in one panel that stays in the cache, so the squares never go to memory.
     total = matrix.new_zeros((*stack, panel, n), dtype=dtype)
     for index in chunks(matrix):
         part = matrix[index].to(dtype)
@@ -123,23 +123,23 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def signed_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors whose signs are the same on every sharding.
+    """Return eigenvalues in ascending order, and eigenvectors with the same signs on every sharding.
 
-    LAPACK's signs change with the last bit of the matrix, and with them whatever keeps coordinates in such a basis.
+    LAPACK's signs change with the last bit of the matrix, and with them every coordinate stored in such a basis.
     """
     values, vectors = torch.linalg.eigh(gram)
-    # Any fixed direction will do that is not orthogonal to likely eigenvectors, such as (1, 1) and (1, -1).
+    # Any fixed direction works if it is not orthogonal to likely eigenvectors, such as (1, 1) and (1, -1).
     weights = torch.arange(1, gram.shape[-1] + 1, dtype=gram.dtype, device=gram.device).rsqrt()
     return values, vectors * torch.where(weights @ vectors < 0, -1.0, 1.0).unsqueeze(-2)
 
 
 def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
-    """Return orthonormal columns that span those of ``matrix``; zero columns where its rank falls short.
+    """Return orthonormal columns with the span of ``matrix``, and zero columns where its rank falls short.
 
-    Works through the Gram matrix, so that rows may live on different ranks: the caller sums it.
+    Works through the Gram matrix, so rows may be on different ranks: the caller sums the Gram matrix.
 
     Args:
-        matrix: ``[..., m, r]``; the rows at hand.
+        matrix: ``[..., m, r]``; the local rows.
         gram: ``[..., r, r]`` float64, ``matrixᵀ matrix`` over *all* rows.
 
     Returns:
@@ -148,7 +148,7 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
     scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
-    # Columns of very different length (singular values enter squared) would drown in the cut-off: equilibrate first.
+    # Column lengths differ widely (singular values enter squared). Without equilibration the cut-off drops short ones.
     values, vectors = signed_eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
     keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
     inverse = torch.where(keep, values, 1.0).rsqrt() * keep
@@ -159,9 +159,9 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
 def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular triplets in float64: ``[..., m, rank]``, ``[..., rank]``, ``[..., rank, n]``.
 
-    Through the float64 Gram matrix of the short side, a chunk of the matrix at a time: singular vectors of all of it
-    would take several times its memory. Singular values that are zero but for the rounding of the matrix have no
-    directions: theirs are noise, another one on every machine. They come back as zeros.
+    Uses the float64 Gram matrix of the short side, one chunk of the matrix at a time: a full decomposition takes
+    several times the memory of the matrix. Singular values that are zero up to rounding have no directions: their
+    vectors are noise, and differ between machines. This function returns zeros for them.
     """
     if matrix.shape[-2] < matrix.shape[-1]:
         u, s, vt = leading_triplets(matrix.mT, rank)
@@ -178,12 +178,12 @@ def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Noise:
-    """Uniform random bits, one number per element, that depend on the element's position in a whole tensor only.
+    """Uniform random bits, one number per element, that depend only on the element's position in a whole tensor.
 
     Attributes:
         seed: A 63-bit number.
-        shape: Shape of the whole.
-        offset: Where in the whole the part at hand starts.
+        shape: Shape of the whole tensor.
+        offset: Where the local part starts in the whole tensor.
     """
 
     seed: int
@@ -191,12 +191,12 @@ class Noise:
     offset: tuple[int, ...]
 
     def part(self, index: Index) -> Noise:
-        """Return the noise of a chunk of the part at hand."""
+        """Return the noise of one chunk of the local part."""
         starts = [part.start for part in index] + [0] * (len(self.shape) - len(index))
         return Noise(self.seed, self.shape, tuple(old + new for old, new in zip(self.offset, starts, strict=True)))
 
     def bits(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return 16 random bits per element of the part's first ``shape`` elements, as int32."""
+        """Return 16 random bits for each of the first ``shape`` elements of the local part, as int32."""
         position = torch.zeros((), dtype=torch.int64, device=device)
         stride = 1
         for dim in reversed(range(len(shape))):
@@ -215,12 +215,12 @@ def _signed(number: int) -> int:
 
 
 def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
-    """Write ``value`` into ``target`` of another dtype or the same.
+    """Write ``value`` into ``target``, which may have another dtype.
 
-    To nearest, or stochastically where the target is bfloat16 and noise is given.
+    Rounds to nearest, or stochastically if the target is bfloat16 and ``noise`` is given.
 
-    Rounding to nearest would stop an average whose increments are below the last bit (2⁻⁸ relative): with β₂ = 0.999
-    they always are. Rounding up with the probability of the remainder keeps the average unbiased.
+    Rounding to nearest stalls an average whose increments are below the last bit (2⁻⁸ relative), which is always
+    so with β₂ = 0.999. Rounding up with the probability of the remainder keeps the average unbiased.
     """
     if value.data_ptr() == target.data_ptr() and value.dtype == target.dtype:
         return

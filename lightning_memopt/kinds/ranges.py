@@ -1,4 +1,4 @@
-"""Numbers that come from outside, checked: finite, and in the range that they mean something in."""
+"""Checks of numbers that users pass: finite, and in a meaningful range."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-# No dimension of a block, and no number of steps, is larger. Beyond it, integers leave the range of torch's.
+# No dimension of a block and no step count is larger. Larger integers exceed the range of torch's.
 LARGEST = 2**31 - 1
 
 
@@ -14,14 +14,14 @@ def check_number(name: str, value: Any, where: str, *, below: float = math.inf, 
     """Check that ``value`` is a number in [0, below) and at most ``at_most``.
 
     Args:
-        name: What it is called, for the message.
+        name: The name of the number, for the message.
         value: The number.
-        where: Where it was found, for the message.
-        below: What it must be below.
-        at_most: What it must not be above.
+        where: Where the number comes from, for the message.
+        below: Exclusive upper bound.
+        at_most: Inclusive upper bound.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If ``value`` is not a number.
         ValueError: If it is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -35,8 +35,8 @@ def check_betas(betas: Any, where: str) -> None:
     """Check a pair of decay rates: the first in [0, 1), the second in [0, 1].
 
     Raises:
-        TypeError: If one is no number.
-        ValueError: If they are no pair, or one is out of range.
+        TypeError: If one of them is not a number.
+        ValueError: If they are not a pair, or one is out of range.
     """
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"In {where}: `betas` must be two numbers, got {betas!r}.")
@@ -45,10 +45,10 @@ def check_betas(betas: Any, where: str) -> None:
 
 
 def check_option(name: str, value: Any) -> None:
-    """Check that the value of a kind's option, if it is a number, is finite and no larger than anything it counts.
+    """Check that a numeric option of a kind is finite and no larger than anything it could count.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not finite, or too large.
     """
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value!r}.")

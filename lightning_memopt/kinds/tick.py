@@ -1,4 +1,4 @@
-"""What a kind may know of the present moment: the step and a source of repeatable random numbers."""
+"""The current step as a kind sees it, with a source of reproducible random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEP_STRIDE = 0x9E3779B97F4A7C15
 
 
 def block_key(seed: int, name: str) -> int:
-    """Return a 63-bit number that depends on the seed and the block's name only."""
+    """Return a 63-bit number that depends only on the seed and the block's name."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & _MASK
 
@@ -23,9 +23,9 @@ class Tick:
     """One step of one block.
 
     Attributes:
-        step: The step being taken, counted from 1 as in ``torch.optim.AdamW``.
+        step: The current step, counted from 1 as in ``torch.optim.AdamW``.
         key: The block's :func:`block_key`.
-        index: The block's position in the optimizer; staggers work that is done every few steps.
+        index: The block's position in the optimizer. It staggers work that runs every few steps.
     """
 
     step: int
@@ -33,16 +33,16 @@ class Tick:
     index: int
 
     def due(self, gap: int) -> bool:
-        """Return whether work that recurs every ``gap`` steps falls on this one; always on step 1."""
+        """Return whether work that recurs every ``gap`` steps is due now; always true at step 1."""
         return self.step == 1 or (self.step + self.index) % gap == 0
 
     def salted(self, purpose: str = "") -> int:
-        """Return a 63-bit number that depends on the block, the step and the purpose only."""
+        """Return a 63-bit number that depends only on the block, the step and the purpose."""
         salt = block_key(self.step, purpose) if purpose else 0
         return (self.key + self.step * _STEP_STRIDE + salt) & _MASK
 
     def normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Draw standard normal numbers of a *global* shape: on the CPU, so that every device gets the same."""
+        """Draw standard normal numbers of a *global* shape, on the CPU so that every device gets the same numbers."""
         generator = torch.Generator("cpu").manual_seed(self.salted())
         draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         return draw.to(dtype=like.dtype, device=like.device)

@@ -1,1 +1,1 @@
-"""Facts about memory: bytes behind tensors, sizes as people write them, and snapshots of an optimizer."""
+"""Memory facts: bytes behind tensors, human-readable sizes, and snapshots of an optimizer."""

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them."""
+"""Human-readable sizes in bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a text such as "512MiB", "1.5 GB" or "300000" means.
+    """Return the number of bytes in a text such as "512MiB", "1.5 GB" or "300000".
 
     Raises:
-        TypeError: If it is no text.
-        ValueError: If it is not a number and a unit, or not a whole number of bytes where the unit is bytes.
+        TypeError: If it is not a string.
+        ValueError: If it is not a number with a unit, or a fractional number of bytes.
     """
     if not isinstance(text, str):
         raise TypeError(f"A size must be a text such as '512MiB', got {text!r}.")
@@ -33,7 +33,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """Return a number of bytes in the binary unit that suits it, rounded: "1.5 MiB"."""
+    """Format a number of bytes in a suitable binary unit, rounded: "1.5 MiB"."""
     for unit, factor in _BINARY.items():
         number = f"{size / factor:.1f}".removesuffix(".0")
         if float(number) < 1024 or unit == "TiB":
@@ -42,5 +42,5 @@ def format_bytes(size: int) -> str:
 
 
 def format_share(share: float) -> str:
-    """Return a fraction in percent, rounded: "97.4%", and never "-0.0%"."""
+    """Format a fraction as a percentage, rounded: "97.4%", and never "-0.0%"."""
     return f"{round(share, 3) + 0.0:.1%}"

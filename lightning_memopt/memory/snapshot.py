@@ -1,4 +1,4 @@
-"""Frozen facts about an optimizer's blocks, which metrics, callbacks and tables read instead of live state."""
+"""Immutable facts about an optimizer's blocks. Metrics, callbacks and tables read these instead of live state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PartBytes:
-    """Bytes of optimizer state, by what it is for.
+    """Bytes of optimizer state, by purpose.
 
     Attributes:
         momentum: Momentum, without projections.
-        projections: Bases of the subspaces that momentum lives in.
+        projections: Bases of the subspaces that the momentum is projected on.
         second_moment: Second moments.
-        other: Anything else that an optimizer keeps.
+        other: All other state of an optimizer.
     """
 
     momentum: int = 0
@@ -30,22 +30,22 @@ class PartBytes:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """What one block is and keeps. Bytes are those of the whole block, held once, unless called local.
+    """Facts about one block. Byte counts refer to the whole block, held once, unless they are called local.
 
     Attributes:
-        name: The parameter's name; with ``:role`` where the parameter holds several blocks.
+        name: The parameter's name, followed by ``:role`` if the parameter holds several blocks.
         role: Its role.
         shape: Its global shape.
-        full_rank: Rank that momentum has where nothing of it is left out: the short side of the block as a matrix.
+        full_rank: Rank of an uncompressed momentum: the short side of the block as a matrix.
         momentum: Name of its momentum kind.
-        rank: Rank of its momentum, where the kind has one.
+        rank: Rank of its momentum, if the kind has one.
         second_moment: Name of its second-moment kind.
         state: Bytes of its state.
-        local: Bytes of the storages in which this rank holds its part of the state, each counted once.
+        local: Bytes of the storages that hold this rank's part of the state, each counted once.
         adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for it, in the dtype of the parameter.
         local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
-        max_update: Bound on every element of an update, in units of the learning rate; None where there is none.
-        pending: Whether the optimizer has made no state for it yet, so that nothing can be said to be saved.
+        max_update: Bound on every element of an update, in units of the learning rate; None if it is unbounded.
+        pending: Whether the optimizer has not created its state yet, so that its saving is unknown.
     """
 
     name: str
@@ -80,15 +80,15 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """What a model and the rest of the process take on this rank, in bytes; storages are counted once.
+    """Memory of a model and of the process on this rank, in bytes. Each storage is counted once.
 
     Attributes:
-        device: Where the parameters are, and what ``peak`` is about.
-        parameters: Parameters.
-        gradients: Gradients that are alive.
-        buffers: Buffers of modules.
-        peak: The most memory that was ever in use: on a GPU by tensors (``torch.cuda.max_memory_allocated``), on a CPU
-            the resident set of the process, interpreter and libraries included.
+        device: Where the parameters are. ``peak`` refers to this device.
+        parameters: Bytes of parameters.
+        gradients: Bytes of existing gradients.
+        buffers: Bytes of the modules' buffers.
+        peak: Peak memory: on a GPU, of tensors (``torch.cuda.max_memory_allocated``); on a CPU, the resident set of
+            the process, including the interpreter and libraries.
     """
 
     device: str
@@ -100,15 +100,15 @@ class ProcessMemory:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of an optimizer, in numbers.
+    """The state of an optimizer in numbers.
 
     Attributes:
         blocks: One entry per block.
-        step: The largest number of steps any parameter has taken.
-        counter_bytes: Bytes of the step counters, which AdamW has, too, and no total below includes.
-        skipped: Steps that were skipped because of a non-finite gradient.
-        world_size: Number of processes in the job, of which this is what one has seen.
-        memory: Everything beside the state; only where a module was given.
+        step: The largest number of steps that any parameter has taken.
+        counter_bytes: Bytes of the step counters. AdamW keeps the same, and no total below includes them.
+        skipped: Steps skipped because of a non-finite gradient.
+        world_size: Number of processes in the job. A snapshot shows what one of them sees.
+        memory: All memory besides the state; only if a module was given.
     """
 
     blocks: tuple[BlockFacts, ...]
@@ -145,12 +145,12 @@ class Snapshot:
 
     @property
     def has_state(self) -> bool:
-        """Whether there is any state."""
+        """Whether any state exists."""
         return any(block.local_bytes or block.state.total for block in self.blocks)
 
     @property
     def saved(self) -> float:
-        """Fraction of AdamW's state that is gone, of the blocks that are not pending."""
+        """Fraction of AdamW's state that is saved, over the blocks that are not pending."""
         adamw = sum(block.adamw_bytes for block in self.blocks if not block.pending)
         return 1 - self.state_bytes / adamw if adamw else 0.0
 
@@ -175,7 +175,7 @@ class Snapshot:
 
 
 def _align(rows: Iterable[tuple[str, ...]]) -> str:
-    """Pad columns to equal width, numbers to the right, with rules below the header and above the totals."""
+    """Pad columns to equal width, right-align numbers, and rule off the header and the totals."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numeric = len(rows[0]) - 2

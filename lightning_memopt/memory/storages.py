@@ -1,4 +1,4 @@
-"""Memory behind tensors, counted where it is held: in storages, which tensors may share."""
+"""Memory behind tensors, counted by storage, since tensors may share storages."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Not all of their public namesakes work on tensors that are not coalesced.
+# The public namesakes of some of these fail on uncoalesced tensors.
 _SPARSE: dict[torch.layout, tuple[str, ...]] = {torch.sparse_coo: ("_indices", "_values")}
 _SPARSE |= dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values"))
 _SPARSE |= dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values"))
 
 
 class Storages:
-    """Counts the bytes behind tensors; a storage that was counted before counts no more.
+    """Counts the bytes behind tensors, each storage only once.
 
-    A view keeps all of its storage alive, so all of it counts. Of a DTensor, or another tensor that wraps tensors,
-    what this process holds inside of it counts.
+    A view keeps its whole storage alive, so the whole storage counts. For a DTensor, or another wrapper of tensors,
+    the inner tensors on this process count.
     """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def count(self, tensors: Iterable[Tensor]) -> int:
-        """Return the bytes behind tensors that this object has not counted yet."""
+        """Return the bytes behind tensors, without storages that this object has counted before."""
         total = 0
         for tensor in tensors:
             for plain in _inner(tensor):
                 storage = plain.untyped_storage()
-                if storage._cdata not in self._seen:  # also on the meta device, where no storage has an address
+                if storage._cdata not in self._seen:  # works on the meta device, where storages have no address
                     self._seen.add(storage._cdata)
                     total += storage.nbytes()
         return total

@@ -1,1 +1,1 @@
-"""The optimizer, its recipes as classes, and what reads it."""
+"""The optimizer, its recipes as classes, and the code that measures it."""

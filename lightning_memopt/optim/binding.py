@@ -1,4 +1,4 @@
-"""Which blocks the parameters of an optimizer consist of: names → roles → plans → blocks."""
+"""Maps the parameters of an optimizer to blocks: names → roles → plans → blocks."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Blocks = dict[Tensor, tuple[Block, ...]]
 class Binding:
     """The names, parts, plans and blocks of an optimizer's parameters.
 
-    All tables are changed in place, never rebound: Lightning's ``LightningOptimizer`` is a copy of the optimizer's
+    All tables change in place and are never rebound, since Lightning's ``LightningOptimizer`` copies the optimizer's
     attributes.
 
     Attributes:
         plan: The plan of every group without a recipe of its own.
-        names: Parameter → canonical name, as far as known.
+        names: Parameter → canonical name, where known.
         parts: Name → the roles in it.
         plans: Parameter → the plan of its group.
-        blocks: Parameter → its blocks; empty as long as no names are known.
-        reformatted: Block → the recipe that a reformat or a checkpoint has given it.
+        blocks: Parameter → its blocks; empty until names are known.
+        reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Binding:
         seed: int,
         head_dim: int | None,
     ) -> None:
-        """Take what the user asked for; ``betas`` of None are those of a group's recipe."""
+        """Store what the user asked for. With ``betas`` of None, a group uses those of its recipe."""
         self.plan, self._overrides, self._options, self._betas = plan, overrides, options, betas
         self.state_dtype, self._seed, self._head_dim = state_dtype, seed, head_dim
         self.names: dict[Tensor, str] = {}
@@ -63,7 +63,7 @@ class Binding:
     def parsed(
         self, group: dict[str, Any], names: Mapping[Tensor, str], optimizer: Optimizer
     ) -> tuple[dict[str, Any], Plan]:
-        """Return a new group as torch takes it, checked, and the plan of its parameters."""
+        """Check a new group. Return it in the form that torch takes, with the plan of its parameters."""
         recipe, defaults = group.get("recipe"), optimizer.defaults
         plan = self.plan if recipe in (None, self.plan.name) else self._plan_of(recipe)
         own = {key: group[key] for key in group if key in known_options()}
@@ -73,7 +73,7 @@ class Binding:
         parsing.check_group({**known, **group}, where)
         plan = plan.updated(options=own)
         left_out = {*own, *parsing.TORCHS_OWN}
-        # As torch has it: names are in all groups, or in none.
+        # As in torch: either all groups have names, or none.
         if parsing.NAMES not in (optimizer.param_groups or [group])[0]:
             left_out.add(parsing.NAMES)
         elif parsing.NAMES not in group:
@@ -85,16 +85,16 @@ class Binding:
         return group, plan
 
     def _plan_of(self, recipe: Any) -> Plan:
-        """Return the plan of a group's own recipe, with those of the optimizer's options that mean something to it."""
+        """Return the plan of a group's own recipe, with the optimizer's options that apply to it."""
         plan = load_plan(recipe)
         known = {key for entry in plan.roles.values() for key in entry.options()}
         options = {key: value for key, value in self._options.items() if key in known}
         return plan.updated(overrides=self._overrides, options=options)
 
     def complete_groups(self, optimizer: Optimizer) -> None:
-        """Complete groups that somebody has put into ``param_groups``, and find the plans of their parameters.
+        """Fill in groups that were put into ``param_groups`` directly, and find the plans of their parameters.
 
-        Lightning's BaseFinetuning replaces the whole list on resume, by groups that hold the same hyperparameters.
+        On resume, Lightning's BaseFinetuning replaces the whole list with groups that hold the same hyperparameters.
         """
         for number, group in enumerate(optimizer.param_groups):
             for key, value in optimizer.defaults.items():
@@ -110,11 +110,11 @@ class Binding:
     # ------------------------------------------------------------------ names
 
     def learn(self, names: Mapping[Tensor, str]) -> None:
-        """Take names that came with parameters."""
+        """Add names that came with parameters."""
         self.names.update(zip(names, canonical_names(names.values()), strict=True))
 
     def require_names(self, optimizer: Optimizer) -> None:
-        """Raise the error that tells how to give names, if a parameter has none."""
+        """Raise an error that explains how to give names, if a parameter has none."""
         self.build_missing(optimizer)
         if not self.blocks:
             parsing.named(self.names, params_of(optimizer))
@@ -126,7 +126,7 @@ class Binding:
         return [[self.names[param] for param in group["params"]] for group in optimizer.param_groups]
 
     def _classify(self) -> None:
-        """Find the parts of all named parameters; what a model has told before stays."""
+        """Find the parts of all named parameters. Parts that came from a model stay."""
         pairs = [(name, param.shape) for param, name in self.names.items()]
         known = dict(self.parts)
         self.parts.update(classify(pairs, head_dim=self._head_dim))
@@ -135,7 +135,7 @@ class Binding:
     # ------------------------------------------------------------------ blocks
 
     def entries(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
-        """Yield all blocks as they are now, each with its parameter group and its parameter."""
+        """Yield all current blocks, each with its parameter group and its parameter."""
         self.build_missing(optimizer)
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -143,13 +143,13 @@ class Binding:
                     yield group, param, block
 
     def build(self, optimizer: Optimizer) -> None:
-        """Make the blocks of all parameters, if their names are known or none needs one."""
+        """Build the blocks of all parameters, if names are known or no parameter needs one."""
         if self.names or not any(param.ndim > 1 for param in params_of(optimizer)):
             self._classify()
             self._adopt(self._all_blocks(optimizer), optimizer)
 
     def build_missing(self, optimizer: Optimizer) -> None:
-        """Make the blocks of parameters that have none, once any names are known."""
+        """Build the blocks of parameters that have none, if any names are known."""
         self.complete_groups(optimizer)
         missing = [param for param in params_of(optimizer) if param not in self.blocks]
         if missing and (self.blocks or self.names):
@@ -159,7 +159,7 @@ class Binding:
                 self._adopt({param: blocks[param] for param in missing}, optimizer)
 
     def bind(self, model: Any, optimizer: Optimizer) -> None:
-        """Take names, and the size of attention heads, from a model; see :meth:`MemOpt.bind`."""
+        """Read names and attention head sizes from a model; see :meth:`MemOpt.bind`."""
         self.complete_groups(optimizer)
         named = list(model.named_parameters())
         theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
@@ -186,7 +186,7 @@ class Binding:
             self._adopt({param: blocks[param] for param in changed}, optimizer)
 
     def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
-        """Replace parameters by others of the same weights; see :meth:`MemOpt.rebind`."""
+        """Replace parameters by others that hold the same weights; see :meth:`MemOpt.rebind`."""
         self.build_missing(optimizer)
         table = {old: params.get(old, old) for old in params_of(optimizer)}
         for old, new in table.items():
@@ -216,7 +216,7 @@ class Binding:
 
     @contextmanager
     def undone_on_error(self, optimizer: Optimizer) -> Iterator[None]:
-        """Restore groups, names and blocks if what follows fails."""
+        """Restore groups, names and blocks if the body raises."""
         before = [(table, dict(table)) for table in (self.names, self.parts, self.plans, self.blocks)]
         groups = len(optimizer.param_groups)
         try:
@@ -229,17 +229,17 @@ class Binding:
             raise
 
     def _adopt(self, blocks: Mapping[Tensor, tuple[Block, ...]], optimizer: Optimizer) -> None:
-        """Adopt blocks and allocate the state of those that train.
+        """Add blocks and allocate the state of those that train.
 
-        State is complete before the first step: every checkpoint has it all, and nothing has to take a dummy step
-        to find out what the state will look like.
+        State is complete before the first step, so every checkpoint holds all of it, and no dummy step is needed to
+        learn its structure.
         """
         fresh = {param: initial_state(entries) for param, entries in blocks.items() if param.requires_grad}
         self.blocks.update(blocks)
         optimizer.state.update(fresh)
 
     def _all_blocks(self, optimizer: Optimizer) -> Blocks:
-        """Return the blocks of all parameters, as names, parts and plans are now."""
+        """Return the blocks of all parameters under the current names, parts and plans."""
         blocks: Blocks = {}
         known: list[tuple[str, str, Recipe]] = []
         names = parsing.named(self.names, params_of(optimizer))
@@ -283,12 +283,12 @@ class Binding:
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
-    """Return all parameters, group by group."""
+    """Return all parameters, in the order of the groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _identity(blocks: Mapping[Tensor, tuple[Block, ...]]) -> dict[Tensor, list[Any]]:
-    """Return what decides how blocks are updated."""
+    """Return everything that decides how blocks are updated."""
     return {
         param: [(block.name, block.role, block.recipe, block.layout.slot, block.layout.matrix) for block in entries]
         for param, entries in blocks.items()

@@ -28,15 +28,15 @@ class Block:
     """A parameter, or a part of one, with its recipe.
 
     Attributes:
-        name: The parameter's canonical name; with ``:role`` where the parameter holds several blocks.
+        name: The parameter's canonical name, followed by ``:role`` if the parameter holds several blocks.
         role: Its role.
         recipe: Its kinds, with ranks as numbers.
-        layout: Its shapes and placement, as the parameter has them.
-        prefix: What its state keys start with: empty, or the role and a dot in a fused parameter.
+        layout: Its shapes and placement, as in the parameter.
+        prefix: Prefix of its state keys: empty, or the role and a dot in a fused parameter.
         key: Its :func:`~lightning_memopt.kinds.tick.block_key`.
         index: Its position in the optimizer.
         itemsize: Bytes per element of the parameter.
-        plan: The plan that its first recipe is from; kinds that it changes to have the plan's options.
+        plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Block:
                 )
 
     def check(self) -> None:
-        """Raise whatever the kinds have against the block's shape or its sharding."""
+        """Raise if a kind does not fit the block's shape or its sharding."""
         for kind in self.kinds:
             kind.shapes(self.work)
 
@@ -69,12 +69,12 @@ class Block:
 
     @property
     def squares(self) -> set[str]:
-        """The keys of its state, without the prefix, whose elements are never negative."""
+        """The state keys, without the prefix, whose elements are never negative."""
         return {key for kind in self.kinds for key in kind.squares}
 
     @cached_property
     def work(self) -> Layout:
-        """The layout that the kinds work with: the parameter's, or that of a block which ranks have to gather."""
+        """The layout that the kinds work with: the parameter's, or that of the whole block if ranks gather it."""
         if self.layout.sharded and (
             self.layout.straddles_shards or any(kind.needs_whole(self.layout) for kind in self.kinds)
         ):
@@ -83,17 +83,17 @@ class Block:
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
-        """How those state tensors are cut, without the prefix, that ranks gather for a step."""
+        """How the state tensors that ranks gather for a step are cut, by key without the prefix."""
         if not self.layout.sharded:
             return {}
         cuts = {key: cut_of(self.work, sizes) for kind in self.kinds for key, sizes in kind.sizes(self.work).items()}
         return {key: cut for key, cut in cuts.items() if cut is not None}
 
     def changed(self, change: Recipe | Mapping[str, Any]) -> Block:
-        """Return the block with another recipe: a whole one, or kinds and options by name.
+        """Return the block with a whole new recipe, or with other kinds and options by name.
 
         Raises:
-            TypeError: If it is neither.
+            TypeError: If ``change`` is neither.
             ValueError: If a kind or option is unknown, or does not fit the block.
         """
         if not isinstance(change, Recipe):
@@ -109,7 +109,7 @@ class Block:
         return replace(self, recipe=self.recipe.changed(change).resolve(self.layout))
 
     def moved(self, param: Tensor) -> Block:
-        """Return the same block of another parameter of the same weights."""
+        """Return the same block of another parameter that holds the same weights."""
         old = self.layout
         layout = Layout.of(
             param,
@@ -122,11 +122,11 @@ class Block:
         return replace(self, layout=layout, itemsize=param.element_size())
 
     def init(self) -> State:
-        """Allocate the state of both kinds, under the block's prefix."""
+        """Allocate the state of both kinds. Keys have the block's prefix."""
         return {self.prefix + key: value for kind in self.kinds for key, value in kind.init(self.work).items()}
 
     def part(self, state: Mapping[str, Tensor], keys: tuple[str, ...]) -> State:
-        """Return this rank's part of some of the block's state."""
+        """Return the local parts of the state tensors ``keys``."""
         return {key: local_tensor(state[self.prefix + key]) for key in keys}
 
     def keys(self, state: Mapping[str, Any]) -> set[str]:
@@ -136,10 +136,10 @@ class Block:
         return {key for key in state if "." not in key and key != "step"}
 
     def infer(self, state: Mapping[str, Tensor]) -> Recipe:
-        """Return the recipe that the keys and shapes of saved state show.
+        """Return the recipe that the keys and shapes of saved state imply.
 
         Raises:
-            ValueError: If they show none, or one that does not fit the block.
+            ValueError: If they imply no recipe, or one that does not fit the block.
         """
         keys = self.keys(state)
         found: dict[str, Any] = {}
@@ -155,7 +155,7 @@ class Block:
         return Recipe(**found)
 
     def requests_for(self, state: State, keys: tuple[str, ...]) -> list[Gather]:
-        """Return what ranks have to put together to see those of the state tensors that :attr:`cuts` names."""
+        """Return the gathers for those of the state tensors ``keys`` that :attr:`cuts` names."""
         wanted = []
         for key in keys:
             if key in self.cuts:
@@ -164,12 +164,12 @@ class Block:
         return wanted
 
     def with_gathered(self, state: State, keys: tuple[str, ...], gathered: Sequence[Tensor]) -> State:
-        """Return state tensors as the kinds see them, given what :meth:`requests_for` asked for."""
+        """Return state tensors as the kinds see them, given the results of :meth:`requests_for`."""
         found = dict(zip((key for key in keys if key in self.cuts), gathered, strict=True))
         return {**self.part(state, keys), **found}
 
     def gather_requests(self, grad: Tensor, state: State) -> list[Gather]:
-        """Return what ranks have to put together before :meth:`update`; the same on all of them."""
+        """Return the gathers that :meth:`update` needs. They are the same on all ranks."""
         wanted = self.requests_for(state, tuple(self.cuts))
         if self.work.gathered:
             size = torch.Size(self.layout.matrix).numel() * grad.element_size()
@@ -186,16 +186,16 @@ class Block:
         gathered: Sequence[Tensor],
         watch: Watch,
     ) -> Task:
-        """Absorb a gradient into the state and update the weights; a task for ``run_tasks``.
+        """Add a gradient to the state and update the weights. The result is a task for ``run_tasks``.
 
         Args:
             param: The parameter.
             grad: Its gradient.
             state: Its state.
-            group: Its hyperparameters.
-            step: The step being taken, counted from 1.
-            gathered: What :meth:`gather_requests` asked for.
-            watch: What is to watch the update of the weights.
+            group: Its parameter group.
+            step: The current step, counted from 1.
+            gathered: The results of :meth:`gather_requests`.
+            watch: Records what happens to the weights.
         """
         beta1, beta2 = group["betas"]
         momentum, second_moment = self.kinds
@@ -226,20 +226,20 @@ class Block:
         bounded: bool,
         watch: Watch,
     ) -> None:
-        """Update this rank's weights.
+        """Update the local weights.
 
         Args:
             param: The parameter.
             direction: U.
             denominator: D.
-            group: Its hyperparameters.
+            group: Its parameter group.
             bounded: Whether ``max_update`` bounds |U / D|.
-            watch: What is to watch the update.
+            watch: Records what happens to the weights.
         """
         mine = self.layout.take(param)
         dtype = self.layout.dtype
         rates = Rates.of(group, weights=param.dtype, arithmetic=dtype, bounded=bounded)
-        if self.work.gathered:  # the update is that of the whole block: of a copy in which only our part counts
+        if self.work.gathered:  # U and D cover the whole block: update a copy, of which only the local part matters
             whole = mine.new_zeros(self.work.local)
             part = self.layout.cut_of_block().mine(whole).copy_(mine)
             lost = apply_(whole, direction, denominator, rates, dtype=dtype, watch=watch)
@@ -250,17 +250,17 @@ class Block:
             watch.lost[self.name] = (self.layout, lost)
         target = local_tensor(param)
         if mine.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-            # No view of the weights is a matrix (channels-last convolutions): a copy was updated.
+            # No view of the weights is a matrix (channels-last convolutions), so a copy was updated.
             target.copy_(mine.view(target.shape))
 
 
 def apply_(
     weights: Tensor, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
 ) -> Tensor | None:
-    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, a chunk at a time. All shapes broadcast to ``[..., m, n]``.
+    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, one chunk at a time. All shapes broadcast to ``[..., m, n]``.
 
-    Where the rates say so, |U / D| is bounded, and weights that would not be finite keep their values; their number is
-    returned then.
+    The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
+    non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
     lost = torch.zeros((), device=weights.device) if rates.checked else None
     for index in chunks(weights):

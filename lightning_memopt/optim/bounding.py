@@ -1,4 +1,4 @@
-"""How far one step may move a weight: the bound on |U / D|, and weights that stay finite."""
+"""Limits on one step: the bound on |U / D|, and weights that stay finite."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lightning_memopt.optim.guards import agreed
 from lightning_memopt.sharding.consensus import rank
 from lightning_memopt.sharding.layout import Layout
 
-# Where the bound changes this share of the elements, it has become a part of the method.
+# If the bound changes this share of the elements, it has become a part of the method.
 SHARE = 0.01
-# Elements are counted in one step of ten, from this step on: the first steps of a low-rank momentum may reach the bound
-# without meaning anything. So may a spike: only several counts in a row say something.
+# Elements are counted every ten steps, from step 20 on. It is normal that the first steps of a low-rank momentum reach
+# the bound, or that a spike does: only several counts in a row are significant.
 EVERY, FIRST, COUNTED = 10, 20, 3
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the update of one block is multiplied with, and how far it may go.
+    """The factors in the update of one block, and its limits.
 
     Attributes:
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         max_update: Bound on every element of |U / D|; None for no bound.
-        checked: Whether a weight could become infinite or undefined, so that every one has to be looked at.
+        checked: Whether a weight could become infinite or NaN, so that every weight must be checked.
     """
 
     lr: float
@@ -44,35 +44,35 @@ class Rates:
         """Return the rates of a block.
 
         Args:
-            group: Its hyperparameters.
+            group: The parameter group of the block.
             weights: The dtype of its weights.
             arithmetic: The dtype of its arithmetic.
-            bounded: Whether the bound applies to it.
+            bounded: Whether the bound applies to the block.
         """
         lr, decay, max_update = float(group["lr"]), group["weight_decay"], group["max_update"] if bounded else None
         reach = max_update if max_update is not None else _reach(arithmetic, group)
-        # A finite weight to which less than half of its last bit is added stays finite, even the largest one: rounding
-        # takes it back. This holds for float32 and bfloat16 whatever a kind does, and for float16 under a bound. So
-        # nothing has to be read; only the rest is checked (float16 without a bound, or absurd rates).
+        # A finite weight stays finite if the update is less than half of its last bit: rounding absorbs it, even at the
+        # largest number. This holds for float32 and bfloat16 with every kind, and for float16 under a bound. So no
+        # weight has to be read. Only the rest is checked (float16 without a bound, or absurd rates).
         wide, narrow = torch.finfo(arithmetic), torch.finfo(weights)
         safe = lr * reach <= narrow.max * narrow.eps / 8 and lr * decay <= 2 and group["eps"] >= wide.tiny
         return Rates(lr, decay, max_update, checked=not safe)
 
 
 def _reach(arithmetic: torch.dtype, group: Mapping[str, Any]) -> float:
-    """Return what no |U / D| exceeds, since ``guards`` lets no gradient pass whose squares could overflow in a sum."""
+    """Return an upper bound on |U / D|. ``guards`` rejects gradients whose squares could overflow in a sum."""
     return 2 / (1 - group["betas"][0]) * torch.finfo(arithmetic).max ** 0.5 / min(1.0, group["eps"])
 
 
 @dataclass
 class Watch:
-    """What is seen while weights are updated; it stays on the device until the step is over.
+    """Counts taken while weights are updated. They stay on the device until the end of the step.
 
     Attributes:
         counting: Whether to count elements at the bound.
-        hits: How many there were, one number per chunk.
-        elements: Out of how many.
-        lost: For every block that is checked, its layout and how many of its weights could not be updated.
+        hits: Number of elements at the bound, one tensor per chunk.
+        elements: Total number of elements counted.
+        lost: For every checked block, its layout and the number of its weights that could not be updated.
     """
 
     counting: bool = False
@@ -81,14 +81,14 @@ class Watch:
     lost: dict[str, tuple[Layout, Tensor]] = field(default_factory=dict)
 
     def require_finite(self) -> None:
-        """Raise if a weight could not be updated: on all ranks that share the block.
+        """Raise if a weight could not be updated, on all ranks that share the block.
 
-        The step has been taken everywhere else. What U / D is, is known only once state has been updated; to hold all
-        updates back until then would take a second copy of the weights. So weights that would have left the range of
-        their dtype keep their value, and this error comes before the step returns.
+        All other weights have taken the step. U / D is known only after state is updated, and holding all updates back
+        until then would take a second copy of the weights. So a weight that would leave the range of its dtype keeps
+        its value, and this error is raised before the step returns.
 
         Raises:
-            FloatingPointError: Naming the blocks.
+            FloatingPointError: If there are such weights. The message names the blocks.
         """
         if not self.lost:
             return
@@ -104,7 +104,7 @@ class Watch:
 
 
 def limited(update: Tensor, scale: float, divisor: Tensor, bound: float, watch: Watch) -> Tensor:
-    """Return a chunk of U / D, where no ``|scale · U / D|`` exceeds the bound; it may lie where D did."""
+    """Return a chunk of U / D with ``|scale · U / D|`` clamped to the bound. It may reuse the memory of D."""
     quotient = torch.div(update, divisor, out=divisor if divisor.shape == update.shape else None)
     limit = bound / abs(scale) if scale else math.inf
     if watch.counting:
@@ -114,31 +114,31 @@ def limited(update: Tensor, scale: float, divisor: Tensor, bound: float, watch: 
 
 
 class Tally:
-    """Says once that the bound changes more than ``SHARE`` of all elements.
+    """Warns once if the bound changes more than ``SHARE`` of all elements.
 
-    It reads in the step after the one that was counted, when the device has been waited for anyway. Every process
-    counts what it holds, which is a sample of all blocks; the first one speaks.
+    A count is read one step later, when the host waits for the device anyway. Every process counts its local elements,
+    which are a sample of all blocks. The first process warns.
     """
 
     def __init__(self) -> None:
-        """Start with nothing counted."""
+        """Start without counts."""
         self._pending: Watch | None = None
         self._counts: list[tuple[int, int]] = []
-        self._said = False
+        self._warned = False
 
     def watch(self, counters: Iterable[Tensor]) -> Watch:
-        """Return what is to watch this step, which the largest of the parameters' counters numbers."""
-        if self._said:
+        """Return the watch for this step. The largest of the parameters' step counters is the step number."""
+        if self._warned:
             return Watch()
         step = max((int(counter.item()) for counter in counters), default=0)
         return Watch(counting=step >= FIRST and step % EVERY == 0)
 
     def take(self, watch: Watch) -> None:
-        """Keep what a step has counted for :meth:`read`."""
+        """Keep the counts of a step for :meth:`read`."""
         self._pending = watch if watch.elements else None
 
     def read(self) -> None:
-        """Read the last count; warn where all of the last ones are above ``SHARE``."""
+        """Read the last count. Warn if all of the most recent counts are above ``SHARE``."""
         if self._pending is None:
             return
         hits, elements = torch.stack(self._pending.hits).sum().item(), self._pending.elements
@@ -146,7 +146,7 @@ class Tally:
         self._counts = [*self._counts[1 - COUNTED :], (int(hits), elements)]
         shares = [hits / elements for hits, elements in self._counts]
         if len(shares) == COUNTED and min(shares) > SHARE:
-            self._said, self._counts = True, []
+            self._warned, self._counts = True, []
             if rank() == 0:
                 warnings.warn(
                     f"{sum(shares) / COUNTED:.1%} of all elements of the updates were above the bound `max_update` in "

@@ -1,4 +1,4 @@
-"""Whether what was read from a file is sound, looked at before anything is changed by it."""
+"""Checks of data read from a file, made before anything changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Share = tuple[int, int]
 
 
 def check_structure(state_dict: Any, what: str = "state dict") -> None:
-    """Refuse what is not an optimizer's state dict at all.
+    """Check that an object has the structure of an optimizer's state dict.
 
     Raises:
         TypeError: If it, its state or its groups have the wrong type.
@@ -44,10 +44,10 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
 
 
 def check_step(value: Any, name: str) -> None:
-    """Refuse a step counter that counts nothing.
+    """Check that a step counter is a valid count.
 
     Raises:
-        ValueError: If it is not one number, finite, whole, and at least 0.
+        ValueError: If it is not a single finite whole number of at least 0.
     """
     tensor = value.detach() if isinstance(value, Tensor) else None
     if tensor is not None and (tensor.numel() != 1 or tensor.is_complex() or tensor.is_meta or tensor.is_sparse):
@@ -63,7 +63,7 @@ def check_step(value: Any, name: str) -> None:
 
 
 def check_kind(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor whose elements cannot be read as numbers.
+    """Check that the elements of a tensor can be read as numbers.
 
     Raises:
         ValueError: If it is sparse, or on the meta device.
@@ -75,11 +75,11 @@ def check_kind(tensor: Tensor, what: str) -> None:
 
 
 class Values:
-    """Tensors whose values are to be looked at: one pass over each, one synchronisation for all of a device.
+    """Tensors whose values are checked in one pass each, with one synchronization per device.
 
     Args:
-        share: This process's position and how many divide the work: whole tensors that all of them have are looked at
-            by one of them. Of what is sharded every process looks at its part.
+        share: This process's position, and the number of processes that divide the work. One process checks each
+            whole tensor, since all of them have it. Every process checks its own part of a sharded tensor.
     """
 
     def __init__(self, share: Share = (0, 1)) -> None:
@@ -87,14 +87,14 @@ class Values:
         self._entries: list[tuple[str, Tensor, bool, bool]] = []
 
     def add(self, what: str, tensor: Tensor, *, negative: bool = True, infinite: bool = False) -> None:
-        """Add a tensor; it must not have NaN, and neither infinite nor negative elements unless they are allowed."""
+        """Add a tensor. NaN is never allowed; infinite or negative elements only if the flags allow them."""
         self._entries.append((what, tensor, negative, infinite))
 
     def check(self) -> None:
-        """Look at the values.
+        """Check the values.
 
         Raises:
-            ValueError: Naming the first tensor that has elements it must not have.
+            ValueError: If a tensor has forbidden elements. The message names the first one.
         """
         rank, size = self._share
         mine = []
@@ -118,7 +118,7 @@ class Values:
 
 
 def state_of(name: Any, key: str) -> str:
-    """Return how messages call a saved state tensor."""
+    """Return the name that messages use for a saved state tensor."""
     return f"The saved optimizer state {key!r} of {name!r}"
 
 
@@ -127,7 +127,7 @@ def _refusal(what: str, has: str) -> str:
 
 
 def described(value: Any) -> str:
-    """Describe a value of the wrong sort in a few words, without the numbers of a model that it may hold."""
+    """Describe a value of the wrong type briefly, without printing a model's numbers."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, Mapping):

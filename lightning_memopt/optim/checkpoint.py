@@ -1,4 +1,4 @@
-"""Reading a saved state dict: keys and shapes decide kinds and ranks; what does not fit is refused."""
+"""Reads a saved state dict. Its keys and shapes decide kinds and ranks; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_
 from lightning_memopt.sharding.tensors import full_tensor
 
 Blocks = tuple[Block, ...]
-# What torch's AdamW keeps for every parameter.
+# The state that torch's AdamW keeps for every parameter.
 ADAMW_KEYS = frozenset(("step", "exp_avg", "exp_avg_sq"))
 
 
 def require_known_state(saved: Mapping[str, Any], optimizer: str) -> None:
-    """Refuse a state dict that is neither one of this package nor one of torch's AdamW.
+    """Check that a state dict comes from this package or from torch's AdamW.
 
     Args:
-        saved: The state dict; only its keys matter.
+        saved: The state dict; only its keys are used.
         optimizer: The name of the optimizer's class, for the message.
 
     Raises:
-        ValueError: If it lacks what every recipe can go on from.
+        ValueError: If it lacks state that every recipe can continue from.
     """
     groups = saved["param_groups"]
     if any("recipe" in group for group in groups):
-        return  # recipes and keys are compared one by one
+        return  # recipes and keys are compared individually later
     missing = [key for key in ("betas", "eps") if any(key not in group for group in groups)]
     entries = [entry for entry in saved["state"].values() if entry]
     missing = missing or sorted({key for entry in entries for key in ADAMW_KEYS - entry.keys()})
@@ -42,7 +42,7 @@ def require_known_state(saved: Mapping[str, Any], optimizer: str) -> None:
 
 
 def cannot_go_on(saved: Mapping[str, Any], optimizer: str, missing: Sequence[str]) -> ValueError:
-    """Return the error about a state dict that another kind of optimizer has saved."""
+    """Return the error for a state dict that another kind of optimizer saved."""
     groups = saved["param_groups"]
     recipes = dict.fromkeys(group["recipe"] for group in groups if "recipe" in group)
     keys = dict.fromkeys(key for group in groups for key in group if key not in ("params", NAMES))
@@ -56,13 +56,13 @@ def cannot_go_on(saved: Mapping[str, Any], optimizer: str, missing: Sequence[str
 
 
 def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return today's groups with the saved hyperparameters, after checking that they belong together.
+    """Return the current groups with the saved hyperparameters, after checking that they match.
 
-    A group without a recipe is one of ``torch.optim.AdamW`` and counts as ``adamw``. From ``adamw`` every recipe can
-    go on; the betas are then its own, since they belong to the recipe. Keys of the user's own come back.
+    A group without a recipe comes from ``torch.optim.AdamW`` and counts as ``adamw``. Every recipe can continue from
+    ``adamw``, but keeps its own betas, since they belong to the recipe. The user's own keys are restored.
 
     Raises:
-        ValueError: If the numbers of groups or of parameters differ, or the recipes.
+        ValueError: If the number of groups, the number of parameters, or the recipes differ.
     """
     if len(saved) != len(ours):
         raise ValueError(
@@ -94,12 +94,12 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
 
 
 def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[Blocks, dict[str, Tensor]]:
-    """Return the blocks of one parameter as its saved state shows them, and that state where the parameter lies.
+    """Return the blocks of one parameter as its saved state implies them, and that state placed like the parameter.
 
     Args:
-        blocks: The blocks as they are.
-        saved: Key → tensor: whole ones, or DTensors of any placement.
-        convert: Whether to keep the blocks' recipes and make their state from the saved one.
+        blocks: The current blocks.
+        saved: Key → tensor. Tensors are whole, or DTensors of any placement.
+        convert: Whether to keep the recipes of the current blocks and convert the saved state to them.
 
     Raises:
         ValueError: If the state does not fit the blocks.
@@ -112,9 +112,9 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
 
 
 def relocated(blocks: Blocks, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a parameter that lies elsewhere now; before the first step it is made anew, also on a device.
+    """Return the state of a parameter after it moved. Before the first step, state is initialized again.
 
-    That is what gives state to parameters that were on the meta device.
+    Initializing again also gives real state to parameters that were on the meta device.
     """
     if not state or float(state["step"]) == 0:
         return initial_state(blocks) if state else {}
@@ -122,10 +122,10 @@ def relocated(blocks: Blocks, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def examine(blocks: Blocks, saved: Mapping[str, Any], values: Values) -> None:
-    """Check that :func:`loaded` can load a parameter's state; its tensors are added to ``values``, none is touched.
+    """Check that :func:`loaded` can load a parameter's state. Add its tensors to ``values`` without reading them.
 
     Raises:
-        ValueError: If the state does not fit the blocks, or holds no numbers.
+        ValueError: If the state does not fit the blocks, or does not hold numbers.
     """
     name = blocks[0].name if not blocks[0].prefix else blocks[0].name.rpartition(":")[0]
     tensors = {key: value for key, value in saved.items() if key != "step" and isinstance(value, Tensor)}
@@ -140,7 +140,7 @@ def examine(blocks: Blocks, saved: Mapping[str, Any], values: Values) -> None:
 
 
 def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[str, Tensor]]:
-    """Return the blocks of one parameter with the recipes that its saved state shows, and that state by block.
+    """Return the blocks of one parameter with the recipes that its saved state implies, and the state split by block.
 
     Raises:
         ValueError: If the state does not fit the blocks.
@@ -164,21 +164,21 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
 
 
 def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return zeros where this rank would hold the saved state of a parameter, dtypes and global shapes as saved."""
+    """Return zeros for this rank's part of a parameter's saved state, with the saved dtypes and global shapes."""
     state = {"step": torch.zeros((), dtype=torch.float32)}
     adapted, split = inferred(blocks, saved)
     if set(split) == set(saved):
         for block in adapted:
             state.update(block.init())
         return state
-    for key in saved:  # fused, by an optimizer that knows no blocks
+    for key in saved:  # fused state, from an optimizer without blocks
         if key != "step":
             state[key] = torch.zeros_like(param, dtype=saved[key].dtype, requires_grad=False)
     return state
 
 
 def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Split the state of a fused parameter that another optimizer, such as torch's AdamW, kept as one."""
+    """Split the fused state of a parameter into blocks, if another optimizer such as torch's AdamW saved it."""
     if not blocks[0].prefix or not all(key in ("step", "exp_avg", "exp_avg_sq") for key in saved):
         return saved
     split = {"step": saved["step"]}

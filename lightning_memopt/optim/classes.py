@@ -11,7 +11,7 @@ from lightning_memopt.optim.memopt import MemOpt, ParamsT
 
 
 class RecipeOptimizer(MemOpt):
-    """MemOpt with one recipe.
+    """MemOpt with a fixed recipe.
 
     Args:
         params: As for :class:`MemOpt`.
@@ -19,7 +19,7 @@ class RecipeOptimizer(MemOpt):
         betas: Decay rates; None for the recipe's.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        options: Any other option of :class:`MemOpt` but the recipe.
+        options: Any other option of :class:`MemOpt`, except the recipe.
     """
 
     _recipe: str
@@ -33,7 +33,7 @@ class RecipeOptimizer(MemOpt):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        # By keyword, or jsonargparse leaves out the options of classes that inherit this.
+        # By keyword: otherwise jsonargparse omits the options of subclasses.
         super().__init__(
             params=params, recipe=self._recipe, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
         )
@@ -42,19 +42,20 @@ class RecipeOptimizer(MemOpt):
 class AdaPM(RecipeOptimizer):
     """AdaPM: each block of a transformer gets the momentum it needs (arXiv 2510.09103).
 
-    Embeddings and attention output have no momentum, values a dense one, everything else a low-rank one whose dropped
-    part is released at once: with M = β₁ Q₋R₋ + (1−β₁) G and Q = orth(M R₋ᵀ), R = Qᵀ M::
+    Embeddings and attention output have no momentum. Values and matrices of unknown role have a dense one. All other
+    matrices have a low-rank one, which releases at once what it drops. With M = β₁ Q₋R₋ + (1−β₁) G,
+    Q = orth(M R₋ᵀ) and R = Qᵀ M::
 
         U = Q R / (1−β₁ᵗ) + (M − Q R) / (1−β₁),   D = √(V / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
     State: at most 10% of AdamW's momentum on LLaMA and GPT-2 shapes, and AdamW's full second moment.
-    Learning rate: AdamW's, warmed up: U / D is larger than Adam's while t is small. No element of it exceeds
-    ``max_update``, since Q mixes elements and V can be almost 0 where U is not.
+    Learning rate: AdamW's, with warmup, since U / D is larger than Adam's while t is small. ``max_update`` bounds every
+    element of U / D, since Q mixes elements and V can be almost 0 where U is not.
 
     Args:
         params: As for :class:`MemOpt`.
         lr: Learning rate.
-        betas: Decay rates; None for (0.9, 0.95), or with ``paper`` (0.9, 0.999).
+        betas: Decay rates; None for (0.9, 0.95), or for (0.9, 0.999) with ``paper``.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         paper: Use the authors' decay rates.
@@ -81,8 +82,8 @@ class AdaPM(RecipeOptimizer):
 class AdaPMMini(AdaPM):
     """AdaPM with Adam-mini's second moment (arXiv 2510.09103 with 2406.16793).
 
-    Momentum as in :class:`AdaPM`; V is one number per attention head for queries and keys (where the size of a head is
-    known: bind the model, or give ``head_dim``) and one per output for everything else: the mean of G² over it.
+    Momentum as in :class:`AdaPM`. V is the mean of G² over each attention head for queries and keys, if the head size
+    is known (bind the model, or give ``head_dim``), and over each output for all other matrices.
 
     State: at most 5.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's.
     """
@@ -91,14 +92,14 @@ class AdaPMMini(AdaPM):
 
 
 class AdaPMLean(RecipeOptimizer):
-    """Low-rank momentum for every matrix, Adafactor's factored second moment: this package's default.
+    """Low-rank momentum for every matrix, with Adafactor's factored second moment. The default of this package.
 
-    U as in :class:`AdaPM`; a ← β₂ a + (1−β₂) mean_n(G²), c ← β₂ c + (1−β₂) mean_m(G²)::
+    U as in :class:`AdaPM`, with a ← β₂ a + (1−β₂) mean_n(G²), c ← β₂ c + (1−β₂) mean_m(G²)::
 
         D = √(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
-    State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, warmed up. No element of U / D
-    exceeds ``max_update``.
+    State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, with warmup. ``max_update`` bounds
+    every element of U / D.
     Sources: arXiv 2510.09103 (momentum), arXiv 1804.04235, section 3 (second moment).
     """
 
@@ -113,8 +114,8 @@ class AdamSN(RecipeOptimizer):
 
         W ← (1 − ηλ) W − η · M / (1−β₁ᵗ) / (√(V / (1−β₂ᵗ)) + ε)
 
-    State: AdamW's momentum, and almost no second moment except for embeddings: a little over half of AdamW's.
-    Learning rate: AdamW's. With ``reduction="sum"``, as in the paper, √(subset's size) times it.
+    State: AdamW's momentum, and almost no second moment except for embeddings: slightly more than half of AdamW's.
+    Learning rate: AdamW's. With ``reduction="sum"``, as in the paper, multiply it by √(subset's size).
     """
 
     _recipe = "adam_sn"
@@ -123,12 +124,12 @@ class AdamSN(RecipeOptimizer):
 class RMSPropSN(AdamSN):
     """RMSProp with Subset-Norm step sizes on linear weights, as its authors define it (arXiv 2411.07120).
 
-    No momentum, no bias correction, sums over the subsets: V ← β₂ V + (1−β₂) sum(G²), W ← W − η G / (√V + ε).
+    No momentum, no bias correction, and sums over subsets: V ← β₂ V + (1−β₂) sum(G²), W ← W − η G / (√V + ε).
     Betas (0, 0.999).
 
-    State: one number per row or column of linear weights; a full second moment for embeddings and the rest.
-    Learning rate: √(subset's size) times RMSProp's for the linear weights, but RMSProp's for everything else; with
-    ``reduction="mean"`` the same for both. The first steps are 1/√(1−β₂) = 32 times larger than Adam's.
+    State: one number per row or column of linear weights; a full second moment for all other weights.
+    Learning rate: √(subset's size) times RMSProp's for linear weights, and RMSProp's for all other weights. With
+    ``reduction="mean"``, RMSProp's for both. The first steps are 1/√(1−β₂) = 32 times larger than Adam's.
     """
 
     _recipe = "rmsprop_sn"
@@ -137,16 +138,17 @@ class RMSPropSN(AdamSN):
 class AdamSNSM(RecipeOptimizer):
     """Adam with Subset-Norm step sizes and Subspace-Momentum on linear weights (arXiv 2411.07120).
 
-    Momentum lives in a k-dimensional subspace of the short side, its complement follows plain SGD; every ``gap`` steps
-    P is the leading singular subspace of G, X ← 0::
+    Momentum lives in a k-dimensional subspace of the short side. The complement follows plain SGD. Every ``gap`` steps,
+    P becomes the leading singular subspace of G, and X ← 0::
 
         X ← β₁ X + (1−β₁) G P,   U = X Pᵀ / (1−β₁ᵗ) + (G − G P Pᵀ),   D = √(V / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
     with V the mean of G² over each row or column.
 
-    State: k(m + n) + max(m, n) numbers for an m × n weight, AdamW's for embeddings: 14% of AdamW's on LLaMA 1B at the
-    default rank of 1/8, 23% at 1/4. Learning rate: AdamW's; with ``reduction="sum"`` or ``paper`` √(subset's size)
-    times it. ``max_update`` bounds U / D: P mixes elements, and a mean of squares hides small ones.
+    State: k(m + n) + max(m, n) numbers for an m × n weight, and AdamW's state for embeddings: on LLaMA 1B 14% of
+    AdamW's at the default rank of 1/8, 23% at 1/4. Learning rate: AdamW's. With ``reduction="sum"`` or ``paper``,
+    multiply it by √(subset's size). ``max_update`` bounds U / D: P mixes elements, and a mean of squares hides small
+    ones.
 
     Args:
         params: As for :class:`MemOpt`.
@@ -154,9 +156,9 @@ class AdamSNSM(RecipeOptimizer):
         betas: Decay rates; None for (0.9, 0.999).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        paper: Follow the authors' code: sums over the subsets, the complement divided by 1−β₁ᵗ, too, a new subspace by
-            SVD every 200 steps. Their use of the old momentum's coordinates in the new basis for one step, before they
-            reset it, is not copied: the signs of singular vectors are arbitrary.
+        paper: Follow the authors' code: sums over subsets, the complement also divided by 1−β₁ᵗ, and a new subspace by
+            SVD every 200 steps. Their code uses the old momentum's coordinates in the new basis for one step before
+            the reset. This is not copied, since the signs of singular vectors are arbitrary.
         options: Any other option of :class:`MemOpt`. The defaults are ``rank`` 1/8 of the short side, at least 4,
             ``gap`` 10, ``projection`` ``power``, ``handover`` ``reset`` and ``reduction`` ``mean``.
     """
@@ -183,11 +185,11 @@ class AdamSNSM(RecipeOptimizer):
 class AdaGradSNSM(AdamSNSM):
     """AdaGrad with Subset-Norm and Subspace-Momentum on linear weights, as its authors define it (arXiv 2411.07120).
 
-    V ← V + sum(G²) over each row or column (β₂ = 1), no bias correction: U = X Pᵀ + (G − G P Pᵀ), D = √V + ε.
+    V ← V + sum(G²) over each row or column (β₂ = 1), without bias correction: U = X Pᵀ + (G − G P Pᵀ), D = √V + ε.
     Betas (0.9, 1).
 
-    State: as :class:`AdamSNSM`. Learning rate: AdaGrad's, far larger than AdamW's, since V only grows: in
-    ``benchmarks/convergence.py`` the best was 180 times AdamW's.
+    State: as in :class:`AdamSNSM`. Learning rate: AdaGrad's, far larger than AdamW's, since V only grows. The best one
+    in ``benchmarks/convergence.py`` was 180 times AdamW's.
     """
 
     _recipe = "adagrad_snsm"
@@ -197,12 +199,12 @@ class AdaGradSNSM(AdamSNSM):
 class AdamMini(RecipeOptimizer):
     """Adam-mini: one second-moment number per block of the Hessian's structure (arXiv 2406.16793).
 
-    V ← β₂ V + (1−β₂) mean(G²) over each attention head (queries and keys, where the size of a head is known: bind the
-    model, or give ``head_dim``) or each output (everything else; each token for embeddings)::
+    V ← β₂ V + (1−β₂) mean(G²) over each attention head for queries and keys, if the head size is known (bind the model,
+    or give ``head_dim``), and over each output for all other matrices (for embeddings, each token)::
 
         W ← (1 − ηλ) W − η · M / (1−β₁ᵗ) / (√(V / (1−β₂ᵗ)) + ε)
 
-    State: AdamW's momentum and almost no second moment: 50% of AdamW's. Learning rate: AdamW's.
+    State: AdamW's momentum, and almost no second moment: 50% of AdamW's. Learning rate: AdamW's.
     """
 
     _recipe = "adam_mini"
@@ -215,9 +217,9 @@ class Adafactor(RecipeOptimizer):
 
         W ← (1 − ηλ) W − η · G / (√(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε)
 
-    Without the paper's relative step sizes and its schedule of β₂, and with a bound per element (``max_update``) in
-    place of its clipping: this is its second moment in AdamW's frame, to compare with. State: m + n numbers for an
-    m × n weight, under 1% of AdamW's. Learning rate: AdamW's or less, for lack of momentum.
+    Omits the paper's relative step sizes and its schedule of β₂, and replaces its clipping by a bound per element
+    (``max_update``). Use it to compare Adafactor's second moment within AdamW's update. State: m + n numbers for an
+    m × n weight, under 1% of AdamW's. Learning rate: AdamW's or less, since there is no momentum.
     """
 
     _recipe = "adafactor"

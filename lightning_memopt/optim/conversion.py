@@ -1,4 +1,4 @@
-"""State of one block turned into that of other kinds or ranks, and what is lost by that."""
+"""Conversion of a block's state to other kinds or ranks, and the release of what the new state cannot hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_memopt.optim.guards import exact_arithmetic
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.tensors import fill_, full_tensor
 
-# What becomes of momentum that a smaller state cannot hold.
+# What happens to momentum that a smaller state cannot hold.
 DROPPED = ("release", "discard")
 Loss = Callable[[State, State], None]
 
@@ -34,17 +34,17 @@ def converted(
     on_loss: Loss | None = None,
     group: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Return state for ``new`` that goes on from that of ``old``; needs memory for one block's dense state.
+    """Return state for ``new`` that continues from the state of ``old``. Needs memory for one block's dense state.
 
-    A sharded block is put together on every rank, and every rank keeps its part of the result.
+    Every rank gathers a sharded block and keeps its part of the result.
 
     Args:
         old: The block that the state belongs to.
-        new: The same block with another recipe, or elsewhere.
+        new: The same block with another recipe or placement.
         state: The state; keys have the block's prefix.
-        keep: Whether tensors that stay what they are may be in the result themselves, instead of copies.
-        on_loss: Called with the whole momentum state before and after, where the latter holds fewer ranks.
-        group: Hyperparameters, to bound momentum by that the new block's steps will not bound.
+        keep: Whether the result may share unchanged tensors with ``state`` instead of copying them.
+        on_loss: Called with the whole momentum state before and after, if the rank becomes smaller.
+        group: Hyperparameters. If given, bound momentum that the steps of the new block will not bound.
     """
     result: dict[str, Tensor] = {}
     for before, after in zip(old.kinds, new.kinds, strict=True):
@@ -67,8 +67,8 @@ def converted(
 
 
 def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) -> State:
-    """Return the whole state of ``after`` that goes on from the whole one of ``before``."""
-    if not state or not after.keys or old.empty:  # nothing is there, or nothing is kept: no dense form is needed
+    """Return the whole state of ``after`` that continues from the whole state of ``before``."""
+    if not state or not after.keys or old.empty:  # no dense form needed: nothing exists, or nothing is kept
         return after.init(new)
     if isinstance(after, Momentum) and type(before) is type(after):
         resized = after.resized(state, new)
@@ -80,10 +80,10 @@ def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) 
 def _limited(
     old: Block, kind: Momentum, source: State, layout: Layout, state: Mapping[str, Tensor], group: Mapping[str, Any]
 ) -> State:
-    """Return whole momentum no element of which moves a weight by more than ``max_update`` in one step.
+    """Return whole momentum that moves no weight by more than ``max_update`` in one step.
 
-    An average of an element's own gradients needs no bound, but this one comes from factors that mixed elements. Once
-    it is small enough it stays so: it decays faster than the root of the second moment.
+    An average of an element's own gradients needs no bound, but factors mix elements. Momentum that is small enough
+    stays so: it decays faster than the root of the second moment.
     """
     if not source or group["max_update"] is None or not old.recipe.second_moment.normalizes:
         return source
@@ -98,7 +98,7 @@ def _limited(
 
 
 def _denominator(old: Block, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Denominator:
-    """Return the denominator of the last step, of the whole block."""
+    """Return the denominator of the last step for the whole block."""
     kind, (_, beta2) = old.recipe.second_moment, group["betas"]
     tick = Tick(int(state["step"].item()), old.key, old.index)
     square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
@@ -106,9 +106,9 @@ def _denominator(old: Block, state: Mapping[str, Tensor], group: Mapping[str, An
 
 
 def _rank(kind: Kind, state: State, layout: Layout) -> int:
-    """Return the largest rank of momentum that a whole state can hold; 0 for what is no momentum.
+    """Return the largest rank that a whole momentum state can hold; 0 for other kinds.
 
-    Not its numbers: in a square block, factors of half the rank already have as many as the dense momentum.
+    Comparing sizes would not work: in a square block, factors of half the rank have as many numbers as dense momentum.
     """
     if not isinstance(kind, Momentum):
         return 0
@@ -121,25 +121,25 @@ def _rank(kind: Kind, state: State, layout: Layout) -> int:
 def release(
     old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], watch: Watch
 ) -> Loss:
-    """Return what moves the weights by momentum that is about to be lost, as the steps to come would have.
+    """Return a function that moves the weights by the lost momentum, as the coming steps would have.
 
-    A part ΔM of the momentum that no state keeps would have been in the next updates with weights β₁, β₁², ...::
+    The part ΔM that no state keeps would have entered the next updates with weights β₁, β₁², ...::
 
         W ← W − lr · β₁ / (1 − β₁) · ΔM / D
 
-    with the denominator of the last step. It is the rule by which low-rank momentum (AdaPM, arXiv 2510.09103) releases
-    what its factors drop.
+    with the denominator of the last step. Low-rank momentum (AdaPM, arXiv 2510.09103) releases what its factors drop
+    by the same rule.
     """
 
     def on_loss(before: State, after: State) -> None:
         beta1 = group["betas"][0]
         lost = _difference(old, new, before, after, beta1 / (1 - beta1))
         denominator = _denominator(old, state, group).part(old.work)
-        # Where a gradient was always 0 the factors still hold something, which eps would blow up.
+        # Where the gradient was always 0, the factors still hold noise, which eps would amplify.
         known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
         denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
         with exact_arithmetic({param.device.type}):
-            # As an update, it is bounded as one; whatever the kind was, what is lost mixes elements.
+            # Bounded like an update: the lost momentum mixes elements, whatever its kind.
             bounded = old.recipe.second_moment.normalizes
             old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
 
@@ -147,7 +147,7 @@ def release(
 
 
 def _difference(old: Block, new: Block, before: State, after: State, weight: float) -> Direction:
-    """Return ``weight`` times this rank's part of the momentum that ``before`` holds and ``after`` does not."""
+    """Return ``weight`` times the local part of the momentum that ``before`` holds and ``after`` does not."""
     layout, work = old.layout.whole(), old.work
     base = torch.zeros((), dtype=layout.dtype, device=layout.device).expand(work.local)
     lefts, rights = [], []

@@ -1,4 +1,4 @@
-"""What a snapshot says about the blocks of an optimizer of this package."""
+"""Builds the snapshot of an optimizer of this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_memopt.sharding.consensus import world_size
 
 
 def snapshot_of(optimizer: Optimizer, binding: Binding, skipped: int) -> Snapshot:
-    """Return frozen facts about all blocks that train or have state; see :meth:`MemOpt.snapshot`."""
+    """Return immutable facts about all blocks that train or have state; see :meth:`MemOpt.snapshot`."""
     binding.require_names(optimizer)
     states = [state for state in optimizer.state.values() if state]
     storages = Storages()
@@ -39,7 +39,7 @@ def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, max_
     Args:
         block: The block.
         state: Its parameter's state.
-        storages: Knows what has been counted before.
+        storages: The storages counted so far.
         max_update: The bound of its parameter group.
     """
     momentum, second_moment = block.kinds

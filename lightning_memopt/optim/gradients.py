@@ -1,4 +1,4 @@
-"""Which parameters a step can change: those with a gradient that all ranks can use."""
+"""Finds the parameters that a step can change: those whose gradients all ranks can use."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Active = list[tuple[dict[str, Any], Tensor]]
 
 
 def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tuple[Active, list[str], list[str]]:
-    """Return all parameters with a gradient, and the names of gradients and of weights that cannot be used.
+    """Return all parameters with a gradient, and the names of unusable gradients and weights.
 
     Args:
         optimizer: The optimizer.
         binding: Its blocks.
-        trusted: Parameters whose weights need not be looked at.
+        trusted: Parameters whose weights need no check.
 
     Raises:
         ValueError: If names are not known, or a gradient is sparse or complex.
-        RuntimeError: If ranks disagree about which parameters have a gradient, or another rank has raised.
+        RuntimeError: If ranks disagree about which parameters have a gradient, or another rank raised.
     """
     active, refusal = [], None
     try:
         active = _active(optimizer, binding)
-    except Exception as error:  # whatever it is, other ranks must hear of it
+    except Exception as error:  # of any type: the other ranks must know
         refusal = error
     judged = [
         Judged(
@@ -55,10 +55,10 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
 
 
 def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
-    """Raise if there are gradients or weights that cannot be used.
+    """Raise if there are unusable gradients or weights.
 
     Raises:
-        FloatingPointError: With their names.
+        FloatingPointError: The message names them.
     """
     if broken:
         raise FloatingPointError(
@@ -73,10 +73,10 @@ def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
 
 
 def _active(optimizer: Optimizer, binding: Binding) -> Active:
-    """Return all parameters with a gradient, checked."""
+    """Check and return all parameters with a gradient."""
     active = [(group, param) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
     if active or any(local_tensor(param) is not param for param in params_of(optimizer)):
-        binding.require_names(optimizer)  # on all ranks, also on one without gradients
+        binding.require_names(optimizer)  # on all ranks, including those without gradients
     for _, param in active:
         name, layout = binding.blocks[param][0].name, binding.blocks[param][0].layout
         if param.grad.is_sparse or param.grad.layout is not torch.strided:
@@ -89,10 +89,10 @@ def _active(optimizer: Optimizer, binding: Binding) -> Active:
 
 
 def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
-    """Move the state of a parameter that has been moved to another device since the optimizer was made.
+    """Move the state of a parameter that moved to another device after the optimizer was created.
 
     Raises:
-        ValueError: If its dtype has changed, too, and steps were taken in the old one.
+        ValueError: If its dtype changed as well, after steps in the old dtype.
     """
     blocks, state = binding.blocks[param], optimizer.state.get(param, {})
     dtype = arithmetic_dtype(param)
@@ -102,7 +102,7 @@ def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
             "create a new optimizer after changing a model's dtype."
         )
     changes: dict[str, Any] = {"device": param.device, "dtype": dtype}
-    if dtype != blocks[0].layout.dtype:  # otherwise that of the state at hand, which a checkpoint may have brought
+    if dtype != blocks[0].layout.dtype:  # otherwise keep the current one, which may come from a checkpoint
         changes["state_dtype"] = binding.state_dtype or dtype
     binding.blocks[param] = tuple(
         replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks

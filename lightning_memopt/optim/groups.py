@@ -1,4 +1,4 @@
-"""Parsing and checking of what a user hands to an optimizer: parameters, names, hyperparameters."""
+"""Parses and checks what a user passes to an optimizer: parameters, names, hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_memopt.plans.plan import Plan, known_options
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 MAX_UPDATE = 10.0
 NONFINITE = ("raise", "skip")
-NAMES = "param_names"  # torch's key, from 2.6 on, for the names of a group's parameters
-# Options of torch's AdamW that mean nothing here.
+NAMES = "param_names"  # torch's key, since 2.6, for the names of a group's parameters
+# Options of torch's AdamW that have no effect here.
 TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
-# Options of the optimizer that a group cannot have, and other names of those that it can.
+# Options of the whole optimizer, which a group cannot have, and other names for options that a group can have.
 OF_THE_OPTIMIZER = ("head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
 _OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
 _CLOSE = 0.7
@@ -30,14 +30,14 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
-    """Return parameter groups of bare parameters, and the names that came with them.
+    """Return groups of parameters without names, and the names that came with the parameters.
 
     Args:
         params: Parameters, pairs of name and parameter, or group dicts whose ``params`` are either.
 
     Raises:
         TypeError: If an entry is neither.
-        ValueError: If a parameter or a name occurs twice, if only some have names, or if there are no parameters.
+        ValueError: If a parameter or name occurs twice, if only some parameters have names, or if there are none.
     """
     if isinstance(params, nn.Module):
         kind = type(params).__name__
@@ -59,12 +59,12 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
 
 
 def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group with Python's numbers in the place of numpy's, which no checkpoint can hold without pickling."""
+    """Return a group with Python numbers instead of numpy's, which a checkpoint cannot hold without pickling."""
     return {key: plain(value) for key, value in group.items()}
 
 
 def plain(value: Any) -> Any:
-    """Return a number of numpy's as one of Python's, alone or in a tuple or list; everything else as it is."""
+    """Convert a numpy number to a Python number, alone or in a tuple or list. Return other values unchanged."""
     if isinstance(value, Number) and hasattr(value, "item"):
         return value.item()
     if type(value) in (tuple, list):
@@ -146,13 +146,13 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Refuse keys of a group that are misspelt options; all others are the user's own, and are kept.
+    """Refuse keys of a group that are misspelled options. All other keys are the user's own, and are kept.
 
-    A key counts as misspelt if difflib finds it closer than 0.7 to an option. ``lr_scale`` is not: one that has the
-    whole name of an option among its words is a key of its own.
+    A key counts as misspelled if difflib rates its similarity to an option above 0.7. A key such as ``lr_scale``, with
+    the whole name of an option among its words, is the user's own.
 
     Raises:
-        ValueError: If there is one, or an option that only the optimizer as a whole has, or that no optimizer here has.
+        ValueError: If a key is misspelled, or an option of the whole optimizer, or not supported.
     """
     if group.get("amsgrad"):
         raise ValueError(f"In {where}: `amsgrad` is not supported, no second moment keeps a maximum.")
@@ -174,10 +174,10 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
 
 
 def state_dtype(value: Any) -> torch.dtype | None:
-    """Return the dtype that the option ``state_dtype`` names; None stands for that of the arithmetic.
+    """Return the dtype for the option ``state_dtype``, or None for the dtype of the arithmetic.
 
     Raises:
-        ValueError: If it is not a dtype that state can be kept in.
+        ValueError: If state cannot be kept in it.
     """
     if value is None:
         return None
@@ -188,7 +188,7 @@ def state_dtype(value: Any) -> torch.dtype | None:
 
 
 def unnamed_error(param: Tensor) -> ValueError:
-    """Return the error about a parameter without a name."""
+    """Return the error for a parameter without a name."""
     return ValueError(
         f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the model: "
         "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
@@ -196,10 +196,10 @@ def unnamed_error(param: Tensor) -> ValueError:
 
 
 def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor, str]:
-    """Return the name of every parameter; where no names are known at all, vectors are called by their position.
+    """Return the name of every parameter. If no names are known at all, name vectors by their position.
 
     Raises:
-        ValueError: If a parameter has no name though others have, or a matrix has none.
+        ValueError: If a parameter has no name although others have, or a matrix has none.
     """
     found = {}
     for position, param in enumerate(params):
@@ -210,10 +210,10 @@ def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor,
 
 
 def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any) -> None:
-    """Check the options that an optimizer as a whole has.
+    """Check the options of the whole optimizer.
 
     Raises:
-        TypeError: If the seed is no integer.
+        TypeError: If the seed is not an integer.
         ValueError: If a value is not valid, or an option is unknown.
     """
     if nonfinite not in NONFINITE:
@@ -229,7 +229,7 @@ def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head
 
 
 def check_head_dim_is_used(head_dim: int | None, plan: Plan) -> None:
-    """Refuse a ``head_dim`` that no block of a plan would read.
+    """Refuse a ``head_dim`` that no block of a plan uses.
 
     Raises:
         ValueError: If no role has the blockwise second moment.

@@ -1,4 +1,4 @@
-"""What stands between a gradient and a step: ranks that agree, finite gradients, arithmetic in full precision."""
+"""Guards of a step: ranks agree, gradients are finite, arithmetic has full precision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_memopt.sharding.consensus import largest, rank
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.tensors import local_tensor
 
-SHOWN = 5  # parameters that an error about ranks names
+SHOWN = 5  # number of parameters that an error about ranks names
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A parameter that a step changes if it has a gradient; fresh if its weights have not been looked at yet."""
+    """A parameter that a step changes if it has a gradient. Fresh if its weights are not checked yet."""
 
     name: str
     param: Tensor
@@ -29,15 +29,15 @@ class Judged:
 
 
 def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple[list[str], list[str]]:
-    """Return whose gradients and whose weights cannot be used, once ranks agree on which parameters have a gradient.
+    """Let ranks agree on which parameters have a gradient. Return the names of unusable gradients and weights.
 
-    A gradient is of use if all its elements are finite and neither a sum of their squares nor the state can overflow:
-    up to about 1e16 in float32. Weights are of use if they are finite; only fresh ones are looked at. What ranks send
-    each other has the same size whatever gradients they have: four numbers per parameter, in one collective for each
-    mesh that shards some. Where nothing is sharded there is none.
+    A gradient is usable if all its elements are finite and neither a sum of their squares nor the state can overflow:
+    up to about 1e16 in float32. Weights are usable if they are finite; only fresh ones are checked. The size of the
+    messages does not depend on which gradients exist: four numbers per parameter, in one collective for each mesh that
+    shards parameters. Without sharding there is no collective.
 
     Args:
-        params: All parameters of the optimizer. Those on one mesh are the same, in the same order, on all its ranks.
+        params: All parameters of the optimizer. All ranks of a mesh pass the same parameters of it, in the same order.
         refusal: Why this rank cannot take the step, if it cannot.
 
     Raises:
@@ -69,13 +69,13 @@ def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple
 
 @dataclass(frozen=True)
 class _Answer:
-    """What all ranks of a mesh have said. A rank is given by its number plus one, and 0 is no rank.
+    """The combined answer of all ranks of a mesh. Ranks are stored as rank plus one, and 0 means no rank.
 
     Attributes:
-        rows: Per parameter of the mesh: its name, a rank without a gradient, one with it, and one that cannot use the
-            gradient, and the weights.
+        rows: For each parameter of the mesh: its name, a rank without a gradient, a rank with a gradient, and the
+            ranks that cannot use the gradient and the weights.
         unusable: A rank that cannot use some gradient, and one that cannot use some weights, of any parameter.
-        refused: A rank that cannot take the step, for another reason.
+        refused: A rank that cannot take the step for another reason.
     """
 
     rows: list[tuple[str, int, int, tuple[int, int]]]
@@ -83,13 +83,13 @@ class _Answer:
     refused: int
 
     def clashes(self) -> Iterator[str]:
-        """Yield a line for each parameter about which ranks disagree."""
+        """Yield a line for each parameter on which ranks disagree."""
         for name, absent, present, _ in self.rows:
             if absent and present:
                 yield f"{name!r} has one on rank {present - 1} and none on rank {absent - 1}"
 
     def unusable_names(self, kind: int) -> set[str]:
-        """Return the parameters whose gradient (0) or weights (1) some rank cannot use."""
+        """Return the parameters whose gradient (0) or weights (1) are unusable on some rank."""
         return {name for name, *_, unusable in self.rows if unusable[kind]}
 
 
@@ -98,27 +98,27 @@ def _unusable(params: Sequence[Judged], flags: Mapping[str, Tensor], answers: li
         return []
     bad = _read(flags).union(*(answer.unusable_names(kind) for answer in answers))
     names = [entry.name for entry in params if entry.name in bad]
-    # What is not sharded only its own rank knows of.
+    # Only its own rank knows about a parameter that is not sharded.
     return names or [f"parameters of rank {answer.unusable[kind] - 1} alone" for answer in answers[-1:]]
 
 
 def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, refused: bool) -> list[_Answer]:
-    """Return what all ranks say, mesh by mesh; the last answer knows of the troubles in all of them."""
+    """Return the answers of all ranks, one per mesh. The last answer covers the problems in all meshes."""
     meshes = {entry.layout.mesh: entry.layout for entry in params if entry.layout.sharded}
-    # A rank that is in several tells the larger one what it has heard in the smaller.
+    # A rank in several meshes passes on to the larger mesh what it received in the smaller one.
     layouts = sorted(meshes.values(), key=lambda layout: layout.mesh.size())
     asked, heard = [], None
     for layout in layouts:
         mine = [entry for entry in params if entry.layout.mesh == layout.mesh]
         device = local_tensor(mine[0].param).device
-        # Not of the default dtype, which a rank without gradients, or with empty shards, would send alone.
+        # Not the default dtype: a rank without gradients, or with empty shards, would be the only one to send it.
         none = torch.zeros((), dtype=torch.float32, device=device)
         seen = [{name: flag.to(none) for name, flag in each.items()} for each in flags]
         if heard is None:
             worst = [torch.stack([none, *each.values()]).amax() for each in seen]
             heard = torch.stack([*worst, none + refused]) * (rank() + 1)
         present = torch.tensor([entry.param.grad is not None for entry in mine], dtype=torch.float32)
-        present = present.to(device, non_blocking=True)  # the host waits for the answers only
+        present = present.to(device, non_blocking=True)  # the host waits only for the answers
         unusable = [torch.stack([each.get(entry.name, none) for entry in mine]) for each in seen]
         rows = torch.stack([1 - present, present, *unusable]) * (rank() + 1)
         said = largest(torch.cat([rows.flatten(), heard.to(device)]), layout)
@@ -138,7 +138,7 @@ def _answer(params: Sequence[Judged], said: Tensor) -> _Answer:
 
 
 def _read(flags: Mapping[str, Tensor]) -> set[str]:
-    """Return the names whose flags are up; one synchronisation with the device."""
+    """Return the names whose flags are set, with one synchronization with the device."""
     if not flags:
         return set()
     device = next(iter(flags.values())).device
@@ -147,10 +147,10 @@ def _read(flags: Mapping[str, Tensor]) -> set[str]:
 
 
 def _limit(layout: Layout) -> float:
-    """Return what no element of a gradient may reach.
+    """Return the exclusive limit on the elements of a gradient.
 
     Sums of squares, over up to all elements of the parameter, are in the dtype of the arithmetic. State holds means of
-    squares, or with β₂ = 1 sums over steps: it gets room for a million of them, where its dtype has as much.
+    squares, or with β₂ = 1 sums over steps. The limit leaves room for a million steps if the dtype of the state does.
     """
     sums, state = torch.finfo(layout.dtype).max, torch.finfo(layout.state_dtype).max
     count = max(1e6, float(math.prod(layout.param_shape)))
@@ -166,7 +166,7 @@ def _flag(tensor: Tensor, limit: float) -> Tensor:
 
 
 def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:
-    """Return the positions of the numbers that are not zero on all ranks that share a layout; they are replaced."""
+    """Return the positions of the numbers whose sum over the ranks of their layout is not 0. Replaces the numbers."""
     run_tasks([_agree(flags, position, layout) for position, layout in enumerate(layouts)])
     counts = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return [position for position, count in enumerate(counts) if count]
@@ -179,9 +179,9 @@ def _agree(flags: list[Tensor], position: int, layout: Layout) -> Task:
 
 @contextmanager
 def exact_arithmetic(devices: set[str]) -> Iterator[None]:
-    """Switch off autocast and reduced-precision matrix products, whatever the training loop has chosen.
+    """Turn off autocast and reduced-precision matrix products, regardless of the training loop's settings.
 
-    The coefficients of low-rank momentum nearly cancel; TF32 or bfloat16 products would leave noise.
+    The coefficients of low-rank momentum nearly cancel, so TF32 or bfloat16 products would leave noise.
     """
     cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = (cuda.fp32_precision, mkldnn.fp32_precision)

@@ -1,4 +1,4 @@
-"""Load a state dict into an optimizer: all of it is checked before anything changes."""
+"""Loads a state dict into an optimizer. Everything is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepare_load(
         state_dict: The state dict.
         share: As in :meth:`MemOpt.prepare_load`.
         ordered: As in :meth:`MemOpt.prepare_load`.
-        hooks: Called with the optimizer once its state is there.
+        hooks: Called with the optimizer after its state is loaded.
     """
     check_structure(state_dict)
     require_known_state(state_dict, type(optimizer).__name__)
@@ -83,7 +83,7 @@ def _load(
     saved: Mapping[Tensor, Mapping[str, Any]],
     hooks: Iterable[Callable[[Optimizer], None]],
 ) -> None:
-    """Adopt groups and state that have been checked."""
+    """Install groups and state that have been checked."""
     before, was_converted = _facts(optimizer, binding), False
     blocks, states = {}, {}
     for group, theirs in zip(optimizer.param_groups, saved_groups, strict=True):
@@ -114,7 +114,7 @@ def _facts(optimizer: Optimizer, binding: Binding) -> Any:
 def _places(
     optimizer: Optimizer, binding: Binding, state_dict: Mapping[str, Any]
 ) -> list[tuple[int, list[int]]] | None:
-    """Return where the state of every parameter is, by name, or None if it goes by position."""
+    """Return the place of every parameter's saved state, by name, or None to go by position."""
     theirs, ours = saved_names(state_dict), binding.parameter_names(optimizer)
     if theirs is None or ours is None:
         return None
@@ -127,14 +127,14 @@ def _places(
 
 
 def _is_ordered_by_torch(state_dict: Mapping[str, Any]) -> bool:
-    """Return whether torch's set_optimizer_state_dict has put everything into our order, by its own names."""
+    """Return whether torch's set_optimizer_state_dict has sorted everything into our order, by its own names."""
     return any(isinstance(index, str) for group in state_dict["param_groups"] for index in group["params"])
 
 
 def _saved_state(
     optimizer: Optimizer, binding: Binding, state_dict: Mapping[str, Any]
 ) -> dict[Tensor, Mapping[str, Any]]:
-    """Return the saved state of every parameter; empty where there is none and none is missed."""
+    """Return the saved state of every parameter. It is empty if none was saved and none is required."""
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     known = set(indices)
     unknown_indices = [index for index in state_dict["state"] if index not in known]

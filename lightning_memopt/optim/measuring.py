@@ -1,4 +1,4 @@
-"""Snapshots of any optimizer, and of the memory of the model that it trains."""
+"""Snapshots of any optimizer, and of the memory of its model."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from lightning_memopt.sharding.consensus import world_size
 from lightning_memopt.sharding.layout import as_matrix
 from lightning_memopt.sharding.tensors import local_tensor
 
-# What the optimizers of torch.optim call their statistics; what is in none of these counts as other state.
+# Names that the optimizers of torch.optim use for their statistics. All other keys count as other state.
 MOMENTUM = ("exp_avg", "momentum_buffer")
 SECOND_MOMENT = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "variance")
 FACTORED = ("row_var", "col_var")
-PROJECTION = ("projector",)  # where GaLore keeps its bases: in an object
+PROJECTION = ("projector",)  # GaLore's key for the object that holds its bases
 OTHER = "other"
 
 
 def take_snapshot(
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], module: nn.Module | None = None
 ) -> Snapshot:
-    """Return frozen facts about the state of optimizers, ours or others, as one snapshot.
+    """Return immutable facts about the state of optimizers, from this package or others, as one snapshot.
 
-    Optimizers of this package know their blocks. Of others, every parameter (every part of a fused one) is a block, its
-    role told by its name, and its state is what ``optimizer.state`` holds. What a parameter has none for yet, as
-    before the first step of most, counts on neither side of what is saved.
+    Optimizers of this package know their blocks. In other optimizers, every parameter (every part of a fused one) is a
+    block. Its role follows from its name, and its state is the content of ``optimizer.state``. A parameter without
+    state, as before the first step of most optimizers, is left out of :attr:`Snapshot.saved`.
 
     Args:
         optimizers: One or several.
-        module: The model: names its parameters, and is what :attr:`Snapshot.memory` is about.
+        module: The model. It gives names to parameters, and :attr:`Snapshot.memory` describes it.
 
     Raises:
         ValueError: If an optimizer of this package does not know the names of its parameters yet.
-        TypeError: If what is given is no optimizer.
+        TypeError: If an argument is not an optimizer.
 
     Example:
         >>> import torch
@@ -76,10 +76,10 @@ def take_snapshot(
 
 
 def _checked(optimizers: Any) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a sequence, each once.
+    """Return the optimizers of a sequence, without duplicates.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If an entry is not an optimizer.
     """
     entries = list(dict.fromkeys(optimizers)) if isinstance(optimizers, Iterable) else [optimizers]
     if not all(isinstance(entry, torch.optim.Optimizer) for entry in entries):
@@ -88,17 +88,17 @@ def _checked(optimizers: Any) -> list[torch.optim.Optimizer]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use at any time.
+    """Return the peak memory in bytes.
 
-    On a GPU: by tensors, since the start or the last ``torch.cuda.reset_peak_memory_stats``. On a CPU: the resident set
-    of the process; 0 where the system does not tell.
+    On a GPU: the memory of tensors, since the start or the last ``torch.cuda.reset_peak_memory_stats``. On a CPU: the
+    resident set of the process, or 0 if the system does not report it.
     """
     backend: Any = getattr(torch, device.type, None)
     if hasattr(backend, "max_memory_allocated"):
         return backend.max_memory_allocated(device)
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    # Rather than getrusage, whose maximum a process inherits from the one that started it.
+    # Not getrusage first: a process inherits its maximum from the parent process.
     found = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
     if found is not None:
         return int(found) * 1024
@@ -128,12 +128,12 @@ def _names(module: nn.Module | None) -> dict[Tensor, str]:
 
 
 def _named_apart(snapshots: Iterable[Snapshot]) -> Iterator[BlockFacts]:
-    """Yield all blocks; one that several optimizers train gets the position of each in its name."""
+    """Yield all blocks. If several optimizers train a block, append the optimizer's position to its name."""
     seen: set[str] = set()
     for position, snapshot in enumerate(snapshots):
         names = {block.name for block in snapshot.blocks}
         for block in snapshot.blocks:
-            if block.name in seen:  # AdamW would keep one state for it
+            if block.name in seen:  # AdamW would keep its state only once
                 block = replace(block, name=f"{block.name}@{position}", adamw_bytes=0, local_adamw_bytes=0)
             yield block
         seen |= names
@@ -142,7 +142,7 @@ def _named_apart(snapshots: Iterable[Snapshot]) -> Iterator[BlockFacts]:
 def _foreign(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], module: nn.Module | None, storages: Storages
 ) -> Snapshot:
-    while isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):  # as ZeroRedundancyOptimizer does
+    while isinstance(getattr(optimizer, "optim", None), torch.optim.Optimizer):  # like ZeroRedundancyOptimizer
         optimizer = optimizer.optim  # type: ignore[attr-defined]
     params = [
         (names.get(param, f"param_groups.{group}.{position}"), param)
@@ -169,12 +169,12 @@ def _foreign(
 
 
 def _keeps_nothing(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer never has state, so that AdamW's is saved, instead of none yet."""
+    """Return whether an optimizer never has state, so that AdamW's counts as saved instead of pending."""
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
 
 def _apart(name: str, tensors: Sequence[Tensor], storages: Storages) -> BlockFacts:
-    """Return state that belongs to no parameter as a block of its own."""
+    """Return state that belongs to no parameter as a separate block."""
     local = storages.count(tensors)
     return BlockFacts(
         name=f"state.{name}",
@@ -193,7 +193,7 @@ def _apart(name: str, tensors: Sequence[Tensor], storages: Storages) -> BlockFac
 
 @lru_cache(maxsize=16)
 def _parts(named: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, tuple[Part, ...]]:
-    """Return the parts of parameters; a training asks again and again for the same."""
+    """Return the parts of parameters. Cached, since a training run asks for the same again and again."""
     return classify(named)
 
 
@@ -202,9 +202,9 @@ def _unnamed(param: Tensor) -> Part:
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Return the numbers that a state keeps in tensors, and all other tensors, by the key they are found under."""
+    """Return the scalar counters of a state, and lists of all other tensors, by key."""
     found = {key: list(_tensors(value, set())) for key, value in state.items()}
-    statistics = MOMENTUM + SECOND_MOMENT  # of a parameter without dimensions they are numbers, too
+    statistics = MOMENTUM + SECOND_MOMENT  # these are scalars for a parameter without dimensions
     scalars = {
         key: value
         for key, value in state.items()
@@ -214,7 +214,7 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Yield all tensors in a value: in containers, and in attributes of objects, where some optimizers hide theirs."""
+    """Yield all tensors in a value: in containers, and in attributes of objects, where some optimizers keep them."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -234,7 +234,7 @@ def _number(value: Any) -> float:
 def _blocks(
     name: str, param: Tensor, parts: Sequence[Part], tensors: Mapping[str, list[Tensor]], storages: Storages
 ) -> Iterator[BlockFacts]:
-    """Yield one block per part of a parameter; what is kept for a fused one is divided evenly, as its parts are."""
+    """Yield one block per part of a parameter. The state of a fused parameter is divided evenly among its parts."""
     keys = {
         "momentum": [key for key in tensors if key in MOMENTUM],
         "projections": [key for key in tensors if key in PROJECTION],
@@ -271,14 +271,14 @@ def _blocks(
 
 
 def _whole(tensors: Sequence[Tensor], local: int) -> int:
-    """Return the bytes of tensors if one process held all of them; ``local`` is what this one holds."""
+    """Return the bytes of tensors if one process held all of them. ``local`` is what this process holds."""
     if all(local_tensor(tensor) is tensor for tensor in tensors):
         return local
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _kind(tensors: Sequence[Sequence[Tensor]], param: Tensor) -> str:
-    """Return the kind of a statistic by its size."""
+    """Return the kind of a statistic, judged by its size."""
     if not any(tensors):
         return "none"
     return "dense" if all(tensor.numel() == param.numel() for entry in tensors for tensor in entry) else OTHER

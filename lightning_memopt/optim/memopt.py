@@ -21,48 +21,47 @@ from lightning_memopt.optim.stepping import take_step
 from lightning_memopt.plans.plan import Plan, Recipe
 from lightning_memopt.plans.recipes import load_plan
 
-_OWN = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")
+_PICKLED = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")
 ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class MemOpt(torch.optim.Optimizer):
-    """Optimizer whose state is compressed per block: a momentum kind × a second-moment kind for every role.
+    """Optimizer with compressed state: every role has a momentum kind × a second-moment kind.
 
-    With U the direction of the block's momentum kind, D the denominator of its second-moment kind and c the bound
-    ``max_update``, element by element::
+    With U the direction of the momentum kind, D the denominator of the second-moment kind and c = ``max_update``::
 
         W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
     Args:
-        params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs; names of bare parameters
-            come from :meth:`bind`. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``,
-            ``max_update``, ``recipe`` and options of kinds. Other keys are yours and stay in the group.
+        params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. :meth:`bind` names bare
+            parameters. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``,
+            ``max_update``, ``recipe`` and kind options. Other keys are yours and stay in the group.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
-        betas: Decay of the momentum, in [0, 1), and of the second moment, in [0, 1], where 1 adds squares up as AdaGrad
-            does; None takes those of the recipe.
+        betas: Decay rates of the momentum, in [0, 1), and of the second moment, in [0, 1], where 1 sums squares as
+            AdaGrad does. None takes those of the recipe.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         rank: Rank of compressed momentum: an integer, or a fraction of each block's short side.
         overrides: Changes by role or pattern: ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``.
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
-            Where D is almost 0, one step could otherwise move a weight by 1e13 · lr (``docs/benchmarks/bound.md``).
-            Not applied where the betas bound U / D (second moment ``dense``, momentum ``dense`` or ``none``), nor
+            Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
+            Has no effect where the betas bound U / D (second moment ``dense`` with momentum ``dense`` or ``none``), or
             where the second moment is ``none``.
-        nonfinite: Where gradients are not finite, or their squares overflow, ``raise`` or ``skip`` the step.
-        state_dtype: ``float32`` or ``bfloat16``, rounded stochastically; None for float32 (float64 of float64 weights).
-        seed: Seed of all random draws; they do not touch torch's generator.
-        head_dim: Outputs per attention head, for the blockwise second moment, where no model tells.
+        nonfinite: ``raise`` or ``skip`` a step whose gradients are not finite, or whose squares overflow.
+        state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
+        seed: Seed of all random draws, which do not use torch's generator.
+        head_dim: Outputs per attention head, for the blockwise second moment, if no model provides it.
         gap: Steps between two choices of a subspace.
-        projection: How a subspace is chosen: ``power``, ``svd``, ``random`` or ``topk``.
-        handover: What becomes of momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
-        reduction: How a subset's squares are reduced: ``mean`` or ``sum``.
+        projection: How to choose a subspace: ``power``, ``svd``, ``random`` or ``topk``.
+        handover: What happens to momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
+        reduction: How to reduce a subset's squares: ``mean`` or ``sum``.
         subset_size: Elements per subset of a subset norm.
-        options: Options of kinds that were registered from outside.
+        options: Options of kinds that another package registered.
 
     Raises:
-        ValueError: If any name, pattern or value is not valid; the message says what is.
+        ValueError: If a name, pattern or value is not valid. The message says what is.
         TypeError: If a value has the wrong type.
     """
 
@@ -99,7 +98,7 @@ class MemOpt(torch.optim.Optimizer):
         self._binding = Binding(
             plan, overrides=overrides, options=options, betas=betas, state_dtype=dtype, seed=seed, head_dim=head_dim
         )
-        # Changed in place only, as what Binding holds.
+        # Like what Binding holds, changed only in place.
         self._nonfinite, self._counts = nonfinite, {"skipped": 0}
         self._tally = Tally()
         self._trusted: set[Tensor] = set()  # parameters whose weights were finite in an earlier step
@@ -114,10 +113,10 @@ class MemOpt(torch.optim.Optimizer):
         self._binding.build(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with the hyperparameters and the recipe of their own.
+        """Add parameters, with their own hyperparameters and recipe.
 
         Raises:
-            ValueError: If the optimizer knows names and these parameters have none; nothing is added then.
+            ValueError: If the optimizer knows names and these parameters have none. Nothing is added then.
         """
         binding = self._binding
         binding.complete_groups(self)
@@ -131,9 +130,9 @@ class MemOpt(torch.optim.Optimizer):
                 binding.build_missing(self)
 
     def bind(self, model: Any) -> None:
-        """Take names, and the size of attention heads, from the model whose parameters these are.
+        """Read names and attention head sizes from the model that owns the parameters.
 
-        Names that were given with the parameters stay, since overrides are written for them.
+        Names that came with the parameters stay, since overrides refer to them.
 
         Raises:
             ValueError: If a parameter is not the model's, or if the model would change blocks that have taken steps.
@@ -142,16 +141,16 @@ class MemOpt(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rebind(self, params: Mapping[Tensor, Tensor]) -> None:
-        """Replace parameters by others of the same weights, such as those that FSDP2's ``fully_shard`` makes of them.
+        """Replace parameters by others that hold the same weights, such as those that FSDP2's ``fully_shard`` creates.
 
-        Names, recipes, hyperparameters and state stay; every rank keeps its part of the state.
+        Names, recipes, hyperparameters and state stay. Every rank keeps its part of the state.
 
         Args:
-            params: Old parameter → new parameter. Parameters that are not among the keys stay.
+            params: Old parameter → new parameter. All other parameters stay.
 
         Raises:
             ValueError: If a new parameter has another shape.
-            NotImplementedError: If one is sharded in a way that is not supported. Nothing has changed then.
+            NotImplementedError: If its sharding is not supported. Nothing has changed then.
         """
         self._binding.rebind(params, self)
 
@@ -160,19 +159,19 @@ class MemOpt(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Evaluated first, with gradients enabled; its value is returned.
+            closure: Called first, with gradients enabled. Its value is returned.
 
         Raises:
-            ValueError: If names are not known yet, or a gradient is sparse or complex; nothing has changed then.
-            RuntimeError: If ranks disagree about which sharded parameters have a gradient; nothing has changed then.
-            FloatingPointError: If gradients are not finite and ``nonfinite="raise"``, or weights before their first
-                step; nothing has changed then. If a weight would become infinite; it keeps its value then.
+            ValueError: If names are not known yet, or a gradient is sparse or complex. Nothing has changed then.
+            RuntimeError: If ranks disagree about which sharded parameters have a gradient. Nothing has changed then.
+            FloatingPointError: If gradients are not finite with ``nonfinite="raise"``, or weights before their first
+                step. Nothing has changed then. Also if a weight would become infinite: that weight keeps its value.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Nothing is written before all ranks agree that everything can be.
+        # Write nothing before all ranks agree that they can take the step.
         active, bad, broken = usable(self, self._binding, self._trusted)
         self._tally.read()
         if broken or self._nonfinite == "raise":
@@ -183,40 +182,40 @@ class MemOpt(torch.optim.Optimizer):
         self._trusted.update(param for _, param in active)
         self._trusted.intersection_update(params_of(self))
         for _, param in active:
-            if not self.state.get(param):  # frozen when the optimizer was made
+            if not self.state.get(param):  # frozen when the optimizer was created
                 self.state[param] = initial_state(self._binding.blocks[param])
         take_step(active, self._binding.blocks, self.state, self._tally)
         return loss
 
     def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:
-        """Change kinds or ranks of blocks between two steps, converting their state one block at a time.
+        """Change kinds or ranks of blocks between two steps. Converts state one block at a time.
 
-        A larger rank keeps the momentum exactly, a smaller one its best approximation. Where parameters are sharded,
-        all ranks call this together, and it first checks that they ask for the same.
+        A larger rank keeps the momentum exactly; a smaller one keeps its best approximation. If parameters are
+        sharded, all ranks call this together. It first checks that they request the same changes.
 
         Args:
             changes: Block name → a :class:`Recipe`, or a mapping such as ``{"momentum": "low_rank", "rank": 7}``.
-            dropped: What becomes of momentum that the new state cannot hold: ``release`` moves the weights now by what
-                it would have moved them in the steps to come, lr · β₁/(1−β₁) · ΔM / D; ``discard`` forgets it.
+            dropped: What happens to momentum that the new state cannot hold. ``release`` moves the weights now, as
+                the coming steps would have: by lr · β₁/(1−β₁) · ΔM / D. ``discard`` drops it.
 
         Raises:
             ValueError: If a block, kind or option is unknown, or a state cannot be converted.
-            NotImplementedError: If a kind cannot work with a block as it is sharded.
-            RuntimeError: If ranks ask for different changes. Nothing has changed then.
+            NotImplementedError: If a kind does not support the sharding of a block.
+            RuntimeError: If ranks request different changes. Nothing has changed then.
         """
         reformat.reformat(self, self._binding, changes, dropped)
 
     def blocks(self) -> Iterator[tuple[dict[str, Any], Tensor, Block]]:
-        """Yield all blocks as they are now, each with its parameter group and its parameter."""
+        """Yield all current blocks, each with its parameter group and its parameter."""
         return self._binding.entries(self)
 
     @property
     def skipped(self) -> int:
-        """Steps that were skipped because of a non-finite gradient."""
+        """Number of steps skipped because of a non-finite gradient."""
         return self._counts["skipped"]
 
     def snapshot(self) -> Snapshot:
-        """Return frozen facts about all blocks.
+        """Return immutable facts about all blocks.
 
         Raises:
             ValueError: If names are not known yet.
@@ -234,21 +233,20 @@ class MemOpt(torch.optim.Optimizer):
         return "\n".join([*groups, table])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _OWN if key in self.__dict__}}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _PICKLED if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and groups as torch's optimizers do, and the parameters' names under ``param_names``.
+        """Return state and groups like torch's optimizers, and the parameters' names under ``param_names``.
 
-        The names lie beside the groups, not in them: torch's distributed checkpoints break on keys in groups that an
-        older checkpoint does not have.
+        Names are beside the groups: torch's distributed checkpoints fail on group keys that an older checkpoint lacks.
         """
         self._binding.build_missing(self)
         mine = set(params_of(self))
-        # State of a parameter that somebody has taken out of its group, which has no position.
+        # State of a parameter that was removed from its group has no position.
         apart = {param: self.state.pop(param) for param in list(self.state) if param not in mine}
         try:
             saved = super().state_dict()
@@ -263,27 +261,27 @@ class MemOpt(torch.optim.Optimizer):
         return self._binding.parameter_names(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, with every dtype kept.
+        """Load a state dict from :meth:`state_dict`. Every dtype is kept.
 
-        State goes to the parameter of its name; without names, to that of its position, with a warning. Keys and
-        shapes decide kinds and ranks, so that a checkpoint from after a :meth:`reformat` loads into an optimizer that
-        was made without it. The state of ``torch.optim.AdamW``, or of the recipe ``adamw``, loads into every recipe.
-        Tensors may be whole, or DTensors of any placement. A :class:`ResumeWarning` tells what has changed.
+        State goes to the parameter of the same name; without names, to the same position, with a warning. Keys and
+        shapes decide kinds and ranks, so a checkpoint from after a :meth:`reformat` loads into an optimizer without it.
+        Every recipe loads state of ``torch.optim.AdamW`` or the recipe ``adamw``. Tensors may be whole, or DTensors of
+        any placement. A :class:`ResumeWarning` lists what has changed.
 
         Raises:
-            ValueError: If it belongs to another model or another recipe, or holds what is no state, such as NaN.
-            TypeError: If it is no state dict at all. Nothing has changed then.
+            ValueError: If it is from another model or recipe, or holds invalid state, such as NaN.
+            TypeError: If it is not a state dict. Nothing has changed then.
         """
         self.prepare_load(state_dict)()
 
     def prepare_load(
         self, state_dict: Mapping[str, Any], *, share: Share = (0, 1), ordered: bool = False
     ) -> Callable[[], None]:
-        """Check all of a state dict and return a function that loads it, for when others have been checked as well.
+        """Check all of a state dict and return a function that loads it, so that a caller can check others first.
 
         Args:
             state_dict: As for :meth:`load_state_dict`, with the same errors.
-            share: This process's position, and how many processes with the same tensors divide looking at values.
+            share: This process's position, and how many processes with the same tensors divide the checks of values.
             ordered: Whether groups and parameters are known to be in this optimizer's order.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -292,9 +290,9 @@ class MemOpt(torch.optim.Optimizer):
         return load.prepare_load(self, self._binding, state_dict, share=share, ordered=ordered, hooks=hooks)
 
     def allocate_state_dict(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a state dict like ``saved``, with zeros for a reader of sharded checkpoints to fill.
+        """Return a state dict like ``saved``, with zeros that a reader of sharded checkpoints fills.
 
         Args:
-            saved: A state dict in this optimizer's order, of which only global shapes and dtypes matter.
+            saved: A state dict in this optimizer's order; only global shapes and dtypes are used.
         """
         return load.allocate_state_dict(self, self._binding, saved)

@@ -1,4 +1,4 @@
-"""Whose state is whose: saved parameters are found by name, and by position only where there are no names."""
+"""Matches saved state to parameters: by name, or by position if there are no names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _WAY_OUT = f" If only names have changed, rename them in {NAMES!r} of the saved 
 
 
 def saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
-    """Return the names of the parameters in every saved group, or None if the state dict does not have them all.
+    """Return the names of the parameters in every saved group, or None if some are missing.
 
-    They are beside the groups, under ``param_names``, where this package puts them; or in the place of positions, where
-    torch's distributed checkpoints do; or in the groups, under ``param_names``, where torch's optimizers do.
+    This package saves them beside the groups, under ``param_names``. torch's distributed checkpoints save them in place
+    of positions, and torch's optimizers save them in the groups, under ``param_names``.
 
     Raises:
-        ValueError: If there are not as many names as parameters, or one name twice.
+        ValueError: If the numbers of names and parameters differ, or a name occurs twice.
     """
     groups = state_dict["param_groups"]
     names: Any = state_dict.get(NAMES)
@@ -44,21 +44,21 @@ def saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def places(saved: Names, ours: Names, what: str, optimizer: str = "the optimizer") -> list[tuple[int, list[int]]]:
-    """Return, for each of our groups, which saved group it is, and where in that its parameters are, in our order.
+    """Return, for each of our groups, the matching saved group and the positions of our parameters in it.
 
-    Groups belong together if they have the same parameters, in whatever order groups and parameters are. One side may
-    have one more prefix before all names, such as ``model.``: a LightningModule's parameters have it.
+    Groups match if they have the same parameters, in any order. One side may have an extra prefix before all names,
+    such as ``model.`` for the parameters of a LightningModule.
 
     Args:
         saved: The names in every saved group.
         ours: The names in every group of the optimizer.
         what: What was saved, for errors: ``state dict`` or ``checkpoint``.
-        optimizer: How errors call the optimizer.
+        optimizer: The name of the optimizer in errors.
 
     Raises:
-        ValueError: If groups or names differ; names the first parameter.
+        ValueError: If groups or names differ. The message names the first parameter.
     """
-    # Beside a whole checkpoint's state are its weights, whose names have been compared already.
+    # A whole checkpoint also holds weights, whose names have been compared already, so renaming is no way out.
     way_out = _WAY_OUT if what == "state dict" else ""
     prefix = _prefix(saved, ours)
     if prefix is not None:
@@ -108,7 +108,7 @@ def arranged(state_dict: Mapping[str, Any], found: Sequence[tuple[int, Sequence[
 
 
 def warn_of_positions(state_dict: Mapping[str, Any]) -> None:
-    """Warn that state was given to parameters by position, for want of names, where that can go wrong."""
+    """Warn that state was assigned by position because names are missing, if that can go wrong."""
     if state_dict["state"] and sum(len(group["params"]) for group in state_dict["param_groups"]) > 1:
         who = "saved optimizer state" if saved_names(state_dict) is None else "optimizer"
         notify(
@@ -125,9 +125,9 @@ def _are_names(entries: Any) -> bool:
 
 
 def _prefix(longer: Names, shorter: Names) -> str | None:
-    """Return what every name of ``longer`` has before one of ``shorter``; empty if they are the same, None if not so.
+    """Return the prefix that turns the names of ``shorter`` into those of ``longer``, or None if there is none.
 
-    Never cut from both sides: an encoder's state would fit a decoder of the same build.
+    Never remove prefixes from both sides: an encoder's state would fit a decoder of the same structure.
     """
     long, short = ({name for group in names for name in group} for names in (longer, shorter))
     if not long or len(long) != len(short):

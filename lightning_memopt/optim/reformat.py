@@ -1,4 +1,4 @@
-"""Change kinds or ranks of blocks between two steps."""
+"""Changes kinds or ranks of blocks between two steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_memopt.optim.bounding import Watch
 from lightning_memopt.optim.conversion import DROPPED, converted, release
 from lightning_memopt.sharding.consensus import decided_alike
 
-# Group, parameter, the block as it is, and as it will be.
+# Group, parameter, the current block, and the new block.
 Change = tuple[dict[str, Any], Tensor, Block, Block]
 
 
@@ -41,7 +41,7 @@ def reformat(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
 
 
 def _agreed(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], dropped: str) -> list[Change]:
-    """Return what changes, once all ranks that share parameters have found the same, or raise on all of them."""
+    """Return the changes after all ranks that share parameters agree on them, or raise on all ranks."""
     layouts = [block.layout for blocks in binding.blocks.values() for block in blocks]
     groups = {id(group): (group, layout.device) for layout in layouts for group in layout.mesh_groups()}
     return decided_alike(
@@ -57,7 +57,7 @@ def _agreed(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], 
 
 
 def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any], dropped: str) -> list[Change]:
-    """Return what changes, checked."""
+    """Check and return the changes."""
     if dropped not in DROPPED:
         raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
     places = {block.name: (group, param, block) for group, param, block in binding.entries(optimizer)}

@@ -1,4 +1,4 @@
-"""What loading a checkpoint changes in an optimizer, said in one line."""
+"""Reports in one line what loading a checkpoint changes in an optimizer."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.sharding.consensus import rank
 
-# Not of interest: what says how to compute, what schedulers write, and what is told in another way.
-_SILENT = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
-_SILENT |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
-_MOST = 6
+# Not reported: keys that say how to compute, keys that schedulers write, and keys reported elsewhere.
+_NOT_REPORTED = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
+_NOT_REPORTED |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_MAX_LISTED = 6
 _source: ContextVar[str] = ContextVar("source", default="a state dict")
 
 
 class ResumeWarning(UserWarning):
-    """Says what loading an optimizer's state has changed, or could not check."""
+    """Warns of what loading an optimizer's state has changed, or could not check."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What was configured, or came from a checkpoint.
+    """Settings of an optimizer, as configured or as loaded from a checkpoint.
 
     Attributes:
         groups: The hyperparameters of every group.
         scheduled: Whether a scheduler sets the learning rate.
-        blocks: Block name → momentum kind, rank, second-moment kind, dtype of its state.
+        blocks: Block name → momentum kind, rank, second-moment kind, dtype of the state.
     """
 
     groups: tuple[dict[str, Any], ...]
@@ -44,7 +44,7 @@ class Facts:
 
 
 def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> Facts:
-    """Return the facts about an optimizer as it is now."""
+    """Return the facts about an optimizer in its current state."""
     groups = list(groups)
     return Facts(
         tuple(_hyperparameters(group) for group in groups),
@@ -63,7 +63,7 @@ def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> 
 
 @contextmanager
 def loading_from(source: str) -> Iterator[None]:
-    """Let messages say where the states come from that are loaded inside."""
+    """Let messages name the source of the state that is loaded in the body."""
     token = _source.set(source)
     try:
         yield
@@ -72,14 +72,14 @@ def loading_from(source: str) -> Iterator[None]:
 
 
 def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: bool = False) -> None:
-    """Warn of what a checkpoint has put in the place of what was configured, if anything.
+    """Warn of configured settings that a checkpoint has replaced, if any.
 
     Args:
         optimizer: The name of the optimizer's class.
         before: The facts before loading.
-        after: The facts after it.
-        step: The step that it goes on from.
-        converted: Whether its state was made from that of an AdamW.
+        after: The facts after loading.
+        step: The step from which training continues.
+        converted: Whether the state was converted from AdamW's.
     """
     groups, blocks = _group_changes(before, after), _block_changes(before, after)
     if not (groups or blocks or converted):
@@ -104,10 +104,9 @@ def notify(text: str) -> None:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    # A learning rate that a schedule has changed is compared by where it started. OneCycleLR also chooses where it
-    # starts, and the first beta.
+    # Compare a scheduled learning rate by its initial value. OneCycleLR also sets the initial value and the first beta.
     values = {} if "max_lr" in group else {"lr": group.get("initial_lr", group.get("lr"))}
-    ignored = _SILENT | ({"betas", "momentum"} if "max_momentum" in group else set())
+    ignored = _NOT_REPORTED | ({"betas", "momentum"} if "max_momentum" in group else set())
     values |= {key: value for key, value in group.items() if key not in ignored}
     return {key: _plain(value) for key, value in values.items()}
 
@@ -141,7 +140,7 @@ def _block_changes(before: Facts, after: Facts) -> list[str]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Return whether two values are the same, up to float32, in which a tensor may hold a learning rate."""
+    """Return whether two values are equal up to float32 precision, since a tensor may hold the learning rate."""
     if isinstance(ours, tuple) and isinstance(theirs, tuple):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     if isinstance(ours, float) and isinstance(theirs, float):
@@ -160,9 +159,9 @@ def _text(value: Any) -> str:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:_MOST])) + (", ..." if len(numbers) > _MOST else "")
+    return ", ".join(map(str, numbers[:_MAX_LISTED])) + (", ..." if len(numbers) > _MAX_LISTED else "")
 
 
 def _list(entries: Sequence[str]) -> str:
-    more = f" and {len(entries) - _MOST} more" if len(entries) > _MOST else ""
-    return ", ".join(entries[:_MOST]) + more
+    more = f" and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
+    return ", ".join(entries[:_MAX_LISTED]) + more

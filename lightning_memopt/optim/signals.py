@@ -1,4 +1,4 @@
-"""What an optimizer's gradients show about the momentum of each block."""
+"""Measures what an optimizer's gradients show about the momentum of each block."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.sharding.collectives import Sum, Task, gather, packed, request, run_tasks
 from lightning_memopt.sharding.layout import Layout
 
-# Elements per block whose full momentum is followed: a cosine over 100 steps is known to about 0.01.
+# Number of elements per block whose full momentum is tracked. It gives a cosine over 100 steps to about 0.01.
 SAMPLE = 512
-# What earlier observations weigh each time that signals are read.
+# Weight of earlier observations each time that signals are read.
 MEMORY = 0.7
 
 
 @dataclass(frozen=True)
 class BlockSignals:
-    """What one block's gradients have shown. All energies are squared Frobenius norms of the whole block.
+    """Statistics of one block's gradients. All energies are squared Frobenius norms of the whole block.
 
     Attributes:
-        oscillation: Cosine between a gradient G and the average M of the gradients before it, over the steps seen:
-            negative where gradients swing back and forth, positive where they drift.
+        oscillation: Cosine between a gradient G and the average M of the gradients before it, over the steps seen.
+            Negative if gradients swing back and forth, positive if they drift.
         gradient_energy: Mean of ‖G‖² over the steps seen.
-        momentum_energy: ‖M‖² of the full average, whatever the block keeps of it. It and the spectrum are averages over
-            what was read until now, of which the latest weigh most.
-        spectrum: Squared singular values of the momentum that is kept, descending; those of equal position added up in
-            a stack. It goes on with those that a larger rank had before, and is empty where none is known (none was
-            kept, or dense momentum).
+        momentum_energy: ‖M‖² of the full average, however much of it the block keeps. Like the spectrum, this is an
+            average over all readings, and recent ones weigh most.
+        spectrum: Squared singular values of the kept momentum, in descending order. In a stack, values of the same
+            position are summed. After a reduction of the rank, the values of the larger rank remain. Empty if no
+            value is known (no momentum, or a dense one).
     """
 
     oscillation: float
@@ -44,37 +44,37 @@ class BlockSignals:
 
     @property
     def residual_energy(self) -> float:
-        """Energy of the full average in directions that are not known."""
+        """Energy of the full average in unknown directions."""
         return max(0.0, self.momentum_energy - sum(self.spectrum))
 
     def residual(self, rank: int) -> float:
-        """Return the share of the full average's energy that momentum of this rank, as far as known, lacks."""
+        """Return the share of the full average's energy that momentum of this rank lacks, as far as is known."""
         kept = sum(self.spectrum[:rank])
         return max(0.0, 1 - kept / self.momentum_energy) if self.momentum_energy > 0 else 0.0
 
 
 class Probe:
-    """Follows the gradients that an optimizer steps on, at a fixed random sample of every matrix's elements.
+    """Tracks the gradients of an optimizer's steps, at a fixed random sample of each matrix's elements.
 
-    On the sample it keeps the full average M that no compressed kind has, also for blocks without momentum. What that
-    costs does not depend on the size of a block: a gather of 512 elements per block and step. The sample is the same on
-    every sharding; ranks put their parts together only when somebody reads, in one collective.
+    On the sample, it keeps the full average M that no compressed kind has, even for blocks without momentum. The cost
+    does not depend on the size of a block: each step reads 512 elements per block. The sample is the same on every
+    sharding. Ranks combine their parts only when signals are read, in one collective.
 
     Attributes:
-        steps: Steps seen.
+        steps: Number of steps seen.
     """
 
     def __init__(self, optimizer: MemOpt) -> None:
-        """Watch an optimizer, from its next step on."""
+        """Track an optimizer from its next step on."""
         self.steps = 0
         self._optimizer, self._follows = optimizer, True
         self._skipped = optimizer.skipped
         self._rows: dict[str, _Row] = {}
-        # One row per block. The average M where the sample is this rank's, zero elsewhere.
+        # One row per block. Holds M where this rank has the sample, and zero elsewhere.
         self._average = torch.zeros(0, SAMPLE)
-        # Sums of G·M, G², M² and of steps: what this rank has seen since ranks put theirs together, and all until then.
-        self._mine = self._ours = torch.zeros(0, 4, dtype=torch.float64)
-        # Of every block ‖M‖² and the spectrum's shares in it: weighted sums over all readings, and the weights.
+        # Sums of G·M, G², M² and of steps: of this rank since ranks last combined theirs, and of all ranks until then.
+        self._local = self._combined = torch.zeros(0, 4, dtype=torch.float64)
+        # For every block, ‖M‖² and the spectrum's shares of it, as pairs of a weighted sum over readings and a weight.
         self._readings: dict[str, list[list[float]]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
         self._handle = optimizer.register_step_post_hook(self._after_step)
@@ -84,7 +84,7 @@ class Probe:
         self._follows = False
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop tracking."""
         self._handle.remove()
 
     # ------------------------------------------------------------------ watching
@@ -109,13 +109,13 @@ class Probe:
         new.view(-1)[places] = torch.cat([row.take(grad).to(new) for _, grad, row in seen])
         old = self._average[rows]
         sums = [(new * old).sum(1), new.square().sum(1), old.square().sum(1), share]
-        self._mine[rows] += torch.stack(sums, dim=1).double()
+        self._local[rows] += torch.stack(sums, dim=1).double()
         self._average[rows] = old * decay + new * (1 - decay)
 
     def _tables(self, seen: list[tuple[float, _Row]]) -> tuple[Tensor, ...]:
-        """Return places, rows, shares and decays of these blocks, the same tensors as long as nothing changes.
+        """Return places, rows, shares and decay rates of these blocks: the same tensors as long as nothing changes.
 
-        Made from numbers on the CPU, they would cost a copy to the device each in every step.
+        Creating them from numbers on the CPU would take a copy to the device for each of them in every step.
         """
         key = [(beta, id(row)) for beta, row in seen]
         if self._latest is None or self._latest[0] != key:
@@ -133,19 +133,19 @@ class Probe:
         return (entry for entry in self._optimizer.blocks() if not entry[2].layout.vector)
 
     def _row(self, block: Block) -> _Row:
-        """Return the block's row; add one for a block that is seen for the first time."""
+        """Return the block's row. Add a row for a new block."""
         row = self._rows.get(block.name)
         if row is None:
             row = _Row.of(block, len(self._rows))
             if not self._rows:
-                self._average, self._mine, self._ours = (
-                    tensor.to(block.layout.device) for tensor in (self._average, self._mine, self._ours)
+                self._average, self._local, self._combined = (
+                    tensor.to(block.layout.device) for tensor in (self._average, self._local, self._combined)
                 )
-            self._average, self._mine, self._ours = (
+            self._average, self._local, self._combined = (
                 torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
-                for tensor in (self._average, self._mine, self._ours)
+                for tensor in (self._average, self._local, self._combined)
             )
-        elif row.layout is not block.layout:  # moved since
+        elif row.layout is not block.layout:  # the block has moved
             row = _Row.of(block, row.position)
         self._rows[block.name] = row
         return row
@@ -154,12 +154,12 @@ class Probe:
 
     @torch.no_grad()
     def read(self) -> dict[str, BlockSignals]:
-        """Return the signals of every block with a gradient so far, the same on every rank, which ask together."""
+        """Return the signals of every block with a gradient so far. All ranks call it together, with equal results."""
         energies = self._put_together()
         spectra = _spectra(self._matrices(), self._optimizer.state)
         signals = {}
         for name, row in self._rows.items():
-            product, grads, averages, steps = self._ours[row.position].tolist()
+            product, grads, averages, steps = self._combined[row.position].tolist()
             scale = row.numel / row.sampled
             now = scale * energies[name]
             shares = [value / now for value in spectra.get(name, ())] if now > 0 else []
@@ -170,11 +170,11 @@ class Probe:
                 momentum_energy=energy,
                 spectrum=tuple(sorted((energy * share for share in spectrum), reverse=True)),
             )
-        self._ours = self._ours * MEMORY
+        self._combined = self._combined * MEMORY
         return signals
 
     def _averaged(self, name: str, values: list[float]) -> list[float]:
-        """Return averages over this reading and those before; one batch says little about a momentum's spectrum."""
+        """Return averages over all readings. A single batch says little about the spectrum of a momentum."""
         readings = self._readings.setdefault(name, [])
         readings += [[0.0, 0.0] for _ in range(len(values) - len(readings))]
         for pair, value in zip(readings, values, strict=False):
@@ -182,15 +182,15 @@ class Probe:
         return [total / weight for total, weight in readings]
 
     def _put_together(self) -> dict[str, float]:
-        """Add what ranks have seen, and return the energy of every block's average on the sample."""
+        """Combine the sums of all ranks. Return the energy of every block's average on the sample."""
         energy = self._average.double().square().sum(1, keepdim=True)
-        sums = self._over_ranks(torch.cat([self._mine, energy], dim=1))
-        self._ours = self._ours + sums[:, :-1]
-        self._mine = torch.zeros_like(self._mine)
+        sums = self._over_ranks(torch.cat([self._local, energy], dim=1))
+        self._combined = self._combined + sums[:, :-1]
+        self._local = torch.zeros_like(self._local)
         return dict(zip(self._rows, sums[:, -1].tolist(), strict=True))
 
     def _over_ranks(self, mine: Tensor) -> Tensor:
-        """Return rows of this rank's numbers with those of the other ranks of each block's shards added."""
+        """Return this rank's rows, each summed over the ranks that shard its block."""
         rows = list(mine.unbind())
         run_tasks(_summed(rows, position, row.layout) for position, row in enumerate(self._rows.values()))
         return torch.stack(rows) if rows else mine
@@ -198,19 +198,19 @@ class Probe:
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names, numbers and tensors, the same on every rank, which ask together; nothing changes."""
+        """Return names, numbers and tensors, without side effects. All ranks call this together, with equal results."""
         return {
             "steps": self.steps,
             "blocks": list(self._rows),
             "average": self._over_ranks(self._average).cpu(),
-            "sums": self._ours.cpu(),
-            # Apart from the sums, which would else be rounded differently from those of a run that is not saved.
-            "latest": self._over_ranks(self._mine).cpu(),
+            "sums": self._combined.cpu(),
+            # Kept separate from the sums: adding them here would change the rounding compared with an unsaved run.
+            "latest": self._over_ranks(self._local).cpu(),
             "readings": {name: [list(pair) for pair in pairs] for name, pairs in self._readings.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, on any number of ranks; blocks that are unknown now are left out."""
+        """Continue from :meth:`state_dict`, on any number of ranks. Blocks that no longer exist are left out."""
         self.steps = int(state["steps"])
         self._readings = {name: [list(pair) for pair in pairs] for name, pairs in state["readings"].items()}
         blocks = {block.name: block for *_, block in self._matrices()}
@@ -219,20 +219,20 @@ class Probe:
                 row = self._row(blocks[name])
                 mine = row.places
                 self._average[row.position, mine] = state["average"][position].to(self._average)[mine]
-                self._ours[row.position] = state["sums"][position].to(self._ours)
-                self._mine[row.position] = row.share * state["latest"][position].to(self._mine)
+                self._combined[row.position] = state["sums"][position].to(self._combined)
+                self._local[row.position] = row.share * state["latest"][position].to(self._local)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Where one block's sample lies.
+    """The sample of one block, and its place.
 
     Attributes:
         layout: The block's layout.
-        position: Its row.
+        position: Its row in the tables.
         sampled: Number of elements in the sample, over all ranks.
-        places: Which of them are this rank's.
-        index: Where those are in this rank's part of the block, an index per dimension.
+        places: The positions in the sample that this rank holds.
+        index: Their coordinates in the local part of the block, one index tensor per dimension.
     """
 
     layout: Layout
@@ -243,7 +243,7 @@ class _Row:
 
     @staticmethod
     def of(block: Block, position: int) -> _Row:
-        """Draw the block's sample: it depends on the optimizer's seed and the block's name only."""
+        """Draw the block's sample. It depends only on the optimizer's seed and the block's name."""
         layout = block.layout
         numel = math.prod(layout.matrix)
         if numel <= SAMPLE:
@@ -258,16 +258,16 @@ class _Row:
 
     @property
     def numel(self) -> int:
-        """Elements of the block, over all ranks."""
+        """Number of elements of the block, over all ranks."""
         return math.prod(self.layout.matrix)
 
     @property
     def share(self) -> float:
-        """Share of the sample that is this rank's: those of all ranks add up to one step."""
+        """Share of the sample that this rank holds. The shares of all ranks sum to 1, so a step counts once."""
         return len(self.places) / self.sampled
 
     def take(self, grad: Tensor) -> Tensor:
-        """Return this rank's part of the sample."""
+        """Return the local part of the sample."""
         return self.layout.take(grad)[self.index]
 
 
@@ -279,7 +279,7 @@ def _summed(rows: list[Tensor], position: int, layout: Layout) -> Task:
 def _spectra(
     blocks: Iterable[tuple[Any, Tensor, Block]], states: Mapping[Tensor, dict[str, Tensor]]
 ) -> dict[str, tuple[float, ...]]:
-    """Return the squared singular values of every momentum that is kept in factors, from their Gram matrices."""
+    """Return the squared singular values of every factored momentum, computed from Gram matrices."""
     spectra: dict[str, Tensor] = {}
     wanted = [
         (block, states[param], block.requests_for(states[param], block.recipe.momentum.keys))
@@ -297,7 +297,7 @@ def _spectra(
 
 
 def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]) -> Task:
-    """Find the eigenvalues of (LᵀL) (R Rᵀ), the squared singular values of L R."""
+    """Compute the eigenvalues of (LᵀL) (R Rᵀ), the squared singular values of L R."""
     factors = block.recipe.momentum.factors(state, block.work)
     if factors is None:
         return
@@ -313,5 +313,5 @@ def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]
 
 
 def _mine(factor: Tensor, dim: int, layout: Layout) -> Tensor:
-    """Return this rank's part of a factor along a dimension of the block; some kinds need all of it on every rank."""
+    """Return the local part of a factor along a dimension of the block. Some kinds keep it whole on every rank."""
     return layout.along(factor, at=dim, dim=dim) if factor.shape[dim] == layout.matrix[dim] else factor

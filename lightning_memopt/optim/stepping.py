@@ -1,4 +1,4 @@
-"""One step of all blocks: what ranks gather, in waves of bounded size, and the updates that follow."""
+"""One step of all blocks: gathers in waves of bounded size, and the updates that follow."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def take_step(
     states: Mapping[Tensor, dict[str, Tensor]],
     tally: Tally,
 ) -> None:
-    """Update all parameters that have a gradient, which has been checked.
+    """Update all parameters whose gradients have been checked.
 
     Args:
         active: Parameters with their groups.
         blocks: Parameter → its blocks.
         states: Parameter → its state.
-        tally: Counts what the bound changes.
+        tally: Counts the elements that the bound changes.
 
     Raises:
-        FloatingPointError: If a weight would have become infinite or undefined; it keeps its value.
+        FloatingPointError: If a weight would become infinite or NaN. It keeps its value.
     """
     step = Step(Update(block, param, states[param], group) for group, param in active for block in blocks[param])
     for _, param in active:
@@ -43,13 +43,13 @@ def take_step(
 
 @dataclass(frozen=True)
 class Update:
-    """One block and what its update needs.
+    """One block and the inputs of its update.
 
     Attributes:
         block: The block.
         param: Its parameter, which has a gradient.
         state: The parameter's state.
-        group: The parameter's hyperparameters.
+        group: The parameter's group.
     """
 
     block: Block
@@ -58,7 +58,7 @@ class Update:
     group: Mapping[str, Any]
 
     def gather_requests(self) -> list[Gather]:
-        """Return what ranks have to put together first."""
+        """Return the gathers that the update needs."""
         assert self.param.grad is not None
         return self.block.gather_requests(self.param.grad, self.state)
 
@@ -70,22 +70,22 @@ class Update:
 
 
 class Step:
-    """The updates of one step, in waves: all blocks of a wave share their collectives.
+    """The updates of one step, in waves. All blocks of a wave share their collectives.
 
-    What blocks gather is alive until their wave is done. A wave gathers no more than one collective carries, so that
-    memory stays bounded however large the model is; up to that size the whole model is one wave.
+    Gathered tensors stay alive until the end of their wave. A wave gathers at most one payload of a collective, which
+    bounds memory for models of any size. Up to that size, the whole model is one wave.
     """
 
     def __init__(self, updates: Iterable[Update]) -> None:
-        """Divide the updates, which nothing has changed yet, into waves: the same on every rank.
+        """Divide the updates into waves, the same on every rank. Call this before anything changes.
 
-        Blocks without elements have none: means over nothing would put NaN into their state.
+        Blocks without elements are left out: means over nothing would write NaN into their state.
         """
         wanted = [(update, update.gather_requests()) for update in updates if not update.block.layout.empty]
         self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
 
     def run(self, watch: Watch) -> None:
-        """Update all blocks; ``watch`` sees what becomes of the weights."""
+        """Update all blocks. ``watch`` records what happens to the weights."""
         for wave in self._waves:
             run_tasks(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
 

@@ -1,1 +1,1 @@
-"""Which block gets which kinds: roles of weights, recipes, and plans."""
+"""Roles of weights, recipes, and plans, which give every block its kinds."""

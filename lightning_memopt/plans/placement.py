@@ -1,4 +1,4 @@
-"""Which dimension of a parameter is sharded: the one along which its optimizer state needs no other rank."""
+"""Chooses the dimension along which to shard each parameter, so that its optimizer state needs no other rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_memopt.plans.roles import Part, canonical_names, classify
 
 
 def shard_dims(model: nn.Module, size: int) -> dict[Tensor, int]:
-    """Return the dimension along which every parameter of a model is to be sharded.
+    """Return the dimension along which to shard every parameter of a model.
 
     Args:
-        model: Its names and shapes decide; values and devices do not.
-        size: Ranks over which a parameter is divided.
+        model: Only its names and shapes are used, not its values or devices.
+        size: Number of ranks that a parameter is divided over.
     """
     named = list(model.named_parameters())
     parts = classify(model)
@@ -25,18 +25,18 @@ def shard_dims(model: nn.Module, size: int) -> dict[Tensor, int]:
 
 
 def shard_dim(shape: tuple[int, ...], parts: Sequence[Part], size: int) -> int:
-    """Return the dimension along which a parameter is to be sharded.
+    """Return the dimension along which to shard a parameter.
 
-    Fused weights are sharded across the dimension that is not fused, so that their blocks stay whole; other matrices
-    along the long side, so that statistics along the short side are local; square ones along their inputs, so that
-    heads stay whole. ``fully_shard`` divides unevenly in dimension 0 only, so everything that another dimension does
-    not divide evenly falls back to it. Weights of convolutions, which the optimizer flattens from dimension 1 on, are
-    sharded along dimension 0, stacks of matrices along the stack where it divides evenly.
+    Fused weights are sharded along the dimension that is not fused, so their blocks stay whole. Other matrices are
+    sharded along the long side, so statistics along the short side are local; square matrices along their inputs, so
+    heads stay whole. ``fully_shard`` divides unevenly in dimension 0 only, so a parameter falls back to dimension 0 if
+    the preferred dimension does not divide evenly. Convolution weights, which the optimizer flattens from dimension 1
+    on, are sharded along dimension 0. Stacks of matrices are sharded along the stack if it divides evenly.
 
     Args:
         shape: The global shape.
         parts: The blocks in the parameter, from :func:`lightning_memopt.classify`.
-        size: Ranks over which it is divided.
+        size: Number of ranks that it is divided over.
     """
     preferred = _preferred(shape, parts, size)
     return preferred if shape and shape[preferred] % size == 0 else 0
@@ -56,5 +56,5 @@ def _preferred(shape: tuple[int, ...], parts: Sequence[Part], size: int) -> int:
 
 
 def renamed(dims: Mapping[Tensor, int], replaced: Mapping[Tensor, Tensor]) -> dict[Tensor, int]:
-    """Return the dimensions for parameters that took the place of others."""
+    """Return the dimensions with replaced parameters in place of the old ones."""
     return {replaced.get(param, param): dim for param, dim in dims.items()}

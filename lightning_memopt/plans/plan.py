@@ -1,4 +1,4 @@
-"""Recipe (what one block gets) and Plan (which block gets which recipe)."""
+"""Recipe (the kinds of one block) and Plan (the recipe of every block)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECO
 
 @dataclass(frozen=True)
 class Recipe:
-    """A momentum kind and a second-moment kind. Names are accepted for either and mean the kind's defaults."""
+    """A momentum kind and a second-moment kind. A name in place of a kind means the kind with its defaults."""
 
     momentum: Momentum
     second_moment: SecondMoment
@@ -30,7 +30,7 @@ class Recipe:
         object.__setattr__(self, "second_moment", _kind("second_moment", second_moment))
 
     def resolve(self, layout: Layout) -> Recipe:
-        """Return the recipe for one block, with fractional ranks turned into numbers."""
+        """Return the recipe for one block, with numbers in place of fractional ranks."""
         return Recipe(self.momentum.resolve(layout), self.second_moment.resolve(layout))
 
     @property
@@ -40,16 +40,16 @@ class Recipe:
 
     @property
     def bounded(self) -> bool:
-        """Whether ``max_update`` bounds |U / D|: wherever that has no unit, and the kinds do not bound it themselves.
+        """Whether ``max_update`` bounds |U / D|: if it has no unit and the kinds do not bound it themselves.
 
-        Where both kinds average each element's own gradients, |U / D| is at most a number that follows from the betas
-        (Cauchy-Schwarz). A direction that mixes elements can be large where the denominator is almost 0.
+        If both kinds average each element's own gradients, the betas bound |U / D| (Cauchy-Schwarz). A direction that
+        mixes elements can be large where the denominator is almost 0.
         """
         alone = self.momentum.elementwise and self.second_moment.elementwise
         return self.second_moment.normalizes and not alone
 
     def options(self) -> set[str]:
-        """Return the names of the options that at least one of the two kinds has."""
+        """Return the names of the options of both kinds."""
         return {*self.momentum.options(), *self.second_moment.options()}
 
     def with_options(self, options: Mapping[str, Any]) -> Recipe:
@@ -64,7 +64,7 @@ class Recipe:
         """Return the recipe after a change: a whole recipe, or kinds and options by name.
 
         Raises:
-            ValueError: If a kind or option is unknown, or the resulting kinds do not have the option.
+            ValueError: If a kind or option is unknown, or neither resulting kind has the option.
         """
         if isinstance(change, Recipe):
             return change
@@ -85,12 +85,12 @@ class Recipe:
         return recipe.with_options(options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as strings and numbers; the inverse of :meth:`from_dict`."""
+        """Return the recipe as strings and numbers, for :meth:`from_dict`."""
         return {axis: {"kind": getattr(self, axis).name, **asdict(getattr(self, axis))} for axis in _AXES}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from :meth:`to_dict`'s result."""
+        """Build a recipe from the result of :meth:`to_dict`."""
         kinds = {}
         for axis, registry in _AXES.items():
             options = dict(data[axis])
@@ -100,15 +100,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which recipe every block gets.
+    """The recipe of every block.
 
     Attributes:
         name: A name for messages and checkpoints.
         roles: The recipe of every role.
         betas: The default decay rates.
-        overrides: Changes by role or by name pattern (``*`` and ``?`` as in a shell, matched against the name of a
-            block or of its parameter); applied in order.
-        options: Options for every kind that has them; an override wins.
+        overrides: Changes by role or by name pattern, applied in order. Patterns use ``*`` and ``?`` as in a shell and
+            match the name of a block or of its parameter.
+        options: Options for every kind that has them. Overrides take precedence.
     """
 
     name: str
@@ -131,11 +131,11 @@ class Plan:
         self._check_options()
 
     def _check_options(self) -> None:
-        """Refuse options that are unknown or that no recipe of the plan would listen to."""
+        """Refuse options that are unknown or have no effect in the plan."""
         recipes = list(self.roles.values())
         for change in self.overrides.values():
             found = [recipe.changed(_kinds_only(change)) for recipe in self.roles.values()]
-            if not isinstance(change, Recipe):  # its options, too, are checked now and not when a block has them
+            if not isinstance(change, Recipe):  # check its options here, not only when a block uses them
                 found = [recipe.with_options(change) for recipe in found]
             recipes += found
         for key in self.options:
@@ -159,10 +159,10 @@ class Plan:
         return replace(self, overrides={**self.overrides, **(overrides or {})}, options={**self.options, **given})
 
     def recipe(self, name: str, role: str) -> Recipe:
-        """Return the recipe of one block, fractions of ranks not yet resolved.
+        """Return the recipe of one block, before fractional ranks are resolved.
 
-        A name pattern may cover blocks of all sorts: an option is taken by those that have it, and vectors keep
-        their recipe where a kind is undefined on them.
+        A name pattern may match all sorts of blocks. Blocks whose kinds lack an option ignore it. Vectors keep their
+        recipe if the new kind is undefined on vectors.
         """
         recipe = self.roles[role].with_options(self.options)
         for pattern, change in self.overrides.items():
@@ -178,12 +178,12 @@ class Plan:
         return recipe
 
     def has(self, axis: str, name: str) -> bool:
-        """Return whether any role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
+        """Return whether a role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
         chosen = {getattr(recipe, axis).name for recipe in self.roles.values()}
         return name in chosen | {_wanted(change, axis) for change in self.overrides.values()}
 
     def kind(self, axis: str, name: str, name_of_block: str, role: str) -> Any:
-        """Return the kind of this name as a block has it: by its recipe, else as the plan has it elsewhere.
+        """Return the kind of this name as in the block's recipe, or else as used elsewhere in the plan.
 
         Args:
             axis: ``momentum`` or ``second_moment``.
@@ -198,12 +198,12 @@ class Plan:
         return replace(kind, **{key: value for key, value in self.options.items() if key in kind.options()})
 
     def _elsewhere(self, axis: str, name: str | None) -> Any:
-        """Return the kind of this name as some role has it."""
+        """Return the kind of this name from the first role that has it."""
         kinds = (getattr(entry, axis) for entry in self.roles.values())
         return next((kind for kind in kinds if kind.name == name), None)
 
     def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
-        """Replace the name of a kind that is new to ``recipe`` by that kind as the plan has it elsewhere."""
+        """Replace the name of a kind that ``recipe`` does not have by that kind as used elsewhere in the plan."""
         found = dict(change)
         for axis in _AXES:
             if change.get(axis) != getattr(recipe, axis).name:
@@ -217,7 +217,7 @@ class Plan:
             blocks: Name, role and final recipe of every block.
 
         Raises:
-            ValueError: Naming the pattern and what it could have matched, or the option that no block has.
+            ValueError: The message names the pattern and what it could have matched, or the option that no block has.
         """
         blocks = list(blocks)
         for pattern, change in self.overrides.items():
@@ -247,7 +247,7 @@ class Plan:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as mappings, strings and numbers; the inverse of :meth:`from_dict`."""
+        """Return the plan as mappings, strings and numbers, for :meth:`from_dict`."""
         overrides = {
             pattern: change.to_dict() if isinstance(change, Recipe) else dict(change)
             for pattern, change in self.overrides.items()
@@ -262,7 +262,7 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
-        """Build a plan from :meth:`to_dict`'s result."""
+        """Build a plan from the result of :meth:`to_dict`."""
         overrides = {
             pattern: Recipe.from_dict(change) if isinstance(change.get("momentum"), Mapping) else change
             for pattern, change in data.get("overrides", {}).items()
@@ -278,7 +278,7 @@ class Plan:
 
 
 def applies(pattern: str, name: str, role: str) -> bool:
-    """Return whether an override is about a block: by role, by its name, or by the name of its parameter."""
+    """Return whether an override applies to a block: by role, by the block's name, or by its parameter's name."""
     if pattern in ROLES:
         return pattern == role
     return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[0], pattern)
@@ -291,11 +291,11 @@ def known_options() -> list[str]:
 
 
 def check_change(change: Any) -> None:
-    """Check that a change names known kinds and known options only.
+    """Check that a change names only known kinds and options.
 
     Raises:
-        TypeError: If it is no mapping.
-        ValueError: Naming what is unknown, and what exists.
+        TypeError: If it is not a mapping.
+        ValueError: If a name is unknown. The message lists those that exist.
     """
     if not isinstance(change, Mapping):
         raise TypeError(
@@ -309,7 +309,7 @@ def check_change(change: Any) -> None:
 
 
 def _wanted(change: Recipe | Mapping[str, Any], axis: str) -> str | None:
-    """Return the name of the kind that a change asks for on one axis, if it does."""
+    """Return the name of the kind that a change requests on one axis, or None."""
     kind = getattr(change, axis) if isinstance(change, Recipe) else change.get(axis)
     return getattr(kind, "name", kind)
 
@@ -321,7 +321,7 @@ def _kinds_only(change: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any
 
 
 def _kind(axis: str, value: Any) -> Any:
-    """Return a kind, built with its defaults where a name is given."""
+    """Return a kind, built with its defaults if ``value`` is a name."""
     if isinstance(value, Kind):
         return value
     return _AXES[axis].get(value)()

@@ -1,4 +1,4 @@
-"""The named recipes, and recipe files."""
+"""Named recipes, and recipe files."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _LINEAR = ("query", "key", "value", "attention_output", "mlp", "head")
 
 
 def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999), **roles: Recipe) -> Plan:
-    """File a plan in which every role that is not mentioned gets ``default``; vectors get Adam's kinds."""
+    """Register a plan. Roles without a recipe get ``default``, and vectors get Adam's kinds."""
     plan = Plan(name, {"vector": _ADAM, **{role: default for role in ROLES if role != "vector"}, **roles}, betas)
     return PLANS.register(name)(plan)
 
 
 def _adapm(name: str, second_moment: str) -> Plan:
-    """AdaPM's roles: no momentum for embeddings and attention output, full for values, low rank for the rest."""
+    """Register AdaPM's roles: no momentum (embedding, attention output), dense (value, other), else low rank."""
     low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
     roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
     return _named(name, low, (0.9, 0.95), **roles)
 
 
 def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, float], **roles: Recipe) -> Plan:
-    """File a plan that treats linear weights apart from everything else."""
+    """Register a plan with a different recipe for linear weights."""
     return _named(name, default, betas, **dict.fromkeys(_LINEAR, linear), **roles)
 
 
@@ -47,7 +47,7 @@ ADAPM_MINI = _adapm("adapm_mini", "blockwise")
 ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95))
 ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
 ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
-# The authors run AdaGrad and RMSProp without any bias correction, and with sums over the subsets.
+# The authors run AdaGrad and RMSProp without bias correction, and with sums over subsets.
 _SUMS = SubsetNormSecondMoment(reduction="sum", bias_correction=False)
 _RAW: SecondMoment = DenseSecondMoment(bias_correction=False)
 _ADAGRAD = Recipe(DenseMomentum(bias_correction=False), _RAW)
@@ -69,13 +69,13 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
 
     A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
-    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options). Its values may refer to one
-    another (``${roles.mlp.rank}``), but not call resolvers (``${oc.env:HOME}``).
+    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options). A value may refer to
+    another one (``${roles.mlp.rank}``), but may not call a resolver (``${oc.env:HOME}``).
 
     Raises:
-        TypeError: If ``recipe`` is something else, or an entry of a file has the wrong type.
+        TypeError: If ``recipe`` has another type, or an entry of a file has the wrong type.
         ValueError: If a name, key, kind, role or option is unknown, a number is out of range, or a resolver is called.
-        FileNotFoundError: If it looks like a path and no file is there.
+        FileNotFoundError: If ``recipe`` looks like a path and the file does not exist.
     """
     if isinstance(recipe, Plan):
         return recipe
@@ -116,16 +116,16 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _plain(data: Any, where: str) -> Mapping[str, Any]:
-    """Return a mapping without OmegaConf's types, references to other values resolved.
+    """Return a mapping without OmegaConf's types, with references to other values resolved.
 
-    Resolvers are refused, not left as they are: what they return, such as a secret from the environment, would be
-    stored in every checkpoint, and the same file would mean something else on another machine; a literal
-    ``${oc.env:RANK}`` in the place of a number or a name would never be what somebody wanted.
+    Resolvers are refused. Their results, such as a secret from the environment, would be stored in every checkpoint,
+    and the same file would have another meaning on another machine. Left unresolved, ``${oc.env:RANK}`` is never a
+    useful number or name.
 
     Raises:
         ValueError: If a value calls a resolver.
     """
-    omegaconf = sys.modules.get("omegaconf")  # without it there are no such types
+    omegaconf = sys.modules.get("omegaconf")  # if it is not imported, its types cannot occur
     if omegaconf is None or not omegaconf.OmegaConf.is_config(data):
         return data
     for text in _texts(omegaconf.OmegaConf.to_container(data, resolve=False)):
@@ -138,7 +138,7 @@ def _plain(data: Any, where: str) -> Mapping[str, Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in a container, keys included."""
+    """Yield all strings in a container, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -150,7 +150,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _calls_resolver(text: str) -> bool:
-    """Return whether an interpolation has a colon: ``${name:...}`` calls, ``${name}`` refers; both can be nested."""
+    """Return whether an interpolation has a colon. ``${name:...}`` calls, ``${name}`` refers; both can be nested."""
     depth = 0
     for position, character in enumerate(text):
         if text.startswith("${", position):
@@ -163,7 +163,7 @@ def _calls_resolver(text: str) -> bool:
 
 
 def _base(base: Any, folder: Path | None) -> Plan:
-    """Return the plan that a recipe file starts from: a name, or a file whose path is relative to its own."""
+    """Return the plan that a recipe file starts from: a name, or a file path relative to the recipe file."""
     if isinstance(base, str) and folder is not None and base not in PLANS and base.endswith((".yaml", ".yml")):
         data = _read(folder / base)
         if str(data.get("base", "")).endswith((".yaml", ".yml")):
@@ -175,7 +175,7 @@ def _base(base: Any, folder: Path | None) -> Plan:
 
 
 def _digest(roles: Mapping[str, Recipe]) -> str:
-    """Return a name for a recipe without one, which tells what its state consists of."""
+    """Return a name for a recipe without one. It identifies the structure of its state."""
     kinds = [f"{role}={recipe.momentum.name}*{recipe.second_moment.name}" for role, recipe in sorted(roles.items())]
     return f"custom-{hashlib.blake2b(' '.join(kinds).encode(), digest_size=4).hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""Numbers from other ranks: kinds ``yield`` requests, :func:`run_tasks` answers them for all blocks at once."""
+"""Collectives for kinds. Kinds ``yield`` requests, and :func:`run_tasks` answers them for all blocks together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_memopt.sharding.layout import Cut, Layout
 
-# Payload of one collective, in bytes. More is sent in several, so that the buffers stay bounded.
+# Bytes per collective. Larger payloads are split over several collectives, which bounds the buffers.
 MAX_PAYLOAD = 64 << 20
 
-# torch 2.13 renamed it and warns about the old name.
+# torch 2.13 renamed this function and warns about the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 T = TypeVar("T")
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sum:
-    """The request "add this up over the ranks that share dimension ``over`` of the block".
+    """A request to sum a value over the ranks that share dimension ``over`` of the block.
 
     Attributes:
-        value: What this rank summed over its own part of that dimension.
-        layout: The block's layout; where it does not shard ``over``, the value comes back as it is.
+        value: The sum over this rank's part of that dimension.
+        layout: The block's layout. If ``over`` is not sharded, the value is returned unchanged.
         over: ``-2`` for the rows, ``-1`` for the columns, ``-3`` for the stack.
     """
 
@@ -38,12 +38,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Gather:
-    """The request "put the ranks' pieces together"; what a block's state and gradient are prepared with.
+    """A request to gather a tensor, such as a block's state or gradient before its update.
 
     Attributes:
         value: This rank's piece.
-        cut: How the whole is cut.
-        nbytes: Bytes of the whole, over all ranks that share it: the same on all of them.
+        cut: How the whole tensor is cut.
+        nbytes: Bytes of the whole tensor, the same on all ranks that share it.
     """
 
     value: Tensor
@@ -55,15 +55,15 @@ Flight = tuple[Any, torch.dtype, torch.device]
 
 
 class Pending:
-    """A sum that has been asked for, and its answer once there is one."""
+    """A requested sum, and its answer after the collective."""
 
     def __init__(self, asked: Sum, group: Any) -> None:
-        """Ask; ``group`` is the one process group over which the dimension is divided."""
+        """Store the request. ``group`` is the process group that divides the dimension."""
         self.value, self.group, self.answered = asked.value, group, False
 
     @property
     def flight(self) -> Flight:
-        """Return what has to be equal for sums to share a collective."""
+        """The key that sums must share to use the same collective."""
         return self.group, self.value.dtype, self.value.device
 
 
@@ -72,10 +72,10 @@ Task = Generator[Requests, None, Any]
 
 
 def request(*sums: Sum) -> Generator[Requests, None, tuple[Tensor, ...]]:
-    """Ask for several sums at once; nothing is suspended where nothing is sharded.
+    """Request several sums together. Returns without suspending if none of them is sharded.
 
-    A task yields what it waits for and is resumed when some of it is answered. No full-size tensor may be alive in the
-    caller when it asks: all blocks wait here together.
+    A task yields the sums that it waits for, and resumes when some of them are answered. The caller must not hold a
+    full-size tensor during a request, because all blocks wait here at the same time.
     """
     groups = [entry.layout.group(entry.over) for entry in sums]
     asked = [Pending(entry, group) if group is not None else None for entry, group in zip(sums, groups, strict=True)]
@@ -87,7 +87,7 @@ def request(*sums: Sum) -> Generator[Requests, None, tuple[Tensor, ...]]:
 
 
 def interleave(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
-    """Run several tasks side by side, so that their requests share collectives; return their results in order."""
+    """Run several tasks side by side so that their requests share collectives. Return their results in order."""
     results: list[Any] = [None] * len(tasks)
     waiting: dict[int, Requests] = {}
 
@@ -109,10 +109,10 @@ def interleave(*tasks: Task) -> Generator[Requests, None, tuple[Any, ...]]:
 
 
 def run_tasks(tasks: Iterable[Task]) -> None:
-    """Run the tasks of all blocks to their end, with as few collectives as their requests allow.
+    """Run the tasks of all blocks, with as few collectives as their requests allow.
 
-    A task that never asks for a sharded number runs through before the next one starts: a single process works
-    block by block and holds the temporaries of one block only.
+    A task that requests no sharded sum completes before the next one starts. So a single process works block by block
+    and holds the temporaries of one block only.
     """
     waiting: list[tuple[Task, Requests]] = []
     for task in tasks:
@@ -136,11 +136,11 @@ def _advance(task: Task, waiting: list[tuple[Task, Requests]]) -> None:
 
 
 def _next_flight(asked: list[Requests]) -> Flight:
-    """Return which collective comes next.
+    """Return the key of the next collective.
 
-    Sums of different dtypes cannot share one. The kinds' requests come in the order "float32, float64, float32" or in
-    a part of it: float32 goes first only if a task waits for nothing else, so that all blocks together need no more
-    collectives than that.
+    Sums of different dtypes cannot share a collective. Kinds request "float32, float64, float32" or a part of this
+    sequence. float32 goes first only if a task waits for nothing else, so all blocks together need no more collectives
+    than this sequence.
     """
     flights = dict.fromkeys(pending.flight for requests in asked for pending in requests)
     stuck = {requests[0].flight for requests in asked if len({pending.flight for pending in requests}) == 1}
@@ -149,30 +149,30 @@ def _next_flight(asked: list[Requests]) -> Flight:
 
 
 def _sum(flight: Sequence[Pending]) -> None:
-    """Answer sums over one group, of one dtype; every rank has the same in the same order, empty shards included."""
-    for some in packed(flight, lambda pending: pending.value.nbytes):
-        flat = torch.cat([pending.value.reshape(-1) for pending in some])
+    """Answer sums of one group and dtype. Every rank has the same ones in the same order, even with empty shards."""
+    for batch in packed(flight, lambda pending: pending.value.nbytes):
+        flat = torch.cat([pending.value.reshape(-1) for pending in batch])
         for part in flat.split(MAX_PAYLOAD // flat.element_size()):
-            dist.all_reduce(part, group=some[0].group)
-        parts = flat.split([pending.value.numel() for pending in some])
-        for pending, part in zip(some, parts, strict=True):
+            dist.all_reduce(part, group=batch[0].group)
+        parts = flat.split([pending.value.numel() for pending in batch])
+        for pending, part in zip(batch, parts, strict=True):
             pending.value, pending.answered = part.view_as(pending.value), True
 
 
 def gather(wanted: Sequence[Gather]) -> list[Tensor]:
-    """Return the whole of every tensor, with one collective per group and device while the payload is bounded."""
+    """Return the whole tensors, with one collective per group and device unless the payload is too large."""
     whole: list[Any] = [None] * len(wanted)
     flights = [(entry.cut.group, entry.value.device) for entry in wanted]
     for flight in dict.fromkeys(flights):
         mine = [position for position, entry in enumerate(flights) if entry == flight]
-        for some in packed(mine, lambda position: wanted[position].nbytes):
-            for position, tensor in zip(some, _gather([wanted[position] for position in some]), strict=True):
+        for batch in packed(mine, lambda position: wanted[position].nbytes):
+            for position, tensor in zip(batch, _gather([wanted[position] for position in batch]), strict=True):
                 whole[position] = tensor
     return whole
 
 
 def _gather(wanted: list[Gather]) -> list[Tensor]:
-    """Gather tensors of one group, of any dtype: bytes, every piece as long as the longest."""
+    """Gather tensors of one group and any dtype, as bytes. Every piece is padded to the longest one."""
     first = wanted[0]
     count = len(first.cut.sizes)
     shapes = [_padded(entry) for entry in wanted]
@@ -205,12 +205,12 @@ def _padded(entry: Gather) -> torch.Size:
 
 
 def _aligned(nbytes: int) -> int:
-    """Return a size at which a tensor of any dtype may start after this one."""
+    """Round a size up to an offset at which a tensor of any dtype may start."""
     return -(-nbytes // 8) * 8
 
 
 def packed(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """Cut a sequence into runs of at most ``MAX_PAYLOAD`` bytes; an item of more is a run of its own."""
+    """Split a sequence into runs of at most ``MAX_PAYLOAD`` bytes. A larger item is a run by itself."""
     run: list[T] = []
     total = 0
     for item in items:

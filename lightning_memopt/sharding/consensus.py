@@ -1,4 +1,4 @@
-"""How many ranks there are, and that all are about to do the same, checked before any of them does."""
+"""The number of ranks, and checks that all ranks are about to do the same."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Return the number of processes in the job: 1 where there is no process group."""
+    """Return the number of processes in the job, or 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return the number of this process in the job."""
+    """Return the rank of this process in the job."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def largest(values: Tensor, layout: Layout) -> Tensor:
-    """Return, for every value, the largest that a rank of the layout's mesh has; in place.
+    """Replace every value by its maximum over the ranks of the layout's mesh. Works in place.
 
-    One collective, or one per dimension of a mesh that is only a part of the job.
+    Takes one collective, or one per mesh dimension if the mesh is only a part of the job.
     """
     groups = layout.mesh_groups()
     if len(groups) > 1 and layout.mesh.size() == world_size():
@@ -46,24 +46,24 @@ def decided_alike(
     groups: Sequence[Any],
     device: torch.device,
 ) -> T:
-    """Return what this rank decides, once it is known that all ranks decide the same.
+    """Return this rank's decision after checking that all ranks decide the same.
 
     Args:
         what: As in :func:`require_same`.
-        decide: Decides, and may raise.
-        lines: What a decision is compared by.
-        groups: As in :func:`require_same`; none where there is nobody to agree with.
+        decide: Makes the decision; may raise.
+        lines: Returns the lines by which decisions are compared.
+        groups: As in :func:`require_same`. Empty if this rank is on its own.
         device: As in :func:`require_same`.
 
     Raises:
-        Exception: Whatever `decide` raised on this rank.
+        Exception: Any exception that `decide` raised on this rank.
         RuntimeError: If another rank raised or decided otherwise.
     """
     error = None
     try:
         decision = decide()
         found = list(lines(decision))
-    except Exception as caught:  # whatever it is, other ranks must hear of it
+    except Exception as caught:  # of any type: the other ranks must know
         error, found = caught, [f"{type(caught).__name__}: {caught}"]
     if groups:
         try:
@@ -77,16 +77,16 @@ def decided_alike(
 
 
 def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:
-    """Check that all ranks have the same lines; one collective of 16 bytes per group where they have.
+    """Check that all ranks have the same lines. If they do, this takes one collective of 16 bytes per group.
 
     Args:
-        what: What the lines are, for the message.
-        lines: What is compared.
+        what: The subject of the lines, for the message.
+        lines: The lines to compare.
         groups: The process groups that connect the ranks, such as those of all dimensions of a mesh.
-        device: A device that the groups can send from.
+        device: A device from which the groups can send.
 
     Raises:
-        RuntimeError: If they differ, on all ranks; the message names the first difference.
+        RuntimeError: On all ranks, if the lines differ. The message names the first difference.
     """
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big") >> 1
@@ -105,7 +105,7 @@ def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device:
 
 
 def _difference(what: str, found: list[tuple[int, list[str]]]) -> str:
-    """Return a sentence on the first line that differs between the first rank and another."""
+    """Return a sentence about the first line that differs between the first rank and another one."""
     first, mine = min(found)
     other, theirs = next(entry for entry in sorted(found) if entry[1] != mine)
     ours, its = next(pair for pair in zip_longest(mine, theirs, fillvalue="nothing") if pair[0] != pair[1])

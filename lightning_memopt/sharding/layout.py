@@ -1,4 +1,4 @@
-"""What this rank holds of one block of a parameter."""
+"""The part of one parameter block that a rank holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, loca
 
 @dataclass(frozen=True)
 class Slot:
-    """The part of a parameter that a block covers: ``length`` entries of dimension ``dim``, from ``start``."""
+    """The part of a parameter that a block covers: ``length`` entries of dimension ``dim``, starting at ``start``."""
 
     dim: int
     start: int
@@ -27,7 +27,7 @@ class Cut:
 
     Attributes:
         dim: The dimension that is cut.
-        sizes: The length of every rank's piece; their order is that of the pieces.
+        sizes: The length of every rank's piece, in the order of the pieces.
         rank: This rank's position in the group.
         group: The process group.
     """
@@ -47,25 +47,25 @@ class Layout:
     """Shapes and placement of one block.
 
     Attributes:
-        shape: Global shape of the block as it lies in the parameter.
-        matrix: The same as ``[..., m, n]``, which is what kinds see: a vector is one row, three dimensions are a
-            stack of matrices (or a kernel, as more are: one matrix with the trailing dimensions flattened).
+        shape: Global shape of the block in the parameter.
+        matrix: The global shape as ``[..., m, n]``, which kinds see. A vector is one row. Three dimensions are a stack
+            of matrices, or a kernel. Kernels and weights of more dimensions are one matrix: trailing dimensions are
+            flattened.
         dtype: The dtype of all arithmetic: float32, or float64 for float64 parameters.
-        state_dtype: The dtype in which state is stored.
-        device: Where state lives.
-        output_dim: Which dimension of ``matrix`` indexes the outputs of the layer: ``-2``, or ``-1`` where a model
-            stores its weights transposed.
-        head_dim: Outputs per attention head, where known.
+        state_dtype: The dtype of stored state.
+        device: The device of the state.
+        output_dim: The dimension of ``matrix`` that indexes the layer's outputs: ``-2``, or ``-1`` if transposed.
+        head_dim: Outputs per attention head, if known.
         mesh: The device mesh of a sharded parameter.
         placements: Its placements, one per mesh dimension.
         local: Sizes of the part of ``matrix`` that this rank works on.
-        offset: Where in ``matrix`` that part starts.
-        slot: Which part of the parameter the block covers, if not all of it.
-        local_slot: Where that part lies in what this rank holds of the parameter.
+        offset: Where that part starts in ``matrix``.
+        slot: The part of the parameter that the block covers, or None for the whole parameter.
+        local_slot: Where that part is in this rank's local part of the parameter.
         param_shape: Global shape of the parameter.
-        straddles_shards: Whether shards of the fused parameter end inside its blocks, so that a rank may hold any part
-            of this one.
-        gathered: Whether every rank works on the whole block, although the parameter is sharded.
+        straddles_shards: Whether shard boundaries of a fused parameter are inside its blocks, so that a rank may hold
+            any part of this block.
+        gathered: Whether every rank works on the whole block although the parameter is sharded.
     """
 
     shape: tuple[int, ...]
@@ -95,19 +95,19 @@ class Layout:
         head_dim: int | None = None,
         flatten: bool = False,
     ) -> Layout:
-        """Read the layout of one block off its parameter, which may be a DTensor.
+        """Derive the layout of one block from its parameter, which may be a DTensor.
 
         Args:
             param: The parameter.
-            slot: The part that the block covers, if not all of it.
-            state_dtype: The dtype of state; None means that of the arithmetic.
+            slot: The part that the block covers, or None for the whole parameter.
+            state_dtype: The dtype of state; None means the dtype of the arithmetic.
             output_dim: See the attribute.
             head_dim: See the attribute.
-            flatten: Whether three dimensions are one matrix, too.
+            flatten: Whether three dimensions are one matrix instead of a stack.
 
         Raises:
-            NotImplementedError: If the parameter is sharded in a way that no statistic survives; the message names
-                the placements. If it is on a device without float64.
+            NotImplementedError: If the sharding is not supported; the message names the placements. Also if the device
+                does not support float64.
         """
         if param.device.type == "mps":
             raise NotImplementedError(
@@ -154,24 +154,24 @@ class Layout:
             straddles_shards=straddles,
         )
         if straddles:
-            layout.gather()  # refuses what cannot be gathered
+            layout.gather()  # raises if the block cannot be gathered
         return layout
 
     # ------------------------------------------------------------------ how the block is sharded
 
     def group(self, dim: int) -> Any | None:
-        """Return the process group over which the work on dimension ``dim`` (negative) of ``matrix`` is divided."""
+        """Return the process group that divides the work on dimension ``dim`` (negative) of ``matrix``, or None."""
         positions = [] if self.gathered else self.shards(dim)
         assert len(positions) < 2, "two mesh dimensions shard one dimension, which _check refuses"
         return self.mesh.get_group(positions[0]) if positions else None
 
     def mesh_groups(self) -> list[Any]:
-        """Return the process groups of all mesh dimensions, those that replicate the block included."""
+        """Return the process groups of all mesh dimensions, including those that replicate the block."""
         count = self.mesh.ndim if self.mesh is not None else 0
         return [self.mesh.get_group(position) for position in range(count) if self.mesh.size(position) > 1]
 
     def shards(self, dim: int | None = None) -> list[int]:
-        """Return the mesh dimensions of more than one rank that shard the block, or one dimension of ``matrix``."""
+        """Return the mesh dimensions of more than one rank that shard the block, or dimension ``dim`` of ``matrix``."""
         return [
             position
             for position, placement in enumerate(self.placements)
@@ -181,7 +181,7 @@ class Layout:
         ]
 
     def matrix_dim(self, dim: int) -> int:
-        """Return the negative dimension of ``matrix`` in which dimension ``dim`` of the parameter ends up."""
+        """Return the negative dimension of ``matrix`` that contains dimension ``dim`` of the parameter."""
         if len(self.shape) == 1:
             return -1
         return dim - len(self.shape) if len(self.shape) == len(self.matrix) else -2
@@ -191,10 +191,10 @@ class Layout:
         return bool(self.shards(dim))
 
     def gather(self) -> Layout:
-        """Return the layout for a block that every rank works on as a whole.
+        """Return the layout with which every rank works on the whole block.
 
         Raises:
-            NotImplementedError: If it is sharded over more than one dimension of the mesh.
+            NotImplementedError: If it is sharded over several mesh dimensions.
         """
         if len(self.shards()) > 1:
             raise NotImplementedError(
@@ -212,7 +212,7 @@ class Layout:
         )
 
     def cut_of_block(self) -> Cut:
-        """Return how the block, as ``[..., m, n]``, is cut where it has to be gathered."""
+        """Return how the block, as ``[..., m, n]``, is cut, for a block that ranks gather."""
         (position,) = self.shards()
         dim = self.placements[position].dim
         count = self.mesh.size(position)
@@ -229,14 +229,14 @@ class Layout:
     # ------------------------------------------------------------------ parts of the block
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return this rank's part of the block out of its parameter or gradient, as ``[..., m, n]``."""
+        """Return the local part of the block from its parameter or gradient, as ``[..., m, n]``."""
         tensor = local_tensor(tensor)
         if self.local_slot is not None:
             tensor = tensor.narrow(self.local_slot.dim, self.local_slot.start, self.local_slot.length)
         return tensor.reshape(self.local)
 
     def part_of(self, tensor: Tensor, *, at: int, dim: int) -> Tensor:
-        """Return this rank's part of a global tensor whose dimension ``at`` runs along dimension ``dim`` of the block.
+        """Return the local part of a global tensor whose dimension ``at`` matches dimension ``dim`` of the block.
 
         Stack dimensions come first in both.
         """
@@ -249,11 +249,11 @@ class Layout:
         return tensor
 
     def along(self, tensor: Tensor, *, at: int, dim: int) -> Tensor:
-        """Return this rank's part of a tensor whose dimension ``at`` runs along all of dimension ``dim``."""
+        """Return the local part of a tensor whose dimension ``at`` covers all of dimension ``dim``."""
         return tensor.narrow(at, self.offset[dim], self.local[dim])
 
     def part(self, whole: Tensor) -> Tensor:
-        """Return this rank's part of a tensor that broadcasts against the whole block, as a view."""
+        """Return the local part of a tensor that broadcasts against the whole block, as a view."""
         for dim, size in enumerate(whole.shape):
             if size != 1:
                 whole = whole.narrow(dim, self.offset[dim], self.local[dim])
@@ -261,7 +261,7 @@ class Layout:
 
     @property
     def sharded(self) -> bool:
-        """Whether other ranks hold other parts of the block."""
+        """Whether ranks hold different parts of the block."""
         return bool(self.shards())
 
     @property
@@ -281,13 +281,13 @@ class Layout:
 
 
 def pieces(length: int, count: int) -> list[int]:
-    """Return how long the pieces are into which a dimension is sharded over ``count`` ranks."""
+    """Return the lengths of the pieces of a dimension that is sharded over ``count`` ranks."""
     size = -(-length // count)
     return [max(0, min(size, length - rank * size)) for rank in range(count)]
 
 
 def _overlap(slot: Slot, start: int, length: int) -> Slot:
-    """Return where a slot lies in the piece of a parameter that starts at ``start``."""
+    """Return the position of a slot in the piece of a parameter that starts at ``start``."""
     low = min(max(0, slot.start - start), length)
     high = min(max(0, slot.start + slot.length - start), length)
     return Slot(slot.dim, low, high - low)
@@ -303,7 +303,7 @@ def as_matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:
 
 
 def _check(param: Any, *, flattened: bool) -> None:
-    """Refuse placements under which a block's rows and columns do not stay whole."""
+    """Refuse placements that break up the rows and columns of a block."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements = [p for position, p in enumerate(param.placements) if param.device_mesh.size(position) > 1]

@@ -1,4 +1,4 @@
-"""Where the state of a block lies: its shapes, which rank stores what, and what ranks gather for a step."""
+"""Storage of a block's state: its shapes, the rank that stores each part, and what ranks gather for a step."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_memopt.sharding.layout import Cut, Layout, pieces
 
 @dataclass(frozen=True)
 class Whole:
-    """As many as dimension ``dim`` of the block, sharded as it is, but every rank works on all of them."""
+    """As many as dimension ``dim`` of the block. Stored sharded like it, but every rank works on all of them."""
 
     dim: int
 
 
-# The last two sizes of a state tensor: ``-2`` or ``-1`` for "as many as that dimension of the block", of which every
-# rank works on its part; `Whole`; or a number, of which every rank works on all.
+# The last two sizes of a state tensor. ``-2`` or ``-1`` means "as many as that dimension of the block", and every rank
+# works on its part. With `Whole` or a number, every rank works on all.
 Sizes = tuple[int | Whole, ...]
-# The sizes of a state tensor that has one number per element of the block, in the block's own shape.
+# The sizes of a state tensor with one number per element, in the shape of the block.
 ELEMENTWISE: Sizes = ()
 
 
 def allocate(layout: Layout, sizes: Sizes) -> Tensor:
-    """Allocate one state tensor of a block, all zeros, stack dimensions first.
+    """Allocate one state tensor of a block, filled with zeros. Stack dimensions come first.
 
-    A state tensor that lies along a sharded dimension is sharded with it. One that does not, such as the right
-    factor of a matrix whose rows are sharded, is sharded along its own longest dimension: ranks gather it for a
-    step and keep their piece.
+    A state tensor with a sharded dimension of the block is sharded along it. Any other tensor, such as the right factor
+    of a matrix with sharded rows, is sharded along its own longest dimension: ranks gather it for a step and keep
+    their piece.
 
     Args:
         layout: The layout of the block.
@@ -60,7 +60,7 @@ def shape_of(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
 
 
 def origin(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
-    """Return where in the whole state tensor, seen as ``[..., m, n]``, the part starts that this rank works on."""
+    """Return where this rank's part starts in the whole state tensor, seen as ``[..., m, n]``."""
     if sizes == ELEMENTWISE:
         return layout.offset
     parts = [0 if isinstance(size, Whole) or size >= 0 else layout.offset[size] for size in sizes]
@@ -68,7 +68,7 @@ def origin(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
 
 
 def cut_of(layout: Layout, sizes: Sizes) -> Cut | None:
-    """Return how a state tensor is cut that ranks need as a whole; None for one of which each works on its part."""
+    """Return how a state tensor is cut if ranks need it whole; None if each rank works on its part."""
     for position in layout.shards():
         placement, follows = _placements(layout, sizes)[position], _follows(layout, sizes, position)
         last = None if follows is None or sizes == ELEMENTWISE else follows - len(layout.matrix) + 2
@@ -80,7 +80,7 @@ def cut_of(layout: Layout, sizes: Sizes) -> Cut | None:
 
 
 def _follows(layout: Layout, sizes: Sizes, position: int) -> int | None:
-    """Return the dimension of a state tensor that is sharded as mesh dimension ``position`` shards the block."""
+    """Return the dimension of a state tensor that is sharded like mesh dimension ``position`` shards the block."""
     if layout.gathered:
         return None
     dim = layout.matrix_dim(layout.placements[position].dim)

@@ -1,4 +1,4 @@
-"""Tensors that may be DTensors: the part of this rank, the whole, and copies between them."""
+"""Helpers for tensors that may be DTensors: local parts, full tensors, and copies between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Return whether a tensor is a DTensor: none is as long as nobody has imported the class, which takes a second."""
+    """Return whether a tensor is a DTensor. Does not import the class, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 
@@ -21,14 +21,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a DTensor, which all its ranks ask for together, or the tensor itself."""
+    """Return the full tensor of a DTensor, or the tensor itself. For a DTensor, all its ranks call this together."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_aligned(grad: Tensor, param: Tensor) -> bool:
     """Return whether a gradient has the placements of its parameter.
 
-    Autograd may leave others where ``fully_shard`` does not reduce it, such as a pending sum over the ranks.
+    If ``fully_shard`` does not reduce the gradient, autograd may leave other placements, such as a pending sum.
     """
     if not (is_dtensor(grad) and is_dtensor(param)):
         return True
@@ -36,14 +36,14 @@ def is_aligned(grad: Tensor, param: Tensor) -> bool:
 
 
 def aligned(grad: Tensor, param: Tensor) -> Tensor:
-    """Return a gradient with the placements of its parameter; all its ranks ask for that together."""
+    """Return a gradient with the placements of its parameter. All its ranks call this together."""
     if is_aligned(grad, param):
         return grad
     return grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
 
 
 def fill_(target: Tensor, value: Tensor) -> None:
-    """Write a whole tensor, or a DTensor of any placement, into what this rank holds of ``target``."""
+    """Write a full tensor, or a DTensor of any placement, into the local part of ``target``."""
     if not is_dtensor(target):
         target.copy_(full_tensor(value).view(target.shape))
         return

@@ -1,4 +1,4 @@
-"""Which modules ``fully_shard`` is applied to, and in which order."""
+"""Chooses the modules to which ``fully_shard`` is applied, and their order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Chain = tuple[nn.Module, ...]
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses modules, and knows for errors which argument it is from.
+    """A choice of modules. Errors name the argument that it comes from.
 
     Attributes:
         option: Name of the argument.
         value: What the user gave.
-        chooses: Whether a module is chosen.
+        chooses: Returns whether a module is chosen.
     """
 
     option: str
@@ -31,12 +31,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Unit:
-    """A module whose parameters are gathered together, but for those of units inside of it.
+    """A module whose parameters are gathered together, except those of units inside it.
 
     Attributes:
         name: Its name in the LightningModule.
         module: The module.
-        outermost: Whether no other unit holds it, so that its inputs and outputs are seen by the user's code.
+        outermost: Whether no other unit contains it, so that the user's code sees its inputs and outputs.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Unit:
 
 
 def resolve_policy(option: str, value: Any) -> Policy | None:
-    """Turn one or several classes or import paths, or a function, into what chooses modules.
+    """Turn a class, an import path, a list of these, or a function into a policy.
 
     Args:
         option: Name of the argument, for errors.
         value: What the user gave; None stays None.
 
     Raises:
-        TypeError: If the value is neither.
+        TypeError: If the value has another type.
         ValueError: If a path cannot be imported.
     """
     if value is None:
@@ -87,28 +87,28 @@ def _module_class(option: str, entry: Any) -> type[nn.Module]:
 
 
 def find_units(root: nn.Module, policy: Policy | None = None) -> list[Unit]:
-    """Return what ``fully_shard`` is to be applied to, inner units first.
+    """Return the modules to which ``fully_shard`` should be applied, inner units first.
 
-    These are the blocks (see :func:`blocks`) and the outermost modules with a ``forward`` of their own. The root is
-    none: a LightningModule is called through ``training_step``, which triggers no gathering. Units that share a
-    parameter with what is outside of them are left to the unit that holds both.
+    These are the blocks (see :func:`blocks`) and the outermost modules with their own ``forward``. The root is not a
+    unit: a LightningModule is called through ``training_step``, which does not trigger gathering. If a unit shares a
+    parameter with a module outside it, only the unit that contains both remains.
 
     Raises:
-        ValueError: If the policy chooses nothing, or a module that cannot be called, or if a parameter is shared
-            between modules that no unit holds together.
+        ValueError: If the policy chooses nothing, or a module that cannot be called, or if modules share a parameter
+            and no unit contains all of them.
     """
     tops = list(_callable_children(root))
     return _ordered(root, _without_shared(root, {*tops, *blocks(root, policy)}))
 
 
 def divided_by_dtype(root: nn.Module, units: Sequence[Unit]) -> list[Unit]:
-    """Return the units, with more inside of those in which parameters of several dtypes train.
+    """Return the units, split further where parameters of several dtypes train.
 
     ``fully_shard`` reduces the gradients of a unit in one dtype. A unit keeps the dtype of the parameters that it holds
-    itself, or else the one that most of its numbers have.
+    itself, or else the dtype of most of its elements.
 
     Raises:
-        ValueError: If parameters of two dtypes train that no two modules with a ``forward`` hold apart.
+        ValueError: If parameters of several dtypes train that modules with a ``forward`` cannot separate.
     """
     chosen = {unit.module for unit in units}
     for unit in units:
@@ -135,7 +135,7 @@ def divided_by_dtype(root: nn.Module, units: Sequence[Unit]) -> list[Unit]:
 
 
 def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
-    """Return the blocks of a model: what the policy chooses, or the elements of its outermost homogeneous lists.
+    """Return the blocks of a model: the policy's choice, or the elements of its outermost homogeneous lists.
 
     Raises:
         ValueError: If the policy chooses nothing, or a module without a ``forward``.
@@ -160,7 +160,7 @@ def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
 
 
 def own_modules(unit: nn.Module, units: set[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Return a unit's modules with their names in it, inner ones first, without those of units inside of it."""
+    """Return a unit's modules with their names in it, inner ones first, without the modules of units inside it."""
     return list(_inner_first(unit, units - {unit}))
 
 
@@ -185,7 +185,7 @@ def _repeated(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _of_other_dtypes(module: nn.Module, dtype: torch.dtype, chosen: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules below one, outside of units, that have to be units so that it trains this dtype only."""
+    """Yield the modules inside one that must become units so that it trains only this dtype."""
     for child in _callable_children(module):
         inside = _trained(own_modules(child, chosen)) if child not in chosen else {}
         held = _trained(_held(child))
@@ -198,12 +198,12 @@ def _of_other_dtypes(module: nn.Module, dtype: torch.dtype, chosen: set[nn.Modul
 
 
 def _held(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return a module and the containers in it, whose parameters nothing but the module uses."""
+    """Return a module and its containers, whose parameters only the module uses."""
     return own_modules(module, {*_callable_children(module)})
 
 
 def _trained(modules: Iterable[tuple[str, nn.Module]]) -> dict[torch.dtype, int]:
-    """Return how many numbers of every dtype train among the parameters that modules hold themselves."""
+    """Return the number of trained elements per dtype, among the parameters that the modules hold directly."""
     counts: dict[torch.dtype, int] = defaultdict(int)
     for _, module in modules:
         for param in module.parameters(recurse=False):
@@ -220,7 +220,7 @@ def _ordered(root: nn.Module, chosen: set[nn.Module]) -> list[Unit]:
 
 
 def _is_callable(module: nn.Module) -> bool:
-    """Return whether a module has a forward of its own; what ``torch.compile`` puts around one does not count."""
+    """Return whether a module has its own forward. A wrapper from ``torch.compile`` does not count."""
     own = type(module).forward is not nn.Module.forward or "forward" in vars(module)
     return own and not hasattr(module, "_orig_mod")
 
@@ -232,7 +232,7 @@ def _has_params(module: nn.Module) -> bool:
 def _inner_first(
     root: nn.Module, without: set[nn.Module] | frozenset[nn.Module] = frozenset()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, after all those inside of it."""
+    """Yield every module once, after all modules inside it."""
     seen: set[nn.Module] = set(without)
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -246,7 +246,7 @@ def _inner_first(
 
 
 def _without_shared(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Module]:
-    """Return the units without those that share a parameter with something outside of them."""
+    """Return the units without those that share a parameter with a module outside them."""
     while True:
         for places in _places(root, chosen).values():
             if len({chain[-1:] for _, chain in places}) > 1:
@@ -260,7 +260,7 @@ def _without_shared(root: nn.Module, chosen: set[nn.Module]) -> set[nn.Module]:
 
 
 def _places(root: nn.Module, chosen: set[nn.Module]) -> dict[Tensor, list[tuple[str, Chain]]]:
-    """Return, for every parameter, its names and the units that hold it there, outer ones first."""
+    """Return, for every parameter, its names and the units that contain it there, outer units first."""
     found: dict[Tensor, list[tuple[str, Chain]]] = defaultdict(list)
 
     def visit(prefix: str, module: nn.Module, chain: Chain) -> None:

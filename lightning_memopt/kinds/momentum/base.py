@@ -1,4 +1,4 @@
-"""The protocol of a momentum kind: gradient in, direction out, state in between."""
+"""The interface of momentum kinds, which turn gradients into directions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_memopt.sharding.layout import Layout
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction ``scale · base + left @ right``, formed a chunk at a time.
+    """A direction ``scale · base + left @ right``, computed one chunk at a time.
 
     Attributes:
-        base: ``[..., m, n]``; the gradient or a momentum, never a copy of one.
-        scale: A number.
-        left: ``[..., m, r]``, already scaled, or None.
+        base: ``[..., m, n]``; the gradient or a momentum, never a copy.
+        scale: Factor of ``base``.
+        left: ``[..., m, r]``, scaled already, or None.
         right: ``[..., r, n]``, or None.
     """
 
@@ -33,7 +33,7 @@ class Direction:
     right: Tensor | None = None
 
     def at(self, index: Index, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """Return one chunk of the direction, and the number it still has to be multiplied with."""
+        """Return one chunk of the direction, and the factor that it still needs."""
         base = self.base[index].to(dtype)
         if self.left is None or self.right is None:
             return base, self.scale
@@ -45,11 +45,11 @@ class Direction:
 
 @dataclass(frozen=True)
 class Momentum(Kind):
-    """A momentum kind: turns gradients into directions. Its dense statistic is the average M of the gradients.
+    """A momentum kind: turns gradients into directions. Its dense statistic is M, the average of the gradients.
 
     Attributes:
-        projection_keys: Those of its ``keys`` that hold the basis of a subspace, which is counted apart from what is
-            kept in it.
+        projection_keys: The ``keys`` that hold the basis of a subspace. The basis is counted separately from the
+            momentum inside the subspace.
     """
 
     projection_keys: ClassVar[tuple[str, ...]] = ()
@@ -57,23 +57,23 @@ class Momentum(Kind):
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
-        """Absorb a gradient and return the direction.
+        """Process a gradient and return the direction.
 
         Args:
-            grad: ``[..., m, n]``, this rank's part, any floating dtype; not modified.
-            state: The local tensors of :meth:`init`; updated in place.
+            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified.
+            state: The local tensors from :meth:`init`; updated in place.
             layout: The block's layout.
-            beta1: Decay of the average, in [0, 1).
-            tick: The step being taken.
+            beta1: Decay rate of the average, in [0, 1).
+            tick: The current step.
         """
         raise NotImplementedError
 
     def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor] | None:
-        """Return ``[..., m, r]`` and ``[..., r, n]`` whose product is M, or None if the kind keeps no factors of it."""
+        """Return ``[..., m, r]`` and ``[..., r, n]`` whose product is M, or None if the kind keeps no factors."""
         return None
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return M; of a kind that keeps factors, their product."""
+        """Return M. For a kind that keeps factors, M is their product."""
         factors = self.factors(state, layout)
         if factors is None:
             raise NotImplementedError(f"The momentum kind {self.name!r} defines neither factors nor to_dense.")
@@ -81,9 +81,9 @@ class Momentum(Kind):
         return left @ right
 
     def resized(self, state: State, layout: Layout) -> State | None:
-        """Return state that goes on from that of the same kind at another rank, or None to go through the dense form.
+        """Return this kind's state at another rank, made from the old state, or None to convert through the dense form.
 
-        A larger rank keeps M exactly, a smaller one keeps its best approximation. State and layout are those of a whole
+        A larger rank keeps M exactly; a smaller one keeps its best approximation. State and layout describe a whole
         block on one process.
         """
         return None

@@ -32,13 +32,13 @@ class DenseMomentum(Momentum):
     bias_correction: bool = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return ``exp_avg``, of the shape of the block."""
+        """Return ``exp_avg``, with the shape of the block."""
         return {"exp_avg": ELEMENTWISE}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
-        """Average the gradient in."""
+        """Average in the gradient."""
         yield from ()
         average = state["exp_avg"].view(layout.local)
         noise = self.rounding(layout, tick, "exp_avg")
@@ -52,7 +52,7 @@ class DenseMomentum(Momentum):
         return state["exp_avg"].view(layout.local).to(layout.dtype)
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Keep the momentum as it is."""
+        """Keep the momentum unchanged."""
         state = self.init(layout)
         store_(state["exp_avg"].view(layout.local), momentum)
         return state

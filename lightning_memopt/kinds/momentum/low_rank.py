@@ -21,16 +21,16 @@ from lightning_memopt.sharding.state import Sizes
 @MOMENTA.register("low_rank")
 @dataclass(frozen=True)
 class LowRankMomentum(Momentum):
-    """Momentum kept as Q R, what the factors drop released at once (AdaPM, arXiv 2510.09103).
+    """Momentum stored as Q R. What the factors drop is released at once (AdaPM, arXiv 2510.09103).
 
-    With M = β₁ Q₋R₋ + (1−β₁) G, which is never formed::
+    With M = β₁ Q₋R₋ + (1−β₁) G, which is never materialized::
 
         Q = orth(M R₋ᵀ)            one warm-started block power iteration
         R = Qᵀ M
         U = Q R / (1−β₁ᵗ) + (M − Q R) / (1−β₁)
 
-    A part of the gradient that is dropped would have stayed in a full average for 1/(1−β₁) steps; adding it once with
-    that weight keeps the sum over time of U equal to that of G. At full rank U is Adam's momentum.
+    In a full average, the dropped part of the gradient would stay for 1/(1−β₁) steps. Adding it once with that weight
+    keeps the sum of U over time equal to the sum of G. At full rank U is Adam's momentum.
 
     State: ``low_rank_q`` ``[..., m, r]`` with orthonormal (or zero) columns, ``low_rank_r`` ``[..., r, n]``.
 
@@ -48,7 +48,7 @@ class LowRankMomentum(Momentum):
         check_rank(self.rank)
 
     def resolve(self, layout: Layout) -> LowRankMomentum:
-        """Turn a fraction into a number for this block."""
+        """Replace a fraction by the rank for this block."""
         return replace(self, rank=resolve_rank(self.rank, layout))
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
@@ -59,7 +59,7 @@ class LowRankMomentum(Momentum):
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
-        """Take one power iteration on the new momentum; three products with the gradient, 8·m·n·r operations."""
+        """Take one power iteration on the new momentum: three products with the gradient, 8·m·n·r operations."""
         q_old, r_old = (state[key].to(layout.dtype) for key in self.keys)
         sketch = yield from self._sketch(r_old, layout, tick)
         y, coupling = yield from request(
@@ -70,8 +70,8 @@ class LowRankMomentum(Momentum):
         q = orthonormalize(y, square)
         r, overlap = yield from request(Sum(rmatmul(q, grad), layout, -2), Sum(q.mT @ q_old, layout, -2))
         r = r.mul_(1 - beta1).add_(overlap @ r_old, alpha=beta1)
-        # The dropped part M − QR, M written out: gradient plus a correction of rank 2r. The coefficients nearly
-        # cancel (9 and −9 at β₁ = 0.9), so this is never done in less than float32.
+        # The dropped part M − QR, with M written out, is the gradient plus a correction of rank 2r. The coefficients
+        # nearly cancel (9 and −9 at β₁ = 0.9), so this needs at least float32.
         keep, drop = beta1 / (1 - beta1), 1 / (1 - beta1) - 1 / (1 - beta1**tick.step)
         left = torch.cat((q_old, q), dim=-1)
         right = torch.cat((r_old * keep, r * -drop), dim=-2)
@@ -80,10 +80,10 @@ class LowRankMomentum(Momentum):
         return Direction(grad, 1.0, left, right)
 
     def _sketch(self, r_old: Tensor, layout: Layout, tick: Tick) -> Generator[Any, Any, Tensor]:
-        """Return S, the rows of R₋ at unit length with dead ones drawn anew.
+        """Return S: the rows of R₋ at unit length, with new random rows in place of zero rows.
 
-        The span of M Sᵀ is that of M R₋ᵀ, but its columns scale with the singular values instead of their squares,
-        and neither tiny nor huge gradients leave the range of float32.
+        M Sᵀ spans the same space as M R₋ᵀ, but its columns scale with the singular values instead of their squares.
+        So tiny and huge gradients stay in the range of float32.
         """
         wide = r_old.double()
         (squares,) = yield from request(Sum(wide.square().sum(-1, keepdim=True), layout, -1))
@@ -100,11 +100,11 @@ class LowRankMomentum(Momentum):
         return state["low_rank_q"].to(layout.dtype), state["low_rank_r"].to(layout.dtype)
 
     def resized(self, state: State, layout: Layout) -> State:
-        """Truncate the singular value decomposition of Q R, or add zeros, which the next power iteration replaces."""
+        """Truncate the singular value decomposition of Q R, or add zeros, which the next iteration replaces."""
         mine = self.init(layout)
         rank, (q, r) = mine["low_rank_q"].shape[-1], (state[key] for key in self.keys)
         if rank < q.shape[-1]:
-            # Stored in bfloat16, the columns of Q are orthonormal to three digits only.
+            # If Q was stored in bfloat16, its columns are orthonormal to three digits only.
             q, triangle = torch.linalg.qr(q.double())
             u, s, vt = leading_triplets(triangle @ r.double(), rank)
             q, r = q @ u, s.unsqueeze(-1) * vt
@@ -113,7 +113,7 @@ class LowRankMomentum(Momentum):
         return mine
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Keep the best approximation of rank r: the leading singular triplets, zeros where the rank falls short."""
+        """Keep the best rank-r approximation: the leading singular triplets, zeros where the rank falls short."""
         state = self.init(layout)
         u, s, vt = leading_triplets(momentum, state["low_rank_q"].shape[-1])
         store_(state["low_rank_q"], u.to(layout.dtype))
@@ -121,6 +121,6 @@ class LowRankMomentum(Momentum):
         return state
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> LowRankMomentum:
-        """Read the rank off the factors."""
+        """Infer the rank from the factors."""
         kind = replace(self, rank=max(1, int(state["low_rank_q"].shape[-1])))
         return Momentum.infer(kind, state, layout)

@@ -31,9 +31,9 @@ class NoMomentum(Momentum):
         return Direction(grad)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
-        """Return zeros: nothing was kept."""
+        """Return zeros, since nothing is kept."""
         return torch.zeros(layout.local, dtype=layout.dtype, device=layout.device)
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Forget the momentum."""
+        """Drop the momentum."""
         return {}

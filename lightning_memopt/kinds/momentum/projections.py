@@ -1,8 +1,8 @@
-"""How Subspace-Momentum chooses its subspace, and what becomes of the momentum when it changes.
+"""How Subspace-Momentum chooses its subspace, and how it carries the momentum over to a new one.
 
-All functions see the block tall, ``[..., m, n]`` with m ≥ n; ``long`` and ``short`` name the block's own dimensions
-that play the parts of m and n, so that sums go over the right ranks. They are given the whole basis that was, and
-return this rank's part of the new one along the short side.
+All functions see a tall block, ``[..., m, n]`` with m ≥ n. ``long`` and ``short`` are the dimensions of the original
+block that correspond to m and n, so sums go over the right ranks. Projections take the whole previous basis and return
+the part of the new one that this rank holds along the short side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_memopt.sharding.layout import Layout
 Basis = Generator[Any, Any, Tensor]
 PROJECTIONS: Registry[Callable[..., Basis]] = Registry("projection")
 HANDOVERS: Registry[Callable[..., Basis]] = Registry("handover")
-# They compare all parts of the short side with each other, so that no rank can work on its part alone.
+# These compare all parts of the short side with each other, so no rank can work on its part alone.
 NEED_SHORT_SIDE_WHOLE = ("svd", "topk")
 
 
@@ -41,14 +41,14 @@ def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
 
 @PROJECTIONS.register("power")
 def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
-    """Take one block power iteration from the basis at hand; from random columns where there is none."""
+    """Take one block power iteration from the previous basis, or from random columns where it is zero."""
     alive = basis.ne(0).any(-2, keepdim=True)
     if not bool(alive.all()):
         basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
     basis = layout.along(basis, at=-2, dim=short)
     (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
-    # Orthonormal in between: GᵀG P itself squares the spread of the singular values, and columns of less than 1/300
-    # of the largest would be lost.
+    # Orthonormalize in between. GᵀG P squares the spread of the singular values and would lose columns below 1/300
+    # of the largest.
     (square,) = yield from request(Sum(gram(image), layout, long))
     (back,) = yield from request(Sum(rmatmul(orthonormalize(image, square), grad), layout, long))
     back = back.mT
@@ -61,7 +61,7 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
     (square,) = yield from request(Sum(gram(grad), layout, long))
     values, vectors = signed_eigh(square)
-    # Vectors of singular values that are zero are noise, different on every sharding: zero columns instead.
+    # The vectors of zero singular values are noise and differ between shardings. Return zero columns instead.
     vectors = vectors * (values > GRAM_CUTOFF * values[..., -1:]).unsqueeze(-2)
     return vectors[..., -basis.shape[-1] :].flip(-1).to(basis.dtype)
 
@@ -76,7 +76,7 @@ def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, t
 
 @PROJECTIONS.register("topk")
 def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
-    """Select the coordinates of the short side whose slices of the gradient have the largest norm."""
+    """Select the coordinates of the short side along which the gradient's slices have the largest norms."""
     (norms,) = yield from request(Sum(column_square_sums(grad, layout.dtype), layout, long))
     largest, chosen = norms.topk(basis.shape[-1], dim=-1)
     return torch.zeros_like(basis).scatter_(-2, chosen, (largest > 0).to(basis.dtype))
@@ -84,20 +84,20 @@ def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tic
 
 @HANDOVERS.register("reset")
 def reset(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
-    """Start again from zero."""
+    """Restart from zero."""
     yield from ()
     return torch.zeros_like(momentum)
 
 
 @HANDOVERS.register("rotate")
 def rotate(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
-    """Keep the part of the momentum that the new subspace can hold: X ← X (P₋ᵀ P)."""
+    """Keep the part of the momentum that lies in the new subspace: X ← X (P₋ᵀ P)."""
     (turn,) = yield from request(Sum(old.mT @ new, layout, short))
     return momentum @ turn
 
 
 @HANDOVERS.register("keep")
 def keep(momentum: Tensor, old: Tensor, new: Tensor, layout: Layout, short: int) -> Basis:
-    """Keep the numbers, which now mean other directions."""
+    """Keep the numbers, which now refer to other directions."""
     yield from ()
     return momentum

@@ -1,4 +1,4 @@
-"""What the option ``rank`` means, the same for every kind that has one."""
+"""The option ``rank``, with the same meaning for every kind that has it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_rank(rank: int | float) -> None:
 
 
 def resolve_rank(rank: int | float, layout: Layout) -> int:
-    """Return the rank of one block: at most its short side, at least 4 when given as a fraction."""
+    """Return the rank for one block: at most its short side, and at least 4 if given as a fraction."""
     short = layout.short_side
     wanted = rank if isinstance(rank, int) else max(MIN_FRACTIONAL_RANK, int(rank * short))
     return max(1, min(wanted, short))

@@ -23,7 +23,7 @@ from lightning_memopt.sharding.state import Sizes, Whole
 class SubspaceMomentum(Momentum):
     """Momentum in a subspace of the short side (SNSM, arXiv 2411.07120).
 
-    For a tall block, m ≥ n (a wide one is its transpose)::
+    For a tall block, m ≥ n (a wide block is transposed)::
 
         every `gap` steps:  P ← `projection`(G),  X ← `handover`(X)
         X ← β₁ X + (1−β₁) G P
@@ -33,11 +33,11 @@ class SubspaceMomentum(Momentum):
 
     Attributes:
         rank: k: an integer, or a fraction of the short side (then at least 4).
-        gap: Steps between two choices of the subspace; blocks take turns.
+        gap: Steps between two choices of the subspace. Blocks take turns.
         projection: ``power`` (warm-started power iteration), ``svd`` (exact), ``random``, ``topk`` (coordinates).
-        handover: ``reset``, ``rotate`` or ``keep``: what becomes of the momentum in a new subspace.
+        handover: What happens to the momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
         bias_correction: Divide the momentum by 1−β₁ᵗ.
-        correct_complement: Divide the complement by it, too, as the authors' code does.
+        correct_complement: Divide the complement by 1−β₁ᵗ too, as the authors' code does.
     """
 
     name: ClassVar[str] = "subspace"
@@ -60,11 +60,11 @@ class SubspaceMomentum(Momentum):
         HANDOVERS.get(self.handover)
 
     def resolve(self, layout: Layout) -> SubspaceMomentum:
-        """Turn a fraction into a number for this block."""
+        """Replace a fraction by the rank for this block."""
         return replace(self, rank=resolve_rank(self.rank, layout))
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return the basis, which every rank needs as a whole, and the momentum's coordinates in it."""
+        """Return the basis, which every rank needs whole, and the coordinates of the momentum in it."""
         rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
         return {"subspace_p": (Whole(short), rank), "subspace_x": (long, rank)}
 
@@ -75,7 +75,7 @@ class SubspaceMomentum(Momentum):
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
-        """Refresh the subspace when due, average the projected gradient in."""
+        """Refresh the subspace if due, then average in the projected gradient."""
         long, short = _sides(layout)
         tall = grad if long == -2 else grad.mT
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
@@ -110,11 +110,11 @@ class SubspaceMomentum(Momentum):
         return (momentum, basis.mT) if _sides(layout)[0] == -2 else (basis, momentum.mT)
 
     def resized(self, state: State, layout: Layout) -> State:
-        """Keep the directions of the subspace that hold most momentum, or add zeros, which a new subspace replaces."""
+        """Keep the directions that hold the most momentum, or add zeros. The next subspace replaces the zeros."""
         mine = self.init(layout)
         rank, (basis, momentum) = mine["subspace_p"].shape[-1], (state[key] for key in self.keys)
         if rank < basis.shape[-1]:
-            # Directions are kept also where they hold no momentum yet, as in the first steps.
+            # Keep directions even where they hold no momentum yet, as in the first steps.
             turn = signed_eigh(gram(momentum))[1][..., -rank:].flip(-1)
             basis, momentum = basis.double() @ turn, momentum.double() @ turn
         store_(mine["subspace_p"][..., : basis.shape[-1]], basis)
@@ -122,7 +122,7 @@ class SubspaceMomentum(Momentum):
         return mine
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Keep what the leading singular vectors of the momentum span."""
+        """Keep the part of the momentum that its leading singular vectors span."""
         state = self.init(layout)
         tall = momentum if _sides(layout)[0] == -2 else momentum.mT
         basis = leading_triplets(tall, state["subspace_p"].shape[-1])[2].mT.to(layout.dtype)
@@ -131,12 +131,12 @@ class SubspaceMomentum(Momentum):
         return state
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> SubspaceMomentum:
-        """Read the rank off the basis."""
+        """Infer the rank from the basis."""
         kind = replace(self, rank=max(1, int(state["subspace_p"].shape[-1])))
         return Momentum.infer(kind, state, layout)
 
 
 def _sides(layout: Layout) -> tuple[int, int]:
-    """Return the long and the short dimension of the block."""
+    """Return the long and the short dimension of the block, in this order."""
     m, n = layout.matrix[-2:]
     return (-2, -1) if m >= n else (-1, -2)

@@ -1,4 +1,4 @@
-"""The protocol of a second-moment kind: gradient in, denominator out, state in between."""
+"""The interface of second-moment kinds, which turn gradients into denominators."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_memopt.sharding.layout import Layout
 
 @dataclass(frozen=True)
 class Denominator:
-    """A denominator ``√square · √square' / √correction + eps``, formed a chunk at a time.
+    """A denominator ``√square · √square' / √correction + eps``, computed one chunk at a time.
 
     Attributes:
-        squares: Up to two tensors that broadcast against the block ``[..., m, n]``; none means a denominator of 1.
+        squares: Up to two tensors that broadcast against the block ``[..., m, n]``. No tensors: the denominator is 1.
         correction: The bias correction of the second moment.
         eps: Added to the root.
-        run: Where given, every column of ``squares[0]`` stands for this many columns of the block.
+        run: If given, every column of ``squares[0]`` applies to this many columns of the block.
     """
 
     squares: tuple[Tensor, Tensor] | tuple[Tensor] | tuple[()] = ()
@@ -33,12 +33,12 @@ class Denominator:
     run: int | None = None
 
     def part(self, layout: Layout) -> Denominator:
-        """Return this rank's part of a whole block's denominator without runs."""
+        """Return the local part of the denominator of a whole block. The denominator must have no runs."""
         assert self.run is None
         return replace(self, squares=tuple(layout.part(square) for square in self.squares))  # type: ignore[arg-type]
 
     def at(self, index: Index, dtype: torch.dtype, columns: int) -> Tensor | None:
-        """Return what broadcasts against one chunk of the block, or None for 1."""
+        """Return a tensor that broadcasts against one chunk of the block, or None if the denominator is 1."""
         if not self.squares:
             return None
         first, *rest = (take(square, index).to(dtype).sqrt() for square in self.squares)
@@ -51,11 +51,11 @@ class Denominator:
 
 @dataclass(frozen=True)
 class SecondMoment(Kind):
-    """A second-moment kind: turns gradients into denominators. Its dense statistic is the average V of the squares.
+    """A second-moment kind: turns gradients into denominators. Its dense statistic is V, the average of the squares.
 
     Attributes:
-        normalizes: Whether the denominator has the unit of a gradient, so that U / D has none and can be bounded.
-        bias_correction: Divide by 1−β₂ᵗ, as Adam does (never where β₂ = 1, which accumulates).
+        normalizes: Whether the denominator has the unit of a gradient, so that U / D has no unit and can be bounded.
+        bias_correction: Divide by 1−β₂ᵗ, as Adam does. Has no effect with β₂ = 1, which accumulates.
     """
 
     normalizes: ClassVar[bool] = True
@@ -65,27 +65,27 @@ class SecondMoment(Kind):
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
-        """Absorb a gradient and return the denominator.
+        """Process a gradient and return the denominator.
 
         Args:
-            grad: ``[..., m, n]``, this rank's part, any floating dtype; not modified.
-            state: The local tensors of :meth:`init`; updated in place.
+            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified.
+            state: The local tensors from :meth:`init`; updated in place.
             layout: The block's layout.
-            beta2: Decay of the average, in [0, 1); 1 adds up instead of averaging.
+            beta2: Decay rate of the average, in [0, 1); 1 sums instead of averaging.
             eps: Added to the root.
-            tick: The step being taken.
+            tick: The current step.
         """
         raise NotImplementedError
 
     def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
-        """Return the denominator of the last step once more.
+        """Return the denominator of the last step again.
 
-        State and layout are those of a whole block on one process.
+        State and layout describe a whole block on one process.
         """
         return Denominator((self.to_dense(state, layout),), self.correction(beta2, tick), eps)
 
     def accumulate_(self, state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
-        """Average (or, with β₂ = 1, add) ``value`` into a state tensor of any dtype; return the new value."""
+        """Average ``value`` into a state tensor of any dtype (with β₂ = 1, add it). Return the new value."""
         new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
         store_(state[key], new, self.rounding(layout, tick, key))
         return new

@@ -21,11 +21,11 @@ from lightning_memopt.sharding.state import Sizes
 class BlockwiseSecondMoment(SecondMoment):
     """V ← β₂ V + (1−β₂) mean(G²) over each head or output, D = √(V / (1−β₂ᵗ)) + ε (Adam-mini, arXiv 2406.16793).
 
-    Query and key weights have one number per attention head where the size of a head is known, everything else one per
-    output (per token for an embedding). State: ``blockwise_sq``, one number per head or output.
+    Query and key weights keep one number per attention head if the head size is known. All other weights keep one per
+    output (for an embedding, per token). State: ``blockwise_sq``, one number per head or output.
 
     Attributes:
-        outputs_per_number: Outputs that share a number; None means a head for queries and keys, 1 elsewhere.
+        outputs_per_number: Outputs that share a number. None means a head for queries and keys, and 1 elsewhere.
     """
 
     name: ClassVar[str] = "blockwise"
@@ -41,7 +41,7 @@ class BlockwiseSecondMoment(SecondMoment):
             raise ValueError(f"`outputs_per_number` must be an integer of at least 1 or None, got {size!r}.")
 
     def resolve(self, layout: Layout) -> BlockwiseSecondMoment:
-        """Take the size of a head from the layout where none was given."""
+        """Take the head size from the layout if none was given."""
         return replace(self, outputs_per_number=self._run(layout))
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
@@ -56,13 +56,13 @@ class BlockwiseSecondMoment(SecondMoment):
         return {"blockwise_sq": (count, 1) if layout.output_dim == -2 else (1, count)}
 
     def needs_whole(self, layout: Layout) -> bool:
-        """Return whether heads may be cut: their outputs are sharded."""
+        """Return whether shards may split heads: there are heads, and their outputs are sharded."""
         return self._run(layout) > 1 and layout.divides(layout.output_dim)
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
-        """Average the mean squares of every head or output in."""
+        """Average in the mean square of every head or output."""
         rows = layout.output_dim == -2
         sums, over = (row_square_sums, -1) if rows else (column_square_sums, -2)
         (value,) = yield from request(Sum(sums(grad, layout.dtype), layout, over))
@@ -82,7 +82,7 @@ class BlockwiseSecondMoment(SecondMoment):
         return state
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> BlockwiseSecondMoment:
-        """Read the size of a head off the number of means."""
+        """Infer the head size from the number of means."""
         count = max(1, int(state["blockwise_sq"].shape[layout.output_dim]))
         outputs = layout.matrix[layout.output_dim]
         kind = replace(self, outputs_per_number=max(1, outputs // count) if outputs % count == 0 else 1)
@@ -97,6 +97,6 @@ class BlockwiseSecondMoment(SecondMoment):
         return value if size == 1 else value.unflatten(dim, (-1, size)).mean(dim)
 
     def _spread(self, value: Tensor, layout: Layout) -> Tensor:
-        """Repeat the number of each head for its outputs."""
+        """Repeat the number of each head for all outputs of the head."""
         size = self._run(layout)
         return value if size == 1 else value.repeat_interleave(size, dim=layout.output_dim)

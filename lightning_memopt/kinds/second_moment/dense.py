@@ -27,13 +27,13 @@ class DenseSecondMoment(SecondMoment):
     elementwise: ClassVar[bool] = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return ``exp_avg_sq``, of the shape of the block."""
+        """Return ``exp_avg_sq``, with the shape of the block."""
         return {"exp_avg_sq": ELEMENTWISE}
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
-        """Average the squares in."""
+        """Average in the squares."""
         yield from ()
         average = state["exp_avg_sq"].view(layout.local)
         noise = self.rounding(layout, tick, "exp_avg_sq")
@@ -49,7 +49,7 @@ class DenseSecondMoment(SecondMoment):
         return state["exp_avg_sq"].view(layout.local).to(layout.dtype)
 
     def from_dense(self, square: Tensor, layout: Layout) -> State:
-        """Keep the second moment as it is."""
+        """Keep the second moment unchanged."""
         state = self.init(layout)
         store_(state["exp_avg_sq"].view(layout.local), square)
         return state

@@ -38,12 +38,12 @@ class FactoredSecondMoment(SecondMoment):
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
-        """Average the squares of rows and of columns in."""
+        """Average in the mean squares of rows and columns."""
         m, n = layout.matrix[-2:]
         columns = column_square_sums(grad, layout.dtype)
         (rows,) = yield from request(Sum(row_square_sums(grad, layout.dtype), layout, -1))
         row = self.accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
-        # In float64, with the momentum's Gram matrices: one collective less.
+        # The total is float64 so that it shares a collective with the Gram matrices of the momentum.
         columns, total = yield from request(
             Sum(columns, layout, -2), Sum(row.sum(-2, keepdim=True, dtype=torch.float64), layout, -2)
         )
@@ -64,5 +64,5 @@ class FactoredSecondMoment(SecondMoment):
 
 
 def _mean(total: Tensor, count: int) -> Tensor:
-    """Return a mean that can be divided by, also when all gradients so far were zero."""
+    """Return a mean that is safe to divide by, even if all gradients so far were zero."""
     return (total / count).clamp(min=torch.finfo(total.dtype).tiny)

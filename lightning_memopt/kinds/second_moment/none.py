@@ -16,12 +16,12 @@ from lightning_memopt.sharding.layout import Layout
 @SECOND_MOMENTS.register("none")
 @dataclass(frozen=True)
 class NoSecondMoment(SecondMoment):
-    """D = 1. Keeps no state. The update has the unit of a gradient: ``max_update`` does not bound it."""
+    """D = 1. Keeps no state. The update has the unit of a gradient, so ``max_update`` does not bound it."""
 
     name: ClassVar[str] = "none"
     needs_matrix: ClassVar[bool] = False
     normalizes: ClassVar[bool] = False
-    # A second moment that started from nothing in mid-training would make the next updates huge.
+    # A second moment that starts from zero in the middle of training makes the next updates huge.
     restorable: ClassVar[bool] = False
 
     def update(
@@ -36,5 +36,5 @@ class NoSecondMoment(SecondMoment):
         return Denominator()
 
     def from_dense(self, square: Tensor, layout: Layout) -> State:
-        """Forget the second moment."""
+        """Drop the second moment."""
         return {}

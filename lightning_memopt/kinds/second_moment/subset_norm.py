@@ -25,13 +25,13 @@ REDUCTIONS = ("mean", "sum")
 class SubsetNormSecondMoment(SecondMoment):
     """V ← β₂ V + (1−β₂) reduce(G²) over each subset, D = √(V / (1−β₂ᵗ)) + ε (SNSM, arXiv 2411.07120).
 
-    By default a subset is a row of a tall block or a column of a wide one. State: ``subset_norm_sq``, ``[..., m, 1]``,
-    ``[..., 1, n]`` or ``[..., m, ceil(n / subset_size)]``: the mean, whatever the reduction.
+    By default a subset is a row of a tall block or a column of a wide one. State: ``subset_norm_sq`` of shape
+    ``[..., m, 1]``, ``[..., 1, n]`` or ``[..., m, ceil(n / subset_size)]``. It holds the mean with either reduction.
 
     Attributes:
-        reduction: ``mean`` keeps AdamW's learning rate; the paper's ``sum`` shrinks updates by √(subset's size).
-        subset_size: Elements of a subset: runs along each row, of which the last may be shorter; a size of n or more
-            makes every row one subset. None chooses rows or columns as above.
+        reduction: ``mean`` keeps AdamW's learning rate. The paper's ``sum`` shrinks updates by √(subset's size).
+        subset_size: Elements of a subset, which is a run along a row. The last run of a row may be shorter. A size of
+            n or more makes every row one subset. None chooses rows or columns as above.
     """
 
     name: ClassVar[str] = "subset_norm"
@@ -57,13 +57,13 @@ class SubsetNormSecondMoment(SecondMoment):
         return {"subset_norm_sq": (-2, -(-n // max(1, min(self.subset_size, n))))}
 
     def needs_whole(self, layout: Layout) -> bool:
-        """Return whether runs may be cut: rows are sharded along their length."""
+        """Return whether shards may split runs: there are runs, and rows are sharded along their length."""
         return self.subset_size is not None and layout.divides(-1)
 
     def update(
         self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
-        """Average the subsets' squares in."""
+        """Average in the squares of the subsets."""
         m, n = layout.matrix[-2:]
         if self.subset_size is not None:
             value, over, run = (
@@ -78,12 +78,12 @@ class SubsetNormSecondMoment(SecondMoment):
         (value,) = yield from request(Sum(value, layout, over))
         sizes = self._sizes(layout)
         square = self.accumulate_(state, "subset_norm_sq", value / sizes, beta2=beta2, layout=layout, tick=tick)
-        # The state is the mean either way: a checkpoint means the same whatever the reduction.
+        # The state is the mean with either reduction, so a checkpoint does not depend on it.
         square = square * sizes if self.reduction == "sum" else square
         return Denominator((square,), self.correction(beta2, tick), eps, run)
 
     def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
-        """Return the denominator of the last step once more."""
+        """Return the denominator of the last step again."""
         square = state["subset_norm_sq"].to(layout.dtype)
         square = square * self._sizes(layout) if self.reduction == "sum" else square
         dense = self.to_dense({"subset_norm_sq": square}, layout)
@@ -110,7 +110,7 @@ class SubsetNormSecondMoment(SecondMoment):
         return state
 
     def _sizes(self, layout: Layout) -> Tensor | float:
-        """Return the number of elements of each subset: one for all, or broadcasting against the state."""
+        """Return the number of elements of each subset: a number, or a tensor that broadcasts against the state."""
         m, n = layout.matrix[-2:]
         if self.subset_size is None:
             return float(max(1, min(m, n)))

@@ -1,4 +1,4 @@
-"""Which part a weight plays in a model: decided from its name and shape, by data-only naming schemes."""
+"""Decides the role of a weight in a model from its name and shape, with data-only naming schemes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.sharding.layout import Slot
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "vector", "other")
-# Three dimensions of unknown role are a one-dimensional convolution if the last is shorter than this, else a stack.
+# A three-dimensional weight of unknown role is a 1-D convolution if its last dimension is below this, else a stack.
 MAX_KERNEL = 16
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -22,9 +22,9 @@ class Rule:
 
     Attributes:
         pattern: A regular expression, searched in the canonical name.
-        roles: The role of the weight; several where it is fused, in their order along ``fused_dim``.
-        fused_dim: The dimension along which a fused weight is cut into equal parts.
-        output_dim: The dimension of the outputs: ``-2`` as in ``torch.nn.Linear``, ``-1`` where weights are transposed.
+        roles: The role of the weight. A fused weight has several, in their order along ``fused_dim``.
+        fused_dim: The dimension along which a fused weight is split into equal parts.
+        output_dim: The dimension of the outputs: ``-2`` as in ``torch.nn.Linear``, ``-1`` for transposed weights.
     """
 
     pattern: str
@@ -33,7 +33,7 @@ class Rule:
     output_dim: int = -2
 
     def matches(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether the rule is about this parameter."""
+        """Return whether the rule applies to this parameter."""
         if not re.search(self.pattern, name):
             return False
         if self.fused_dim is None:
@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """How one family of models names its weights; the first rule that matches decides."""
+    """The names that one family of models gives its weights. The first matching rule decides."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -60,20 +60,20 @@ class NamingScheme:
                 )
 
     def rule(self, name: str, shape: tuple[int, ...]) -> Rule | None:
-        """Return the first rule that matches."""
+        """Return the first matching rule, or None."""
         return next((rule for rule in self.rules if rule.matches(name, shape)), None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One block of a parameter: its role, where it lies, and what is known of the layer.
+    """One block of a parameter: its role, its place, and facts about the layer.
 
     Attributes:
         role: One of :data:`ROLES`.
-        slot: The part of the parameter it covers; None for all of it.
+        slot: The part of the parameter that it covers; None for the whole parameter.
         output_dim: As in :class:`Rule`.
-        head_dim: Outputs per attention head, for queries and keys, where known.
-        flatten: Whether three dimensions are a convolution's kernel, one matrix, and not a stack of matrices.
+        head_dim: Outputs per attention head, for queries and keys, if known.
+        flatten: Whether a three-dimensional parameter is a convolution kernel (one matrix) instead of a stack.
     """
 
     role: str
@@ -87,7 +87,7 @@ NAMING_SCHEMES: Registry[NamingScheme] = Registry("naming scheme")
 
 
 def register_naming_scheme(scheme: NamingScheme) -> NamingScheme:
-    """Add a model family; its rules then compete with the built-in ones for every model.
+    """Add a model family. Its rules then compete with the built-in ones for every model.
 
     Raises:
         ValueError: If the name is taken.
@@ -96,9 +96,9 @@ def register_naming_scheme(scheme: NamingScheme) -> NamingScheme:
 
 
 def canonical_names(names: Iterable[str]) -> list[str]:
-    """Strip what ``torch.compile``, DDP, FSDP and activation checkpointing add to parameters' names.
+    """Strip the prefixes that ``torch.compile``, DDP, FSDP and activation checkpointing add to parameter names.
 
-    DDP's ``module.`` is stripped where all names have it, as often as they have it: names that were stripped stay.
+    DDP's ``module.`` is stripped as often as all names start with it. Names that are already canonical do not change.
     """
     bare = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
     while bare and all(len(parts) > 1 and parts[0] == "module" for parts in bare):
@@ -109,12 +109,12 @@ def canonical_names(names: Iterable[str]) -> list[str]:
 def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part, ...]]:
     """Return the parts of every parameter, by canonical name.
 
-    The scheme that explains most of the model's matrices is asked first, the others fill the gaps. What no scheme
-    knows gets the role ``other``; parameters of fewer than two dimensions are ``vector``.
+    The scheme that matches most of the model's matrices takes precedence, and the others fill the gaps. Matrices that
+    no scheme matches get the role ``other``. Parameters with fewer than two dimensions are ``vector``.
 
     Args:
-        model: A module, whose attention layers also tell the size of a head, or pairs of name and shape.
-        head_dim: Outputs per attention head, where the model does not tell.
+        model: A module, whose attention layers also provide the head size, or pairs of name and shape.
+        head_dim: Outputs per attention head, if the model does not provide it.
 
     Raises:
         ValueError: If ``head_dim`` does not divide the outputs of a query or key weight.
@@ -137,7 +137,7 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
 
 
 def names_without_role(model: Any) -> list[str]:
-    """Return the canonical names of a module's matrices that no naming scheme knows; their role is ``other``."""
+    """Return the canonical names of a module's matrices that no naming scheme matches. Their role is ``other``."""
     named = [(name, tuple(param.shape)) for name, param in model.named_parameters()]
     schemes = [NAMING_SCHEMES.get(name) for name in NAMING_SCHEMES.names()]
     return [
@@ -148,7 +148,7 @@ def names_without_role(model: Any) -> list[str]:
 
 
 def head_dims(model: Any) -> dict[str, int]:
-    """Return the outputs per attention head for every parameter below a module that tells them."""
+    """Return the outputs per attention head, for every parameter inside a module that provides them."""
     raw = [name for name, _ in model.named_parameters()]
     canonical = dict(zip(raw, canonical_names(raw), strict=True))
     found: dict[str, int] = {}
@@ -161,7 +161,7 @@ def head_dims(model: Any) -> dict[str, int]:
 
 
 def _head_dim(module: Any) -> int | None:
-    """Read the size of a head off an attention module or off a configuration."""
+    """Read the head size from an attention module or a configuration."""
     size = getattr(module, "head_dim", None)
     if isinstance(size, int):
         return size
@@ -175,7 +175,7 @@ def _head_dim(module: Any) -> int | None:
 
 
 def _by_coverage(shapes: Mapping[str, tuple[int, ...]]) -> list[NamingScheme]:
-    """Order the schemes by the number of matrices each explains; registration order breaks ties."""
+    """Sort the schemes by the number of matrices that each one matches. Registration order breaks ties."""
     matrices = [(name, shape) for name, shape in shapes.items() if len(shape) > 1]
     schemes = [NAMING_SCHEMES.get(name) for name in NAMING_SCHEMES.names()]
     return sorted(schemes, key=lambda scheme: -sum(scheme.rule(*entry) is not None for entry in matrices))

@@ -1,4 +1,4 @@
-"""BERT and its relatives (RoBERTa, ELECTRA) as in transformers."""
+"""BERT and its relatives (RoBERTa, ELECTRA), with the names of transformers."""
 
 from lightning_memopt.plans.roles.base import NamingScheme, Rule, register_naming_scheme
 

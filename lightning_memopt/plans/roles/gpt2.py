@@ -1,4 +1,4 @@
-"""GPT-2 as in transformers: ``Conv1D`` stores weights as [inputs, outputs], query, key and value are one weight."""
+"""GPT-2 in transformers. ``Conv1D`` stores weights as [inputs, outputs]. Query, key and value are one weight."""
 
 from lightning_memopt.plans.roles.base import NamingScheme, Rule, register_naming_scheme
 

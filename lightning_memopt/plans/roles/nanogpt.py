@@ -1,4 +1,4 @@
-"""GPT-2 as in nanoGPT: the names of GPT-2 on ``torch.nn.Linear`` weights, [outputs, inputs]."""
+"""GPT-2 in nanoGPT: the names of GPT-2, with ``torch.nn.Linear`` weights of shape [outputs, inputs]."""
 
 from lightning_memopt.plans.roles.base import NamingScheme, Rule, register_naming_scheme
 

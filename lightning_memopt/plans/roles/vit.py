@@ -1,4 +1,4 @@
-"""Vision transformers as in transformers; the names of their attention are LLaMA's."""
+"""Vision transformers in transformers. Their attention uses LLaMA's names."""
 
 from lightning_memopt.plans.roles.base import NamingScheme, Rule, register_naming_scheme
 
