@@ -20,7 +20,7 @@ from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy
 from lightning_memopt.sharding.layout import local_tensor
 from tests._ranks import run_ranks
 from tests.callbacks import test_adaptive_momentum as single
-from tests.optim.test_world_sizes import attempt
+from tests.optim._sharded import attempt
 from tests.strategy._training import raises, trainer, whole_weights
 
 STEPS, SAVED = 14, 8
