@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import itertools
@@ -66,9 +67,14 @@ def test_weights_move_by_what_is_dropped(second_moment, settings):
     """By −lr · β₁/(1−β₁) · ΔM / D, compared in float64; by nothing else, and not at all with `discard`."""
     options = {"betas": (0.9, 0.99), "eps": 1e-8, "max_update": None, **SETTINGS[settings]}
     beta1, beta2 = options["betas"]
-    for (before, after), shape in itertools.product(LOSSY, SHAPES.values() if settings == "plain" else [(12, 12)]):
+    shapes = SHAPES.values() if settings == "plain" else [(12, 12)]
+    kind = SECOND_MOMENTS[second_moment]
+    starts = {
+        key: made(key[1], MOMENTA[key[0]], kind, steps=2, **options) for key in itertools.product(MOMENTA, shapes)
+    }
+    for (before, after), shape in itertools.product(LOSSY, shapes):
         for dropped in ("release", "discard"):
-            optimizer, param = made(shape, MOMENTA[before], SECOND_MOMENTS[second_moment], steps=2, **options)
+            optimizer, param = copy.deepcopy(starts[before, shape])
             param.detach().zero_()  # so that float32 resolves the change
             dense = momentum_of(optimizer, param)
             divisor = denominator(optimizer, param, beta2=beta2, eps=options["eps"])

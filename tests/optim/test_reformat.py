@@ -41,8 +41,9 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
 def test_every_change_keeps_the_best_approximation(shape, content, state_dtype):
     """The error is the tail of the spectrum; nothing is lost where the rank does not fall; weights move only then."""
     digits = 1e-5 if state_dtype == "float32" else 1e-2
+    starts = {kind: made(SHAPES[shape], MOMENTA[kind], content=content, state_dtype=state_dtype) for kind in MOMENTA}
     for before, after in PAIRS:
-        optimizer, param = made(SHAPES[shape], MOMENTA[before], content=content, state_dtype=state_dtype)
+        optimizer, param = copy.deepcopy(starts[before])
         dense, weights = momentum_of(optimizer, param), param.detach().clone()
         optimizer.reformat({NAME: MOMENTA[after]})
         now, what = momentum_of(optimizer, param), f"{before} to {after}"
