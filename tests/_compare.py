@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # For results whose order of summation differs, and nothing else: (rtol, atol) of `torch.testing.assert_close`.
 TOLERANCE: dict[torch.dtype, dict[str, float]] = {
@@ -19,11 +19,33 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
 def assert_equal(actual: Any, expected: Any, message: str = "") -> None:
     """Check for the same values and dtypes, bit for bit (but NaN equals NaN).
 
-    Never ``torch.equal``: it calls an int8 and a float32 tensor of the same values equal.
+    Never ``torch.equal`` alone: it calls an int8 and a float32 tensor of the same values equal.
     """
+    if _surely_equal(actual, expected):  # ``assert_close`` takes ten times as long, and tests compare a lot
+        return
     torch.testing.assert_close(
         actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{message}\n{text}" if message else text
     )
+
+
+def _surely_equal(actual: Any, expected: Any) -> bool:
+    """Return whether two are equal in every respect, for plain tensors and containers of them; False means "look"."""
+    if type(actual) is not type(expected):
+        return False
+    if type(actual) in (Tensor, torch.nn.Parameter):
+        facts = [(value.dtype, value.device, value.layout, value.shape) for value in (actual, expected)]
+        return facts[0] == facts[1] and actual.layout == torch.strided and torch.equal(actual, expected)
+    if type(actual) is dict:
+        return actual.keys() == expected.keys() and all(_surely_equal(v, expected[k]) for k, v in actual.items())
+    if type(actual) in (list, tuple):
+        return len(actual) == len(expected) and all(map(_surely_equal, actual, expected))
+    return False
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    """Check for the same parameters, bit for bit."""
+    for ours, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert_equal(ours, theirs)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -33,10 +33,10 @@ def tiny_llama(seed: int = 0, hidden: int = 32, intermediate: int = 88, layers: 
     return LlamaForCausalLM(config)
 
 
-def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0, layers: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
+        n_embd=32, n_layer=layers, n_head=4, vocab_size=VOCAB, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config).eval()
 

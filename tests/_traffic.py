@@ -27,7 +27,7 @@ class Traffic(TorchDispatchMode):
         self.dtensor_calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(isinstance(leaf, DTensor) for leaf in tree_leaves((args, kwargs))):
+        if any(issubclass(kind, DTensor) for kind in types):
             self.dtensor_calls[func._schema.name] += 1
         namespace, name = func._schema.name.split("::")
         if namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):

@@ -225,7 +225,7 @@ def test_low_rank_basis_stays_orthonormal(sequence):
     kind, layout = LowRankMomentum(rank=6), layout_of((40, 24))
     state = kind.init(layout)
     for number in range(1, 301):
-        grad = gradients(sequence, (40, 24))[number % 30] if number <= 30 else gradient((40, 24), number)
+        grad = gradients(sequence, (40, 24))[number % 20] if number <= 20 else gradient((40, 24), number)
         step(kind, grad, state, layout, tick_at(number))
         if number % 10 == 0:
             assert_orthonormal(state["low_rank_q"])
@@ -300,13 +300,13 @@ def test_rounding_of_the_state_is_unbiased(kind: Kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in all_second_moments() if kind.keys and is_basic(kind)], ids=label)
 def test_bfloat16_second_moment_does_not_stall(kind):
-    """Rounding to nearest would stop V ← 0.999 V + 0.001 at a third of its value, where the increments get lost."""
+    """Rounding to nearest would stop V ← 0.999 V + 0.001 at a quarter, where the increments get lost."""
     layout = layout_of((8, 12), state_dtype=torch.bfloat16)
     state = kind.init(layout)
     signs = torch.where(gradient((8, 12), 1) > 0, 1.0, -1.0)
-    for number in range(1, 1001):
+    for number in range(1, 601):
         step(kind, signs, state, layout, tick_at(number), beta2=0.999)
-    expected = 1 - 0.999**1000
+    expected = 1 - 0.999**600
     assert abs(float(kind.to_dense(state, layout).mean()) - expected) < 0.1
 
 

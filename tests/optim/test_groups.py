@@ -1,4 +1,4 @@
-"""Parameter groups as people handle them: own keys, typos, numpy's numbers, lists that are replaced."""
+"""Parameter groups as people handle them: own rates and recipes, own keys, typos, numpy's numbers, replaced lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from tests._compare import assert_equal
-from tests._models import fill_grads
+from tests._models import fill_grads, tiny_llama, train
 
 
 def network() -> nn.Sequential:
@@ -266,3 +266,108 @@ def test_a_parameter_without_a_group_is_not_saved():
     assert set(optimizer.state_dict()["state"]) == {0, 1}
     optimizer.param_groups.append(taken)
     assert float(optimizer.state_dict()["state"][3]["step"]) == 1
+
+
+# --- several groups, and groups that come later ----------------------------------------------------------------------
+
+
+def test_groups_have_their_own_hyperparameters_and_recipes():
+    model = tiny_llama()
+    decay = [(name, param) for name, param in model.named_parameters() if param.ndim > 1 and "lm_head" not in name]
+    vectors = [(name, param) for name, param in model.named_parameters() if param.ndim < 2]
+    head = [("lm_head.weight", model.lm_head.weight)]
+    optimizer = lm.MemOpt(
+        [
+            {"params": decay, "weight_decay": 0.1, "rank": 7},
+            {"params": vectors, "lr": 1e-2, "betas": (0.8, 0.99)},
+            {"params": head, "recipe": "adam_snsm", "gap": 3},
+        ],
+        recipe="adapm_lean",
+        lr=1e-3,
+    )
+    one, two, three = optimizer.param_groups
+    assert (one["weight_decay"], two["lr"], two["betas"], three["recipe"]) == (0.1, 1e-2, (0.8, 0.99), "adam_snsm")
+    assert three["betas"] == (0.9, 0.999)  # of its recipe
+    assert one["betas"] == (0.9, 0.95)
+    facts = {block.name: block for block in optimizer.snapshot().blocks}
+    assert facts["model.layers.0.mlp.up_proj.weight"].rank == 7
+    assert facts["lm_head.weight"].momentum == "subspace"
+    assert optimizer._binding.blocks[model.lm_head.weight][0].recipe.momentum.gap == 3
+    train(model, optimizer, 3)
+
+
+def test_hyperparameters_of_a_group_reach_its_parameters_only():
+    one, other = tiny_llama(), tiny_llama()
+    grouped = [{"params": [entry], "lr": 0.0} for entry in one.named_parameters() if entry[0] == "lm_head.weight"]
+    rest = [entry for entry in one.named_parameters() if entry[0] != "lm_head.weight"]
+    first = lm.MemOpt([{"params": rest}, *grouped], lr=1e-3)
+    second = lm.MemOpt(other.named_parameters(), lr=1e-3)
+    head = one.lm_head.weight.detach().clone()
+    for model, optimizer in ((one, first), (other, second)):
+        fill_grads(list(model.parameters()), seed=0)
+        optimizer.step()
+    assert_equal(one.lm_head.weight.detach(), head)
+    assert_equal(one.model.norm.weight, other.model.norm.weight)
+
+
+def test_add_param_group():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.MemOpt(named[:-1], recipe="adapm_lean")
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": named[-1:], "lr": 1e-4, "recipe": "adamw"})
+    facts = optimizer.snapshot().blocks[-1]
+    assert (facts.name, facts.role, facts.momentum) == ("lm_head.weight", "head", "dense")
+    train(model, optimizer, 2)
+    assert float(optimizer.state[model.lm_head.weight]["step"]) == 2
+    assert float(optimizer.state[model.model.norm.weight]["step"]) == 4
+
+
+def test_add_param_group_takes_names_from_a_bound_model():
+    model = tiny_llama()
+    optimizer = lm.MemOpt(list(model.model.parameters()))
+    optimizer.bind(model)
+    optimizer.add_param_group({"params": [model.lm_head.weight]})
+    assert optimizer.snapshot().blocks[-1].name == "lm_head.weight"
+
+
+def test_a_refused_group_changes_nothing():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.MemOpt(named[:-1])
+    before = repr(optimizer)
+    with pytest.raises(ValueError, match=r"shape \(96, 32\) has no name"):
+        optimizer.add_param_group({"params": [model.lm_head.weight]})
+    with pytest.raises(ValueError, match="Unknown key 'learning_rate'"):
+        optimizer.add_param_group({"params": named[-1:], "learning_rate": 1.0})
+    assert repr(optimizer) == before
+    train(model, optimizer, 1)
+
+
+def test_groups_can_be_added_after_loading_and_copying():
+    model = tiny_llama()
+    named = list(model.named_parameters())
+    optimizer = lm.AdaPMLean(named[:-1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    model, optimizer = copy.deepcopy((model, optimizer))
+    optimizer.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)]})
+    assert set(optimizer.param_groups[1]) == {
+        "params",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "maximize",
+        "max_update",
+        "recipe",
+    }
+    train(model, optimizer, 1)
+
+
+def test_groups_of_a_scheduled_optimizer_make_another():
+    model = tiny_llama()
+    optimizer = lm.AdaPMLean(model.named_parameters())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+    again = lm.AdaPMLean(optimizer.param_groups)
+    again.bind(model)
+    train(model, again, 1)

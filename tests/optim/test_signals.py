@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +18,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
 from lightning_memopt.optim.signals import MEMORY, SAMPLE, BlockSignals, Probe
+from tests._attempt import attempt
 from tests._compare import assert_equal
 from tests._models import tiny_gpt2, train
 from tests._ranks import run_ranks
 from tests._traffic import Traffic
 from tests.kinds.contract.cases import gradient
-from tests.optim.test_reformat import grad_of, momentum_of
-from tests.optim.test_world_sizes import attempt
+from tests.optim._reformatting import grad_of, momentum_of
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 BETA = 0.9
@@ -379,13 +380,16 @@ def placed(name: str, value: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 
 def sharded_steps(optimizer: lm.MemOpt, mesh: DeviceMesh | None, numbers: range) -> None:
+    params = {block.name.split(":")[0]: param for _, param, block in optimizer.blocks()}
     for number in numbers:
-        for place, (name, shape) in enumerate(SHARDED.items()):
-            grad = (gradient(shape, 100 * number + place) + 0.2) * 1e-2
-            for _, param, block in optimizer.blocks():
-                if block.name.split(":")[0] == name:
-                    param.grad = None if number == 4 and place % 3 == 0 else placed(name, grad, mesh)
+        for place, name in enumerate(SHARDED):
+            params[name].grad = None if number == 4 and place % 3 == 0 else sharded_grad(name, number, place, mesh)
         optimizer.step()
+
+
+@functools.cache
+def sharded_grad(name: str, number: int, place: int, mesh: DeviceMesh | None) -> Tensor:
+    return placed(name, (gradient(SHARDED[name], 100 * number + place) + 0.2) * 1e-2, mesh)
 
 
 def sharded_run(mesh: DeviceMesh | None) -> tuple[list[Any], Any, Any]:

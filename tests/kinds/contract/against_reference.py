@@ -18,7 +18,7 @@ from tests.kinds.contract.running import step
 from tests.kinds.reference import MOMENTA, SECOND_MOMENTS, Stack
 
 Shape = tuple[int, ...]
-STEPS = 30
+STEPS = 20
 
 
 def reference_of(kind: Kind, layout: Layout) -> Stack:

@@ -70,13 +70,10 @@ class SubsetNormSecondMoment(_SecondMoment):
         self, shape: tuple[int, int], bias_correction: bool, reduction: str, subset_size: int | None, **facts: object
     ) -> None:
         m, n = shape
-        self.subsets = torch.empty(shape, dtype=torch.int64)
-        for i in range(m):
-            for j in range(n):
-                subset = i if m >= n else j
-                if subset_size is not None:
-                    subset = i * -(-n // subset_size) + j // subset_size
-                self.subsets[i, j] = subset
+        row, column = torch.arange(m)[:, None], torch.arange(n)
+        self.subsets = (row if m >= n else column).expand(shape)
+        if subset_size is not None:
+            self.subsets = row * -(-n // subset_size) + column // subset_size
         self.reduction = reduction
         super().__init__(shape, bias_correction)
 
