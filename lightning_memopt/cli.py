@@ -170,7 +170,7 @@ class _ModelOnly(MemOptCLI):
         """Instantiate the model."""
         command = str(self.subcommand)
         given = self.config[command]
-        self.run = _run_of(given.trainer)
+        self.run = _settings_of(given.trainer)
         part = jsonargparse.Namespace(subcommand=command)
         part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
         try:
@@ -213,7 +213,7 @@ def _configured(args: list[str]) -> Configured:
     return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
 
 
-def _run_of(trainer: Any) -> dict[str, Any]:
+def _settings_of(trainer: Any) -> dict[str, Any]:
     """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
     devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
     known = str(devices).isdigit() and int(devices) > 0

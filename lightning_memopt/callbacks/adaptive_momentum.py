@@ -288,9 +288,9 @@ class AdaptiveMomentum(Callback):
     def _allocate(self) -> None:
         """Change all blocks to the policy's target at once."""
         self._names |= self._trained()
-        self._carry_out(self._agreed(self._first), {})
+        self._carry_out(self._agreed(self._target_changes), {})
 
-    def _first(self) -> Changes:
+    def _target_changes(self) -> Changes:
         """Return the changes from the current allocation to the policy's target, for all blocks."""
         problem = self._problem({}, pinned=())
         check_budget(problem, fixed_bytes(self._optimizer))

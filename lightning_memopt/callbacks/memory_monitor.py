@@ -44,13 +44,14 @@ class OptimizerMemoryMonitor(Callback):
     ``memory.json`` in the log directory (the root directory without a logger). It writes the file with the first
     measurement, at most once a minute, and when training ends or fails. If it cannot write the file, it warns.
 
-    The scalars are logged at the trainer's ``global_step``, in bytes over all processes unless noted. The first two
-    include step counters:
-    ``memopt/state_bytes``, ``memopt/state_bytes_rank`` (the most on one rank), ``memopt/state_bytes_global`` (once),
-    ``memopt/momentum_bytes`` (without projections), ``memopt/projection_bytes``, ``memopt/second_moment_bytes``,
-    ``memopt/other_bytes``; ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of
-    AdamW's); ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the
-    most on one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
+    Scalars are logged at the trainer's ``global_step``, in bytes over all processes unless noted:
+
+    - ``memopt/state_bytes`` and ``memopt/state_bytes_rank`` (the maximum of one rank), both with step counters,
+    - ``memopt/state_bytes_global`` (one full copy of the state), ``memopt/momentum_bytes`` (without projections),
+      ``memopt/projection_bytes``, ``memopt/second_moment_bytes``, ``memopt/other_bytes``,
+    - ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of AdamW's),
+    - ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the maximum
+      of one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
 
     Args:
         every_n_steps: Number of the trainer's steps (over all optimizers) between two measurements.
@@ -142,7 +143,7 @@ class OptimizerMemoryMonitor(Callback):
         say(summary(self.history[-1]))
         self._write()
         if self.figures and self._folder is not None:
-            with _no_reason_to_stop(self._folder):
+            with _warn_on_failed_write(self._folder):
                 add_figure(trainer, "memory", self.plot)
                 if self._allocation.matrices:
                     add_figure(trainer, "momentum", self.plot_allocation)
@@ -217,7 +218,7 @@ class OptimizerMemoryMonitor(Callback):
     def _write(self) -> None:
         if self._content and self._folder is not None:
             self._written = time.monotonic()
-            with _no_reason_to_stop(self._folder):
+            with _warn_on_failed_write(self._folder):
                 write_json(self._folder / FILE, self._content)
 
 
@@ -227,7 +228,7 @@ def _complete(snapshot: Snapshot) -> int:
 
 
 @contextmanager
-def _no_reason_to_stop(folder: Path) -> Iterator[None]:
+def _warn_on_failed_write(folder: Path) -> Iterator[None]:
     """Warn if a report cannot be written, for example to a full disk. This must not stop training, or hide an error."""
     try:
         yield

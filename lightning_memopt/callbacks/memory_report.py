@@ -35,7 +35,7 @@ COLUMNS = ("role", "blocks", "params", "momentum", "second moment", "state", "Ad
 
 
 def rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    """Return the rows of the table: one for all blocks of the same role and kinds, then the total."""
+    """Return the rows of the table: one per combination of role and kinds, then the total."""
     groups: dict[tuple[str, str, str], list[BlockFacts]] = {}
     for block in snapshot.blocks:
         groups.setdefault((block.role, block.momentum, block.second_moment), []).append(block)

@@ -56,7 +56,7 @@ def moves(problem: Problem, target: Mapping[str, int], max_moves: int) -> dict[s
     chosen = shrinks[: min(wanted, max(forced, half, max_moves - len(growths)))]
     free -= sum(move.cost for move in chosen)
     for growth in growths:
-        move = _cut(growth, free, problem.min_rank)
+        move = _limited(growth, free, problem.min_rank)
         if len(chosen) < max_moves and move is not None:
             chosen.append(move)
             free -= move.cost
@@ -100,7 +100,7 @@ def _count(shrinks: list[_Move], nbytes: float) -> int:
     return len(shrinks)
 
 
-def _cut(growth: _Move, free: float, min_rank: int) -> _Move | None:
+def _limited(growth: _Move, free: float, min_rank: int) -> _Move | None:
     """Limit a growth to the free bytes. Return None if the result is a trifle or below the smallest rank."""
     if growth.cost <= free:
         return growth

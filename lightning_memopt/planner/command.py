@@ -78,7 +78,7 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     try:
         # A module may print while it is created, but scripts read the output.
         with redirect_stdout(sys.stderr):
-            name, found, optimizers = _what(options, others, configured)
+            name, found, optimizers = _read_options(options, others, configured)
         options.precision = options.precision or found.precision
         if options.world_size is None:
             options.world_size = found.ranks or 1
@@ -151,7 +151,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _what(
+def _read_options(
     options: argparse.Namespace, others: list[str], configured: Callable[[list[str]], Configured]
 ) -> tuple[str, Configured, list[Candidate]]:
     """Return the model's name, the settings of the run, and the optimizers to compare."""

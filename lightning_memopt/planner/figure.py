@@ -33,7 +33,7 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
     first = plans[0]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     whole, state = figure.subplots(1, 2)
-    for names, look in _looks(plans).items():
+    for names, look in _line_styles(plans).items():
         position = next(position for position, row in enumerate(first.rows) if row.recipe == names[0])
         rows = [plan.rows[position] for plan in plans]
         sizes = [plan.world_size for plan in plans]
@@ -51,7 +51,7 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
     return figure
 
 
-def _looks(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]:
+def _line_styles(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Return line styles by groups of recipes. Recipes with the same memory at every size share a line."""
     same: dict[tuple[int, ...], list[str]] = {}
     for position, row in sorted(enumerate(plans[0].rows), key=lambda entry: -entry[1].state_bytes):

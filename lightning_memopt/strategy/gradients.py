@@ -61,11 +61,11 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
     that, the optimizer can report it.
     """
     params = list(params)
-    alike: dict[_Cut, list[Tensor]] = {_cut(param): [] for param in params if param.requires_grad}
+    by_placement: dict[_Placement, list[Tensor]] = {_placement(param): [] for param in params if param.requires_grad}
     for param in params:
         if param.grad is not None:
-            alike.setdefault(_cut(param), []).append(local_tensor(aligned(param.grad, param)))
-    squares = [_square(cut, grads) for cut, grads in alike.items()]
+            by_placement.setdefault(_placement(param), []).append(local_tensor(aligned(param.grad, param)))
+    squares = [_square(placement, grads) for placement, grads in by_placement.items()]
     if not squares:
         return torch.tensor(0.0)
     total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
@@ -78,18 +78,18 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 # The mesh of a parameter and the dimensions of the mesh that divide it.
-_Cut = tuple[DeviceMesh | None, tuple[int, ...]]
+_Placement = tuple[DeviceMesh | None, tuple[int, ...]]
 
 
-def _cut(param: Tensor) -> _Cut:
+def _placement(param: Tensor) -> _Placement:
     if not isinstance(param, DTensor):
         return None, ()
     return param.device_mesh, tuple(dim for dim, place in enumerate(param.placements) if not place.is_replicate())
 
 
-def _square(cut: _Cut, grads: list[Tensor]) -> Tensor:
+def _square(placement: _Placement, grads: list[Tensor]) -> Tensor:
     """Return the global sum of squares of gradients that are sharded in the same way, given this rank's local parts."""
-    mesh, dims = cut
+    mesh, dims = placement
     square = torch.nn.utils.get_total_norm(grads).double().square()
     if mesh is not None:
         square = square.to(mesh.device_type)

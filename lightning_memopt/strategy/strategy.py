@@ -54,9 +54,9 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             parallelizes the model.
         replicate_size: Number of replicas of the sharded model (hybrid sharding). Each is sharded over
             ``data_parallel_size / replicate_size`` ranks.
-        wrap: Modules to gather as one unit: a module class, its import path, a list of these, or a function of a
-            module. None selects the elements of the outermost lists of equal modules. The children of the
-            LightningModule are always units.
+        wrap: Modules to gather as units: a module class, its import path, a list of these, or a function of a module.
+            None selects the elements of the outermost lists of equal modules. The children of the LightningModule are
+            units in addition.
         activation_checkpointing: Modules whose activations are recomputed in the backward pass, given as in ``wrap``;
             True for the modules that ``wrap`` selects.
         reshard_after_forward: As in ``fully_shard``: whether to free gathered weights between forward and backward.

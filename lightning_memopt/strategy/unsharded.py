@@ -51,11 +51,11 @@ def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, floa
     if not p > 0:
         raise ValueError(f"`norm_type` must be a positive number or 'inf', got {norm_type!r}.")
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
-    alike: dict[object, list[str]] = defaultdict(list)
+    by_placement: dict[object, list[str]] = defaultdict(list)
     for name, grad in grads.items():
-        alike[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(name)
+        by_placement[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(name)
     norms: dict[str, float] = {}
-    for names in alike.values():
+    for names in by_placement.values():
         mine = torch.stack([_norm(local_tensor(grads[name]), p) for name in names])
         norms.update(zip(names, _over_ranks(mine, grads[names[0]], p).tolist(), strict=True))
     found = {f"grad_{p}_norm/{name}": norms[name] for name in grads}

@@ -60,7 +60,7 @@ def commit(new: Path, path: Path) -> None:
     """
     if new.is_dir():
         sync_folder(new)
-    old = _put(new, path)
+    old = _move_to(new, path)
     sync_folder(path.parent)
     _active.discard(new)
     with contextlib.suppress(OSError):  # the save is complete; the next save removes leftovers
@@ -143,7 +143,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put(new: Path, path: Path) -> Path | None:
+def _move_to(new: Path, path: Path) -> Path | None:
     """Move ``new`` to ``path``, and return the new name of the old content, if there is any.
 
     Another process may replace ``path`` at the same time. The last save wins, and both are complete.

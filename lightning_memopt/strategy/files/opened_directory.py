@@ -155,10 +155,10 @@ class OpenedDirectory:
             if ends.get(name, 0) > expected:
                 raise self._mixed(name, f"{INDEX!r} says that it has {ends[name]} bytes")
         for name in sorted(os.listdir(self.path if self._folder is None else self._folder)):
-            if SHARDS.fullmatch(name) and name not in known and self._length_of_stray(name):
+            if SHARDS.fullmatch(name) and name not in known and self._stray_size(name):
                 raise self._mixed(name, f"{INDEX!r} does not know it. Remove it if the others are the ones you want")
 
-    def _length_of_stray(self, name: str) -> int:
+    def _stray_size(self, name: str) -> int:
         """Return the size of a file that no table lists. torch writes an empty file if a rank has nothing to save."""
         return os.stat(name if self._folder is not None else self.path / name, dir_fd=self._folder).st_size
 

@@ -153,7 +153,7 @@ def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None,
 
 def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> pickle.UnpicklingError:
     found = re.search(r"(?:GLOBAL |asks for `)([\w.]+)\.(\w+)", str(error))
-    module, name = found.groups() if found else _asked_for(stream)
+    module, name = found.groups() if found else _first_global(stream)
     way_out = _TRUST if stream is not None else "Use another checkpoint."
     if not name:
         return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {way_out}")
@@ -163,7 +163,7 @@ def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> 
     )
 
 
-def _asked_for(stream: IO[bytes] | None) -> tuple[str, str]:
+def _first_global(stream: IO[bytes] | None) -> tuple[str, str]:
     """Return the first global in a pickle that is not torch's. torch's unpickler fails earlier on newer protocols."""
     texts: list[str] = []
     with contextlib.suppress(Exception):  # the file may be damaged, too
