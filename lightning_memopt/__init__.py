@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy, full_state_dict, grad_norm, load_weights
 
-# Need more than torch: imported when they are asked for.
+# These need more than torch, so they are imported on first access.
 _LAZY = {
     "AdaptiveMomentum": "lightning_memopt.callbacks",
     "MemOptCLI": "lightning_memopt.cli",

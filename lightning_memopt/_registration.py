@@ -1,6 +1,6 @@
-"""The names ``memopt_fsdp`` and ``memopt_fsdp_offload``, known to Lightning as soon as it is imported.
+"""Register the strategies ``memopt_fsdp`` and ``memopt_fsdp_offload`` when Lightning is imported.
 
-Lightning finds a strategy by name only once somebody has registered it, and has no entry point for that. Importing
+Lightning finds a strategy by name only after it is registered, and has no entry point for registration. Importing
 Lightning to register two names would make ``import lightning_memopt`` several times slower than ``import torch``.
 """
 
@@ -19,7 +19,7 @@ DESCRIPTION = "FSDP2 with optimizer state sharded like the parameters: see light
 
 
 def register_with_lightning() -> None:
-    """Register the names now if Lightning is there, and otherwise when it is imported. A second call does nothing."""
+    """Register the names now if Lightning is imported, or else when it is. A second call has no effect."""
     if REGISTRY_MODULE in sys.modules:
         register(sys.modules[REGISTRY_MODULE].StrategyRegistry)
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
@@ -27,7 +27,7 @@ def register_with_lightning() -> None:
 
 
 def register(registry: Any) -> None:
-    """Register the names that a StrategyRegistry does not have."""
+    """Add the names that are missing to a StrategyRegistry."""
     for name, options in NAMES.items():
         if name not in registry:
             registry.register(name, _strategy, description=DESCRIPTION, **options)
@@ -40,7 +40,7 @@ def _strategy(**options: Any) -> Any:
 
 
 class _WhenImported(MetaPathFinder):
-    """Registers the names after the module with the registry has been executed; finds nothing itself."""
+    """Registers the names after the registry's module has been executed. Other finders find that module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,7 +1,7 @@
-"""The command line: LightningCLI that gives our optimizers the names of the parameters.
+"""The command line: a LightningCLI that binds this package's optimizers to parameter names.
 
 ``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
-``lightning-memopt plan`` tells what a run will need; see :mod:`lightning_memopt.planner.command`.
+``lightning-memopt plan`` plans the memory of a run; see :mod:`lightning_memopt.planner.command`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_memopt.sharding.wrapping import resolve_policy
 
 try:
     import jsonargparse
-    import omegaconf  # noqa: F401  the parser modes need it, and say so only in the middle of reading a file
+    import omegaconf  # noqa: F401  the parser modes need it, and would fail only while reading a file
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,14 +36,14 @@ except ImportError as error:
     ) from error
 
 PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
-# What an optimizer is told that its state does not depend on.
+# Arguments of optimizers that do not affect the size of their state.
 RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "nonfinite", "seed")
 
 
 class BindNames(Callback):
-    """Give every ``MemOpt`` of the trainer the names of the module's parameters, before a checkpoint is restored.
+    """Bind every ``MemOpt`` of the trainer to the names of the module's parameters, before a checkpoint is restored.
 
-    It covers optimizers that the command line built and those that the module's ``configure_optimizers`` returned.
+    This covers optimizers from the command line and from the module's ``configure_optimizers``.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,11 +54,11 @@ class BindNames(Callback):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the config of a run beside its logs, under a name of its own.
+    """Save the config of a run beside its logs, under a unique name.
 
-    Lightning refuses to start where a ``config.yaml`` exists, or overwrites it. Without a logger the directory is the
-    working directory, so the second ``fit`` would fail, or replace the file the user wrote. Here it becomes
-    ``config-v1.yaml``, as Lightning numbers checkpoints.
+    Lightning raises an error if ``config.yaml`` exists, or overwrites it. Without a logger, the directory is the
+    working directory, so the second ``fit`` would fail or replace the user's own file. This class saves to
+    ``config-v1.yaml`` instead, numbered as Lightning numbers checkpoints.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,7 +74,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class _SetParserMode(Action):
-    """``--parser_mode``: takes effect at once, so it has to come before the files it is about; stored nowhere."""
+    """The ``--parser_mode`` option. It takes effect immediately, so it must precede the files. It is not stored."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, **kwargs)
@@ -89,7 +89,7 @@ class _SetParserMode(Action):
 
 def _set_parser_mode(parser: Any, mode: str) -> None:
     if mode == "omegaconf+":
-        # Or else ${data.seq_len} would have to be ${fit.data.seq_len}, and one file could not serve fit and validate.
+        # Otherwise ${data.seq_len} would have to be ${fit.data.seq_len}, and fit and validate could not share a file.
         jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser.parser_mode = mode
 
@@ -97,14 +97,14 @@ def _set_parser_mode(parser: Any, mode: str) -> None:
 class MemOptCLI(LightningCLI):
     """LightningCLI for this package's optimizers.
 
-    It differs from LightningCLI in four ways. Optimizers of this package learn the names of the parameters, whether
-    ``--optimizer=lightning_memopt.AdaPM`` asked for them or the module's ``configure_optimizers`` returned them.
-    ``--parser_mode`` chooses how files are read. A config is never overwritten by the next run. Missing optimizers are
-    reported with the option that gives one.
+    It differs from LightningCLI in four ways. It binds this package's optimizers to the parameter names, whether they
+    come from ``--optimizer=lightning_memopt.AdaPM`` or from the module's ``configure_optimizers``. ``--parser_mode``
+    selects how files are read. A run never overwrites the config of another run. The error about a missing optimizer
+    names the option that adds one.
 
-    Parser modes: ``yaml`` (default) reads values as they are. ``omegaconf`` resolves interpolations such as
-    ``${data.init_args.seq_len}`` when the file is read, so an override on the command line changes that key and not
-    the ones that refer to it. ``omegaconf+`` resolves them at the end, so the others follow.
+    Parser modes: ``yaml`` (default) does not resolve interpolations. ``omegaconf`` resolves interpolations such as
+    ``${data.init_args.seq_len}`` when a file is read, so an override on the command line changes this key, but not the
+    keys that refer to it. ``omegaconf+`` resolves interpolations at the end, so these keys follow the override.
 
     Args:
         *args: As in LightningCLI.
@@ -137,19 +137,19 @@ class MemOptCLI(LightningCLI):
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
-        """Set up the parsers, with the default mode unless ``parser_kwargs`` of LightningCLI say otherwise."""
+        """Set up the parsers, with the default mode unless ``parser_kwargs`` set another."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         if "parser_mode" not in main_kwargs:
             _set_parser_mode(self.parser, self._parser_mode)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the trainer, which binds optimizers when the fit starts."""
+        """Return the trainer, with a callback that binds optimizers at the start of fit."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, BindNames())  # type: ignore[attr-defined]
         return trainer
 
     def before_fit(self) -> None:
-        """Check that there is something to fit with."""
+        """Check that there is an optimizer."""
         if not is_overridden("configure_optimizers", self.model):
             raise MisconfigurationException(
                 f"There is no optimizer: {type(self.model).__name__} has no `configure_optimizers` and the command "
@@ -159,23 +159,23 @@ class MemOptCLI(LightningCLI):
 
 
 class _ModelOnly(MemOptCLI):
-    """Read a config as ``fit`` does, and make only the model of it, on the meta device."""
+    """Read a config as ``fit`` does, and instantiate only the model, on the meta device."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and leave random numbers alone."""
+        """Parse the arguments, and do not seed random number generators."""
         super().parse_arguments(parser, args)
         self.config[self.config.subcommand].seed_everything = False
 
     def instantiate_classes(self) -> None:
-        """Make the model."""
+        """Instantiate the model."""
         command = str(self.subcommand)
         given = self.config[command]
-        self.run = _run_of(given.trainer)
+        self.run = _settings_of(given.trainer)
         part = jsonargparse.Namespace(subcommand=command)
         part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
         try:
             with torch.device("meta"):
-                # Optimizers wait for their parameters, but files that their arguments name are read here.
+                # Optimizers are created later, with parameters, but files in their arguments are read here.
                 made = self.parser.instantiate_classes(part)[command]
                 self.model, self.optimizer = made.model, made.optimizer
                 if is_overridden("configure_model", self.model):
@@ -186,11 +186,11 @@ class _ModelOnly(MemOptCLI):
                 f"({type(error).__name__}: {error}). If it is because weights, data or the trainer are not there when "
                 "a run is planned: load and ask for them in `setup`, not in `__init__` or `configure_model`."
             ) from error
-        self.subcommand = None  # nothing is run
+        self.subcommand = None  # run no subcommand
 
 
 def _configured(args: list[str]) -> Configured:
-    """Return the model and the optimizer of a config; ``args`` are those of ``lightning-memopt fit``."""
+    """Return the settings of a run, given the arguments of ``lightning-memopt fit``."""
     quiet = {"exit_on_error": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
@@ -213,8 +213,8 @@ def _configured(args: list[str]) -> Configured:
     return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
 
 
-def _run_of(trainer: Any) -> dict[str, Any]:
-    """Return what the trainer's section of a config says about memory, as :class:`Configured` takes it."""
+def _settings_of(trainer: Any) -> dict[str, Any]:
+    """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
     devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
     known = str(devices).isdigit() and int(devices) > 0
     found: dict[str, Any] = {"precision": trainer.precision, "ranks": int(devices) * nodes if known else None}
@@ -232,7 +232,7 @@ def _run_of(trainer: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the command line. Classes of modules in the working directory are found, as with ``python -m``."""
+    """Run the command line. Modules in the working directory can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     if sys.argv[1:2] == ["plan"]:

@@ -1,4 +1,4 @@
-"""Lightning callbacks."""
+"""Lightning callbacks that adapt momentum during training and report the memory of optimizer state."""
 
 from lightning_memopt.callbacks.adaptive_momentum import AdaptiveMomentum
 from lightning_memopt.callbacks.memory_monitor import OptimizerMemoryMonitor

@@ -1,4 +1,4 @@
-"""AdaptiveMomentum: gives each block the momentum that training shows it needs, while it runs."""
+"""AdaptiveMomentum, a callback that adapts the momentum of each block during training."""
 
 from __future__ import annotations
 
@@ -43,37 +43,36 @@ SHOWN_MOVES = 4
 class AdaptiveMomentum(Callback):
     """Changes the momentum of each block during training, within a budget over all blocks.
 
-    Before the first step the budget is divided evenly. Every `every_n_steps` steps of the optimizer the policy reads
-    what the gradients have shown (:class:`~lightning_memopt.optim.signals.BlockSignals`) and may change a few blocks,
+    Before the first step, the budget is divided evenly. Every `every_n_steps` optimizer steps, the policy reads
+    statistics of the gradients (:class:`~lightning_memopt.optim.signals.BlockSignals`) and may change a few blocks,
     until the allocation freezes. Works with every strategy and with every recipe that has momentum.
 
     Args:
-        budget: Bytes that momentum may take over all ranks, projections included: a fraction of AdamW's momentum, a
-            number of bytes, or text such as ``"512MiB"`` or ``"5%"``. None: the smallest allocation that keeps
-            `quality`.
+        budget: Bytes of momentum over all ranks, projections included: a fraction of AdamW's momentum, a number of
+            bytes, or text such as ``"512MiB"`` or ``"5%"``. None selects the smallest allocation that keeps `quality`.
         policy: ``uniform``, ``energy``, ``benefit``, ``schedule``, ``paper``, or a function
             (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
-        every_n_steps: Steps between two decisions.
-        start: Step after which the first decision is taken; None means `every_n_steps`.
-        freeze_after: When the allocation freezes: a fraction of the training, or a number of steps; None for never.
-        quality: Without a budget, the share of momentum's energy that is to be kept.
-        min_rank: The smallest rank of momentum that a block has if it has any.
-        max_moves: Blocks that may change in one decision.
-        dropped: What becomes of momentum that a smaller rank cannot hold: ``release`` or ``discard``, as in
+        every_n_steps: Number of steps between two decisions.
+        start: Step after which the first decision is made; None means `every_n_steps`.
+        freeze_after: When the allocation freezes: a fraction of the training, or a number of steps; None means never.
+        quality: The share of momentum's energy to keep. Only used without a budget.
+        min_rank: The smallest rank of a block that has momentum.
+        max_moves: Maximum number of blocks that change in one decision.
+        dropped: How to treat momentum that does not fit into a smaller rank: ``release`` or ``discard``, as in
             :meth:`~lightning_memopt.MemOpt.reformat`.
-        optimizer_idx: Which of the module's optimizers; needed where several can be adapted.
+        optimizer_idx: Index of the optimizer to adapt. Required if several of the module's optimizers can be adapted.
         log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
             every decision.
-        figures: Whether to draw the allocation over time when training ends: ``allocation.png`` in the log directory,
-            and in loggers that take figures.
+        figures: Whether to draw the allocation over time at the end of training, to ``allocation.png`` in the log
+            directory and to loggers that accept figures.
 
     Attributes:
         history: One entry per decision: ``step``, ``moves`` (block → ranks before and after), ``ranks`` (of all
-            blocks), ``momentum_bytes``, ``oscillation`` and ``residual`` (of all blocks). Rank 0 is no momentum.
+            blocks), ``momentum_bytes``, ``oscillation`` and ``residual`` (of all blocks). Rank 0 means no momentum.
 
     Raises:
-        ValueError: If a value is not valid, the message says what is; at the start of fit if there is no optimizer
-            that can be adapted, or the budget is too small.
+        ValueError: If an argument is invalid; the message says which values are valid. At the start of fit, if no
+            optimizer can be adapted or the budget is too small.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class AdaptiveMomentum(Callback):
             )
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
-        if figures and find_spec("matplotlib") is None:  # not after days of training
+        if figures and find_spec("matplotlib") is None:  # fail now, not after days of training
             raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
         if not (isinstance(policy, str) or callable(policy)):
             raise TypeError(f"`policy` must be a function or one of {', '.join(POLICIES.names())}, got {policy!r}.")
@@ -128,11 +127,11 @@ class AdaptiveMomentum(Callback):
     # ------------------------------------------------------------------ what a subclass may override
 
     def propose(self, snapshot: Snapshot, signals: Mapping[str, BlockSignals]) -> Mapping[str, Any]:
-        """Return changes of the plan, as :meth:`MemOpt.reformat` takes them; every rank must return the same.
+        """Return changes of the plan for :meth:`MemOpt.reformat`. Every rank must return the same changes.
 
         Args:
-            snapshot: What every block is and keeps.
-            signals: What the gradients of every block have shown, by its name.
+            snapshot: The blocks and their state.
+            signals: Statistics of the gradients, by block name.
         """
         problem = self._problem(signals, restless(self.history))
         return self._changes(moves(problem, answer(self.policy, problem), self.max_moves))
@@ -141,23 +140,23 @@ class AdaptiveMomentum(Callback):
 
     @property
     def state_key(self) -> str:
-        """Name under which the state is saved: one per optimizer."""
+        """Key of the saved state, one per optimizer."""
         return self._generate_state_key(optimizer_idx=self.optimizer_idx)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer.
 
         Raises:
-            ValueError: If none can be adapted, or several.
+            ValueError: If no optimizer can be adapted, or several can.
         """
         self._optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
         self._compressed = compressed_kind(self._optimizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on where a checkpoint left off, or divide the budget.
+        """Resume from a checkpoint, or divide the budget.
 
         Raises:
-            ValueError: If the budget is too small, or the policy needs to know the length of training and cannot.
+            ValueError: If the budget is too small, or the policy needs the length of training and it is unknown.
         """
         self._trainer, self._probe = trainer, Probe(self._optimizer)
         self._frozen, self._seen = False, 0
@@ -179,20 +178,20 @@ class AdaptiveMomentum(Callback):
             self._probe.rest()
         say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
         budget = self._budget_bytes()
-        if budget is not None and self._bytes({}) > budget:  # another one than when it was saved
+        if budget is not None and self._bytes({}) > budget:  # the budget is smaller than in the saved run
             self._allocate()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Divide the budget again where parameters train that never did before, just before they get momentum."""
+        """Divide the budget again if parameters start training later, just before they get momentum."""
         self._make_room()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decide, if a decision is due."""
-        self._make_room()  # steps of an optimizer without Lightning's wrapper have no hook
+        """Change the allocation if a decision is due."""
+        self._make_room()  # steps without Lightning's optimizer wrapper call no hook
         before, self._seen = self._decisions(self._seen), self._probe.steps
         if self._frozen:
             return
@@ -203,7 +202,7 @@ class AdaptiveMomentum(Callback):
             self._carry_out(self._agreed(lambda: self.propose(self._optimizer.snapshot(), signals)), signals)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what came out, and draw it where that was asked for."""
+        """Print a summary, and draw the allocation if ``figures`` is set."""
         self._probe.stop()
         decisions = [entry for entry in self.history if entry["step"] > 0]
         late = sum(len(entry["moves"]) for entry in decisions[len(decisions) // 2 :])
@@ -213,59 +212,59 @@ class AdaptiveMomentum(Callback):
             add_figure(trainer, "allocation", self.plot)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the optimizer go, which may outlive the training."""
+        """Detach from the optimizer, which may outlive the training."""
         if self._probe is not None:
             self._probe.stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the optimizer go."""
+        """Detach from the optimizer."""
         if self._probe is not None:
             self._probe.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return history and signals, as numbers and tensors, the same on every rank; all ranks ask together."""
-        if self._probe is None or self._loaded is not None:  # not begun yet
+        """Return history and signals as numbers and tensors, equal on every rank. All ranks must call this method."""
+        if self._probe is None or self._loaded is not None:  # training has not started
             return dict(self._loaded or {})
         return {"history": list(self.history), "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; the optimizer brings its own allocation along."""
+        """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
         self._loaded = state_dict or None
         self.history = list(state_dict.get("history", []))
 
     # ------------------------------------------------------------------ pictures
 
     def plot(self, value: str = "rank") -> Any:
-        """Return a matplotlib figure of all blocks over the steps: ``rank``, ``oscillation`` or ``residual``."""
+        """Return a matplotlib figure of ``rank``, ``oscillation`` or ``residual`` of all blocks over the steps."""
         return allocation_figure(self.history, value)
 
     # ------------------------------------------------------------------ deciding
 
     def _decisions(self, steps: int) -> int:
-        """Return how many decisions are due in the first ``steps`` steps."""
+        """Return the number of decisions that are due in the first ``steps`` steps."""
         return 0 if steps < self.start else (steps - self.start) // self.every_n_steps + 1
 
     def _progress(self) -> float | None:
-        """Return how much of the training is over; None where its length is not known."""
+        """Return the completed fraction of the training; None if its length is unknown."""
         if self._length == float("inf"):
             return None
         return min(1.0, self._trainer.global_step / max(1, self._length))
 
     def _phase(self) -> float:
-        """Return how much is over of the time until the allocation freezes; 0 where that is not known."""
+        """Return the completed fraction of the time until the allocation freezes; 0 if it is unknown."""
         if isinstance(self.freeze_after, int):
             return self._probe.steps / self.freeze_after
         return (self._progress() or 0.0) / (self.freeze_after or 1.0)
 
     def _has_end(self) -> bool:
-        """Return whether it is known when the allocation freezes, or training ends."""
+        """Return whether the step at which the allocation freezes, or training ends, is known."""
         return isinstance(self.freeze_after, int) or self._progress() is not None
 
     def _is_over(self) -> bool:
         return self.freeze_after is not None and self._phase() >= 1
 
     def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
-        """Return what the policy decides on: all blocks but those that stay as they are, and the bytes these leave."""
+        """Return the policy's input: all blocks that are not pinned, and the budget that the pinned ones leave."""
         blocks = self._candidates(signals)
         fixed = fixed_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
         budget = self._budget_bytes()
@@ -282,21 +281,21 @@ class AdaptiveMomentum(Callback):
         return {name: change_to(blocks[name], rank, self._compressed) for name, rank in ranks.items()}
 
     def _make_room(self) -> None:
-        """Divide the budget again where parameters train that never did before."""
+        """Divide the budget again if parameters have started training."""
         if not self._trained() <= self._names:
             self._allocate()
 
     def _allocate(self) -> None:
-        """Give every block what the policy wants, in one go."""
+        """Change all blocks to the policy's target at once."""
         self._names |= self._trained()
-        self._carry_out(self._agreed(self._first), {})
+        self._carry_out(self._agreed(self._target_changes), {})
 
-    def _first(self) -> Changes:
-        """Return what brings every block to what the policy wants."""
+    def _target_changes(self) -> Changes:
+        """Return the changes from the current allocation to the policy's target, for all blocks."""
         problem = self._problem({}, pinned=())
         check_budget(problem, fixed_bytes(self._optimizer))
         target = answer(self.policy, problem)
-        # A recipe may give small blocks a rank that takes more than dense momentum, which counts as dense.
+        # A recipe may give small blocks a rank that takes more bytes than dense momentum. Such a rank counts as dense.
         sizes = matrix_bytes(self._optimizer)
         differing = [
             block
@@ -307,7 +306,7 @@ class AdaptiveMomentum(Callback):
         return self._changes({block.name: target[block.name] for block in differing})
 
     def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
-        """Change the optimizer, if the budget holds; keep a record."""
+        """Apply the changes if they fit the budget, and record them in the history."""
         blocks = self._candidates(signals)
         if changes:
             size, budget = self._bytes(changes), self._budget_bytes()
@@ -336,7 +335,7 @@ class AdaptiveMomentum(Callback):
         self._report(entry)
 
     def _agreed(self, decide: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return changes that all processes have decided on alike, also where each has the whole model."""
+        """Return the changes after checking that all processes have decided the same, even without sharding."""
         several = self._trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
         return decided_alike(
             "AdaptiveMomentum's changes",
@@ -384,8 +383,8 @@ class AdaptiveMomentum(Callback):
 
 
 def _length(trainer: Trainer) -> float:
-    """Return the steps of all optimizers in the whole training; infinite where that is not known."""
+    """Return the number of steps of all optimizers in the whole training; infinity if it is unknown."""
     limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    # It knows of one optimizer only, and returns -1 where the data have no length.
+    # The estimate is for one optimizer, and -1 if the data have no length.
     estimate = trainer.estimated_stepping_batches
     return limit if estimate == -1 else min(limit, estimate * len(trainer.optimizers))

@@ -1,4 +1,4 @@
-"""From an optimizer's blocks to a question for a policy, and from its answer to changes of the plan."""
+"""Convert an optimizer's blocks to a policy's input, and the policy's result to changes of the plan."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def adaptable(optimizers: Sequence[torch.optim.Optimizer], index: int | None) ->
 
     Args:
         optimizers: All optimizers of a module.
-        index: Which one, or None: the only one that can be adapted.
+        index: Index of the optimizer; None selects the only one that can be adapted.
 
     Raises:
-        ValueError: If it cannot be adapted, or there is more than one.
+        ValueError: If it cannot be adapted, or `index` is None and there is more than one.
     """
     if index is not None and not 0 <= index < len(optimizers):
         raise ValueError(f"`optimizer_idx` is {index}, but the module has {len(optimizers)} optimizers.")
@@ -49,10 +49,10 @@ def adaptable(optimizers: Sequence[torch.optim.Optimizer], index: int | None) ->
 
 
 def _reason_against(optimizer: torch.optim.Optimizer) -> str:
-    """Return why an optimizer cannot be adapted; empty if it can."""
+    """Return why an optimizer cannot be adapted; an empty string if it can."""
     if not isinstance(optimizer, MemOpt):
         return f"{type(optimizer).__name__} is no optimizer of lightning_memopt"
-    optimizer.snapshot()  # says what to do if names are not known yet
+    optimizer.snapshot()  # raises an error with the way out if names are not known yet
     blocks = list(trained_matrices(optimizer))
     if not blocks:
         return "it trains no matrix"
@@ -64,14 +64,14 @@ def _reason_against(optimizer: torch.optim.Optimizer) -> str:
 
 
 def trained_matrices(optimizer: MemOpt) -> Iterator[Block]:
-    """Yield the blocks whose momentum can be changed: those that train and are no vectors."""
+    """Yield the blocks whose momentum can be changed: those that train and are not vectors."""
     for _, param, block in optimizer.blocks():
         if param.requires_grad and not block.layout.vector:
             yield block
 
 
 def rank_of(block: Block, dense_rank: int) -> int:
-    """Return the rank that the block's momentum counts as: 0 for none, `dense_rank` for dense."""
+    """Return the rank of the block's momentum: 0 for none, `dense_rank` for dense."""
     momentum = block.recipe.momentum
     if not momentum.keys:
         return 0
@@ -79,7 +79,7 @@ def rank_of(block: Block, dense_rank: int) -> int:
 
 
 def candidate(block: Block, signals: Mapping[str, BlockSignals]) -> Candidate:
-    """Return what a policy may know of a block."""
+    """Return the facts about a block that a policy sees."""
     *stack, m, n = block.layout.matrix
     found = Candidate(
         name=block.name,
@@ -95,14 +95,14 @@ def candidate(block: Block, signals: Mapping[str, BlockSignals]) -> Candidate:
 
 
 def compressed_kind(optimizer: MemOpt) -> str:
-    """Return the momentum kind that ranks between none and dense stand for: that of most blocks, else low rank."""
+    """Return the momentum kind for ranks between none and dense: that of most blocks, or low rank."""
     momenta = [block.recipe.momentum for block in trained_matrices(optimizer)]
     names = Counter(momentum.name for momentum in momenta if hasattr(momentum, "rank"))
     return names.most_common(1)[0][0] if names else "low_rank"
 
 
 def change_to(block: Candidate, rank: int, compressed: str) -> dict[str, Any]:
-    """Return the change that gives a block momentum of a rank, as :meth:`MemOpt.reformat` takes it."""
+    """Return the change for :meth:`MemOpt.reformat` that gives a block momentum of a rank."""
     if rank == 0:
         return {"momentum": "none"}
     if rank >= block.dense_rank:
@@ -111,7 +111,7 @@ def change_to(block: Candidate, rank: int, compressed: str) -> dict[str, Any]:
 
 
 def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
-    """Return the bytes of momentum of all blocks, over all ranks, as they would be after changes."""
+    """Return the bytes of momentum of all blocks, over all ranks, after changes."""
     total = 0
     for block in _holders(optimizer):
         changed = block.changed(changes[block.name]) if block.name in changes else block
@@ -125,12 +125,12 @@ def matrix_bytes(optimizer: MemOpt) -> dict[str, int]:
 
 
 def fixed_bytes(optimizer: MemOpt) -> int:
-    """Return the bytes of momentum that no policy changes: of vectors, and of blocks that train no more."""
+    """Return the bytes of momentum that no policy changes: those of vectors and of blocks that no longer train."""
     return momentum_bytes(optimizer, {}) - sum(matrix_bytes(optimizer).values())
 
 
 def _holders(optimizer: MemOpt) -> Iterator[Block]:
-    """Yield the blocks that have momentum: those that train, or did before they were frozen."""
+    """Yield the blocks that have momentum: those that train, and those that trained before they were frozen."""
     for _, param, block in optimizer.blocks():
         if param.requires_grad or optimizer.state.get(param):
             yield block

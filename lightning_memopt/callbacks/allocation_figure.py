@@ -1,4 +1,4 @@
-"""Pictures of how the allocation of momentum developed."""
+"""Figures of the allocation of momentum over the steps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LABELS = {
 
 
 def allocation_figure(history: Sequence[Mapping[str, Any]], value: str = "rank") -> Any:
-    """Return a matplotlib figure: a row per block, a column per decision, as wide as it was in force.
+    """Return a matplotlib figure with a row per block and a column per decision, as wide as the decision was in force.
 
     Args:
-        history: That of :class:`~lightning_memopt.AdaptiveMomentum`.
+        history: The history of :class:`~lightning_memopt.AdaptiveMomentum`.
         value: ``rank``, ``oscillation`` or ``residual``.
 
     Raises:
-        ValueError: If there is nothing to draw, or no such value.
+        ValueError: If there is nothing to draw, or the value is unknown.
     """
     if value not in LABELS:
         raise ValueError(unknown("value to plot", value, list(LABELS)))
@@ -52,11 +52,11 @@ def allocation_figure(history: Sequence[Mapping[str, Any]], value: str = "rank")
 
 
 def add_figure(trainer: Trainer, name: str, draw: Callable[[], Any]) -> None:
-    """Write a figure as PNG into the log directory, or the root directory, and into loggers that take figures.
+    """Save a figure as PNG in the log directory, or the root directory, and in loggers that accept figures.
 
-    All ranks call this; the first one draws.
+    All ranks must call this function. The first rank draws.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # ranks agree on it in a collective
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: call it on all ranks
     if not trainer.is_global_zero:
         return
     figure = draw()

@@ -1,4 +1,4 @@
-"""How many bytes of momentum there may be, and whether they can do at all."""
+"""Parse the budget of momentum, and check that it is large enough."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ALLOWED = (
 
 
 def parse_budget(budget: float | int | str | None, momentum_of_adamw: int) -> int | None:
-    """Return a budget in bytes; None where there is none.
+    """Return a budget in bytes; None for None.
 
     Raises:
-        TypeError: If it is neither a number nor a text.
-        ValueError: If it is out of range, cannot be read, or is the integer 1.
+        TypeError: If it is neither a number nor a string.
+        ValueError: If it is out of range, cannot be parsed, or is the integer 1.
     """
     if budget is None:
         return None
@@ -38,21 +38,21 @@ def parse_budget(budget: float | int | str | None, momentum_of_adamw: int) -> in
 
 
 def smallest(blocks: Iterable[Candidate], min_rank: int) -> int:
-    """Return the bytes of momentum with the smallest rank everywhere."""
+    """Return the bytes of momentum if every block has the smallest rank."""
     return sum(block.nbytes(min_rank) for block in blocks)
 
 
 def check_budget(problem: Problem, fixed: int) -> None:
-    """Check that the budget is enough for the smallest allocation.
+    """Check that the budget is large enough for the smallest allocation.
 
     Args:
-        problem: The blocks, with the budget that is theirs.
-        fixed: Bytes of momentum that cannot be changed, which the budget of all momentum includes.
+        problem: The blocks and their budget.
+        fixed: Bytes of momentum that cannot be changed. The user's budget includes them.
 
     Raises:
-        ValueError: If it is not; the message counts all momentum, as users do.
+        ValueError: If it is too small. The message counts all momentum, as the user's budget does.
     """
-    # Also for policies that switch momentum off: where no block should have any, all get some.
+    # This holds for policies that switch momentum off, too: if they would switch off all blocks, all keep some.
     least = smallest(problem.blocks, problem.min_rank)
     if problem.budget is not None and least > problem.budget:
         raise ValueError(
@@ -80,5 +80,5 @@ def _refusal(budget: object) -> ValueError:
 
 
 def _exact(size: int) -> str:
-    # Rounded alone, the smallest budget would be refused again when it is copied from the message.
+    # A rounded size, copied from the message as the new budget, could be refused again.
     return f"{size} bytes ({format_bytes(size)})"

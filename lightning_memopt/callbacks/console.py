@@ -1,4 +1,4 @@
-"""Lines for the user, from one process."""
+"""Print lines for the user, from one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, in colour where rich is installed."""
+    """Print a line, in color if rich is installed."""
     try:
         from rich.console import Console
     except ImportError:

@@ -1,4 +1,4 @@
-"""OptimizerMemoryMonitor: measures and reports what the optimizer's state takes, during training."""
+"""OptimizerMemoryMonitor, a callback that measures and reports the memory of optimizer state during training."""
 
 from __future__ import annotations
 
@@ -32,43 +32,44 @@ from lightning_memopt.optim.measuring import take_snapshot
 
 PROGRESS_BAR = "saved %"
 FILE = "memory.json"
-SECONDS = 60.0  # between two writes of the file, which grows
+SECONDS = 60.0  # between two writes of the file, which grows with the history
 
 
 class OptimizerMemoryMonitor(Callback):
-    """Measures the optimizer's state and the memory around it, with any strategy and any optimizer.
+    """Measures optimizer state and peak memory, with any strategy and any optimizer.
 
-    It measures as soon as there is state (at the start of training; after the first step of optimizers that make it
-    then), every `every_n_steps` of the trainer's steps, and at the end. All processes measure together, the first one
-    reports: a table when state is there, one line at the end, scalars to the loggers, the fraction saved in the
-    progress bar, and the file ``memory.json`` in the log directory (the root directory without a logger): with the
-    first measurement, at most once a minute, and when training ends or fails. Where that cannot be written, it warns.
+    It measures when state first exists (at the start of training, or after the first step), every `every_n_steps` of
+    the trainer's steps, and at the end. All processes measure together. The first process reports: a table when state
+    exists, one line at the end, scalars to the loggers, the saved fraction in the progress bar, and the file
+    ``memory.json`` in the log directory (the root directory without a logger). It writes the file with the first
+    measurement, at most once a minute, and when training ends or fails. If it cannot write the file, it warns.
 
-    Scalars, at the trainer's ``global_step``, in bytes over all processes unless noted, counters of steps included in
-    the first two:
-    ``memopt/state_bytes``, ``memopt/state_bytes_rank`` (the most on one), ``memopt/state_bytes_global`` (held once),
-    ``memopt/momentum_bytes`` (without projections), ``memopt/projection_bytes``, ``memopt/second_moment_bytes``,
-    ``memopt/other_bytes``; ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of
-    AdamW's); ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the
-    most on one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
+    Scalars are logged at the trainer's ``global_step``, in bytes over all processes unless noted:
+
+    - ``memopt/state_bytes`` and ``memopt/state_bytes_rank`` (the maximum of one rank), both with step counters,
+    - ``memopt/state_bytes_global`` (one full copy of the state), ``memopt/momentum_bytes`` (without projections),
+      ``memopt/projection_bytes``, ``memopt/second_moment_bytes``, ``memopt/other_bytes``,
+    - ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of AdamW's),
+    - ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the maximum
+      of one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
 
     Args:
-        every_n_steps: Steps of the trainer (those of all optimizers) between two measurements.
-        figures: Whether to draw, at the end, the bytes by role and kind (``memory.png``) and the momentum of all
-            blocks over the steps (``momentum.png``), into the log directory and into loggers that take figures.
+        every_n_steps: Number of the trainer's steps (over all optimizers) between two measurements.
+        figures: Whether to draw the bytes by role and kind (``memory.png``) and the momentum of all blocks over the
+            steps (``momentum.png``) at the end, in the log directory and in loggers that accept figures.
 
     Attributes:
         history: One entry per measurement: ``step`` and the scalars without ``memopt/``.
 
     Raises:
         ValueError: If `every_n_steps` is not a positive integer.
-        ImportError: If figures are asked for without matplotlib.
+        ImportError: If `figures` is set and matplotlib is missing.
     """
 
     def __init__(self, every_n_steps: int = 100, *, figures: bool = False) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be an integer of at least 1, got {every_n_steps!r}.")
-        if figures and find_spec("matplotlib") is None:  # not after days of training
+        if figures and find_spec("matplotlib") is None:  # fail now, not after days of training
             raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
         self.every_n_steps, self.figures = every_n_steps, figures
         self._loaded: Mapping[str, Any] = {}
@@ -77,7 +78,7 @@ class OptimizerMemoryMonitor(Callback):
     def _begin(self) -> None:
         self.history: list[dict[str, float]] = []
         self._state, self._savings = OptimizerStateBytes(), MemorySavings()
-        # All processes have the same allocation, and only the first one draws it.
+        # All processes have the same allocation, and only the first one draws it, so no synchronization is needed.
         self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
         self._found: dict[str, Tensor] = {}
         self._plan: dict[str, tuple[str, int]] = {}
@@ -89,7 +90,7 @@ class OptimizerMemoryMonitor(Callback):
     # ------------------------------------------------------------------ Lightning's hooks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on where a checkpoint left off."""
+        """Resume from a checkpoint."""
         self._begin()
         self.history = [dict(entry) for entry in self._loaded.get("history", [])]
         for metric in (self._state, self._savings, self._peak, self._allocation):
@@ -97,11 +98,11 @@ class OptimizerMemoryMonitor(Callback):
         if self._loaded:
             self._allocation.load_state_dict(self._loaded["allocation"])
         self._loaded, self._next = {}, trainer.global_step
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # ranks agree on it in a collective
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: call it on all ranks
         self._folder = folder if not getattr(trainer, "fast_dev_run", False) else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure before the first batch, when all callbacks have begun."""
+        """Measure before the first batch, after all callbacks have started."""
         if self._measured < 0:
             complete = all(optimizer.state for optimizer in trainer.optimizers)
             if trainer.strategy.reduce_boolean_decision(complete):
@@ -112,29 +113,29 @@ class OptimizerMemoryMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Count gradients, which may be gone after the step."""
+        """Measure gradients, which may be freed after the step."""
         if trainer.global_step + 1 >= self._next:
             self._peak.update(take_snapshot([], pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure, if it is time to."""
+        """Measure if a measurement is due."""
         if trainer.global_step >= self._next:
             self._measure(trainer, pl_module)
-        if self._shown and not self._logged and not trainer.barebones:  # the progress bar keeps what it was given last
+        if self._shown and not self._logged and not trainer.barebones:  # the progress bar keeps the last value
             saved = 100 * self.history[-1]["saved"]
             pl_module.log(PROGRESS_BAR, saved, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
             self._logged = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure for the last time, and say and draw what came out."""
-        # Callbacks after this one may have changed the plan.
+        """Measure for the last time, and print and draw the results."""
+        # Callbacks that run after this one may have changed the plan.
         changed = momentum_allocation(take_snapshot(trainer.optimizers, pl_module)) != self._plan
         if trainer.strategy.reduce_boolean_decision(changed or trainer.global_step != self._measured, all=False):
             self._measure(trainer, pl_module)
         if not self.history:
-            # Where there is none, Lightning has one of its own.
+            # Lightning uses a mock optimizer if the module returns none.
             given = (entry for entry in trainer.optimizers if not type(entry).__module__.startswith("lightning."))
             names = ", ".join(map(_title, given)) or "no optimizer"
             say(f"OptimizerMemoryMonitor: there was no optimizer state to measure ({names}).")
@@ -142,13 +143,13 @@ class OptimizerMemoryMonitor(Callback):
         say(summary(self.history[-1]))
         self._write()
         if self.figures and self._folder is not None:
-            with _no_reason_to_stop(self._folder):
+            with _warn_on_failed_write(self._folder):
                 add_figure(trainer, "memory", self.plot)
                 if self._allocation.matrices:
                     add_figure(trainer, "momentum", self.plot_allocation)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what was measured until then."""
+        """Write the measurements so far."""
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class OptimizerMemoryMonitor(Callback):
         return {"history": self.history, "allocation": dict(self._allocation.state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned."""
+        """Load the result of :meth:`state_dict`."""
         self._loaded = state_dict
         self.history = [dict(entry) for entry in state_dict["history"]]
 
@@ -176,7 +177,7 @@ class OptimizerMemoryMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, together with all other processes."""
-        # Not all optimizers count their steps, and the trainer's are those that loggers show.
+        # Not all optimizers count their steps, and loggers use the trainer's steps.
         snapshot = replace(take_snapshot(trainer.optimizers, pl_module), step=trainer.global_step)
         self._measured, self._plan = trainer.global_step, momentum_allocation(snapshot)
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
@@ -189,7 +190,7 @@ class OptimizerMemoryMonitor(Callback):
         found = {**self._found, **self._savings.compute(), **self._peak.compute()}
         scalars = {name: float(found[key]) for name, key in SCALARS.items()}
         entry = {"step": trainer.global_step, **scalars}
-        while self.history and self.history[-1]["step"] >= entry["step"]:  # measured again, after a restart
+        while self.history and self.history[-1]["step"] >= entry["step"]:  # measured before a restart
             self.history.pop()
         self.history.append(entry)
         if trainer.is_global_zero:
@@ -197,7 +198,7 @@ class OptimizerMemoryMonitor(Callback):
         self._shown, self._logged = _complete(snapshot), False
 
     def _report(self, trainer: Trainer, snapshot: Snapshot) -> None:
-        """Show, log and keep what was measured; on the first process."""
+        """Print, log and write the last measurement, on the first process."""
         scalars = {f"memopt/{name}": x for name, x in self.history[-1].items() if name != "step"}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
@@ -208,7 +209,7 @@ class OptimizerMemoryMonitor(Callback):
             "history": self.history,
             "blocks": block_table(snapshot),
         }
-        if _complete(snapshot) > self._shown:  # some optimizers make state when a parameter's first gradient comes
+        if _complete(snapshot) > self._shown:  # some optimizers create state at a parameter's first gradient
             many = f", held once ({snapshot.world_size} processes)" if snapshot.world_size > 1 else ""
             show_plan(snapshot, f"Optimizer state of {', '.join(self._content['optimizers'])}{many}")
         if time.monotonic() > self._written + SECONDS:
@@ -217,18 +218,18 @@ class OptimizerMemoryMonitor(Callback):
     def _write(self) -> None:
         if self._content and self._folder is not None:
             self._written = time.monotonic()
-            with _no_reason_to_stop(self._folder):
+            with _warn_on_failed_write(self._folder):
                 write_json(self._folder / FILE, self._content)
 
 
 def _complete(snapshot: Snapshot) -> int:
-    """Return the number of blocks that have all state they will have."""
+    """Return the number of blocks whose state is complete."""
     return sum(not block.pending for block in snapshot.blocks)
 
 
 @contextmanager
-def _no_reason_to_stop(folder: Path) -> Iterator[None]:
-    """Warn where a report cannot be written, as on a full disk: it is not worth a training, nor its own error."""
+def _warn_on_failed_write(folder: Path) -> Iterator[None]:
+    """Warn if a report cannot be written, for example to a full disk. This must not stop training, or hide an error."""
     try:
         yield
     except OSError as error:
@@ -236,7 +237,7 @@ def _no_reason_to_stop(folder: Path) -> Iterator[None]:
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:
-    """Return an optimizer's class, and its recipe where it has one."""
+    """Return the name of an optimizer's class, with its recipe if it has one."""
     recipes = dict.fromkeys(group["recipe"] for group in optimizer.param_groups if "recipe" in group)
     return f"{type(optimizer).__name__} ({', '.join(recipes)})" if recipes else type(optimizer).__name__
 

@@ -1,4 +1,4 @@
-"""What OptimizerMemoryMonitor shows: a table, a sentence, and a file that scripts can read."""
+"""The reports of OptimizerMemoryMonitor: a table, a summary line, and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning_memopt.memory.sizes import format_bytes, format_share
 from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 
-# Logged scalar (below memopt/) → where it comes from.
+# Logged scalar (after memopt/) → key of the metrics' results.
 SCALARS = {
     "state_bytes": "total",
     "state_bytes_rank": "rank",
@@ -35,7 +35,7 @@ COLUMNS = ("role", "blocks", "params", "momentum", "second moment", "state", "Ad
 
 
 def rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
-    """Return the lines of the table: blocks of one role and the same kinds together, then all of them."""
+    """Return the rows of the table: one per combination of role and kinds, then the total."""
     groups: dict[tuple[str, str, str], list[BlockFacts]] = {}
     for block in snapshot.blocks:
         groups.setdefault((block.role, block.momentum, block.second_moment), []).append(block)
@@ -48,7 +48,7 @@ def rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
 
 
 def show_plan(snapshot: Snapshot, title: str) -> None:
-    """Print the table of what every role has and takes, in colour where rich is installed."""
+    """Print the table of kinds and bytes by role, in color if rich is installed."""
     lines = rows(snapshot)
     try:
         from rich import box
@@ -71,7 +71,7 @@ def show_plan(snapshot: Snapshot, title: str) -> None:
 
 
 def summary(values: Mapping[str, float]) -> str:
-    """Return one line on what was measured last.
+    """Return a one-line summary of a measurement.
 
     Args:
         values: An entry of the monitor's history.
@@ -87,7 +87,7 @@ def summary(values: Mapping[str, float]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file for scripts; readers see the old one or the new one."""
+    """Write a JSON file atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -98,7 +98,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def block_table(snapshot: Snapshot) -> list[dict[str, Any]]:
-    """Return what the file says of every block."""
+    """Return the JSON file's entries for all blocks."""
     return [
         {
             "name": block.name,

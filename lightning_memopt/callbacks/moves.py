@@ -1,4 +1,4 @@
-"""Which blocks change now: few at a time, none for a trifle, never beyond the budget."""
+"""Select the blocks that change now: a few at a time, no trifles, and never beyond the budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_memopt.callbacks.policies.base import Candidate, Problem
 
-# A change of rank by a smaller part of the larger rank is not worth rebuilding a block's momentum.
+# A change by less than this fraction of the larger rank is a trifle: it does not justify rebuilding momentum.
 TRIFLE = 0.25
 
 
@@ -21,7 +21,7 @@ class _Move:
 
     @property
     def cost(self) -> int:
-        """Bytes that it takes; negative if it frees some."""
+        """Bytes that the move adds; negative if it frees bytes."""
         return self.block.nbytes(self.rank) - self.block.nbytes(self.block.rank)
 
     @property
@@ -33,30 +33,30 @@ class _Move:
 
 
 def moves(problem: Problem, target: Mapping[str, int], max_moves: int) -> dict[str, int]:
-    """Return the blocks that change now with their new ranks, in the order in which to change them.
+    """Return the blocks that change now with their new ranks, in the order in which to apply the changes.
 
-    At no point of that order the blocks take more than the budget, or, where they do so already, more than before.
-    Every change goes towards ``target``, so that a target which stays is reached but for trifles, and then nothing
-    moves any more.
+    At no point in this order do the blocks exceed the budget. If they exceed it already, they never take more than
+    before. Every change is towards ``target``. So a constant target is reached, except for trifles, and then no block
+    changes.
 
     Args:
-        problem: The blocks as they are, and the budget.
-        target: The rank that every block should have.
-        max_moves: The most blocks to change, unless the budget asks for more.
+        problem: The blocks with their current ranks, and the budget.
+        target: The target rank of every block.
+        max_moves: Maximum number of blocks to change, unless the budget requires more.
     """
     shrinks, growths = _shrinks(problem, target), _growths(problem, target)
     taken = sum(block.nbytes(block.rank) for block in problem.blocks)
     free = math.inf if problem.budget is None else problem.budget - taken
     forced = _count(shrinks, -free)
-    # Trifles that make room for what grows are not left out: otherwise a block could wait for ever to get momentum,
-    # while all others have a little more than they should.
+    # Include trifles that free bytes for growths. Otherwise a block could wait forever for momentum while all others
+    # have slightly more than their target.
     needed = _count(shrinks, sum(move.cost for move in growths[:max_moves]) - free)
     wanted = max(needed, sum(not move.is_trifle for move in shrinks))
     half = max(1, max_moves // 2) if needed else 0
     chosen = shrinks[: min(wanted, max(forced, half, max_moves - len(growths)))]
     free -= sum(move.cost for move in chosen)
     for growth in growths:
-        move = _cut(growth, free, problem.min_rank)
+        move = _limited(growth, free, problem.min_rank)
         if len(chosen) < max_moves and move is not None:
             chosen.append(move)
             free -= move.cost
@@ -64,10 +64,10 @@ def moves(problem: Problem, target: Mapping[str, int], max_moves: int) -> dict[s
 
 
 def restless(history: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the blocks whose rank has turned back twice: they stay as they are, so that every allocation settles.
+    """Return the blocks whose rank has reversed direction twice. They no longer change, so every allocation settles.
 
     Args:
-        history: That of :class:`~lightning_memopt.AdaptiveMomentum`.
+        history: The history of :class:`~lightning_memopt.AdaptiveMomentum`.
     """
     turns: Counter[str] = Counter()
     direction: dict[str, bool] = {}
@@ -79,20 +79,20 @@ def restless(history: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def _shrinks(problem: Problem, target: Mapping[str, int]) -> list[_Move]:
-    """Return all shrinks, those that free most first, trifles last."""
+    """Return all shrinks, sorted by freed bytes, with trifles last."""
     found = [_Move(block, target[block.name]) for block in problem.blocks if target[block.name] < block.rank]
     return sorted(found, key=lambda move: (move.is_trifle, move.cost))
 
 
 def _growths(problem: Problem, target: Mapping[str, int]) -> list[_Move]:
-    """Return the growths that are no trifles, those from nothing first, then the largest in proportion."""
+    """Return the growths except trifles: those from rank 0 first, then by relative growth, largest first."""
     found = [_Move(block, target[block.name]) for block in problem.blocks if target[block.name] > block.rank]
     proportion = {move.block.name: move.rank / move.block.rank if move.block.rank else math.inf for move in found}
     return sorted((move for move in found if not move.is_trifle), key=lambda move: -proportion[move.block.name])
 
 
 def _count(shrinks: list[_Move], nbytes: float) -> int:
-    """Return how many of the shrinks it takes to free so many bytes; all if they free less."""
+    """Return how many of the shrinks are needed to free ``nbytes``; all if they free less."""
     for count, move in enumerate(shrinks):
         if nbytes <= 0:
             return count
@@ -100,8 +100,8 @@ def _count(shrinks: list[_Move], nbytes: float) -> int:
     return len(shrinks)
 
 
-def _cut(growth: _Move, free: float, min_rank: int) -> _Move | None:
-    """Return as much of a growth as fits into the free bytes; None if that is a trifle, or less than the least rank."""
+def _limited(growth: _Move, free: float, min_rank: int) -> _Move | None:
+    """Limit a growth to the free bytes. Return None if the result is a trifle or below the smallest rank."""
     if growth.cost <= free:
         return growth
     block = growth.block

@@ -1,7 +1,7 @@
-"""Metrics of an optimizer's memory, which read a :class:`~lightning_memopt.Snapshot`.
+"""Metrics of an optimizer's memory, computed from a :class:`~lightning_memopt.Snapshot`.
 
-A metric is a function of one snapshot and a thin ``torchmetrics.Metric`` that puts together what all processes see. The
-state of the metric is that of the last snapshot, not a sum over all it has seen: updating twice counts nothing twice.
+A metric is a function of one snapshot, and a thin ``torchmetrics.Metric`` that combines the snapshots of all processes.
+The metric holds the last snapshot, not a sum over all snapshots: two updates count nothing twice.
 """
 
 from lightning_memopt.metrics.allocation import MomentumAllocation, momentum_allocation

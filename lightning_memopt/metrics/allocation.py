@@ -1,4 +1,4 @@
-"""Which momentum every block has, over the steps."""
+"""Kind and rank of every block's momentum over the steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ UNKNOWN = -1
 
 
 def momentum_allocation(snapshot: Snapshot) -> dict[str, tuple[str, int]]:
-    """Return kind and rank of every block's momentum, by the block's name.
+    """Return the kind and rank of every block's momentum, by block name.
 
-    The rank of no momentum is 0, that of dense momentum the short side of the block, and -1 stands for a kind of
-    another package's optimizer whose rank is not known.
+    The rank is 0 without momentum, and the block's smaller dimension for dense momentum. It is -1 for state of another
+    package's optimizer whose rank is unknown.
 
     Example:
         >>> import torch, lightning_memopt as lm
@@ -34,15 +34,15 @@ def momentum_allocation(snapshot: Snapshot) -> dict[str, tuple[str, int]]:
 
 
 class MomentumAllocation(SnapshotMetric):
-    """Kind and rank of every block's momentum, over the steps at which snapshots were taken.
+    """Kind and rank of every block's momentum over the steps at which snapshots were taken.
 
-    A snapshot in which no block has changed only moves the end of the last entry on: the history is as long as the
-    number of changes. One of an earlier step, as after a restart from a checkpoint, takes back what came later. All
-    processes have the same plan and must be updated alike. The history is part of the metric's ``state_dict``.
-    :meth:`plot` draws the ranks of all matrices over the steps as a heat map.
+    A snapshot in which no block has changed only extends the last entry, so the history grows with the number of
+    changes. A snapshot of an earlier step, as after a restart from a checkpoint, removes later entries. All processes
+    have the same plan and must make the same updates. The history is part of the metric's ``state_dict``. :meth:`plot`
+    draws the ranks of all matrices over the steps as a heat map.
 
     Attributes:
-        steps: The steps since which the entries hold, ``[entries]``.
+        steps: The first step of each entry, ``[entries]``.
 
     Args:
         **kwargs: As in ``torchmetrics.Metric``.
@@ -79,10 +79,10 @@ class MomentumAllocation(SnapshotMetric):
         self.add_state("until", torch.tensor(0), **same)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take a snapshot.
+        """Add a snapshot to the history.
 
         Raises:
-            ValueError: If there is no state, or it is from a job of another size.
+            ValueError: If there is no state, or the snapshot is from a job of another size.
         """
         found = momentum_allocation(checked(snapshot))
         _extend(self._names, found)
@@ -103,19 +103,19 @@ class MomentumAllocation(SnapshotMetric):
         self.kind_codes = self._with_row(self.kind_codes[:earlier], codes)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the ranks of every block, ``[entries]`` (a number where there is one entry).
+        """Return the ranks of every block, ``[entries]`` (a number if there is one entry).
 
-        -1 stands for a block that was not there yet, or whose rank is not known.
+        -1 stands for a block that did not exist yet, or whose rank is unknown.
         """
         return {name: self.ranks[:, column] for column, name in self._columns()}
 
     def kinds(self) -> dict[str, list[str]]:
-        """Return the momentum kinds of every block, one per entry; empty where the block was not there yet."""
+        """Return the momentum kinds of every block, one per entry; an empty string if the block did not exist yet."""
         names = [*self._kinds, ""]
         return {name: [names[code] for code in self.kind_codes[:, column].tolist()] for column, name in self._columns()}
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
-        """Draw the ranks of the metric as it is now; raises ValueError if there is no matrix."""
+        """Draw the current ranks. Raises ValueError if there is no matrix."""
         kinds, drawn = self.kinds(), set(self._drawn)
         table = {
             f"{name}  {kinds[name][-1]}": ranks.reshape(-1).tolist() for name, ranks in val.items() if name in drawn
@@ -123,7 +123,7 @@ class MomentumAllocation(SnapshotMetric):
         heat_map(ax, self.steps.tolist(), table, until=int(self.until))
 
     def _columns(self) -> list[tuple[int, str]]:
-        """Return place and name of the blocks that the history knows: names outlive a reset, as forward() needs it."""
+        """Return column and name of the blocks in the history. Names outlive a reset, because forward() requires it."""
         known = (self.kind_codes != UNKNOWN).any(0).tolist()
         return [(column, name) for column, name in enumerate(self._names[: len(known)]) if known[column]]
 
@@ -134,21 +134,21 @@ class MomentumAllocation(SnapshotMetric):
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the blocks that are no vectors: what :meth:`plot` draws."""
+        """Names of the blocks that are not vectors, which :meth:`plot` draws."""
         drawn = set(self._drawn)
         return [name for name in self.blocks if name in drawn]
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        """Return the names that the numbers in the state stand for."""
+        """Return the names of the columns and codes in the state."""
         return {"blocks": list(self._names), "matrices": list(self._drawn), "kinds": list(self._kinds)}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
-        """Take what :meth:`get_extra_state` returned."""
-        self._computed = None  # that of the history before
+        """Load the result of :meth:`get_extra_state`."""
+        self._computed = None  # cached for the previous history
         self._names, self._drawn, self._kinds = (list(state[key]) for key in ("blocks", "matrices", "kinds"))
 
     def _row(self, table: Tensor, count: int) -> list[int]:
-        """Return the last of ``count`` rows, as long as there are blocks now."""
+        """Return row ``count - 1``, padded to the current number of blocks."""
         row = table[count - 1].tolist()
         return row + [UNKNOWN] * (len(self._names) - len(row))
 
@@ -160,7 +160,7 @@ class MomentumAllocation(SnapshotMetric):
 
 
 def _extend(names: list[str], more: Iterable[str]) -> None:
-    """Add the names that are new, in their order."""
+    """Append new names in order."""
     known = set(names)
     names += dict.fromkeys(name for name in more if name not in known)
 

@@ -1,4 +1,4 @@
-"""Bytes as bars."""
+"""Bar charts of bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 
 
 def bars(ax: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """Draw horizontal bars on a matplotlib axis, a colour per group, each with its size.
+    """Draw labeled horizontal bars on a matplotlib axis, with one color per group.
 
     Args:
         ax: The axis.
@@ -22,7 +22,7 @@ def bars(ax: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
     colours: list[str] = []
     places: list[float] = []
     for position, (colour, table) in enumerate(zip(COLOURS, groups.values(), strict=False)):
-        places += [len(labels) + row + position / 2 for row in range(len(table))]  # groups stand apart
+        places += [len(labels) + row + position / 2 for row in range(len(table))]  # leave a gap between groups
         labels += list(table)
         sizes += list(table.values())
         colours += [colour] * len(table)
@@ -42,6 +42,6 @@ def bars(ax: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _unit(largest: float) -> tuple[float, str]:
-    """Return the size and name of the unit for a picture whose largest bar has this many bytes."""
+    """Return the size and name of the unit for a chart whose largest bar has this many bytes."""
     unit = format_bytes(round(largest)).partition(" ")[2]
     return float(1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)), unit

@@ -1,4 +1,4 @@
-"""What the metrics have in common."""
+"""Base class of the metrics, and checks of snapshots."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torchmetrics import Metric
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.sharding.consensus import world_size
 
-Axes = Any  # of matplotlib, which is imported only to draw
+Axes = Any  # matplotlib's Axes; matplotlib is imported only to draw
 
 
 class SnapshotMetric(Metric):
-    """A metric of the last snapshot it was given."""
+    """Base class of metrics that hold the last snapshot."""
 
     is_differentiable = False
-    # forward() would otherwise add up the states of two calls.
+    # Otherwise, forward() would add up the states of two calls.
     full_state_update = True
-    # What is drawn of several results; all of it where none are named.
+    # The keys to draw for several results; all keys if empty.
     lines: tuple[str, ...] = ()
 
     def plot(
@@ -31,8 +31,8 @@ class SnapshotMetric(Metric):
         """Draw one result, or several over time.
 
         Args:
-            val: What :meth:`compute` or ``forward`` returned, or a list of such results; None computes it.
-            ax: A matplotlib axis to draw on; None makes a figure.
+            val: A result of :meth:`compute` or ``forward``, or a list of such results; None computes it.
+            ax: A matplotlib axis to draw on; None creates a figure.
 
         Returns:
             Figure and axis.
@@ -53,15 +53,15 @@ class SnapshotMetric(Metric):
 
 
 def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
-    """Return a snapshot that a metric can count.
+    """Return the snapshot after checking that a metric can use it.
 
     Args:
         snapshot: The snapshot.
-        state: Whether there has to be state, where the job is one process.
+        state: Whether the snapshot must have state, if the job has one process.
 
     Raises:
-        TypeError: If it is none.
-        ValueError: If it is from a job of another size, or there is no state.
+        TypeError: If it is not a Snapshot.
+        ValueError: If it is from a job of another size, or has no state.
     """
     if not isinstance(snapshot, Snapshot):
         raise TypeError(
@@ -80,7 +80,7 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
 
 
 def no_state(where: str) -> ValueError:
-    """Return the error about a snapshot without state; one process of many may have none of its own."""
+    """Return the error for a snapshot without state. One process of several may hold no state of its own."""
     return ValueError(
         f"There is no optimizer state to measure {where}. Most of torch's optimizers make theirs in the first step:"
         " take the snapshot after it. An optimizer that keeps none, such as SGD without momentum,"

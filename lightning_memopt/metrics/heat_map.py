@@ -1,4 +1,4 @@
-"""A number per block over the steps, as a heat map."""
+"""Heat maps of a number per block over the steps."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def heat_map(
     colours: str = "viridis_r",
     label: str = RANK,
 ) -> None:
-    """Draw a row per block and a column per entry, as wide as the entry was in force.
+    """Draw a heat map with a row per block and a column per entry, as wide as the entry was in force.
 
     Args:
         ax: A matplotlib axis.
-        steps: The step since which each entry holds.
-        table: Block → its numbers, one per entry; NaN stays white.
-        until: The step until which the last entry holds; None for as long as the others on average.
-        norm: How numbers become colours; None for ranks: logarithmic, white where there is none.
-        colours: Name of a colour map.
-        label: What the numbers are.
+        steps: The first step of each entry.
+        table: Block → its numbers, one per entry. NaN stays white.
+        until: The last step of the last entry; None makes it as long as the average of the others.
+        norm: The color normalization; None for the one for ranks: logarithmic, with white for rank 0.
+        colours: Name of a color map.
+        label: Label of the color bar.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -59,5 +59,5 @@ def heat_map(
 
 
 def figure_size(blocks: int) -> tuple[float, float]:
-    """Return a size in inches at which the names of this many blocks can be read."""
+    """Return a size in inches at which the names of this many blocks are readable."""
     return 8.0, max(2.8, 1.2 + 0.2 * min(blocks, MAX_LABELS))

@@ -1,4 +1,4 @@
-"""What the most memory that was ever in use consists of."""
+"""The parts of peak memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
     """Return the peak of one process's memory and its parts, in bytes.
 
     Args:
-        snapshot: What this process has seen, of a module, too: ``take_snapshot(optimizer, module)``.
+        snapshot: A snapshot of this process that includes a module: ``take_snapshot(optimizer, module)``.
 
     Returns:
-        ``peak``, and what it is the sum of: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (counters
-        included) and ``rest``: activations, temporaries, memory of the allocator; on a CPU interpreter and libraries,
-        too. Gradients count where they are alive when the snapshot is taken, as before a step of the optimizer.
+        ``peak``, and its parts: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (with counters) and
+        ``rest``: activations, temporaries and memory of the allocator, and on a CPU the interpreter and libraries.
+        Gradients count if they exist when the snapshot is taken, for example before an optimizer step.
 
     Raises:
-        ValueError: If the snapshot knows of no module.
+        ValueError: If the snapshot does not include a module.
 
     Example:
         >>> import torch, lightning_memopt as lm
@@ -44,9 +44,9 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
 
 
 class PeakMemory(SnapshotMetric):
-    """The most memory that a process used, and its parts: each the largest of all snapshots and processes.
+    """Peak memory and its parts, each the maximum over all snapshots and processes.
 
-    As :func:`peak_memory`; ``rest`` is what the largest parts leave of the largest peak.
+    Names are those of :func:`peak_memory`. ``rest`` is the maximum peak minus the other maxima.
 
     Args:
         **kwargs: As in ``torchmetrics.Metric``.
@@ -73,10 +73,10 @@ class PeakMemory(SnapshotMetric):
         self.add_state("most", torch.zeros(len(PARTS) + 1, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take a snapshot; of every part the largest counts.
+        """Update the maximum of every part with a snapshot.
 
         Raises:
-            ValueError: If the snapshot knows of no module, or it is from a job of another size.
+            ValueError: If the snapshot does not include a module, or is from a job of another size.
         """
         sizes = torch.tensor(_sizes(checked(snapshot, state=False)), device=self.device)
         self.most = torch.maximum(self.most, sizes)

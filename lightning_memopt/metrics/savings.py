@@ -1,4 +1,4 @@
-"""How much of AdamW's state is gone."""
+"""The fraction of AdamW's state that is saved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_stat
 
 
 def memory_savings(snapshot: Snapshot) -> dict[str, float]:
-    """Return the fractions of AdamW's state that one process does not hold.
+    """Return the fractions of AdamW's state that one process saves.
 
-    AdamW keeps two numbers per parameter that trains, in the dtype of the parameter. Step counters count on neither
-    side. What is measured are the storages of the state; negative where they take more than AdamW's.
+    AdamW keeps two numbers per element of every parameter that trains, in the dtype of the parameter. Step counters are
+    excluded on both sides. Bytes are those of the state's storages. A fraction is negative if they exceed AdamW's.
 
     Args:
-        snapshot: What this process has seen.
+        snapshot: A snapshot of this process.
 
     Returns:
-        ``saved``, of all state, ``saved_momentum`` (with projections) and ``saved_second_moment``.
+        ``saved`` (of all state), ``saved_momentum`` (with projections) and ``saved_second_moment``.
 
     Example:
         >>> import torch, lightning_memopt as lm
@@ -35,9 +35,9 @@ def memory_savings(snapshot: Snapshot) -> dict[str, float]:
 
 
 class MemorySavings(SnapshotMetric):
-    """Fractions of AdamW's state on the same parameters that are gone, over all processes.
+    """Fractions of AdamW's state on the same parameters that are saved.
 
-    As :func:`memory_savings`, of the bytes of all processes together.
+    As :func:`memory_savings`, but for the total bytes of all processes.
 
     Args:
         **kwargs: As in ``torchmetrics.Metric``.
@@ -61,10 +61,10 @@ class MemorySavings(SnapshotMetric):
         self.add_state("sizes", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take a snapshot, in place of the last one.
+        """Replace the last snapshot.
 
         Raises:
-            ValueError: If there is no state, or it is from a job of another size.
+            ValueError: If there is no state, or the snapshot is from a job of another size.
         """
         self.sizes = torch.tensor(_sizes(checked(snapshot)), device=self.device)
 

@@ -1,4 +1,4 @@
-"""How much optimizer state there is, by part, role and kind."""
+"""Bytes of optimizer state by part, role and kind."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PARTS = ("momentum", "projections", "second_moment", "other")
 
 
 def optimizer_state_bytes(snapshot: Snapshot) -> dict[str, int]:
-    """Return the bytes of optimizer state that one process holds: storages, each counted once.
+    """Return the bytes of optimizer state that one process holds, with each storage counted once.
 
     Args:
-        snapshot: What this process has seen.
+        snapshot: A snapshot of this process.
 
     Returns:
-        ``total``, and the parts it is the sum of: ``momentum`` (without projections), ``projections``,
-        ``second_moment``, ``other`` and ``counters`` (of steps). Then the same bytes without counters by
-        ``role/<role>``, and those of momentum (with projections) and second moment by ``kind/<axis>/<kind>``.
+        ``total`` and its parts: ``momentum`` (without projections), ``projections``, ``second_moment``, ``other`` and
+        ``counters`` (of steps). Then the same bytes without counters as ``role/<role>``, and the bytes of momentum
+        (with projections) and second moments as ``kind/<axis>/<kind>``.
 
     Example:
         >>> import torch, lightning_memopt as lm
@@ -51,14 +51,14 @@ def optimizer_state_bytes(snapshot: Snapshot) -> dict[str, int]:
 
 
 class OptimizerStateBytes(SnapshotMetric):
-    """Bytes of optimizer state, measured where they are held.
+    """Bytes of optimizer state over all processes.
 
-    As :func:`optimizer_state_bytes`, summed over all processes, so that what several hold counts for each; and
+    As :func:`optimizer_state_bytes`, summed over all processes. Replicated state counts once per process. In addition:
 
-    - ``rank``: the most that one process holds, counters included,
-    - ``global``: the bytes of the state if one process held all of it once, counters not included.
+    - ``rank``: the maximum over processes, with counters,
+    - ``global``: the bytes of one full copy of the state, without counters.
 
-    Under ``memopt_fsdp`` the parts of all ranks add up to ``global``; under DDP every rank has all of it.
+    Under ``memopt_fsdp``, the local parts of all ranks add up to ``global``. Under DDP, every rank holds all state.
 
     Args:
         **kwargs: As in ``torchmetrics.Metric``.
@@ -88,10 +88,10 @@ class OptimizerStateBytes(SnapshotMetric):
         self.add_state("whole", torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take a snapshot, in place of the last one.
+        """Replace the last snapshot.
 
         Raises:
-            ValueError: If there is no state, or it is from a job of another size.
+            ValueError: If there is no state, or the snapshot is from a job of another size.
         """
         sizes = optimizer_state_bytes(checked(snapshot))
         self.held = torch.tensor([sizes[key] for key in self._keys], device=self.device)
@@ -109,7 +109,7 @@ class OptimizerStateBytes(SnapshotMetric):
         return {**dict(zip(self._keys, self.held, strict=True)), "rank": self.most, "global": self.whole}
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
-        """Draw the bytes by role, kind and part as bars."""
+        """Draw the bytes by role and kind as bars."""
         groups = [
             ("role", {key.removeprefix("role/"): val[key] for key in val if key.startswith("role/")}),
             ("momentum", {key.rpartition("/")[2]: val[key] for key in val if key.startswith("kind/momentum/")}),
@@ -124,5 +124,5 @@ def _momentum(block: BlockFacts) -> int:
 
 
 def _kinds(names: Iterable[str]) -> list[str]:
-    """Return the kinds that a block may have: ours, and what other optimizers do."""
+    """Return the kinds that a block may have: this package's, and "other" for other optimizers."""
     return [*names, "other"]

@@ -1,4 +1,4 @@
-"""What a training run needs on every rank, told before it runs."""
+"""Plan the memory of a training run on every rank before it runs."""
 
 from lightning_memopt.planner.memory_plan import MemoryPlan, RecipeMemory
 from lightning_memopt.planner.planning import plan_memory, sweep_memory

@@ -1,4 +1,4 @@
-"""A model of which only the sizes are wanted: by name, from a configuration of transformers, or given."""
+"""Find the model to plan for: by name, from a transformers configuration, or a given module."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_memopt.planner.skeletons import model_names, skeleton
 
 
 def find_model(model: str | os.PathLike[str] | nn.Module) -> tuple[str, nn.Module]:
-    """Return a name and a module, on the meta device unless it was given.
+    """Return the name and the module of a model. A module that was not passed in is on the meta device.
 
     Args:
         model: A name of :func:`~lightning_memopt.planner.skeletons.model_names`, the path of a transformers
             configuration (``config.json``) or of the folder that holds it, or a module.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If the name is unknown, or the file is no configuration of a model.
-        FileNotFoundError: If there is no such file.
+        TypeError: If it is none of these.
+        ValueError: If the name is unknown, or the file is not a model configuration.
+        FileNotFoundError: If the file does not exist.
         ImportError: If a configuration is given and transformers is missing.
     """
     if isinstance(model, nn.Module):
@@ -71,9 +71,9 @@ def _from_config(path: Path) -> tuple[str, nn.Module]:
 
 
 def _build(config: Any) -> nn.Module:
-    """Return the model of the architecture that a configuration names, or that of language modelling, or the bare one.
+    """Return the architecture that a configuration names, or else its causal language model or its base model.
 
-    In float32: how a checkpoint was saved is nothing that a run follows.
+    The model is in float32: the dtype in which a checkpoint was saved does not determine that of a run.
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""``lightning-memopt plan``: what a run would need on every rank, and which recipe is the first that fits."""
+"""The command ``lightning-memopt plan``, which shows the memory per rank and the first recipe that fits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_memopt.sharding.wrapping import Policy
 
 MOST_RANKS = 64
 PICTURES = (".png", ".pdf", ".svg")
-# Where the heads of columns are broken, so that the table has fewer than 100 characters in a line.
+# Column headers with line breaks, which keep the table narrower than 100 characters.
 _BREAKS = {"optimizer state": "optimizer\nstate", "largest block, unsharded": "largest\nblock,\nunsharded"}
 _BREAKS |= {"left for activations": "left for\nactivations"}
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, argparse.ArgumentError)
@@ -32,15 +32,15 @@ _EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, a
 
 @dataclass(frozen=True)
 class Configured:
-    """What a config of a run says about memory.
+    """The settings of a run's config that determine its memory.
 
     Attributes:
         module: The LightningModule, on the meta device.
-        optimizer: The optimizer, where it is one of ours.
-        precision: That of the trainer.
-        ranks: Its devices, where it says how many.
-        wrap: Which modules its strategy gathers together.
-        warning: What of its strategy is not planned; empty where all is.
+        optimizer: The optimizer, if it is one of this package.
+        precision: The trainer's precision.
+        ranks: The trainer's number of devices, if the config gives a number.
+        wrap: The modules that the strategy gathers as units.
+        warning: A warning about strategy settings that are not planned; empty if there are none.
     """
 
     module: nn.Module
@@ -52,7 +52,7 @@ class Configured:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """An argument parser that prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -62,8 +62,8 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     """Run the command and return its exit status.
 
     Args:
-        args: What follows ``plan`` on the command line.
-        configured: Makes a module of the arguments of ``lightning-memopt fit``.
+        args: The arguments after ``plan`` on the command line.
+        configured: Converts arguments of ``lightning-memopt fit`` to the settings of a run.
     """
     parser = _parser()
     options, others = parser.parse_known_args(args)
@@ -76,9 +76,9 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     if options.plot is not None and not Path(options.plot).parent.is_dir():
         parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; make it first.")
     try:
-        # A module may print what it likes while it is made, but scripts read the output.
+        # A module may print while it is created, but scripts read the output.
         with redirect_stdout(sys.stderr):
-            name, found, optimizers = _what(options, others, configured)
+            name, found, optimizers = _read_options(options, others, configured)
         options.precision = options.precision or found.precision
         if options.world_size is None:
             options.world_size = found.ranks or 1
@@ -151,10 +151,10 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _what(
+def _read_options(
     options: argparse.Namespace, others: list[str], configured: Callable[[list[str]], Configured]
 ) -> tuple[str, Configured, list[Candidate]]:
-    """Return the model's name, what is known of the run, and the optimizers to compare."""
+    """Return the model's name, the settings of the run, and the optimizers to compare."""
     optimizers = candidates(options.recipe)
     if not options.config:
         name, module = find_model(options.model)
@@ -219,7 +219,7 @@ def _table(console: Any, title: str, columns: Sequence[str]) -> Any:
     gap = 1 if console.width >= 100 else 0
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
     for position, column in enumerate(columns):
-        # In a narrow terminal text is folded, names of recipes first, and nothing is cut.
+        # A narrow terminal folds text, names of recipes first, and truncates nothing.
         justify: Any = "right" if position else "left"
         table.add_column(_BREAKS.get(column, column), justify=justify, overflow="fold")
     return table
@@ -272,7 +272,7 @@ def _answer(plan: MemoryPlan) -> str:
 
 
 def _gib(size: int) -> str:
-    """Return three digits, or all that whole GiB have."""
+    """Return a size in GiB with three significant digits, or as an integer from 100 GiB."""
     number = size / (1 << 30)
     return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 

@@ -1,4 +1,4 @@
-"""A picture of what a rank holds at several numbers of ranks."""
+"""Figures of the memory per rank against the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from lightning_memopt.memory.sizes import format_bytes
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
-# Lines of recipes may lie on each other: each has a look of its own, beyond the colour.
+# Lines of recipes may overlap, so they differ in more than color.
 _STYLES = (("-", "o"), (":", "s"), ("-.", "^"), ("-", "D"), (":", "v"))
 
 
 def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
-    """Return a matplotlib figure: a line per recipe, total and optimizer state per rank against the number of ranks.
+    """Return a matplotlib figure of total and optimizer state per rank against the number of ranks, a line per recipe.
 
     Args:
-        plans: From :func:`~lightning_memopt.planner.sweep_memory`.
+        plans: The result of :func:`~lightning_memopt.planner.sweep_memory`.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are no plans.
         ImportError: If matplotlib is missing.
     """
     if not plans:
@@ -33,7 +33,7 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
     first = plans[0]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     whole, state = figure.subplots(1, 2)
-    for names, look in _looks(plans).items():
+    for names, look in _line_styles(plans).items():
         position = next(position for position, row in enumerate(first.rows) if row.recipe == names[0])
         rows = [plan.rows[position] for plan in plans]
         sizes = [plan.world_size for plan in plans]
@@ -51,8 +51,8 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
     return figure
 
 
-def _looks(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Return how lines look, by the names of the recipes whose line it is: those that need the same at every size."""
+def _line_styles(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Return line styles by groups of recipes. Recipes with the same memory at every size share a line."""
     same: dict[tuple[int, ...], list[str]] = {}
     for position, row in sorted(enumerate(plans[0].rows), key=lambda entry: -entry[1].state_bytes):
         same.setdefault(tuple(plan.rows[position].state_bytes for plan in plans), []).append(row.recipe)
@@ -66,7 +66,7 @@ def _looks(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str, Any]]
 
 
 def _scale(axes: Any, sizes: Sequence[int]) -> None:
-    """Make both axes logarithmic, with sizes in binary units."""
+    """Set both axes to logarithmic scale, with sizes in binary units."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])

@@ -1,4 +1,4 @@
-"""Frozen facts about the memory that a training run will need, and their table."""
+"""The result of a plan, and its table."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class RecipeMemory:
-    """What one rank holds with one recipe, in bytes.
+    """The memory of one rank with one recipe, in bytes.
 
     Attributes:
-        recipe: Its name; the first row is that of ``torch.optim.AdamW``.
+        recipe: The recipe's name. The first row is ``torch.optim.AdamW``.
         state_bytes: Optimizer state.
-        total_bytes: Parameters, gradients, optimizer state and the unsharded parameters of the largest block.
-        saved: Fraction of AdamW's state that is gone.
-        remaining: What the device has left for activations; None where its memory is not known.
-        fits: Whether something is left; None where the device's memory is not known.
+        total_bytes: Parameters, gradients, optimizer state and the unsharded parameters of the largest unit.
+        saved: Fraction of AdamW's state that the recipe saves.
+        remaining: Device memory left for activations; None if the device's memory is unknown.
+        fits: Whether memory is left; None if the device's memory is unknown.
     """
 
     recipe: str
@@ -43,27 +43,27 @@ class RecipeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the rank that holds the most holds between forward and step, in bytes.
+    """The memory between forward and step of the rank that holds the most, in bytes.
 
-    Counted are parameters as ``fully_shard`` pads them, gradients after they were reduced, optimizer state, and the
-    whole parameters of the largest module that ``fully_shard`` gathers at once. Not counted are activations, the
-    gradients of that module before they are reduced, modules gathered ahead of it or around it, temporaries of
-    collectives and of the step, buffers, the counters of steps, and what an allocator adds.
+    The plan includes parameters as ``fully_shard`` pads them, reduced gradients, optimizer state, and the full
+    parameters of the largest module that ``fully_shard`` gathers at once. It excludes activations, the gradients of
+    that module before reduction, modules that are prefetched or that contain it, temporaries of collectives and of the
+    step, buffers, step counters, and the allocator's overhead.
 
     Attributes:
         model: Name of the model.
-        parameters: Number of parameters, shared ones counted once.
+        parameters: Number of parameters. Shared parameters count once.
         world_size: Number of ranks.
         precision: Lightning's name of the precision.
-        gpu_memory: Memory of one device, where given.
+        gpu_memory: Memory of one device, if given.
         parameter_bytes: Parameters.
-        gradient_bytes: Gradients of those that train.
-        counter_bytes: Counters of steps, one per parameter that trains, in the memory of the CPU and in no total.
-        unsharded_bytes: Parameters of the largest unit, gathered in the dtype in which it computes; 0 on one rank.
-        largest_unit: Its name; None on one rank.
-        matrices: Number of parameters of two and more dimensions.
-        unknown: Names of those that no naming scheme knows; their role is ``other``.
-        rows: One entry per recipe, after that of ``torch.optim.AdamW``.
+        gradient_bytes: Gradients of parameters that train.
+        counter_bytes: Step counters, one per parameter that trains. They are in CPU memory, and in no total.
+        unsharded_bytes: Parameters of the largest unit, gathered in its compute dtype; 0 on one rank.
+        largest_unit: Name of the largest unit; None on one rank.
+        matrices: Number of parameters with two or more dimensions.
+        unknown: Names of the matrices that match no naming scheme. Their role is ``other``.
+        rows: One entry per recipe, after ``torch.optim.AdamW``.
     """
 
     model: str
@@ -82,7 +82,7 @@ class MemoryPlan:
 
     @property
     def first_fit(self) -> str | None:
-        """The recipe that fits and keeps the most state; None if none fits or the device's memory is not known."""
+        """The recipe that fits and keeps the most state; None if none fits or the device's memory is unknown."""
         fitting = [row for row in self.rows if row.fits]
         return max(fitting, key=lambda row: row.state_bytes).recipe if fitting else None
 
@@ -98,14 +98,14 @@ class MemoryPlan:
         raise KeyError(f"{recipe!r} was not planned; there are {', '.join(row.recipe for row in self.rows)}.")
 
     def title(self) -> str:
-        """Return in one line what was planned."""
+        """Return a one-line title."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return f"{self.model}: {self.parameters:,} parameters, {ranks}, {self.precision}, memory per rank"
 
     def cells(self) -> list[tuple[str, ...]]:
         """Return the text of every row, in the order of :data:`COLUMNS`.
 
-        Recipes that treat blocks by roles, which some do not have here, are marked with an asterisk.
+        An asterisk marks recipes if some blocks have no known role.
         """
         mark = " *" if self.unknown else ""
         return [
@@ -123,7 +123,7 @@ class MemoryPlan:
         ]
 
     def note(self) -> str:
-        """Return what the asterisk means; empty where there is none."""
+        """Return the footnote of the asterisk; empty if there is none."""
         if not self.unknown:
             return ""
         return f"* {len(self.unknown)} of {self.matrices} matrices have no known role and count as 'other'."
@@ -140,10 +140,10 @@ class MemoryPlan:
         return "\n".join([self.title(), "", first, rule, *others, *filter(None, [self.note()])])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON has."""
+        """Return all values as types that JSON supports."""
         return {**asdict(self), "unknown": list(self.unknown), "first_fit": self.first_fit}
 
 
 def remaining(size: int) -> str:
-    """Return what is left, or by how much it is too little."""
+    """Return the remaining bytes as text, negative if memory is missing."""
     return format_bytes(size) if size >= 0 else f"-{format_bytes(-size)}"

@@ -1,4 +1,4 @@
-"""Parameters as a rank of a larger job would hold them, on the meta device and without a process group."""
+"""Sharded parameters of one rank of a larger job, on the meta device and without a process group."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PlannedMesh:
-    """What DTensor and the optimizer ask a one-dimensional ``DeviceMesh`` for, answered for one rank of many.
+    """A stand-in for a one-dimensional ``DeviceMesh``, with the methods that DTensor and the optimizer call.
 
-    It has no process group: nothing that is planned communicates.
+    It has no process group, because planning does not communicate.
 
     Attributes:
         ranks: Number of ranks.
-        rank: The one to answer for.
+        rank: The rank that it represents.
     """
 
     ranks: int
@@ -35,10 +35,10 @@ class PlannedMesh:
         return self.ranks
 
     def get_coordinate(self) -> list[int]:
-        """Return where the rank is in the mesh."""
+        """Return the coordinates of the rank in the mesh."""
         return [self.rank]
 
-    # Under these names DTensor asks for the same.
+    # DTensor calls the same methods by these names.
 
     def _is_current_rank_part_of_mesh(self) -> bool:
         return True
@@ -53,7 +53,7 @@ def whole_parameter(param: Tensor, dtype: torch.dtype) -> nn.Parameter:
 
 
 def sharded_parameter(param: Tensor, dtype: torch.dtype, *, dim: int, mesh: PlannedMesh) -> nn.Parameter:
-    """Return a parameter of the same shape on the meta device, as a DTensor of which the mesh's rank holds its part."""
+    """Return a DTensor parameter of the same shape on the meta device, with the local part of the mesh's rank."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -68,11 +68,11 @@ def sharded_parameter(param: Tensor, dtype: torch.dtype, *, dim: int, mesh: Plan
 
 
 def outline(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
-    """Return a module of the same structure with other parameters and without buffers; the module itself stays.
+    """Return a copy of a module's structure with new parameters and without buffers.
 
     Args:
-        module: Any module. Its attributes are shared, its values not even looked at.
-        make: Returns the parameter that stands for an old one. It is asked once for each, so that sharing survives.
+        module: Any module. It does not change, its attributes are shared, and its values are not read.
+        make: Returns the new parameter for an old one. It is called once per parameter, so tied weights stay tied.
     """
     modules: dict[nn.Module, nn.Module] = {}
     params: dict[Tensor, nn.Parameter] = {}
@@ -87,7 +87,7 @@ def outline(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> 
             new = modules[old] = object.__new__(type(old))
             own = {key: None if param is None else twin(param) for key, param in old._parameters.items()}
             inner = {key: None if child is None else copy(child) for key, child in old._modules.items()}
-            # Around nn.Module.__setattr__, and around whatever __init__ would allocate.
+            # Bypass nn.Module.__setattr__, and the allocations of __init__.
             vars(new).update({**vars(old), "_parameters": own, "_buffers": {}, "_modules": inner})
         return modules[old]
 

@@ -1,4 +1,4 @@
-"""What a training run needs on every rank, told without running it: the optimizer itself, on the meta device."""
+"""Plan the memory of a training run on every rank, with the optimizer itself on the meta device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.sharding.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-# Forms that the Trainer accepts, too.
+# Other forms that the Trainer accepts.
 SHORT: dict[Any, str] = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
 LEAST_MEMORY = 1 << 20
 RecipeT = str | os.PathLike[str] | Mapping[str, Any] | Plan
@@ -37,8 +37,8 @@ class Candidate:
     """An optimizer to plan with.
 
     Attributes:
-        label: What it is called in the table.
-        build: Makes it of parameters.
+        label: Its label in the table.
+        build: Creates it from parameters.
     """
 
     label: str
@@ -53,25 +53,25 @@ def plan_memory(
     gpu_memory: str | int | None = None,
     precision: str = "32-true",
 ) -> MemoryPlan:
-    """Return what a model needs on the rank that holds the most, with AdamW and with recipes.
+    """Return the memory of the rank that holds the most, with AdamW and with recipes.
 
-    Nothing is allocated: the optimizer is built on the meta device, with parameters that are sharded and wrapped as
-    ``strategy="memopt_fsdp"`` does it, so its state has exactly the bytes of a run's.
+    No memory is allocated. The optimizer is built on the meta device, with parameters that are sharded and wrapped as
+    in ``strategy="memopt_fsdp"``. So its state has exactly the bytes of a real run.
 
     Args:
         model: A name of :func:`~lightning_memopt.planner.skeletons.model_names`; the path of a transformers
-            configuration (``config.json``), or of the folder that holds it; or a module, which stays as it is.
-        recipe: A recipe's name, the path or the content of a recipe file, a plan, or a list of these. None means all
-            recipes that have a name.
-        world_size: Number of ranks. One holds everything whole.
+            configuration (``config.json``), or of the folder that holds it; or a module, which does not change.
+        recipe: A recipe's name, the path or content of a recipe file, a plan, or a list of these. None means all named
+            recipes.
+        world_size: Number of ranks. With one rank, nothing is sharded.
         gpu_memory: Memory of one device, such as "24GiB", or in bytes.
-        precision: ``32-true`` and ``bf16-mixed`` leave parameters in the dtype of the module, float32 unless it says
-            otherwise; ``bf16-true`` converts them, and with them gradients and AdamW's state, not that of recipes.
+        precision: ``32-true`` and ``bf16-mixed`` keep parameters in the dtype of the module, which is float32 by
+            default. ``bf16-true`` converts parameters, and so gradients and AdamW's state, but not that of recipes.
 
     Raises:
-        ValueError: If a name, a size or the precision is not valid; the message says what is.
+        ValueError: If a name, a size or the precision is invalid; the message says which values are valid.
         TypeError: If an argument has the wrong type.
-        FileNotFoundError: If a path leads nowhere.
+        FileNotFoundError: If a path does not exist.
         ImportError: If a configuration file is given and transformers is missing.
 
     Example:
@@ -92,7 +92,7 @@ def sweep_memory(
     gpu_memory: str | int | None = None,
     precision: str = "32-true",
 ) -> tuple[MemoryPlan, ...]:
-    """Return the plans for several numbers of ranks; everything else as in :func:`plan_memory`."""
+    """Return one plan per number of ranks. The other arguments are those of :func:`plan_memory`."""
     name, module = find_model(model)
     options: Any = {"gpu_memory": gpu_memory, "precision": precision}
     found = candidates(recipe)
@@ -100,7 +100,7 @@ def sweep_memory(
 
 
 def candidates(recipe: RecipeT | Sequence[RecipeT] | None) -> list[Candidate]:
-    """Return the optimizers for recipes, as :func:`plan_memory` takes them.
+    """Return the optimizers for recipes in the forms that :func:`plan_memory` accepts.
 
     Raises:
         ValueError: If the list is empty, or a recipe is unknown.
@@ -127,20 +127,20 @@ def plan_module(
     precision: str | int | None = "32-true",
     wrap: Policy | None = None,
 ) -> MemoryPlan:
-    """Return the plan for one rank; where a dimension is divided unevenly, the first ranks hold more than the last.
+    """Return the plan for one rank. If a dimension is sharded unevenly, the first ranks hold more than the last.
 
     Args:
-        module: The model, which stays as it is.
-        optimizers: What to plan with, beside AdamW.
-        name: What the model is called.
+        module: The model, which does not change.
+        optimizers: The optimizers to compare, in addition to AdamW.
+        name: The name of the model.
         world_size: See :func:`plan_memory`.
         rank: The rank.
         gpu_memory: See :func:`plan_memory`.
         precision: See :func:`plan_memory`.
-        wrap: Which modules are gathered together, as the strategy's option of this name says it.
+        wrap: The modules to gather as units, as in the strategy's option.
 
     Raises:
-        ValueError: As :func:`plan_memory`, and if the module has no parameters, or some without a shape.
+        ValueError: As for :func:`plan_memory`, and if the module has no parameters, or parameters without a shape.
     """
     precision = _precision(precision)
     _check(module, world_size)
@@ -181,14 +181,14 @@ def plan_module(
 
 @dataclass(frozen=True)
 class _Sharding:
-    """How the strategy would divide a module.
+    """How the strategy would shard a module.
 
     Attributes:
         mesh: The ranks.
         precision: Lightning's name of the precision.
-        units: What is gathered together; none on one rank.
-        own: The parameters of every unit, without those of units inside of it.
-        dims: The dimension along which every parameter of a unit is divided.
+        units: The modules that are gathered as units; none on one rank.
+        own: The parameters of every unit, without those of inner units.
+        dims: The dimension along which every parameter of a unit is sharded.
     """
 
     mesh: PlannedMesh
@@ -199,7 +199,7 @@ class _Sharding:
 
     @staticmethod
     def of(module: nn.Module, name: str, mesh: PlannedMesh, precision: str, wrap: Policy | None) -> _Sharding:
-        """Return what the strategy would do with a module."""
+        """Return how the strategy would shard a module."""
         if mesh.ranks == 1:
             return _Sharding(mesh, precision, (), {}, {})
         units = _units(module, name, wrap, precision)
@@ -220,18 +220,18 @@ class _Sharding:
         return _Sharding(mesh, precision, tuple(units), own, dims)
 
     def planned(self, param: nn.Parameter) -> nn.Parameter:
-        """Return what the rank holds of a parameter; what is in no unit is whole on every rank."""
+        """Return the rank's planned parameter. Parameters outside all units are not sharded."""
         dtype = self._dtype(param)
         if param not in self.dims:
             return whole_parameter(param, dtype)
         return sharded_parameter(param, dtype, dim=self.dims[param], mesh=self.mesh)
 
     def stored(self, param: Tensor) -> int:
-        """Return the bytes behind a parameter, or its gradient, on every rank: that of the first, others are padded."""
+        """Return the bytes of a parameter, or its gradient, on every rank, padded to the size on the first."""
         return self._numbers(param) * self._dtype(param).itemsize
 
     def gathered(self, unit: Unit) -> int:
-        """Return the bytes of a unit's parameters while they are whole."""
+        """Return the bytes of a unit's gathered parameters."""
         half = self.precision == "bf16-mixed"
         return sum(
             self._numbers(param)
@@ -251,13 +251,13 @@ class _Sharding:
 
 
 def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:
-    """Return the units of a LightningModule, or of one that holds the module alone, which is then called ``name``."""
+    """Return the units of a LightningModule, or of a wrapper around another module, whose unit is called ``name``."""
     alone = not hasattr(module, "training_step")
     root = nn.Module() if alone else module
     if alone:
         root.add_module("model", module)
     units = find_units(root, wrap)
-    if precision != "bf16-true":  # which leaves one dtype
+    if precision != "bf16-true":  # bf16-true has one dtype
         units = divided_by_dtype(root, units)
     if not alone:
         return units
@@ -267,7 +267,7 @@ def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) ->
 
 
 def _state_bytes(copy: nn.Module, candidate: Candidate) -> int:
-    """Return the bytes of an optimizer's state; it learns names and heads at once, so that state is made once."""
+    """Return the bytes of an optimizer's state. Names and heads are bound first, so that state is created once."""
     optimizer = candidate.build(list(copy.parameters()))
     optimizer.bind(copy)
     return optimizer.snapshot().local_bytes

@@ -1,4 +1,4 @@
-"""Public language models as modules without values: names, shapes and sizes of heads, for planning."""
+"""Public language models for planning, as modules with names, shapes and head sizes but without values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_memopt._registry import unknown
 
 @dataclass(frozen=True)
 class LlamaSizes:
-    """Sizes of a LLaMA, or of a Mixtral where there are experts.
+    """Sizes of a LLaMA, or of a Mixtral if there are experts.
 
     Attributes:
         hidden: Width of the model.
         intermediate: Width inside an MLP.
         layers: Number of layers.
-        heads: Heads of queries.
-        kv_heads: Heads of keys and values.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
         vocabulary: Number of tokens.
-        experts: MLPs per layer, in one stack behind a router; None for one MLP.
+        experts: Number of MLPs per layer, stacked behind a router; None for one MLP without a router.
     """
 
     hidden: int
@@ -46,7 +46,7 @@ class GPT2Sizes:
     positions: int = 1024
 
 
-# The four small ones are those of the GaLore and SNSM papers; the others from their public configurations.
+# The four small LLaMAs are from the GaLore and SNSM papers, the others from their public configurations.
 MODELS: dict[str, LlamaSizes | GPT2Sizes] = {
     "llama-60m": LlamaSizes(512, 1376, 8, 8, 8),
     "llama-130m": LlamaSizes(768, 2048, 12, 12, 12),
@@ -64,10 +64,10 @@ ALIASES = {"llama-7b": "llama-2-7b", "gpt2-124m": "gpt2", "gpt2-1.5b": "gpt2-xl"
 
 
 class Skeleton(nn.Module):
-    """A module that only has sizes.
+    """A module with sizes and without values.
 
     Args:
-        head_dim: Outputs per attention head, of an attention layer.
+        head_dim: Outputs per attention head, for an attention layer.
         **children: Modules, lists of modules, and shapes of parameters.
     """
 
@@ -86,22 +86,22 @@ class Skeleton(nn.Module):
                 self.add_module(name, nn.ModuleList(child))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: there is nothing to compute with."""
+        """Raise an error: the module has no values to compute with."""
         raise NotImplementedError(
             "This module is made for its sizes only; build the model with transformers to call it."
         )
 
 
 def model_names() -> list[str]:
-    """Return the names that :func:`skeleton` accepts, without regard to case."""
+    """Return the names that :func:`skeleton` accepts. Case does not matter."""
     return [*MODELS, *ALIASES]
 
 
 def skeleton(name: str) -> nn.Module:
-    """Return a public model on the meta device, named and shaped as that of transformers.
+    """Return a public model on the meta device, with the names and shapes of the transformers model.
 
     Raises:
-        ValueError: If the name is unknown; lists those that exist.
+        ValueError: If the name is unknown; the message lists the known names.
     """
     key = ALIASES.get(name.lower(), name.lower())
     if key not in MODELS:
@@ -111,7 +111,7 @@ def skeleton(name: str) -> nn.Module:
 
 
 def llama(sizes: LlamaSizes) -> nn.Module:
-    """Return a ``LlamaForCausalLM``, or a ``MixtralForCausalLM`` where there are experts."""
+    """Return a ``LlamaForCausalLM``, or a ``MixtralForCausalLM`` if there are experts."""
     hidden, head_dim = sizes.hidden, sizes.hidden // sizes.heads
     mlp = _mlp if sizes.experts is None else _experts
 
@@ -133,7 +133,7 @@ def llama(sizes: LlamaSizes) -> nn.Module:
 
 
 def gpt2(sizes: GPT2Sizes) -> nn.Module:
-    """Return a ``GPT2LMHeadModel``: weights are ``[inputs, outputs]``, the head is the embedding."""
+    """Return a ``GPT2LMHeadModel``. Weights are ``[inputs, outputs]``, and the head is tied to the embedding."""
     hidden = sizes.hidden
 
     def layer() -> nn.Module:

@@ -1,4 +1,4 @@
-"""What fails on one rank fails on all: no rank waits in a collective for one that has given up."""
+"""Raise errors of one rank on all ranks, so that no rank waits in a collective for one that has failed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def rank_and_size(group: Any = None) -> tuple[int, int]:
-    """Return this process's rank in the group and the group's size; 0 and 1 without process groups."""
+    """Return this process's rank in the group and the size of the group; 0 and 1 without process groups."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def on_all(action: Callable[[], T], group: Any = None) -> list[T]:
-    """Run something on every rank and return the results by rank, on every rank.
+    """Run a function on every rank and return the results of all ranks, in order of rank, on every rank.
 
     Args:
-        action: Its result must pickle.
+        action: The function. Its result must be picklable.
         group: The process group; None for all ranks.
 
     Raises:
-        Exception: Whatever a rank raised, on all ranks; a note tells which rank it was.
+        Exception: The error that a rank raised, on all ranks. A note names the rank.
     """
     rank, size = rank_and_size(group)
     result, error = None, None
@@ -36,7 +36,7 @@ def on_all(action: Callable[[], T], group: Any = None) -> list[T]:
         error = caught
     outcomes: list[Any] = [None] * size
     if size > 1:
-        # The objects travel on the device of the group's backend, which torch finds out itself.
+        # torch sends the objects from the device of the group's backend, and selects that device itself.
         dist.all_gather_object(outcomes, (result, _portable(error)), group=group)
     if error is not None:
         raise error
@@ -48,24 +48,24 @@ def on_all(action: Callable[[], T], group: Any = None) -> list[T]:
 
 
 def on_first(action: Callable[[], T], group: Any = None) -> T:
-    """Run something on the first rank and return its result on every rank.
+    """Run a function on the first rank and return its result on every rank.
 
     Raises:
-        Exception: Whatever it raised, on all ranks.
+        Exception: The error that the function raised, on all ranks.
     """
     rank, _ = rank_and_size(group)
     return on_all(lambda: action() if rank == 0 else None, group)[0]  # type: ignore[return-value]
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
-    """Return an exception that certainly pickles, without its traceback."""
+    """Return an exception that is picklable, without its traceback."""
     if error is None or type(error).__module__ in ("builtins", "_pickle"):
         return error
     return RuntimeError(describe(error))
 
 
 def describe(error: BaseException) -> str:
-    """Return what happened in one line, and on which ranks if torch's checkpointing says so."""
+    """Return a one-line description of an error, with the ranks it occurred on if torch's checkpointing names them."""
     if isinstance(error, CheckpointException):
         return "; ".join(f"{describe(cause)} (rank {rank})" for rank, (cause, _) in sorted(error.failures.items()))
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What the errors of a sharded run mean: torch's are explained, and ranks hear which of them failed first."""
+"""Explain torch's errors about sharded weights, and report to all ranks which of them failed first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIXED, _FREED = "got mixed torch.Tensor and DTensor", "its data is not allocate
 
 
 def explain(error: BaseException, model: nn.Module | None) -> None:
-    """Add to the error of a weight that is used while it is sharded what gathers it, and to one of gradients."""
+    """Add a note to torch's error about a sharded weight or gradient that says how to gather it."""
     if model is None or not isinstance(error, RuntimeError):
         return
     if _MIXED in str(error):
@@ -38,7 +38,7 @@ def explain(error: BaseException, model: nn.Module | None) -> None:
 
 
 def outermost_units(model: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Yield the names of the sharded modules that no other one holds."""
+    """Yield the names of the sharded modules that are not inside another sharded module."""
     for name, child in model.named_children():
         if isinstance(child, FSDPModule):
             yield prefix + name
@@ -46,27 +46,27 @@ def outermost_units(model: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from outermost_units(child, f"{prefix}{name}.")
 
 
-PATIENCE = 2.0  # seconds that a rank waits for the report of another
-LONGEST = 500  # characters of a report
+PATIENCE = 2.0  # seconds that a rank waits for another rank's report
+LONGEST = 500  # characters in a report
 
-_numbers = itertools.count()  # all ranks make these objects together, so that they count alike
+_numbers = itertools.count()  # all ranks create these objects together, so their counts agree
 
 
 class FirstFailure:
-    """The report of the first rank that fails, in the store of the process group."""
+    """The report of the first rank that fails, kept in the store of the process group."""
 
     def __init__(self) -> None:
         self._key = f"lightning_memopt/first_failure/{next(_numbers)}"
 
     def share(self, error: BaseException) -> None:
-        """Report an error to the other ranks; to one that only says that another rank is gone, add that one's report.
+        """Report an error to the other ranks. If the error only says that another rank is gone, add that rank's report.
 
-        Does nothing where the store does not answer, such as when the process that keeps it has died.
+        Has no effect if the store does not answer, for example because the process that hosts it has died.
         """
         if rank_and_size()[1] == 1 or isinstance(error, SIGTERMException):
             return
         found: list[str] = []
-        # Nothing limits how long a store takes if its host cannot be reached.
+        # A store has no time limit if its host cannot be reached.
         thread = threading.Thread(target=self._exchange, args=(error, found), daemon=True)
         thread.start()
         thread.join(PATIENCE + 1)
@@ -87,9 +87,9 @@ class FirstFailure:
 
 
 def _is_of_backend(error: BaseException | None) -> bool:
-    """Return whether an error, or what it was raised from, is about the connections between ranks."""
+    """Return whether an error, or one of its causes, is about the connections between ranks."""
     while error is not None:
-        # What gloo raises has no class of its own, but the path of its source.
+        # gloo's errors have no class of their own, but their message holds the path of gloo's source.
         if isinstance(error, dist.DistError) or "third_party/gloo" in str(error):
             return True
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""Groups that Lightning's finetuning callbacks have added, made again before optimizer states are loaded."""
+"""Restore the groups that Lightning's finetuning callbacks added, before optimizer states are loaded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _by_value = BaseFinetuning.filter_on_optimizer
 
 
 def let_finetuning_compare_sharded_parameters(trainer: Trainer) -> None:
-    """Let finetuning callbacks tell by identity which sharded parameters an optimizer has.
+    """Make finetuning callbacks compare sharded parameters by identity.
 
-    Lightning compares values: that fails for parameters that are sharded along different dimensions, and takes two
-    biases of zeros for the same. Parameters that are not sharded are compared as before.
+    Lightning compares values. This fails for parameters that are sharded along different dimensions, and treats two
+    biases of zeros as the same parameter. Parameters that are not sharded are compared as before.
     """
     if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         BaseFinetuning.filter_on_optimizer = staticmethod(_not_in)  # type: ignore[method-assign]
@@ -44,15 +44,16 @@ def _not_in(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def groups_restored(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> Iterator[None]:
-    """Let finetuning callbacks restore the optimizers' groups; if what follows fails, undo it.
+    """Let finetuning callbacks restore the optimizers' groups, and undo this if the body of the ``with`` block fails.
 
-    They do so in ``on_fit_start``, from a state that Lightning gives callbacks only after a sharded strategy has loaded
-    the checkpoint. What they had unfrozen trains again, which the callbacks themselves leave out.
+    The callbacks restore groups in ``on_fit_start``, but Lightning loads their state only after a sharded strategy has
+    loaded the checkpoint. This function also sets ``requires_grad`` of the parameters that the callbacks had unfrozen;
+    the callbacks do not.
 
     Args:
         trainer: The trainer, with its optimizers.
         module: The model.
-        checkpoint: The checkpoint, at least its callbacks.
+        checkpoint: The checkpoint. Only its ``callbacks`` entry is read.
     """
     states = checkpoint.get("callbacks") or {}
     callbacks = [c for c in trainer.callbacks if isinstance(c, BaseFinetuning)]  # type: ignore[attr-defined]
@@ -84,4 +85,4 @@ def _train(module: nn.Module, params: list[Tensor], value: bool) -> None:
         for param in mine:
             param.requires_grad_(value)
         if mine and isinstance(child, _BatchNorm):
-            child.track_running_stats = value  # frozen together by BaseFinetuning
+            child.track_running_stats = value  # BaseFinetuning freezes both together

@@ -1,4 +1,4 @@
-"""Gradients before a step: averaged where FSDP2 does not reduce them, and clipped over all meshes together."""
+"""Average gradients that FSDP2 does not reduce, and clip gradients over all meshes together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_memopt.sharding.tensors import aligned, local_tensor
 
 
 def loose_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the parameters of a sharded model that are not sharded, but for those without elements."""
+    """Return the parameters of a sharded model that are not sharded, except those without elements."""
     return [param for param in model.parameters() if not isinstance(param, DTensor) and param.numel()]
 
 
@@ -24,11 +24,11 @@ def loose_parameters(model: nn.Module) -> list[Tensor]:
 def average_gradients(params: Sequence[Tensor], group: Any) -> None:
     """Average gradients over ranks, in one collective.
 
-    A rank whose loss does not depend on a parameter counts with a gradient of zero. A parameter that has a gradient on
-    no rank keeps none.
+    A rank on which a parameter has no gradient contributes zeros. A parameter without a gradient on every rank stays
+    without one.
 
     Args:
-        params: The same ones, in the same order, on every rank.
+        params: The parameters, the same ones in the same order on every rank.
         group: The process group of the data-parallel ranks.
     """
     size = dist.get_world_size(group)
@@ -54,18 +54,18 @@ def average_gradients(params: Sequence[Tensor], group: Any) -> None:
 
 @torch.no_grad()
 def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients so that the 2-norm of all of them together is at most ``max_norm``, and return what it was.
+    """Scale gradients so that their total 2-norm is at most ``max_norm``, and return the norm before scaling.
 
-    ``torch.nn.utils.clip_grad_norm_`` cannot put norms on different meshes, or plain ones, together with others. Here
-    the collectives depend on the parameters, not on which of them have a gradient: if ranks disagree about that, the
-    optimizer can say so.
+    ``torch.nn.utils.clip_grad_norm_`` cannot combine norms from different meshes, or from DTensors and plain tensors.
+    The collectives here depend on the parameters, not on which of them have a gradient. So if ranks disagree about
+    that, the optimizer can report it.
     """
     params = list(params)
-    alike: dict[_Cut, list[Tensor]] = {_cut(param): [] for param in params if param.requires_grad}
+    by_placement: dict[_Placement, list[Tensor]] = {_placement(param): [] for param in params if param.requires_grad}
     for param in params:
         if param.grad is not None:
-            alike.setdefault(_cut(param), []).append(local_tensor(aligned(param.grad, param)))
-    squares = [_square(cut, grads) for cut, grads in alike.items()]
+            by_placement.setdefault(_placement(param), []).append(local_tensor(aligned(param.grad, param)))
+    squares = [_square(placement, grads) for placement, grads in by_placement.items()]
     if not squares:
         return torch.tensor(0.0)
     total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
@@ -78,18 +78,18 @@ def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 # The mesh of a parameter and the dimensions of the mesh that divide it.
-_Cut = tuple[DeviceMesh | None, tuple[int, ...]]
+_Placement = tuple[DeviceMesh | None, tuple[int, ...]]
 
 
-def _cut(param: Tensor) -> _Cut:
+def _placement(param: Tensor) -> _Placement:
     if not isinstance(param, DTensor):
         return None, ()
     return param.device_mesh, tuple(dim for dim, place in enumerate(param.placements) if not place.is_replicate())
 
 
-def _square(cut: _Cut, grads: list[Tensor]) -> Tensor:
-    """Return the sum of the squares of gradients that are cut alike, of which this rank holds its parts."""
-    mesh, dims = cut
+def _square(placement: _Placement, grads: list[Tensor]) -> Tensor:
+    """Return the global sum of squares of gradients that are sharded in the same way, given this rank's local parts."""
+    mesh, dims = placement
     square = torch.nn.utils.get_total_norm(grads).double().square()
     if mesh is not None:
         square = square.to(mesh.device_type)

@@ -1,4 +1,4 @@
-"""The device mesh: how many ranks share a batch, a tensor, and a copy of the weights."""
+"""The device mesh: data-parallel ranks, tensor-parallel ranks and replicas."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ DATA, TENSOR, REPLICATE, SHARD = "data_parallel", "tensor_parallel", "replicate"
 
 
 def check_sizes(data_parallel_size: Any, tensor_parallel_size: Any, replicate_size: Any) -> None:
-    """Check what can be checked before the number of ranks is known.
+    """Check the sizes as far as possible before the number of ranks is known.
 
     Raises:
         TypeError: If a size is not an integer.
-        ValueError: If one is not positive, or if the replicas do not divide the data-parallel ranks.
+        ValueError: If a size is not positive, or if ``replicate_size`` does not divide ``data_parallel_size``.
     """
     sizes = {"tensor_parallel_size": tensor_parallel_size, "replicate_size": replicate_size}
     if data_parallel_size != "auto":
@@ -51,11 +51,11 @@ def resolved_data_size(data_parallel_size: Any, tensor_parallel_size: int, repli
 def make_meshes(
     device_type: str, data_size: int, tensor_size: int, replicate_size: int
 ) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
-    """Make the mesh of all ranks, its data-parallel part, and the part that ``fully_shard`` takes.
+    """Return the mesh of all ranks, its data-parallel submesh, and the submesh for ``fully_shard``.
 
-    Without replicas the mesh has the dimensions of Lightning's ModelParallelStrategy, ``data_parallel`` and
-    ``tensor_parallel``. With them it has ``replicate``, ``shard`` and ``tensor_parallel``, and ``data_parallel`` is the
-    first two, flattened.
+    Without replicas, the mesh has the dimensions of Lightning's ModelParallelStrategy: ``data_parallel`` and
+    ``tensor_parallel``. With replicas, it has ``replicate``, ``shard`` and ``tensor_parallel``, and ``data_parallel``
+    is the first two, flattened.
     """
     if replicate_size == 1:
         mesh = init_device_mesh(device_type, (data_size, tensor_size), mesh_dim_names=(DATA, TENSOR))
@@ -67,5 +67,5 @@ def make_meshes(
 
 
 def shard_size(mesh: DeviceMesh) -> int:
-    """Return over how many ranks ``fully_shard`` divides a parameter on this mesh."""
+    """Return the number of ranks over which ``fully_shard`` shards a parameter on this mesh."""
     return mesh.size(mesh.ndim - 1)

@@ -1,4 +1,4 @@
-"""Optimizers that were made from the parameters of a model before it was sharded."""
+"""Rebind optimizers that were created before their model was sharded."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from lightning_memopt.sharding.tensors import local_tensor
 
 
 class KnownParameters:
-    """The names that parameters had before they were replaced. Does not keep them alive."""
+    """The names that parameters had before they were replaced. Holds weak references only."""
 
     def __init__(self) -> None:
         self._known: list[tuple[weakref.ref[Tensor], str]] = []
 
     def learn(self, model: nn.Module) -> None:
-        """Remember the parameters that a model has now, and forget those that nobody holds anymore."""
+        """Record the parameters that a model has now, and drop those that are no longer alive."""
         known = {param for ref, _ in self._known if (param := ref()) is not None}
         self._known = [(ref, name) for ref, name in self._known if ref() is not None]
         for name, param in model.named_parameters(remove_duplicate=False):
-            # Sharded ones are not replaced, and `Module.to` fails on such subclasses if they have weak references.
+            # Sharded parameters are not replaced, and `Module.to` fails on them if weak references exist.
             if param not in known and not is_traceable_wrapper_subclass(param):
                 self._known.append((weakref.ref(param), name))
 
     def names(self) -> dict[Tensor, str]:
-        """Return parameter → name."""
+        """Return the mapping parameter → name."""
         return {param: name for ref, name in reversed(self._known) if (param := ref()) is not None}
 
     def replaced(self, model: nn.Module) -> dict[Tensor, Tensor]:
-        """Return old parameter → the one that has its name now, for those that were replaced."""
+        """Return the mapping old parameter → parameter that has its name now, for those that were replaced."""
         live = dict(model.named_parameters(remove_duplicate=False))
         pairs = {old: live.get(name, old) for old, name in self.names().items()}
         return {old: new for old, new in pairs.items() if old is not new}
 
 
 def rebind(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], model: nn.Module, known: KnownParameters) -> None:
-    """Let an optimizer train the parameters that the model has now, and check that it does.
+    """Replace an optimizer's parameters by those that the model has now, and check the result.
 
-    Optimizers of this package also learn the names of the parameters.
+    An optimizer of this package receives the names of the parameters, too.
 
     Args:
-        optimizer: Its object, its groups and their hyperparameters stay, and so does its state.
+        optimizer: The optimizer. The object, its groups, their hyperparameters and its state are kept.
         replaced: Old parameter → new parameter.
         model: The model.
-        known: Names for errors.
+        known: Names for error messages.
 
     Raises:
-        ValueError: If the optimizer has no parameters, or one that is not the model's, or state that cannot be
+        ValueError: If the optimizer has no parameters, a parameter that is not the model's, or state that cannot be
             sharded. Nothing has changed then.
         NotImplementedError: If a parameter is sharded in a way that an optimizer of this package does not support.
     """
@@ -106,7 +106,7 @@ def _check_shapes(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], names
 
 
 def _carried(optimizer: Optimizer, old: Tensor, new: Tensor) -> dict[str, Any]:
-    """Return the state of a parameter for the one that replaces it."""
+    """Return the state of the old parameter, sharded as the new one."""
     return {key: _part(optimizer, key, value, old, new) for key, value in optimizer.state[old].items()}
 
 
@@ -122,15 +122,15 @@ def _part(optimizer: Optimizer, key: str, value: Any, old: Tensor, new: Tensor) 
         )
     value = value.to(local_tensor(new).device)
     if isinstance(new, DTensor) and not isinstance(value, DTensor):
-        # Every rank has the whole and takes its part; no communication.
+        # Every rank has the whole tensor and takes its part, without communication.
         return distribute_tensor(value, new.device_mesh, new.placements, src_data_rank=None)
     return value
 
 
 def move_state(optimizer: Optimizer) -> None:
-    """Move state to where its parameters are, which is not the same device for all if some are offloaded."""
+    """Move state to the device of its parameter. Devices differ between parameters if some are offloaded."""
     for param, state in optimizer.state.items():
         for key, value in state.items():
-            # Optimizers of torch want their counters where they made them.
+            # torch's optimizers require their counters on the device on which they created them.
             if isinstance(value, Tensor) and key != "step" and value.device != param.device:
                 state[key] = value.to(param.device)

@@ -49,27 +49,29 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
     """FSDP2 for LightningModules that do not shard themselves, with optimizer state sharded like the parameters.
 
     Args:
-        data_parallel_size: Ranks among which batches are divided; ``auto`` for all that tensor parallelism leaves.
-        tensor_parallel_size: Ranks that share a layer. More than 1 needs a ``configure_model`` that parallelises.
-        replicate_size: Copies of the sharded model (hybrid sharding); each is sharded over
+        data_parallel_size: Number of data-parallel ranks; ``auto`` for all ranks that tensor parallelism leaves.
+        tensor_parallel_size: Number of ranks that share a layer. A value above 1 requires a ``configure_model`` that
+            parallelizes the model.
+        replicate_size: Number of replicas of the sharded model (hybrid sharding). Each is sharded over
             ``data_parallel_size / replicate_size`` ranks.
-        wrap: What is gathered together: a class of modules, its import path, a list of these, or a function of a
-            module. None takes the elements of the outermost lists of equal modules. The children of the LightningModule
-            come on top.
-        activation_checkpointing: The modules whose activations are computed again in the backward pass, given as in
-            ``wrap``; True for those that ``wrap`` chooses.
-        reshard_after_forward: Whether weights are freed between forward and backward pass. As in ``fully_shard``.
-        sync_every_batch: Whether gradients are reduced after every batch. With False they are once per step when
-            ``accumulate_grad_batches`` is more than 1; in between every rank keeps gradients of full size.
-        cpu_offload: Whether parameters, gradients and optimizer state live in the CPU's memory.
-        save_distributed_checkpoint: Whether a checkpoint is a directory with a file per rank, or one file.
-        verify: Whether a checkpoint is read once before it is loaded, to compare its checksums.
-        process_group_backend: None for the default of the device.
-        timeout: Of collectives.
+        wrap: Modules to gather as units: a module class, its import path, a list of these, or a function of a module.
+            None selects the elements of the outermost lists of equal modules. The children of the LightningModule are
+            units in addition.
+        activation_checkpointing: Modules whose activations are recomputed in the backward pass, given as in ``wrap``;
+            True for the modules that ``wrap`` selects.
+        reshard_after_forward: As in ``fully_shard``: whether to free gathered weights between forward and backward.
+        sync_every_batch: Whether to reduce gradients after every batch. If False and ``accumulate_grad_batches`` is
+            more than 1, they are reduced once per step; in between, every rank holds gradients of full size.
+        cpu_offload: Whether to keep parameters, gradients and optimizer state in CPU memory.
+        save_distributed_checkpoint: Whether to save a checkpoint as a directory with a file per rank, or as one file.
+        verify: Whether to read a checkpoint once before loading, to compare its checksums.
+        process_group_backend: Backend of the process group; None for the default of the device.
+        timeout: Timeout of collectives.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is not positive or sizes do not divide, or if a class cannot be imported.
+        ValueError: If a size is not positive, if ``replicate_size`` does not divide ``data_parallel_size``, or if a
+            class cannot be imported.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         self._data_mesh: DeviceMesh | None = None
         self._fsdp_mesh: DeviceMesh | None = None
 
-    # ------------------------------------------------------------------ guards, the same by name, class and instance
+    # ------------------------------------------------------------------ guards
 
     @property
     @override
@@ -173,7 +175,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        self._known.learn(model)  # before `configure_model`, which may shard
+        self._known.learn(model)  # before `configure_model`, which may shard the model
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -200,7 +202,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
                 move_state(optimizer)
 
     def _shard(self, model: nn.Module) -> None:
-        """Shard the model, unless it is sharded."""
+        """Shard the model, unless it is sharded already."""
         assert self._fsdp_mesh is not None
         plugin = self.precision_plugin
         wanted = Sharding(
@@ -259,14 +261,14 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Move what is not sharded; the rest is where it belongs."""
+        """Move what is not sharded to the device; the rest is there already."""
         assert self.model is not None
         _update_properties(self.model, device=self.root_device)
         if not self._cpu_offload:
             self.model.to(self.root_device)
 
     def _reshard(self) -> None:
-        """Free weights that a forward pass without a backward pass has gathered."""
+        """Free the weights that a forward pass without a backward pass has gathered."""
         assert self.model is not None
         for module in sharded_modules(self.model):
             module.reshard()
@@ -305,7 +307,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Keep gradients on their ranks during the backward passes inside, if that was asked for."""
+        """Do not reduce gradients in the backward passes inside, unless ``sync_every_batch`` is set."""
         if self._sync_every_batch:
             yield
             return

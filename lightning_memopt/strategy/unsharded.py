@@ -1,4 +1,4 @@
-"""Whole weights, and norms of whole gradients, for tools that do not know that a model is sharded."""
+"""Full weights and gradient norms of sharded models, for tools that cannot read DTensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_memopt.strategy.model.shard import sharded_modules
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
-    """Return ``module.state_dict()`` with whole tensors on the CPU on the first rank, and nothing on the others.
+    """Return ``module.state_dict()`` with full tensors on the CPU on the first rank, and an empty dict on the others.
 
-    All ranks must call it. One tensor is gathered after the other; tied weights share their memory, as in the module.
+    All ranks must call this function. Tensors are gathered one at a time. Tied weights share memory, as in the module.
 
     Args:
-        module: A sharded model or a part of one, such as the model of transformers in a LightningModule.
+        module: A sharded model or a part of one, such as the transformers model in a LightningModule.
     """
     for unit in sharded_modules(module):
-        unit.reshard()  # after a forward pass without a backward pass it has other parameters
+        unit.reshard()  # a forward pass without a backward pass leaves gathered parameters
     first = rank_and_size()[0] == 0
     state = module.state_dict(keep_vars=True)
     whole = {id(value): gathered(value, first) for value in {id(value): value for value in state.values()}.values()}
@@ -34,9 +34,9 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, float]:
-    """Return the norms of all gradients and the total, the same on every rank; for sharded models and others.
+    """Return the norms of all gradients and their total norm, the same on every rank, for any model.
 
-    All ranks must call it, for example in ``on_before_optimizer_step``. Keys are those of
+    All ranks must call this function, for example in ``on_before_optimizer_step``. The keys are those of
     ``lightning.pytorch.utilities.grad_norm``, which cannot read sharded gradients: ``grad_2.0_norm/<parameter>`` and
     ``grad_2.0_norm_total``.
 
@@ -45,17 +45,17 @@ def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, floa
         norm_type: The p of the p-norm, or "inf" for the largest element.
 
     Raises:
-        ValueError: If the p is not positive.
+        ValueError: If p is not positive.
     """
     p = float(norm_type)
     if not p > 0:
         raise ValueError(f"`norm_type` must be a positive number or 'inf', got {norm_type!r}.")
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
-    alike: dict[object, list[str]] = defaultdict(list)
+    by_placement: dict[object, list[str]] = defaultdict(list)
     for name, grad in grads.items():
-        alike[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(name)
+        by_placement[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(name)
     norms: dict[str, float] = {}
-    for names in alike.values():
+    for names in by_placement.values():
         mine = torch.stack([_norm(local_tensor(grads[name]), p) for name in names])
         norms.update(zip(names, _over_ranks(mine, grads[names[0]], p).tolist(), strict=True))
     found = {f"grad_{p}_norm/{name}": norms[name] for name in grads}
@@ -65,13 +65,13 @@ def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, floa
 
 
 def _norm(value: Tensor, p: float) -> Tensor:
-    if not value.numel():  # the largest of no elements is an error
+    if not value.numel():  # the maximum of an empty tensor is an error
         return value.new_zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(value, p, dtype=torch.promote_types(value.dtype, torch.float32)).double()
 
 
 def _over_ranks(mine: Tensor, grad: Tensor, p: float) -> Tensor:
-    """Return norms of whole tensors from those of this rank's parts, which lie as ``grad`` does."""
+    """Return the norms of full tensors from those of this rank's local parts, which are placed as ``grad`` is."""
     if not isinstance(grad, DTensor):
         return mine
     mesh, largest = grad.device_mesh, math.isinf(p)

@@ -1,4 +1,4 @@
-"""How much momentum each block should get: one file per policy."""
+"""Policies that decide how much momentum each block gets, one file each."""
 
 from lightning_memopt.callbacks.policies.base import POLICIES, Candidate, Policy, Problem
 from lightning_memopt.callbacks.policies.benefit import benefit

@@ -1,4 +1,4 @@
-"""What a policy is asked, and what it answers: a rank for every block."""
+"""The input and output of a policy, which returns a rank for every block."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_memopt.optim.signals import BlockSignals
 class Candidate:
     """A block whose momentum can be changed.
 
-    Momentum of rank r takes r · (m + n) numbers per matrix. From :attr:`dense_rank` on that is no less than dense
-    momentum takes, and dense momentum it is; rank 0 is none.
+    Momentum of rank r takes r · (m + n) numbers per matrix. From :attr:`dense_rank` on, this is at least as much as
+    dense momentum takes, so that rank stands for dense momentum. Rank 0 means no momentum.
 
     Attributes:
         name: The block's name.
         role: Its role.
-        count: Number of matrices that are stacked in it.
-        m: Rows of each.
-        n: Columns of each.
-        rank: Its rank now: 0 for no momentum, `dense_rank` for dense.
+        count: Number of stacked matrices.
+        m: Rows of each matrix.
+        n: Columns of each matrix.
+        rank: Its current rank: 0 for no momentum, `dense_rank` for dense.
         itemsize: Bytes per number.
-        signals: What its gradients have shown; None before the first step.
+        signals: Statistics of its gradients; None before the first step.
     """
 
     name: str
@@ -43,24 +43,24 @@ class Candidate:
 
     @property
     def dense_rank(self) -> int:
-        """The smallest rank that takes no less memory than dense momentum; it stands for dense."""
+        """The smallest rank that takes at least as many bytes as dense momentum. It stands for dense momentum."""
         return -(-self.m * self.n // (self.m + self.n))
 
     def nbytes(self, rank: int) -> int:
-        """Return the bytes of momentum of a rank, over all ranks of the process group."""
+        """Return the bytes of momentum of a given rank, over all processes."""
         return self.count * self.itemsize * min(rank * (self.m + self.n), self.m * self.n)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a policy decides on.
+    """The input of a policy.
 
     Attributes:
         blocks: The blocks whose momentum can be changed, in the model's order.
-        budget: Bytes that they may have together, or None: the smallest allocation of the wanted quality.
-        quality: Where there is no budget, the share of momentum's energy that is to be kept.
-        min_rank: The smallest rank that is not 0.
-        progress: How much of the time until the allocation freezes is over, from 0 to 1; None where that is not known.
+        budget: Maximum bytes of their momentum; None asks for the smallest allocation that keeps `quality`.
+        quality: The share of momentum's energy to keep. Only used without a budget.
+        min_rank: The smallest rank other than 0.
+        progress: Completed fraction of the time until the allocation freezes, from 0 to 1; None if unknown.
     """
 
     blocks: tuple[Candidate, ...]
@@ -70,16 +70,16 @@ class Problem:
     progress: float | None = None
 
 
-# Returns the rank of every block, by name: 0, or from `min_rank` to the block's `dense_rank`.
+# Returns the rank of every block by name: 0, or a rank from `min_rank` to the block's `dense_rank`.
 Policy = Callable[[Problem], Mapping[str, int]]
 POLICIES: Registry[Policy] = Registry("policy")
 
 
 def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
-    """Return what a policy wants, checked.
+    """Return the result of a policy after validation.
 
     Raises:
-        ValueError: If it does not give every block a rank that the block can have.
+        ValueError: If it does not give every block a valid rank.
     """
     ranks = policy(problem)
     for block in problem.blocks:

@@ -10,16 +10,16 @@ from lightning_memopt.callbacks.policies.filling import at_hand, total
 from lightning_memopt.callbacks.policies.spectra import known
 from lightning_memopt.callbacks.policies.uniform import uniform
 
-# Oscillations below ON and above OFF decide; between them a block stays as it is, or noise would switch it every time.
+# Only oscillations below ON or above OFF decide. Between them a block does not change, or noise would switch it.
 ON, OFF = -0.03, -0.01
-# With fewer blocks that oscillate nothing is decided: while the learning rate warms up nearly all gradients drift, and
-# late in training oscillation vanishes; neither says that a block needs no momentum.
+# If a smaller fraction of the blocks oscillates, nothing changes. Nearly all gradients drift during warm-up of the
+# learning rate, and oscillation vanishes late in training. Neither shows that a block needs no momentum.
 ENOUGH = 0.25
 
 
 @POLICIES.register("benefit")
 def benefit(problem: Problem) -> Mapping[str, int]:
-    """Switch momentum on where gradients swing back and forth, off where they do not, with one rank for all."""
+    """Switch momentum on if a block's gradients oscillate, and off if they do not, with one rank for all blocks."""
     if not known(problem.blocks):
         return uniform(problem)
     if sum(_oscillation(block) < ON for block in problem.blocks) < ENOUGH * len(problem.blocks):

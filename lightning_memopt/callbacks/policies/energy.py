@@ -1,4 +1,4 @@
-"""Rank where it keeps most of the momentum's energy."""
+"""Ranks where they keep the most of momentum's energy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_memopt.callbacks.policies.filling import common, total
 from lightning_memopt.callbacks.policies.spectra import Spectra, known
 from lightning_memopt.callbacks.policies.uniform import uniform
 
-# Directions with less of a block's energy are rounding errors of float32.
+# Directions with a smaller share of a block's energy are rounding errors of float32.
 NEGLIGIBLE = 1e-6
 
 
 @POLICIES.register("energy")
 def energy(problem: Problem) -> Mapping[str, int]:
-    """Give rank after rank to the block whose next direction holds most energy per byte."""
+    """Add ranks one at a time to the block whose next direction has the most energy per byte."""
     blocks = problem.blocks
     if not known(blocks):
         return uniform(problem)
@@ -28,7 +28,7 @@ def energy(problem: Problem) -> Mapping[str, int]:
     queue: list[tuple[float, int, float, int]] = []
 
     def offer(index: int) -> None:
-        """Queue the next direction of a block, if there is one: best first, then in the model's order."""
+        """Queue the next direction of a block, if there is one: the best first, ties in the model's order."""
         block, rank = blocks[index], ranks[blocks[index].name]
         if rank < block.dense_rank and spectra.gains[block.name][rank] > NEGLIGIBLE:
             gain = spectra.gains[block.name][rank] * spectra.weight[block.name]
@@ -39,7 +39,7 @@ def energy(problem: Problem) -> Mapping[str, int]:
         offer(index)
     while queue and missing > 0:
         _, index, gain, cost = heappop(queue)
-        # A block whose next direction does not fit has got all it can get: its further ones cost no less.
+        # If a block's next direction does not fit, the block is done: later directions do not cost less.
         if cost <= left:
             ranks[blocks[index].name] += 1
             left -= cost

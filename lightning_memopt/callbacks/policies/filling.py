@@ -1,4 +1,4 @@
-"""Hand out common ranks: as many as fit a number of bytes, or as few as keep a share of the energy."""
+"""Give blocks a common rank: the largest that fits a budget, or the smallest that keeps a share of the energy."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from lightning_memopt.callbacks.policies.spectra import Spectra
 
 
 def within(block: Candidate, rank: int, min_rank: int) -> int:
-    """Return the rank that is closest to ``rank`` among those of some momentum."""
+    """Return ``rank``, clamped to the block's valid ranks other than 0."""
     return min(max(rank, min_rank), block.dense_rank)
 
 
 def total(blocks: Iterable[Candidate], ranks: Mapping[str, int]) -> int:
-    """Return the bytes that blocks take at these ranks."""
+    """Return the bytes of the blocks' momentum with these ranks."""
     return sum(block.nbytes(ranks[block.name]) for block in blocks)
 
 
 def common(
     blocks: Iterable[Candidate], rank: int, min_rank: int, *, twice: Collection[str] = frozenset()
 ) -> dict[str, int]:
-    """Give all blocks one rank, and those named in ``twice`` two times as much."""
+    """Give all blocks one rank, and the blocks named in ``twice`` twice that rank."""
     return {block.name: within(block, rank * (1 + (block.name in twice)), min_rank) for block in blocks}
 
 
 def at_hand(problem: Problem) -> dict[str, int]:
-    """Return the ranks that blocks have."""
+    """Return the current ranks of the blocks."""
     return {block.name: within(block, block.rank, problem.min_rank) if block.rank else 0 for block in problem.blocks}
 
 
 def fill_budget(
     blocks: tuple[Candidate, ...], budget: int, min_rank: int, *, twice: Collection[str] = frozenset()
 ) -> dict[str, int]:
-    """Give blocks the largest common rank that fits, and one more, in order, to those for which bytes are left."""
+    """Give blocks the largest common rank that fits. Then add one rank to blocks in order, while bytes are left."""
     highest = range(1, _top(blocks) + 1)
     rank = bisect_left(
         highest, True, key=lambda rank: total(blocks, common(blocks, rank, min_rank, twice=twice)) > budget
@@ -51,7 +51,7 @@ def fill_budget(
 
 
 def fill_quality(blocks: tuple[Candidate, ...], quality: float, min_rank: int) -> dict[str, int]:
-    """Give blocks the smallest common rank that keeps this share of momentum's energy."""
+    """Give blocks the smallest common rank that keeps the share ``quality`` of momentum's energy."""
     spectra = Spectra(blocks)
     lower = range(1, _top(blocks))
     rank = bisect_left(lower, True, key=lambda rank: spectra.kept(common(blocks, rank, min_rank)) >= quality)

@@ -14,9 +14,9 @@ NONE, DENSE = ("embedding", "attention_output"), ("value",)
 
 @POLICIES.register("paper")
 def paper(problem: Problem) -> Mapping[str, int]:
-    """Give embeddings and attention outputs no momentum, values dense momentum, the rest one rank.
+    """Give embeddings and attention outputs no momentum, values dense momentum, and all other blocks one rank.
 
-    Where dense values leave too little for the rest, they get twice its rank.
+    If dense values leave too few bytes for the others, values get twice their rank.
     """
     ranks = {block.name: 0 for block in problem.blocks}
     some = tuple(block for block in problem.blocks if block.role not in NONE)

@@ -1,4 +1,4 @@
-"""Less and less momentum in the course of training."""
+"""Less momentum as training proceeds."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import replace
 from lightning_memopt.callbacks.policies.base import POLICIES, Problem
 from lightning_memopt.callbacks.policies.uniform import uniform
 
-# What is left at the end of training; the oscillation that momentum helps against is one of its beginning.
+# The fraction left at the end of training: the oscillation that momentum damps occurs early in training.
 FINAL = 0.5
 
 
 @POLICIES.register("schedule")
 def schedule(problem: Problem) -> Mapping[str, int]:
-    """Give every block the same rank, of a budget (or quality) that falls linearly to half at the end of training.
+    """Give every block the same rank, with a budget (or quality) that falls linearly to half of its initial value.
 
     Raises:
-        ValueError: If the length of training is not known.
+        ValueError: If the length of training is unknown.
     """
     if problem.progress is None:
         raise ValueError("The policy 'schedule' needs the length of training: set `max_steps` or `max_epochs`.")

@@ -1,4 +1,4 @@
-"""How the energy of momentum is spread over the ranks of each block, as far as that is known."""
+"""The known or estimated distribution of momentum's energy over the ranks of each block."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning_memopt.callbacks.policies.base import Candidate
 
 
 def known(blocks: Iterable[Candidate]) -> bool:
-    """Return whether gradients have been seen; blocks that never get any count as blocks without energy."""
+    """Return whether any block has seen gradients. Blocks that never get any count as blocks without energy."""
     return any(block.signals is not None for block in blocks)
 
 
-# Shares are sums of many floats: a wanted one must not be missed by their rounding.
+# Shares are sums of many floats. Their rounding must not make an allocation miss the required share.
 ROUNDING = 1e-9
 
 
 class Spectra:
-    """Shares of the momentum of some blocks.
+    """Shares of the momentum of a set of blocks.
 
-    Updates are normalised, so the scale of a block's gradients does not matter: its momentum weighs as much as it has
-    elements, however small its energy. A block whose momentum has always been 0 weighs nothing.
+    Updates are normalized, so the scale of a block's gradients does not matter. A block's weight is its number of
+    elements, however small its energy is. A block whose momentum has always been 0 has weight 0.
     """
 
     def __init__(self, blocks: Iterable[Candidate]) -> None:
@@ -40,25 +40,25 @@ class Spectra:
 
 
 def gains(block: Candidate) -> list[float]:
-    """Return the share of a block's energy that every rank adds to the one before it, up to dense momentum."""
+    """Return the share of a block's energy that each additional rank keeps, up to dense momentum."""
     signals = block.signals
     if signals is None or signals.momentum_energy <= 0:
         return [0.0] * block.dense_rank
     first = list(signals.spectrum[: block.short])
-    # Of momentum that is dense or none no direction is known; the even spread promises least.
+    # Dense momentum and no momentum give no known directions. An even spread is the most cautious assumption.
     last = first[-1] if first else 0.0
-    # What a young basis keeps need not be the largest there is, but a basis of any rank comes to hold that.
+    # A young basis need not hold the largest directions, but a basis of any rank converges to them, so sort.
     energies = sorted(first + tail(signals.residual_energy, last, block.short - len(first)), reverse=True)
     whole = sum(energies)
     shares = [energy / whole for energy in energies] if whole else [1 / block.short] * block.short
-    # Dense momentum keeps what no lower rank does.
+    # Dense momentum keeps everything that lower ranks do not.
     return [*shares[: block.dense_rank - 1], sum(shares[block.dense_rank - 1 :])]
 
 
 def tail(energy: float, last: float, count: int) -> list[float]:
-    """Return values that fall geometrically, go on after ``last`` and sum to ``energy``; equal ones if it is too small.
+    """Return values that fall geometrically from ``last`` and sum to ``energy``; equal ones if ``last`` is too small.
 
-    The values are last · q, last · q², …, with the one q between 0 and 1 for which the sum is right.
+    The values are last · q, last · q², …, with the q between 0 and 1 that gives this sum.
     """
     if last * count <= energy:
         return [energy / max(1, count)] * count

@@ -11,7 +11,7 @@ from lightning_memopt.callbacks.policies.spectra import known
 
 @POLICIES.register("uniform")
 def uniform(problem: Problem) -> Mapping[str, int]:
-    """Give every block the same rank, as far as it has that many."""
+    """Give every block the same rank, at most its own maximum."""
     if problem.budget is not None:
         return fill_budget(problem.blocks, problem.budget, problem.min_rank)
     if not known(problem.blocks):

@@ -1,1 +1,1 @@
-"""Checkpoints: what Lightning calls, what is saved, and what is checked before anything is loaded."""
+"""Save, check and load checkpoints."""

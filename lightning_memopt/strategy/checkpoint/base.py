@@ -1,4 +1,4 @@
-"""The part of the strategy that Lightning calls to save and load."""
+"""The strategy's methods that Lightning calls to save and load checkpoints."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lightning_memopt.strategy.finetuning import groups_restored
 
 
 class CheckpointingStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy whose checkpoints are atomic, complete, and load on any number of ranks."""
+    """ModelParallelStrategy with atomic, complete checkpoints that load on any number of ranks."""
 
     _verify: bool
 
     @override
     def teardown(self) -> None:
         super().teardown()
-        self.checkpoint_io.teardown()  # waits for what is still being written; ModelParallelStrategy leaves it out
+        self.checkpoint_io.teardown()  # waits for pending writes; ModelParallelStrategy does not call it
 
     @property
     def _trained_by(self) -> list[Optimizer]:
-        """The optimizers, without the one that Lightning makes up where ``configure_optimizers`` returns None."""
+        """The optimizers, without the mock that Lightning creates if ``configure_optimizers`` returns None."""
         return [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
     @property
@@ -42,7 +42,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO(verify=self._verify)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # Has no effect where the user gave one.
+            # Has no effect if the user passed a CheckpointIO.
             self._checkpoint_io.checkpoint_io = AtomicCheckpointIO(verify=self._verify)
         return self._checkpoint_io
 

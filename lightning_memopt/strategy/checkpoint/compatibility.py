@@ -1,4 +1,4 @@
-"""Whether a saved optimizer state is one that an optimizer can go on from, told before it is loaded."""
+"""Check that an optimizer can resume from a saved state, before the state is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_memopt.optim.resuming import notify
 
 Optimizers = Sequence[torch.optim.Optimizer]
 
-# What torch's own optimizers read without asking whether it is there.
+# State keys that torch's optimizers read without checking that they exist.
 _NEEDED: dict[type[optim.Optimizer], frozenset[str]] = {
     optim.Adam: ADAMW_KEYS,  # AdamW is a subclass
     optim.NAdam: ADAMW_KEYS | {"mu_product"},
@@ -29,22 +29,22 @@ _NEEDED: dict[type[optim.Optimizer], frozenset[str]] = {
 }
 
 
-# Of those, and of state that others of torch's keep per element: what is never negative.
+# State of torch's optimizers that is never negative.
 _FACTORS = frozenset(("row_var", "col_var"))  # Adafactor's: one number per row or column
 _SQUARES = _FACTORS | {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "variance"}
 
 
 def check_state(saved: Mapping[str, Any], optimizer: optim.Optimizer, names: Sequence[str], values: Values) -> None:
-    """Check counters and shapes of the state that an optimizer of others is to load; tensors go to ``values``.
+    """Check the counters and shapes of state for an optimizer of another package, and add its tensors to ``values``.
 
     Args:
         saved: A state dict by position, in the order of the optimizer's parameters.
-        optimizer: The optimizer that is to load it.
+        optimizer: The optimizer that will load it.
         names: The names of its parameters, in order.
-        values: Collects the tensors; none is looked at here.
+        values: Collects the tensors. Their values are not checked here.
 
     Raises:
-        ValueError: If a shape is not that of the parameter, or a counter is no count.
+        ValueError: If a shape does not match the parameter, or a counter is not a valid count.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     torchs = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, optim.LBFGS)
@@ -63,7 +63,7 @@ def check_state(saved: Mapping[str, Any], optimizer: optim.Optimizer, names: Seq
 
 
 def _check_shape(what: str, found: torch.Size, expected: torch.Size | None, *, factor: bool) -> None:
-    """Refuse what is neither one number nor of the expected shape; a factor may be 1 where that is not."""
+    """Refuse a shape other than () and the expected one. A factor may have size 1 in any dimension."""
     if expected is None or found == expected or not found:
         return
     if not factor or len(found) != len(expected) or any(n not in (1, m) for n, m in zip(found, expected, strict=True)):
@@ -74,14 +74,14 @@ def _check_shape(what: str, found: torch.Size, expected: torch.Size | None, *, f
 
 
 def check_family(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> None:
-    """Refuse the state of another kind of optimizer, which would fail in the first step.
+    """Refuse state of another kind of optimizer, which would fail in the first step.
 
     Args:
-        saved: A state dict; only its keys and recipes matter.
-        optimizer: The optimizer that is to load it.
+        saved: A state dict. Only its keys and recipes are read.
+        optimizer: The optimizer that will load it.
 
     Raises:
-        ValueError: If groups or states lack what the optimizer reads. Nothing has changed then.
+        ValueError: If groups or states lack keys that the optimizer reads. Nothing has changed then.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, MemOpt):
@@ -93,22 +93,22 @@ def check_family(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> None:
 
 
 def _torch_lacks(saved: Mapping[str, Any], optimizer: optim.Optimizer) -> list[str]:
-    """Return the keys of groups, then those of states, that the optimizer reads and does not find."""
+    """Return the missing keys that the optimizer reads: those of groups, then those of states."""
     groups = [{**group, "params": []} for group in saved["param_groups"]]
     probe = object.__new__(type(optimizer))
     vars(probe).update({**vars(optimizer), "defaults": dict(optimizer.defaults)})
-    probe.__setstate__({"state": {}, "param_groups": groups})  # fills in what older versions have not saved
+    probe.__setstate__({"state": {}, "param_groups": groups})  # fills in keys that older versions did not save
     needed = frozenset[str]().union(*(keys for kind, keys in _NEEDED.items() if isinstance(optimizer, kind)))
     missing = [key for key in optimizer.defaults if any(key not in group for group in groups)]
     return missing or sorted({key for entry in saved["state"].values() if entry for key in needed - entry.keys()})
 
 
 def check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | None) -> None:
-    """Refuse optimizer states that are not of these optimizers; warn if there are states and nothing to train.
+    """Check the number of optimizer states. Warn if there are states but no optimizers.
 
     Raises:
-        KeyError: If there are none at all.
-        ValueError: If there are more or fewer.
+        KeyError: If there are no states.
+        ValueError: If the numbers of states and optimizers differ.
     """
     if optimizers is not None and not optimizers and saved:
         notify(
@@ -129,7 +129,7 @@ def check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | No
 
 
 def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: bool, *, fitting: bool) -> None:
-    """Refuse weights of other names, shapes or sorts of numbers, told by tensors whose values do not matter."""
+    """Refuse weights whose names, shapes or sorts of numbers do not match the model's. Values are not read."""
     problems = []
     if strict:
         problems += [f"missing in the checkpoint: {name!r}" for name in ours if name not in saved]
@@ -158,5 +158,5 @@ def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: boo
 
 
 def same_sort(saved: torch.dtype, ours: torch.dtype) -> bool:
-    """Return whether weights of one dtype can be loaded as those of another: real, complex or whole numbers."""
+    """Return whether both dtypes hold the same sort of numbers: real, complex or integer."""
     return (saved.is_complex, saved.is_floating_point) == (ours.is_complex, ours.is_floating_point)

@@ -1,4 +1,4 @@
-"""The default way in which a single checkpoint file is written and read."""
+"""The default CheckpointIO for a single checkpoint file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_memopt.strategy.files.opened_file import OpenedFile
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Like Lightning's, but local files are replaced in one step, synced to the disk, verified and mapped into memory.
+    """TorchCheckpointIO that replaces local files atomically, syncs them to disk, verifies them and memory-maps them.
 
-    Paths of remote file systems (``s3://...``) are left to the parent class.
+    The parent class handles paths on remote file systems (``s3://...``).
 
     Args:
-        verify: Whether to compare the checksums of everything in a file before it is used.
+        verify: Whether to compare all checksums of a file before it is used.
     """
 
     def __init__(self, *, verify: bool = True) -> None:
@@ -31,10 +31,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint in the place of whatever has its name.
+        """Write a checkpoint, and replace an existing one of this name.
 
         Raises:
-            OSError: If it cannot be written; what was there is unchanged then.
+            OSError: If it cannot be written. An existing checkpoint is unchanged then.
             TypeError: If there are storage options.
         """
         if storage_options is not None or not is_local(path):
@@ -49,20 +49,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If it does not exist.
             ValueError: If it is truncated or damaged.
-            pickle.UnpicklingError: If it asks for objects that are not allowed.
+            pickle.UnpicklingError: If it contains objects that are not allowed.
         """
         if is_local(path):
             with closing(OpenedFile(Path(path))) as file:
                 return file.read(weights_only=weights_only, map_location=map_location or "cpu", verify=self.verify)
-        # Lightning before 2.6 does not know the argument.
+        # Lightning before 2.6 does not have this argument.
         options = {} if weights_only is None else {"weights_only": weights_only}
         return super().load_checkpoint(path, map_location=map_location, **options)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, file or directory; killed halfway, it is gone all the same."""
+        """Remove a checkpoint file or directory. Its name is gone even if the process is killed halfway."""
         if is_local(path):
             atomic.discard(Path(path))
         else:
@@ -70,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_with_checksums(value: Any, stream: Any) -> None:
-    """Write a file of torch's with a checksum of every entry, also where the user has switched these off."""
+    """Write a file with ``torch.save`` and a checksum for every entry, even if the user has disabled checksums."""
     before = get_crc32_options()
     set_crc32_options(True)
     try:
@@ -80,7 +80,7 @@ def save_with_checksums(value: Any, stream: Any) -> None:
 
 
 def innermost(checkpoint_io: CheckpointIO) -> CheckpointIO:
-    """Return what Lightning's wrappers, such as ``AsyncCheckpointIO``, are around."""
+    """Return the CheckpointIO inside Lightning's wrappers, such as ``AsyncCheckpointIO``."""
     while isinstance(checkpoint_io, _WrappingCheckpointIO):
         assert checkpoint_io.checkpoint_io is not None
         checkpoint_io = checkpoint_io.checkpoint_io
@@ -88,7 +88,7 @@ def innermost(checkpoint_io: CheckpointIO) -> CheckpointIO:
 
 
 def reads_plainly(checkpoint_io: CheckpointIO) -> bool:
-    """Return whether files are read by :class:`AtomicCheckpointIO` alone: nobody has overridden how."""
+    """Return whether :class:`AtomicCheckpointIO` reads files and no subclass overrides how."""
     while isinstance(checkpoint_io, _WrappingCheckpointIO):
         if type(checkpoint_io).load_checkpoint not in (
             _WrappingCheckpointIO.load_checkpoint,
@@ -100,5 +100,5 @@ def reads_plainly(checkpoint_io: CheckpointIO) -> bool:
 
 
 def is_local(path: str | Path) -> bool:
-    """Return whether a path is no URL."""
+    """Return whether a path is local, not a URL."""
     return "://" not in str(path)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, directory or file, on any number of ranks: all is checked before anything changes."""
+"""Load a checkpoint directory or file on any number of ranks. Everything is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def load_checkpoint(
         optimizers: Its optimizers; None loads the weights only.
         checkpoint_io: Lightning's CheckpointIO, which reads files.
         strict: Whether the model and the checkpoint must have the same names.
-        weights_only: As for ``torch.load``.
+        weights_only: As in ``torch.load``.
         verify: Whether to read everything once before it is used, to compare checksums.
         group: The process group; None for all ranks.
-        adapting: Given the rest of the checkpoint, prepares the optimizers for their states, and undoes that if these
-            turn out not to fit.
+        adapting: A context manager that takes the rest of the checkpoint. It prepares the optimizers for their
+            states, and undoes this if the states do not fit.
 
     Raises:
-        ValueError: If there is no complete and undamaged checkpoint, or its optimizers or their groups are others.
-        RuntimeError: If names of weights are missing or too many under ``strict``, or shapes differ.
-        KeyError: If there are optimizers, but no states in the checkpoint.
-        pickle.UnpicklingError: If a file asks for objects that are not allowed.
+        ValueError: If the checkpoint is missing, incomplete or damaged, or if its optimizers or groups do not match.
+        RuntimeError: If weights are missing or unexpected under ``strict``, or if shapes differ.
+        KeyError: If there are optimizers, but the checkpoint has no optimizer states.
+        pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
     if is_local(path) and (atomic.current(Path(path)).is_dir() or reads_plainly(checkpoint_io)):
         with closing(open_together(Path(path), lambda: _open(Path(path), weights_only, verify), group)) as opened:
@@ -76,18 +76,18 @@ def load_checkpoint(
 
 
 def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """Return the weights in a checkpoint of either format, whole and on the CPU, without a model or a Trainer.
+    """Return the full weights of a checkpoint of either format on the CPU, without a model or a Trainer.
 
     Args:
-        path: A directory or a file that the Trainer has saved.
+        path: A directory or a file that the Trainer saved.
         verify: As in ``MemOptFSDPStrategy``.
 
     Returns:
-        Name → tensor, as ``state_dict()`` of the LightningModule.
+        Name → tensor, as in the LightningModule's ``state_dict()``.
 
     Raises:
-        ValueError: If there is no complete and undamaged checkpoint.
-        pickle.UnpicklingError: If a file asks for objects that are not allowed.
+        ValueError: If the checkpoint is missing, incomplete or damaged.
+        pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
     path = Path(path)
     with closing(open_alone(path, lambda: _open(path, None, verify))) as opened:
@@ -112,7 +112,7 @@ def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirector
 
 
 def _read_on_all(read: Callable[[], T], group: Any) -> T:
-    """Read on every rank; the content stays where it was read."""
+    """Read on every rank and return this rank's result, which is not sent to other ranks."""
     mine: list[T] = []
     on_all(lambda: mine.append(read()), group)
     return mine[0]

@@ -1,4 +1,4 @@
-"""Load a checkpoint directory: every rank reads its part, and nothing is written before all of it is checked."""
+"""Load a checkpoint directory: every rank reads its part, and nothing changes before all parts are checked."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def load_directory(
     group: Any,
     adapting: Adapting,
 ) -> dict[str, Any]:
-    """Load from a directory that is open; arguments and errors as for ``load_checkpoint``."""
+    """Load from an open directory; arguments and errors as for ``load_checkpoint``."""
     share, index, trained = rank_and_size(group), opened.index, optimizers or ()
     on_all(lambda: opened.check(share), group)
     saved = _saved_optimizers(index)
     check_counts(list(saved.values()), optimizers)
     ours: dict[str, Any] = get_model_state_dict(model)
-    # Extra state that is nested has several entries, which its place in the state dict holds together.
+    # Nested extra state has several entries, which share one key of the state dict.
     shapes = {place[1]: _template(index, key) for key, place in index.planner_data.items() if place[0] == WEIGHTS}
     check_weights(shapes, ours, strict, fitting=bool(trained))
     if trained:
         _read_groups(opened, saved)
     restore: list[Callable[[], None]] = []
-    # Everything is read and checked before anything is written, so weights are there twice for a while: as much memory
-    # as gradients take in training.
+    # Everything is read and checked before anything is written. So weights exist twice for a while, which takes as
+    # much memory as gradients do in training.
     with adapting(opened.rest):
         ready = [
             _read_optimizer(opened, name, tree, optimizer, model, weights_only, group)
@@ -80,7 +80,7 @@ def load_directory(
 
 
 def read_objects(opened: OpenedDirectory, part: str) -> dict[str, Any]:
-    """Return what is no tensor of a part of the state dict, such as the extra state of modules: whole on every rank."""
+    """Return the non-tensor entries of a part of the state dict, such as extra state of modules, on every rank."""
     found: dict[str, Any] = {}
     for key, place in opened.index.planner_data.items():
         if place[0] == part and (len(place) > 2 or _template(opened.index, key) is None):
@@ -89,7 +89,7 @@ def read_objects(opened: OpenedDirectory, part: str) -> dict[str, Any]:
 
 
 def _read_groups(opened: OpenedDirectory, trees: dict[str, dict[str, Any]]) -> None:
-    """Fill in the hyperparameters, which are few and needed whole on every rank."""
+    """Fill in the hyperparameters, which every rank needs."""
     for key, place in opened.index.planner_data.items():
         if place[0] in trees and place[1] == "param_groups":
             set_element(trees, place, opened.whole(key))
@@ -104,18 +104,18 @@ def _read_optimizer(
     weights_only: bool | None,
     group: Any,
 ) -> tuple[dict[str, Any], bool]:
-    """Return the saved state of one optimizer, by position, each rank's part, and whether names decided the order."""
+    """Return this rank's part of one optimizer's saved state, by position, and whether names decided the order."""
     state, named = by_position(tree, optimizer, model)
     check_family(state, optimizer)
     fresh = allocated(state, optimizer)
-    # The same dicts of one parameter's state, under the names of the checkpoint.
+    # The same dicts of each parameter's state, under the names in the checkpoint.
     entries = dict(zip(tree["state"], (fresh["state"][index] for index in state["state"]), strict=True))
     _read(opened, {name: {"state": entries}}, weights_only, group)
     return fresh, named
 
 
 def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
-    """Return the trees of all saved optimizer states, in order: meta tensors for tensors, None for the rest."""
+    """Return all saved optimizer states in order, with meta tensors for tensors and None for other entries."""
     trees: dict[str, dict[str, Any]] = {}
     for key, place in index.planner_data.items():
         if not re.fullmatch(r"optimizer_\d+", str(place[0])):
@@ -129,7 +129,7 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
 
 
 def _template(index: Metadata, key: str) -> Tensor | None:
-    """Return what a weight looks like; None for extra state that is no tensor."""
+    """Return a tensor with the shape and dtype of a weight; None for extra state that is not a tensor."""
     entry = index.state_dict_metadata[key]
     if not isinstance(entry, TensorStorageMetadata) or len(index.planner_data[key]) > 2:
         return None
@@ -137,10 +137,10 @@ def _template(index: Metadata, key: str) -> Tensor | None:
 
 
 def _read(opened: OpenedDirectory, state: dict[str, Any], weights_only: bool | None, group: Any) -> None:
-    """Read into the tensors of ``state``, and replace what is no tensor; every rank reads its part.
+    """Read this rank's part into the tensors of ``state``, and replace its non-tensor entries.
 
     Raises:
-        ValueError: If a file cannot be read on any rank.
+        ValueError: If any rank cannot read a file.
     """
 
     def read() -> None:

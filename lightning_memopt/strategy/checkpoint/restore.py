@@ -1,4 +1,4 @@
-"""Optimizer states and weights that were read: checked as a whole, and written only then."""
+"""Check optimizer states and weights that were read, and write them only after all checks have passed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, A
     """Return the weights and the optimizer states of a checkpoint in one file.
 
     Args:
-        checkpoint: What was read.
+        checkpoint: The checkpoint that was read.
         weights: The key of the weights.
         states: The key of the optimizer states.
 
@@ -51,7 +51,7 @@ def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, A
         if not fits:
             got = type(value).__name__
             raise TypeError(f"The checkpoint has under {key!r} a value of the type {got}: Lightning did not save it.")
-    optimizers = [state for state in optimizers if state != {}]  # what a run without an optimizer saves
+    optimizers = [state for state in optimizers if state != {}]  # a run without an optimizer saves an empty state
     for number, state in enumerate(optimizers):
         check_structure(state, f"state of optimizer {number} in the checkpoint")
     return found, optimizers
@@ -66,18 +66,18 @@ def prepare_optimizer(
     named: bool,
     whole: bool,
 ) -> Callable[[], None]:
-    """Check the state of one optimizer and return what loads it.
+    """Check the state of one optimizer and return a function that loads it.
 
     Args:
         state: A state dict by position, in the order of the optimizer's parameters.
         optimizer: The optimizer.
         model: The model that it trains.
-        share: This rank's position, and how many ranks divide looking at tensors that all of them have.
+        share: This rank's position and the number of ranks that share the check of tensors that all of them have.
         named: Whether names decided the order.
-        whole: Whether tensors are whole, not this rank's parts.
+        whole: Whether tensors are full tensors, not this rank's local parts.
 
     Raises:
-        ValueError: If it does not fit, or holds what is no state.
+        ValueError: If the state does not fit, or holds invalid values.
     """
     if isinstance(optimizer, MemOpt):
         load = optimizer.prepare_load(state, share=share, ordered=True)
@@ -108,17 +108,19 @@ def _loader(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, whole: b
 def check_values(
     weights: Mapping[str, Any], ours: Mapping[str, Any], model: nn.Module, share: Share, path: Any
 ) -> None:
-    """Refuse weights that are no numbers, or not finite; buffers may have infinite elements, as masks do.
+    """Refuse sparse and meta tensors, parameters with NaN, and trained parameters with infinite elements.
+
+    The values of buffers are not checked.
 
     Args:
         weights: The saved weights by name.
-        ours: The model's.
+        ours: The model's weights by name.
         model: The model.
-        share: This rank's position, and how many ranks divide looking at tensors that all of them have.
+        share: This rank's position and the number of ranks that share the check of tensors that all of them have.
         path: The checkpoint, for the message.
 
     Raises:
-        ValueError: Naming the first that is refused.
+        ValueError: If a weight is refused; the message names the first.
     """
     values, params = Values(share), parameter_names(model)
     for name, value in weights.items():
@@ -132,11 +134,11 @@ def check_values(
 
 @torch.no_grad()
 def write_weights(weights: Mapping[str, Any], ours: dict[str, Any], model: nn.Module) -> None:
-    """Put weights into the model: whole ones, or parts that are placed as the model's.
+    """Write weights into the model: full tensors, or DTensors placed as the model's.
 
     Args:
-        weights: The saved weights by name; those that the model does not have are left out.
-        ours: The model's state, in which the tensors are its own.
+        weights: The saved weights by name. Those that the model does not have are ignored.
+        ours: The model's state dict, with the model's own tensors.
         model: The model.
     """
     for name in ours.keys() & weights.keys():
@@ -144,6 +146,6 @@ def write_weights(weights: Mapping[str, Any], ours: dict[str, Any], model: nn.Mo
             fill_(ours[name], weights[name])
         else:
             ours[name] = weights[name]
-    # The tensors are the model's already; hooks and extra state are served.
+    # The tensors are written already. This call runs hooks and loads extra state.
     mine = {name: ours[name] for name in ours if name in weights}
     set_model_state_dict(model, mine, options=StateDictOptions(strict=False))

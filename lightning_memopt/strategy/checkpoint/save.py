@@ -1,4 +1,4 @@
-"""Save a checkpoint: one directory that all ranks write to, or one file that the first rank writes."""
+"""Save a checkpoint as a directory that all ranks write to, or as one file that the first rank writes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _TRIES = 20
 
 
 def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str, Any]:
-    """Return the weights by name: each rank's part, or whole ones on the first rank and nothing on the others.
+    """Return the weights by name: local parts on each rank, or full weights on the first rank and none on the others.
 
     Args:
         model: The LightningModule.
-        whole: Whether to gather, one tensor after the other.
+        whole: Whether to gather the weights, one tensor at a time.
         group: The process group; None for all ranks.
     """
     state = get_model_state_dict(model)
@@ -45,43 +45,43 @@ def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, whole: bool, group: Any = None
 ) -> dict[str, Any]:
-    """Return the optimizer's state: each rank's part by name, or a single device's state dict on the first rank.
+    """Return the optimizer's state: each rank's local part by name, or a single-device state dict on the first rank.
 
     Args:
         optimizer: The optimizer itself, not Lightning's wrapper.
         model: The LightningModule.
-        whole: Whether to gather, one tensor after the other; other ranks than the first get nothing.
+        whole: Whether to gather the state, one tensor at a time. Ranks other than the first get an empty dict.
         group: The process group; None for all ranks.
 
     Raises:
-        ValueError: If a parameter is not the model's.
+        ValueError: If a parameter is not in the model.
     """
     if not whole:
         return by_name(optimizer, model)
     state = optimizer.state_dict()
     keep = rank_and_size(group)[0] == 0
-    # In the same order everywhere: every tensor is a collective.
+    # Every tensor is a collective, so all ranks must use the same order.
     states = {index: _gather(state["state"][index], keep) for index in sorted(state["state"])}
     groups = [_gather(plain_group(entries), keep) for entries in state["param_groups"]]
-    # An optimizer of this package may have been given other names, by which it is found on a single device.
+    # An optimizer of this package may have received other names. On a single device, state is matched by these.
     names = state.get(NAMES) or names_of(optimizer, model)
     return {"state": states, "param_groups": groups, NAMES: names} if keep else {}
 
 
 def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = None) -> None:
-    """Save a checkpoint as a directory, in the place of whatever has its name.
+    """Save a checkpoint as a directory, and replace an existing checkpoint of this name.
 
     The layout is that of Lightning's ModelParallelStrategy: torch's distributed checkpoint with ``state_dict`` and
     ``optimizer_0``, ..., and everything else in ``meta.pt``.
 
     Args:
-        checkpoint: What Lightning saves, with sharded ``state_dict`` and, by name, ``optimizer_states``.
+        checkpoint: Lightning's checkpoint, with sharded ``state_dict`` and ``optimizer_states`` by name.
         path: The directory, on a file system that all ranks share.
         group: The process group; None for all ranks.
 
     Raises:
-        IsADirectoryError: If the path is a directory of something else.
-        OSError: If any rank cannot write; what was there is unchanged then.
+        IsADirectoryError: If the path is a directory that holds something else.
+        OSError: If any rank cannot write. An existing checkpoint is unchanged then.
     """
     state = {WEIGHTS: checkpoint[WEIGHTS]}
     state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
@@ -100,34 +100,34 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
         ) from error
     finally:
         if new is not None and rank_and_size(group)[0] == 0:
-            atomic.abandon(new)  # nothing is there after a commit
+            atomic.abandon(new)  # after a commit there is nothing to remove
 
 
 def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, group: Any = None) -> None:
     """Save a checkpoint as one file, written by the first rank.
 
     Args:
-        checkpoint: What Lightning saves, complete on the first rank.
-        path: The file, or what the CheckpointIO takes for one.
+        checkpoint: Lightning's checkpoint, complete on the first rank.
+        path: The file, or any path that the CheckpointIO accepts.
         checkpoint_io: Lightning's CheckpointIO.
         group: The process group; None for all ranks.
 
     Raises:
-        IsADirectoryError: If the path is a directory of something else.
-        OSError: If the first rank cannot write; with AtomicCheckpointIO, what was there is unchanged then.
+        IsADirectoryError: If the path is a directory that holds something else.
+        OSError: If the first rank cannot write. With AtomicCheckpointIO, an existing checkpoint is unchanged then.
     """
 
     def write() -> None:
         check_replaceable(Path(path))
         if not isinstance(innermost(checkpoint_io), AtomicCheckpointIO) and Path(path).is_dir():
-            atomic.discard(Path(path))  # a distributed checkpoint, which nobody expects to find there
+            atomic.discard(Path(path))  # a distributed checkpoint; a CheckpointIO expects a file
         checkpoint_io.save_checkpoint(checkpoint, path)
 
     on_first(write, group)
 
 
 def _begin(path: Path) -> Path:
-    """Return a new directory to save to, with what somebody has put beside the checkpoint that it replaces."""
+    """Return a new directory to save to, with a copy of other files from the directory that it replaces."""
     new = atomic.begin(path)
     try:
         new.mkdir()
@@ -143,7 +143,7 @@ def _begin(path: Path) -> Path:
 
 
 def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, Checksum]:
-    """Write this rank's files, and return the checksums of all that it wrote."""
+    """Write this rank's files and return their checksums."""
     _, size = rank_and_size(group)
     writer, files = FileSystemWriter(folder, sync_files=True), ChecksummedFiles()
     writer.fs = files
@@ -167,11 +167,11 @@ def _gather(entries: Mapping[str, Any], keep: bool) -> dict[str, Any]:
 
 
 class FirstRankPlanner(DefaultSavePlanner):
-    """Writes what is not sharded from the first rank, and every shard from one of the ranks that hold it.
+    """Writes plain tensors from the first rank, and every shard from one of the ranks that hold it.
 
-    The default takes each tensor from whichever rank has least to write. For plain tensors that differ between ranks,
-    such as running statistics, that is a mixture which no rank has ever had. (``dedup_save_to_lowest_rank`` cures that,
-    but leaves all shards of a replicated model to the first replica.)
+    The default planner writes each tensor from the rank with the least to write. If plain tensors differ between ranks,
+    as running statistics do, the checkpoint mixes the ranks' values. (``dedup_save_to_lowest_rank`` avoids this, but
+    the first replica then writes all shards of a replicated model.)
     """
 
     @override

@@ -1,4 +1,4 @@
-"""Optimizer states by parameter name or by position; whole or cut for this rank."""
+"""Optimizer states by parameter name or by position, as full tensors or as this rank's local parts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.naming import arranged, places, saved_names
 from lightning_memopt.sharding.tensors import fill_
 
-# What torch.compile and activation checkpointing put into names; `get_model_state_dict` strips the same.
+# torch.compile and activation checkpointing add these to names; `get_model_state_dict` strips the same.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by all their names; a tied parameter has several, the first one goes into checkpoints."""
+    """Return the parameters by name. A tied parameter has several names; checkpoints use the first."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass without a backward pass it has other parameters
+            module.reshard()  # a forward pass without a backward pass leaves gathered parameters
     return {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): param
         for name, param in model.named_parameters(remove_duplicate=False)
@@ -32,7 +32,7 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_names(model: nn.Module) -> dict[Tensor, str]:
-    """Return the names under which checkpoints have the parameters."""
+    """Return the names of the parameters in checkpoints."""
     names: dict[Tensor, str] = {}
     for name, param in parameter_names(model).items():
         names.setdefault(param, name)
@@ -40,12 +40,12 @@ def first_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return the optimizer's state dict with names in the place of positions.
+    """Return the optimizer's state dict with parameter names instead of positions.
 
-    State that does not exist is not made up: torch's own function takes a step on zero gradients to create it.
+    State that does not exist yet is not created. torch's own function takes a step on zero gradients to create it.
 
     Raises:
-        ValueError: If a parameter is not the model's.
+        ValueError: If a parameter is not in the model.
     """
     ordered = names_of(optimizer, model)
     saved = optimizer.state_dict()
@@ -60,10 +60,10 @@ def by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any
 
 
 def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """Return the model's names of the parameters in every group.
+    """Return the names in the model of each group's parameters.
 
     Raises:
-        ValueError: If a parameter is not the model's.
+        ValueError: If a parameter is not in the model.
     """
     names = first_names(model)
     for position, param in enumerate(_params(optimizer)):
@@ -78,7 +78,7 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[st
 def by_position(
     saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Any], bool]:
-    """Return a state dict as ``optimizer.state_dict()`` has it, in today's order, and whether names decided that.
+    """Return a state dict in the format and order of ``optimizer.state_dict()``, and whether names decided the order.
 
     Raises:
         ValueError: If groups or their parameters differ; the message names the first parameter.
@@ -115,7 +115,7 @@ def _places_by_name(
         own = optimizer.parameter_names() if isinstance(optimizer, MemOpt) else None
         if own is None or own == ours:
             raise
-        return places(names, own, "checkpoint", kind)  # those that it was given, on one device
+        return places(names, own, "checkpoint", kind)  # the names passed to the optimizer, on one device
 
 
 def _places_by_count(
@@ -132,10 +132,10 @@ def _places_by_count(
 
 
 def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a state dict by position with real tensors, placed as today, in the place of those on the meta device.
+    """Replace the meta tensors of a state dict by position with real ones, placed as the optimizer needs them now.
 
-    An optimizer of this package says how; of others, what has its parameter's shape is placed as the
-    parameter is, and everything else is whole on every rank.
+    An optimizer of this package defines the placement of its state. For other optimizers, state with the shape of its
+    parameter is placed as the parameter is, and all other state is whole on every rank.
     """
     if isinstance(optimizer, MemOpt):
         return optimizer.allocate_state_dict(saved)
@@ -144,9 +144,9 @@ def allocated(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dic
 
 
 def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return a state dict by position as the optimizer can load it, from one with whole tensors.
+    """Shard the full tensors of a state dict by position, so that the optimizer can load it.
 
-    An optimizer of this package cuts whole tensors itself, when it loads them.
+    An optimizer of this package shards full tensors itself when it loads them.
     """
     if isinstance(optimizer, MemOpt):
         return dict(saved)
@@ -154,18 +154,18 @@ def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def gathered(value: Any, keep: bool) -> Any:
-    """Return a tensor whole and on the CPU, or None if not ``keep``; all ranks of its mesh must call this."""
+    """Return the full tensor on the CPU, or None if not ``keep``. All ranks of its mesh must call this function."""
     if not isinstance(value, Tensor):
         return value if keep else None
     value = value.detach()
     if isinstance(value, DTensor):
-        if value.device.type != value.device_mesh.device_type:  # offloaded: its group cannot send from the CPU
+        if value.device.type != value.device_mesh.device_type:  # offloaded: the process group cannot send from the CPU
             value = value.to(value.device_mesh.device_type)
         value = value.full_tensor()
     if not keep:
         return None
     value = value.cpu()
-    # A view would take everything that it is a view of into the file.
+    # A view would write its whole storage to the file.
     return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
 
 
@@ -174,9 +174,9 @@ def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _with_params(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, change: Any) -> dict[Any, Any]:
-    """Apply a function of a state tensor and its parameter to all state; parameters correspond by position."""
+    """Apply a function of a state tensor and its parameter to all state. Parameters are matched by position."""
     ids = [index for group in saved["param_groups"] for index in group["params"]]
-    params: dict[Any, Tensor] = dict(zip(ids, _params(optimizer), strict=False))  # `load_state_dict` counts them
+    params: dict[Any, Tensor] = dict(zip(ids, _params(optimizer), strict=False))  # `load_state_dict` checks the number
     return {
         index: {
             key: change(value, params[index]) if isinstance(value, Tensor) else value for key, value in entry.items()

@@ -1,1 +1,1 @@
-"""A checkpoint on the disk: files that appear whole, are checked when they are read, and are never trusted."""
+"""Checkpoint files: written atomically, verified when read, and never trusted."""

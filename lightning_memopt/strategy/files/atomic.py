@@ -1,4 +1,4 @@
-"""Replacing a file or a directory in one step: a killed process leaves the old or the new one, never a mixture."""
+"""Replace a file or a directory atomically: a killed process leaves the old or the new one, never a mixture."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lightning_memopt.strategy.files.checksums import RecordingStream
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The kernel or the file system (NFS, for one) cannot exchange two names.
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
-# What a rename onto, or away from, a name says that another process has just changed.
+# Errors of a rename if another process has just changed one of the names.
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 _SAVING, _PREVIOUS = "saving", "previous"
-# A save of a process that cannot be asked, on another machine, is taken for dead after this time, in seconds.
+# A save by a process on another machine, which cannot be queried, counts as dead after this time, in seconds.
 MAX_AGE = 24 * 3600.0
 _TRIES = 100
 
@@ -33,17 +33,17 @@ _active: set[Path] = set()
 
 
 def begin(path: Path) -> Path:
-    """Clear what dead processes have left, and return a name beside ``path`` to write to that no other save has.
+    """Remove leftovers of dead processes, and return a unique name beside ``path`` to write to.
 
     Raises:
-        OSError: If the folder cannot be written to.
+        OSError: If the folder is not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(path):
-        with contextlib.suppress(FileNotFoundError):  # another process has just done it
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
             os.rename(current(path), path)
     for left in _leftovers(path):
-        with contextlib.suppress(OSError):  # another process is removing it, too
+        with contextlib.suppress(OSError):  # another process removes it at the same time
             remove(left)
     new = _own_name(path, _SAVING)
     _active.add(new)
@@ -51,31 +51,31 @@ def begin(path: Path) -> Path:
 
 
 def commit(new: Path, path: Path) -> None:
-    """Put what was written to ``new``, from :func:`begin`, in the place of ``path``, whatever is there.
+    """Replace ``path`` by ``new``, which :func:`begin` returned, and remove the old content.
 
-    Every file must have been synced already. What was there before is removed afterwards.
+    Every file must have been synced already.
 
     Raises:
-        OSError: If a name cannot be changed; ``path`` holds what it held then.
+        OSError: If a rename fails. ``path`` is unchanged then.
     """
     if new.is_dir():
         sync_folder(new)
-    old = _put(new, path)
+    old = _move_to(new, path)
     sync_folder(path.parent)
     _active.discard(new)
-    with contextlib.suppress(OSError):  # the save is complete: what cannot be removed now, the next one removes
+    with contextlib.suppress(OSError):  # the save is complete; the next save removes leftovers
         remove(old)
 
 
 def abandon(new: Path) -> None:
-    """Remove what was written, after an error; the name that it was meant for holds what it held before."""
+    """Remove what was written, after an error. The path to replace is unchanged."""
     _active.discard(new)
     with contextlib.suppress(OSError):
         remove(new)
 
 
 def current(path: Path) -> Path:
-    """Return where the content of ``path`` is: between two renames, or where a process was killed there, elsewhere."""
+    """Return where the content of ``path`` is: under another name if a save has not finished its two renames."""
     if os.path.lexists(path):
         return path
     waiting = [entry for entry, kind, _, _ in _hidden(path) if kind == _PREVIOUS]
@@ -83,10 +83,10 @@ def current(path: Path) -> Path:
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace ``path`` by what ``write`` writes into the stream it is given.
+    """Replace ``path`` by the file that ``write`` writes to its stream.
 
     Raises:
-        OSError: If it cannot be written; ``path`` holds what it held then.
+        OSError: If it cannot be written. ``path`` is unchanged then.
     """
     new = begin(path)
     try:
@@ -102,7 +102,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def write_synced(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and sync it to disk."""
     with path.open("wb") as raw, RecordingStream(raw) as stream:
         write(stream)  # type: ignore[arg-type]
         stream.flush()
@@ -110,7 +110,7 @@ def write_synced(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a directory of any size; its name is gone at once.
+    """Remove a file or a directory of any size. Its name is gone at once.
 
     Raises:
         OSError: If it cannot be removed.
@@ -123,7 +123,7 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path | None) -> None:
-    """Remove a file, a link or a directory, if it is there."""
+    """Remove a file, a link or a directory, if it exists."""
     if path is None:
         return
     if path.is_dir() and not path.is_symlink():
@@ -133,8 +133,8 @@ def remove(path: Path | None) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
+    """Sync the names in a folder to disk."""
+    if os.name != "posix":  # other systems cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -143,10 +143,10 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put(new: Path, path: Path) -> Path | None:
-    """Let ``path`` be what ``new`` is, and return the name that the old content has now, if it has one.
+def _move_to(new: Path, path: Path) -> Path | None:
+    """Move ``new`` to ``path``, and return the new name of the old content, if there is any.
 
-    Another process may be putting its own save there: whoever comes last stays, and both are whole.
+    Another process may replace ``path`` at the same time. The last save wins, and both are complete.
     """
     previous = _own_name(path, _PREVIOUS)
     for _ in range(_TRIES):
@@ -163,7 +163,7 @@ def _put(new: Path, path: Path) -> Path | None:
             return previous
         except OSError as error:
             if not os.path.lexists(path):
-                with contextlib.suppress(OSError):  # nothing was moved away, or another save is there by now
+                with contextlib.suppress(OSError):  # nothing was moved away, or another save has arrived
                     os.rename(previous, path)
             if error.errno not in _TAKEN or not os.path.lexists(new):
                 raise
@@ -171,7 +171,7 @@ def _put(new: Path, path: Path) -> Path | None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; return False where that is not possible.
+    """Exchange two names atomically. Return False if the system does not support it.
 
     Raises:
         OSError: If it fails for another reason.
@@ -188,16 +188,16 @@ def exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
-# ---------------------------------------------------------------------- hidden names: whose they are, which are left
+# ---------------------------------------------------------------------- hidden names: their owners, and leftovers
 
 
 def _own_name(path: Path, kind: str) -> Path:
-    """Return a hidden name beside ``path`` that tells who made it and that nobody else makes."""
+    """Return a unique hidden name beside ``path`` that identifies this process."""
     return path.with_name(f".{path.name}.{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _hidden(path: Path) -> Iterator[tuple[Path, str, str, int]]:
-    """Yield the hidden names of saves to ``path`` with kind, machine and process; names of older versions have none."""
+    """Yield the hidden names of saves to ``path`` with kind, machine and process. Older versions save only the kind."""
     form = re.compile(rf"\.{re.escape(path.name)}\.({_SAVING}|{_PREVIOUS})(?:-([0-9a-f]+)-(\d+)-[0-9a-f]+)?")
     with contextlib.suppress(FileNotFoundError), os.scandir(path.parent) as entries:
         for entry in entries:
@@ -206,7 +206,7 @@ def _hidden(path: Path) -> Iterator[tuple[Path, str, str, int]]:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """Return the names that nobody will come back to: of processes that are gone, or too old."""
+    """Return abandoned names: those of dead processes, and those that are too old."""
     now = time.time()
     return [
         entry
@@ -225,13 +225,13 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is there, and somebody else's
+    except OSError:  # it exists, and another user owns it
         return True
     return True
 
 
 def _age_key(path: Path) -> float:
-    """Return when a file, or anything in a directory, was last written to; now, if it is gone."""
+    """Return the last modification time of a file or of a directory's entries; the current time if it is gone."""
     times = []
     with contextlib.suppress(OSError):
         times.append(path.lstat().st_mtime)
@@ -242,7 +242,7 @@ def _age_key(path: Path) -> float:
 
 @functools.cache
 def _machine() -> str:
-    """Return what two processes share that see each other's process numbers: host, boot and container."""
+    """Return an identifier of host, boot and container. Processes that share it see each other's process IDs."""
     facts = [platform.node()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
         with contextlib.suppress(OSError):  # not Linux
@@ -251,7 +251,7 @@ def _machine() -> str:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Describe where it began: torch's writer follows a full disk with an error of its own."""
+    """Describe the first error in the chain. After a full disk, torch's writer raises an error of its own."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)

@@ -1,4 +1,4 @@
-"""Checksums of whole files: taken while they are written, compared when they are read."""
+"""Checksums of whole files, computed while they are written and compared when they are read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _BLOCK = 1 << 20
 
 
 class RecordingStream:
-    """A file for writing that remembers the error of the system that came first.
+    """A file for writing that records the first error of the operating system.
 
-    Torch's writers go on after an error, and what they raise in the end ("unexpected pos 704 vs 598") hides that the
-    disk is full. On leaving the ``with`` block, the error that came first is raised.
+    torch's writers continue after an error, and their final error ("unexpected pos 704 vs 598") hides that the disk is
+    full. The ``with`` block raises the first error at its end.
     """
 
     def __init__(self, raw: IO[bytes]) -> None:
@@ -35,7 +35,7 @@ class RecordingStream:
             return self._raw.write(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
+        """Flush the buffer to the operating system."""
         with self._remembered():
             self._raw.flush()
 
@@ -69,7 +69,7 @@ class RecordingStream:
 
 
 class ChecksummedStream(RecordingStream):
-    """A file for writing, from its beginning to its end, that knows its checksum."""
+    """A file that is written sequentially and computes its checksum."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         """Write to ``raw``, a new file."""
@@ -77,7 +77,7 @@ class ChecksummedStream(RecordingStream):
         self._size = self._crc = 0
 
     def write(self, data: Any) -> int:
-        """Write bytes and count them in."""
+        """Write bytes and add them to the checksum."""
         count = super().write(data)
         self._size += count
         self._crc = zlib.crc32(data, self._crc)
@@ -85,19 +85,19 @@ class ChecksummedStream(RecordingStream):
 
     @property
     def checksum(self) -> Checksum:
-        """Size and CRC-32 of what was written."""
+        """Size and CRC-32 of the bytes written so far."""
         return self._size, self._crc
 
 
 class ChecksummedFiles(FileSystem):
-    """Torch's way to the file system for distributed checkpoints, with a checksum of every file that it writes.
+    """torch's FileSystem for distributed checkpoints, which also computes a checksum of every file that it writes.
 
     Attributes:
         checksums: File name → checksum.
     """
 
     def __init__(self) -> None:
-        """Know no file yet."""
+        """Start without checksums."""
         self.checksums: dict[str, Checksum] = {}
 
     @contextmanager
@@ -129,10 +129,10 @@ def checksum(stream: IO[bytes]) -> Checksum:
 
 
 def parsed(table: Any) -> dict[str, Checksum]:
-    """Return a table of checksums that was read from a file.
+    """Validate a table of checksums that was read from a file, and return it.
 
     Raises:
-        ValueError: If it is no such table.
+        ValueError: If it is not such a table.
     """
     if not isinstance(table, Mapping) or not all(map(_is_entry, table.items())):
         raise ValueError(f"the table of checksums is damaged: {table!r:.200}")

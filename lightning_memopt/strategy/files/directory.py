@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint directory, and which are somebody else's."""
+"""The files of a checkpoint directory, as opposed to other files in it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-INDEX = ".metadata"  # torch's: keys, shapes, and which rank's file holds them
+INDEX = ".metadata"  # torch's: keys, shapes, and the file that holds each
 REST = "meta.pt"  # Lightning's: everything but weights and optimizer states
 CHECKSUMS = "lightning_memopt_checksums"  # key in `meta.pt`: size and CRC-32 of all other files
-SAMPLED = "lightning_memopt_files"  # what earlier versions have there: checksums of samples
+SAMPLED = "lightning_memopt_files"  # the key of earlier versions: checksums of samples
 SHARDS = re.compile(r"__\d+_\d+\.distcp")
 _OURS = re.compile(rf"meta\.pt|\.metadata(\.tmp)?|{SHARDS.pattern}")
 
@@ -33,7 +33,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def copy_others(old: Path, new: Path) -> None:
-    """Copy what somebody has put beside the checkpoint, such as a tokenizer, into the directory that replaces it."""
+    """Copy other files in a checkpoint directory, such as a tokenizer, to the directory that replaces it."""
     if old.is_symlink() or not old.is_dir():
         return
     for entry in old.iterdir():

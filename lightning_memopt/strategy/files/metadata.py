@@ -1,4 +1,4 @@
-"""Reading torch's ``.metadata``, a pickle, without trust: it can import, call and build nothing but what it needs."""
+"""Read torch's ``.metadata``, a pickle, without trusting it: it can import, call and build only what it needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 _TORCHS = "torch.distributed.checkpoint"
-# The classes of torch's own that have no behaviour here: their fields are taken and checked afterwards.
+# torch's classes that are replaced by records without behavior. Their fields are checked afterwards.
 _RECORDS = {
     f"{_TORCHS}.metadata": (
         "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -31,7 +31,7 @@ _RECORDS = {
     ),
     f"{_TORCHS}.filesystem": ("_StorageInfo",),
 }  # fmt: skip
-# What pickle writes for these. Others can ask for any amount of memory: a place in the memo by number, for one.
+# The opcodes that pickle writes for these. Others, such as PUT with a memo index, can allocate any amount of memory.
 _OPCODES = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD",
     "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE",
@@ -46,8 +46,8 @@ def parse_metadata(content: bytes) -> Metadata:
     """Return torch's metadata from the bytes of a ``.metadata`` file, without trusting them.
 
     Raises:
-        pickle.UnpicklingError: If the pickle asks for anything but the classes that a good one consists of.
-        ValueError: If it is damaged, or its fields are not what torch's default planner writes.
+        pickle.UnpicklingError: If the pickle needs classes that a valid file does not contain.
+        ValueError: If it is damaged, or torch's default planner did not write its fields.
     """
     try:
         for opcode, _, position in pickletools.genops(content):
@@ -56,18 +56,18 @@ def parse_metadata(content: bytes) -> Metadata:
         loaded = _Unpickler(io.BytesIO(content)).load()
     except _ForbiddenError:
         raise
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle can raise any error
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return _metadata(loaded)
 
 
 class _ForbiddenError(pickle.UnpicklingError):
     def __reduce__(self) -> tuple[Any, ...]:
-        return pickle.UnpicklingError, self.args  # what other ranks can raise
+        return pickle.UnpicklingError, self.args  # an error that other ranks can raise
 
 
 class _Record:
-    """Stands for an object of torch's; keeps the state that the pickle gives it."""
+    """Stands for one of torch's objects, and keeps the state from the pickle."""
 
     state: Any = None
 
@@ -76,7 +76,7 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows stand-ins, made anew for every file: a pickle can also set attributes of the classes that it gets."""
+    """Creates new stand-in classes for every file, because a pickle can set attributes of classes."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
@@ -92,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) in known:
             return known[module, name]
-        # Where the checkpoint was saved, which nothing reads; Python 3.13 moved the classes.
+        # The path where the checkpoint was saved, which is not used. Python 3.13 moved the classes.
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
             return lambda *parts: "/".join(map(str, parts))
         dtype = getattr(torch, name, None) if module == "torch" else None
@@ -101,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
         raise _ForbiddenError(f"it asks for `{module}.{name}`, which no checkpoint needs")
 
 
-# ---------------------------------------------------------------------- stand-ins → torch's objects, fields checked
+# ---------------------------------------------------------------------- stand-ins → torch's objects
 
 
 def _metadata(loaded: Any) -> Metadata:
@@ -145,7 +145,7 @@ def _storage(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
 
 
 def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Return whether two parts share an element, told by the cells of the grid that all their edges make."""
+    """Return whether two parts share an element, by counting the cells of the grid that their edges form."""
     boxes = [[(start, start + size) for start, size in zip(c.offsets, c.sizes, strict=True)] for c in chunks]
     edges = [sorted({edge for span in spans for edge in span}) for spans in zip(*boxes, strict=True)]
     if math.prod(map(len, edges)) > _MOST_CELLS:
@@ -177,7 +177,7 @@ def _place(value: Any, entries: Mapping[str, Any]) -> tuple[str | int, ...]:
     """Return the keys and positions under which the nested state dict holds an entry."""
     place = tuple(value) if isinstance(value, tuple | list) else (value,)
     for step in place:
-        # A position is that of a list, which gets as long as it says.
+        # A position indexes a list, which is extended to that length.
         if not isinstance(step, str) and not (isinstance(step, int) and 0 <= step <= len(entries)):
             raise ValueError(f"it has the place {reprlib.repr(place)}")
     if not place:

@@ -1,4 +1,4 @@
-"""A checkpoint directory that is open: what is read is one save, on all ranks, and checked before it is used."""
+"""An open checkpoint directory: all ranks read one save, which is checked before it is used."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class OpenedDirectory:
     """All files of a checkpoint directory, opened once through one descriptor.
 
     Attributes:
-        path: The name it was opened under.
-        identity: Tells this save from others; the same on every rank that has opened the same one.
-        index: Torch's metadata: keys, shapes and dtypes, and where they are.
+        path: The path under which it was opened.
+        identity: Identifies this save; equal on all ranks that opened the same save.
+        index: torch's metadata: keys, shapes, dtypes and locations.
         rest: The checkpoint without weights and optimizer states.
     """
 
     def __init__(self, path: Path, *, weights_only: bool | None = None, verify: bool = True) -> None:
-        """Open a directory, and read all but weights and optimizer states.
+        """Open a directory, and read everything except weights and optimizer states.
 
         Args:
             path: The directory.
-            weights_only: As for ``torch.load``, for what is no tensor.
+            weights_only: As in ``torch.load``, for entries that are not tensors.
             verify: Whether to compare checksums, here and in :meth:`check`.
 
         Raises:
             ValueError: If a file is missing or damaged; the message names it.
-            pickle.UnpicklingError: If a file asks for objects that are not allowed.
+            pickle.UnpicklingError: If a file contains objects that are not allowed.
         """
         self.path = path
         self._weights_only, self._verify = weights_only, verify
@@ -125,10 +125,10 @@ class OpenedDirectory:
     # ------------------------------------------------------------------ checking
 
     def check(self, share: tuple[int, int]) -> None:
-        """Check that all files are whole and those of one save.
+        """Check that all files are complete and belong to one save.
 
         Args:
-            share: Rank and number of the ranks that divide the reading among them.
+            share: This rank's position and the number of ranks that share the reading.
 
         Raises:
             ValueError: If a file is truncated, damaged or from another save; the message names it.
@@ -155,11 +155,11 @@ class OpenedDirectory:
             if ends.get(name, 0) > expected:
                 raise self._mixed(name, f"{INDEX!r} says that it has {ends[name]} bytes")
         for name in sorted(os.listdir(self.path if self._folder is None else self._folder)):
-            if SHARDS.fullmatch(name) and name not in known and self._length_of_stray(name):
+            if SHARDS.fullmatch(name) and name not in known and self._stray_size(name):
                 raise self._mixed(name, f"{INDEX!r} does not know it. Remove it if the others are the ones you want")
 
-    def _length_of_stray(self, name: str) -> int:
-        """Return the size of a file that no table lists; torch writes an empty one where a rank has nothing to save."""
+    def _stray_size(self, name: str) -> int:
+        """Return the size of a file that no table lists. torch writes an empty file if a rank has nothing to save."""
         return os.stat(name if self._folder is not None else self.path / name, dir_fd=self._folder).st_size
 
     def _compare(self, name: str) -> None:
@@ -185,7 +185,7 @@ class OpenedDirectory:
         )
 
     def _ends(self) -> dict[str, int]:
-        """Return the size that every rank's file must have at least."""
+        """Return the minimum size of every rank's file."""
         ends: dict[str, int] = {}
         for info in self.index.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -194,11 +194,11 @@ class OpenedDirectory:
     # ------------------------------------------------------------------ reading
 
     def object(self, key: str) -> Any:
-        """Return the value of a key that is no tensor.
+        """Return the value of a key that is not a tensor.
 
         Raises:
             ValueError: If it is damaged.
-            pickle.UnpicklingError: If it asks for objects that are not allowed.
+            pickle.UnpicklingError: If it contains objects that are not allowed.
         """
         return self._load(MetadataIndex(key), self._weights_only)
 
@@ -206,8 +206,8 @@ class OpenedDirectory:
         """Return a part of a tensor, as it was saved.
 
         Raises:
-            ValueError: If it is damaged, or not what the index says.
-            pickle.UnpicklingError: If it is no tensor.
+            ValueError: If it is damaged, or does not match the index.
+            pickle.UnpicklingError: If it is not a tensor.
         """
         value = self._load(index, True)
         entry = self.index.state_dict_metadata[index.fqn]
@@ -226,16 +226,16 @@ class OpenedDirectory:
         return value
 
     def whole(self, key: str) -> Any:
-        """Return the value of a key: an object, or a tensor put together from its parts.
+        """Return the value of a key: an object, or a tensor assembled from its parts.
 
         Raises:
-            ValueError: As :meth:`tensor`.
-            pickle.UnpicklingError: As :meth:`object`.
+            ValueError: As for :meth:`tensor`.
+            pickle.UnpicklingError: As for :meth:`object`.
         """
         entry = self.index.state_dict_metadata[key]
         if not isinstance(entry, TensorStorageMetadata):
             return self.object(key)
-        with naming(self.path / INDEX):  # the shape may be nonsense
+        with naming(self.path / INDEX):  # the shape may be invalid
             value = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             part = value
@@ -251,7 +251,7 @@ class OpenedDirectory:
             return torch.load(stream, map_location="cpu", weights_only=weights_only)
 
     def stream(self, index: MetadataIndex) -> IO[bytes]:
-        """Return what was saved for a key, or for a part of a tensor, in torch's format."""
+        """Return the saved bytes of a key, or of a part of a tensor, in the format of ``torch.save``."""
         info = self.index.storage_data[index]
         stream = self._files[info.relative_path]
         stream.seek(info.offset)

@@ -1,4 +1,4 @@
-"""Reading torch's files: opened once, checked, and with errors that name the file."""
+"""Read files of ``torch.save``: open them once, verify them, and name the file in errors."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from lightning_memopt.strategy.files.atomic import current
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _BLOCK, _PICKLE_SIZE = 1 << 20, 1 << 24
-# What an `os.system` in a pickle is called on the system that wrote it.
+# A pickle names `os.system` by the module of the platform that wrote it.
 _SYSTEM_MODULES = {"posix": "os", "nt": "os"}
 
 
 class OpenedFile:
-    """One file of torch's, opened once: what is read is one save, whatever is put under the name meanwhile.
+    """A file of ``torch.save``, opened once. All reads come from one save, even if another process replaces the file.
 
     Attributes:
-        path: The name it was opened under.
-        identity: Tells this save from others; the same on every rank that has opened the same one.
+        path: The path under which it was opened.
+        identity: Identifies this save; equal on all ranks that opened the same save.
     """
 
     def __init__(self, path: Path) -> None:
         """Open a file.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If it does not exist.
             ValueError: If torch did not write it, or it is damaged.
         """
         self.path = path
@@ -54,16 +54,16 @@ class OpenedFile:
             raise
 
     def read(self, *, weights_only: bool | None = None, map_location: Any = "cpu", verify: bool = True) -> Any:
-        """Return what ``torch.save`` wrote; tensors are mapped into memory, so that only what is used is read.
+        """Return the saved object. Tensors are memory-mapped, so only those that are used are read.
 
         Args:
-            weights_only: As for ``torch.load``.
-            map_location: As for ``torch.load``.
-            verify: Whether to compare the checksums of everything first, which reads the whole file.
+            weights_only: As in ``torch.load``.
+            map_location: As in ``torch.load``.
+            verify: Whether to compare all checksums first, which reads the whole file.
 
         Raises:
             ValueError: If it is truncated or damaged.
-            pickle.UnpicklingError: If it holds objects and only tensors and builtins are allowed.
+            pickle.UnpicklingError: If it contains objects that ``weights_only`` does not allow.
         """
         with naming(self.path, self._stream):
             if verify and self._magic == _ZIP:
@@ -78,7 +78,7 @@ class OpenedFile:
             )
 
     def close(self) -> None:
-        """Close the file; tensors that were read stay valid."""
+        """Close the file. Tensors that were read stay valid."""
         self._stream.close()
 
     def _identity(self) -> str:
@@ -90,7 +90,7 @@ class OpenedFile:
         return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
 
     def _mappable(self) -> str | None:
-        """Return a path of the file that is open, not of what has its name by now; None if it cannot be mapped."""
+        """Return a path to the open file, which its name may no longer refer to; None if it cannot be memory-mapped."""
         if self._magic != _ZIP:
             return None
         descriptor = self._stream.fileno()
@@ -100,11 +100,11 @@ class OpenedFile:
 
 
 def open_regular(path: Path | str, folder: int | None = None) -> IO[bytes]:
-    """Open a file for reading, in a folder given by its descriptor; never waits, as on a pipe.
+    """Open a regular file for reading, in a folder given by its descriptor. Never blocks, as opening a pipe would.
 
     Raises:
-        FileNotFoundError: If there is none.
-        OSError: If it is something else than a file.
+        FileNotFoundError: If it does not exist.
+        OSError: If it is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), dir_fd=folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -114,10 +114,10 @@ def open_regular(path: Path | str, folder: int | None = None) -> IO[bytes]:
 
 
 def verify_zip(stream: IO[bytes]) -> None:
-    """Compare every entry of a file of torch's with the CRC-32 that the file has of it.
+    """Compare every entry of a file of ``torch.save`` with its CRC-32 in the file.
 
     Raises:
-        zipfile.BadZipFile: If one differs, or the file is no archive.
+        zipfile.BadZipFile: If an entry does not match, or the file is not a zip archive.
     """
     stream.seek(0)
     with zipfile.ZipFile(stream) as archive:
@@ -129,15 +129,15 @@ def verify_zip(stream: IO[bytes]) -> None:
 
 @contextmanager
 def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None, None, None]:
-    """Turn whatever is raised while a file is read into an error that names it.
+    """Convert any error while a file is read into one that names the file.
 
     Args:
-        path: Its name.
-        stream: What is unpickled, to find out what it asks for; None where no setting makes it allowed.
+        path: The path of the file.
+        stream: The pickle, to find the object that is not allowed; None if no setting allows it.
 
     Raises:
         ValueError: If the file is damaged.
-        pickle.UnpicklingError: If it asks for objects that are not allowed.
+        pickle.UnpicklingError: If it contains objects that are not allowed.
     """
     try:
         yield
@@ -153,7 +153,7 @@ def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None,
 
 def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> pickle.UnpicklingError:
     found = re.search(r"(?:GLOBAL |asks for `)([\w.]+)\.(\w+)", str(error))
-    module, name = found.groups() if found else _asked_for(stream)
+    module, name = found.groups() if found else _first_global(stream)
     way_out = _TRUST if stream is not None else "Use another checkpoint."
     if not name:
         return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {way_out}")
@@ -163,10 +163,10 @@ def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> 
     )
 
 
-def _asked_for(stream: IO[bytes] | None) -> tuple[str, str]:
-    """Return what a pickle asks for first, torch's own aside: torch's unpickler gives up before, on newer protocols."""
+def _first_global(stream: IO[bytes] | None) -> tuple[str, str]:
+    """Return the first global in a pickle that is not torch's. torch's unpickler fails earlier on newer protocols."""
     texts: list[str] = []
-    with contextlib.suppress(Exception):  # it is damaged, too
+    with contextlib.suppress(Exception):  # the file may be damaged, too
         assert stream is not None
         stream.seek(0)
         content = stream.read(_PICKLE_SIZE)

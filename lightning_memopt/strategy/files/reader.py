@@ -1,4 +1,4 @@
-"""How torch's distributed checkpointing reads an opened directory: no file twice, no object that is not allowed."""
+"""Let torch's distributed checkpointing read an opened directory: open no file twice, allow no unsafe object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_memopt.strategy.files.opened_file import naming
 
 
 class OpenedReader(StorageReader):
-    """Reads from files that are open, in the place of ``FileSystemReader``, which opens them by name again."""
+    """Reads from open files. ``FileSystemReader`` would open them by name again."""
 
     def __init__(self, opened: OpenedDirectory) -> None:
         """Read from ``opened``."""
@@ -68,10 +68,10 @@ class OpenedReader(StorageReader):
 
 
 class CheckedLoadPlanner(DefaultLoadPlanner):
-    """Torch's planner, which unpickles anything, but for what is no tensor: that is read as ``torch.load`` reads it."""
+    """torch's planner, except that objects are read with ``torch.load``: the default unpickles any object."""
 
     def __init__(self, weights_only: bool | None) -> None:
-        """Take ``weights_only`` as for ``torch.load``."""
+        """Use ``weights_only`` as in ``torch.load``."""
         super().__init__()
         self._weights_only = weights_only
 

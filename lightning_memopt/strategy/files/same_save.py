@@ -1,4 +1,4 @@
-"""Open a checkpoint so that all ranks read the same save, also while another process replaces it."""
+"""Open a checkpoint so that all ranks read the same save, even while another process replaces it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRIES, _PAUSE = 60, 0.02
 
 
 class Opened(Protocol):
-    """What is open, and tells which save it is."""
+    """An open checkpoint with an identity."""
 
     identity: str
 
@@ -27,26 +27,26 @@ T = TypeVar("T", bound=Opened)
 
 
 def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
-    """Open a checkpoint on all ranks, the same save on each, also while another process replaces it.
+    """Open the same save of a checkpoint on all ranks, even while another process replaces it.
 
     Args:
-        path: Its name.
-        open_: Opens it.
+        path: The path of the checkpoint.
+        open_: Opens the checkpoint.
         group: The process group; None for all ranks.
 
     Raises:
-        Exception: Whatever ``open_`` raised on a rank, on all ranks.
-        ValueError: If ranks see different saves under the name, or it is replaced again and again.
+        Exception: The error that ``open_`` raised on a rank, on all ranks.
+        ValueError: If ranks see different saves under the path, or it is replaced too often.
     """
     return _opened(path, open_, lambda action: on_all(action, group))
 
 
 def open_alone(path: Path, open_: Callable[[], T]) -> T:
-    """Open a checkpoint on this process only, also while another process replaces it.
+    """Open a checkpoint on this process only, even while another process replaces it.
 
     Raises:
-        Exception: Whatever ``open_`` raised.
-        ValueError: If it is replaced again and again.
+        Exception: The error that ``open_`` raised.
+        ValueError: If it is replaced too often.
     """
     return _opened(path, open_, lambda action: [action()])
 
@@ -77,7 +77,7 @@ def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a path is replaced; numbers of files alone are soon used again."""
+    """Return values that change when a path is replaced. Inode numbers alone are soon reused."""
     try:
         found = path.stat()
     except OSError:

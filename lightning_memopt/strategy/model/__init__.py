@@ -1,1 +1,1 @@
-"""The model before training: sharded, on its device, the same on all ranks, in the right precision."""
+"""Prepare a model for training: initialize, synchronize, shard, and set its device and precision."""

@@ -1,4 +1,4 @@
-"""Real tensors for modules that were made on the meta device, with the values that they would have been born with."""
+"""Replace the meta tensors of modules by real ones, with the initial values that the modules define."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Owners = Mapping[nn.Module, Any]
 
 
 def refuse_uninitializable(modules: Modules, owners: Owners) -> None:
-    """Refuse modules that hold something on the meta device and have no initialiser at all.
+    """Refuse modules that hold meta tensors and have no initializer.
 
     Raises:
-        ValueError: With their names. Nothing has changed then, unlike where an initialiser leaves something out.
+        ValueError: If there is one; the message names them all. Nothing has changed then. This differs from an
+            initializer that leaves out a tensor, which is found only after it has run.
     """
     _refuse(
         (name, module, [key for key, tensor in _own(module) if tensor.is_meta])
@@ -29,21 +30,21 @@ def refuse_uninitializable(modules: Modules, owners: Owners) -> None:
 
 
 def move(modules: Modules, device: torch.device, owners: Owners) -> dict[Tensor, Tensor]:
-    """Put the tensors of modules on a device as new objects, and initialise those that are on the meta device.
+    """Move the tensors of modules to a device as new objects, and initialize those on the meta device.
 
-    The old parameters are left as they are: an optimizer that holds them would otherwise keep whole copies of the
-    model on the device. Tensors that are on the device already stay.
+    The old parameters do not change: an optimizer that holds them would otherwise keep full copies of the model on the
+    device. Tensors that are on the device already stay.
 
     Args:
-        modules: With their full names, inner ones first. What they hold themselves is moved, not their children.
-        device: Where to.
-        owners: From :func:`pretrained_owners`.
+        modules: The modules with their full names, inner ones first. Tensors of their children are not moved.
+        device: The target device.
+        owners: The result of :func:`pretrained_owners`.
 
     Returns:
-        Old parameter or buffer → new one, for all that were replaced.
+        The mapping old parameter or buffer → new one, for all that were replaced.
 
     Raises:
-        ValueError: If something on the meta device is not initialised by its module.
+        ValueError: If a module does not initialize a tensor of its own that is on the meta device.
     """
     meta = {tensor for _, module in modules for _, tensor in _own(module) if tensor.is_meta}
     born = [(name, module) for name, module in modules if any(tensor in meta for _, tensor in _own(module))]
@@ -55,14 +56,14 @@ def move(modules: Modules, device: torch.device, owners: Owners) -> dict[Tensor,
 
 
 def materialize_sharded(modules: Modules, device: torch.device) -> None:
-    """Initialise what is on the meta device in a model whose parameters are sharded already.
+    """Initialize the meta tensors of a model whose parameters are sharded already.
 
     Args:
-        modules: All of the model, inner ones first.
-        device: Where to.
+        modules: All modules of the model, inner ones first.
+        device: The target device.
 
     Raises:
-        ValueError: If something on the meta device is not initialised by its module.
+        ValueError: If a module does not initialize a tensor of its own that is on the meta device.
     """
     places = [(module, key) for _, module in modules for key, tensor in _own(module) if tensor.is_meta]
     if not places:
@@ -77,22 +78,22 @@ def materialize_sharded(modules: Modules, device: torch.device) -> None:
 
 
 def pretrained_owners(root: nn.Module) -> dict[nn.Module, Any]:
-    """Return the modules below models of transformers, each with the nearest of these: it knows how to initialise."""
+    """Map each module inside a transformers model to the nearest such model, which can initialize it."""
     found: dict[nn.Module, Any] = {}
     for owner in root.modules():  # outer ones first
-        # Told by name, so that transformers need not be installed.
+        # Compare by name, so that transformers need not be installed.
         if any(cls.__name__ == "PreTrainedModel" for cls in type(owner).__mro__):
             found.update(dict.fromkeys(owner.modules(), owner))
     return found
 
 
 def convert(modules: Modules, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Convert floating-point parameters and buffers, as new objects; return old → new."""
+    """Convert floating-point parameters and buffers to new objects, and return the mapping old → new."""
     return _replace(modules, lambda tensor: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a module itself holds."""
+    """Yield the tensors of a module, without those of its children."""
     for table in (module._parameters, module._buffers):
         for key, tensor in table.items():
             if tensor is not None:
@@ -100,7 +101,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _replace(modules: Modules, make: Any) -> dict[Tensor, Tensor]:
-    """Replace tensors, those that several modules share by the same one."""
+    """Replace tensors. A tensor that several modules share is replaced by one new tensor."""
     replaced: dict[Tensor, Tensor] = {}
     for _, module in modules:
         for key, old in list(_own(module)):
@@ -117,7 +118,7 @@ def _replace(modules: Modules, make: Any) -> dict[Tensor, Tensor]:
 @torch.no_grad()
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.is_meta:
-        # Not the strides of a meta tensor: fully_shard takes contiguous parameters only.
+        # Do not keep the strides of a meta tensor: `fully_shard` accepts contiguous parameters only.
         new = torch.empty_like(tensor, device=device, memory_format=torch.contiguous_format)
         return new.fill_(_sentinel(tensor.dtype))
     if tensor.device == device and tensor.is_contiguous():
@@ -132,12 +133,12 @@ def _sentinel(dtype: torch.dtype) -> float | int | bool:
 
 
 def _initialize(modules: Modules, fresh: set[Tensor], owners: Owners) -> None:
-    """Run the initialisers of modules, and keep what they overwrite of tensors that had values."""
+    """Run the initializers of modules, and restore tensors that had values before."""
     kept = [tensor for _, module in modules for _, tensor in _own(module) if tensor not in fresh]
     values = [tensor.detach().clone() for tensor in kept]
     for param in modules[-1][1].parameters():
         if isinstance(param, DTensor) and param not in fresh:
-            # Models of transformers also initialise what is below a module, unless it says so; inner units are done.
+            # Without this mark, transformers initializes the children again. Inner units have their values already.
             param._is_hf_initialized = True  # type: ignore[attr-defined]
     for _, module in modules:
         if module in owners:
@@ -152,7 +153,7 @@ def _initialize(modules: Modules, fresh: set[Tensor], owners: Owners) -> None:
 
 
 def _initializer(module: nn.Module) -> Callable[[], Any] | None:
-    # torch.nn.MultiheadAttention has the underscore.
+    # torch.nn.MultiheadAttention has the name with the underscore.
     names = ("reset_parameters", "_reset_parameters")
     return next((method for name in names if callable(method := getattr(module, name, None))), None)
 

@@ -1,4 +1,4 @@
-"""Precision plugins: which ones are supported, and what is different where a model is sharded."""
+"""Precision plugins for sharded models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUPPORTED = ("32-true", "bf16-true", "bf16-mixed")
 
 
 class _ClipsAll:
-    """Clipping over sharded and plain gradients together."""
+    """Clips sharded and plain gradients together."""
 
     main_params: Any
 
@@ -38,10 +38,10 @@ class ShardedHalfPrecision(_ClipsAll, HalfPrecision):
 
 
 class ShardedMixedPrecision(_ClipsAll, MixedPrecision):
-    """Float32 parameters, computation in bfloat16: by FSDP2's policy, or by autocast where the user sharded.
+    """Parameters in float32 and computation in bfloat16, by FSDP2's policy, or by autocast if the user sharded.
 
     Attributes:
-        autocast: Whether ``torch.autocast`` is on; the strategy turns it off for models that it sharded itself.
+        autocast: Whether ``torch.autocast`` is on. The strategy turns it off for models that it shards itself.
     """
 
     autocast = True
@@ -57,10 +57,10 @@ class ShardedMixedPrecision(_ClipsAll, MixedPrecision):
 
 
 def sharded_plugin(plugin: Precision | None) -> Precision | None:
-    """Return the plugin that does for a sharded model what the given one does for others.
+    """Return the counterpart of a precision plugin for sharded models.
 
     Raises:
-        ValueError: If it is not for one of the supported precisions, or not one of Lightning's own plugins.
+        ValueError: If the precision is not supported, or the plugin is not one of Lightning's own.
     """
     if plugin is None or isinstance(plugin, _ClipsAll):
         return plugin
@@ -77,7 +77,7 @@ def sharded_plugin(plugin: Precision | None) -> Precision | None:
 
 
 def sharding_policy(plugin: Precision, *, outermost: bool) -> MixedPrecisionPolicy:
-    """Return FSDP2's policy for a unit: outermost units return what they compute in float32."""
+    """Return FSDP2's policy for a unit. Outermost units cast their outputs to float32."""
     if not isinstance(plugin, ShardedMixedPrecision):
         return MixedPrecisionPolicy()
     output = torch.float32 if outermost else None

@@ -1,4 +1,4 @@
-"""What cannot be sharded, refused before anything has changed."""
+"""Refuse models and callbacks that do not support sharding, before anything changes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_memopt.sharding.wrapping import Unit
 
-# Older versions of Lightning do not have both.
+# Older versions of Lightning lack some of these classes.
 _AVERAGING = tuple(
     getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
 )
 
 
 def refuse_callbacks(given: Iterable[Callback]) -> None:
-    """Refuse callbacks that cannot work on the parts of a model.
+    """Refuse callbacks that do not support a sharded model.
 
     Raises:
-        TypeError: If one keeps a second model, of plain tensors, or prunes weights that are sharded already.
+        TypeError: If a callback keeps a second model of plain tensors, or prunes weights that are sharded already.
     """
     given = list(given)
     names = [type(callback).__name__ for callback in given if isinstance(callback, _AVERAGING)]
@@ -44,7 +44,7 @@ def refuse_embeddings(model: nn.Module) -> None:
     """Refuse embeddings that change their weights in ``forward`` or have sparse gradients.
 
     Raises:
-        ValueError: With the names of their weights.
+        ValueError: If there is one; the message names the weights.
     """
     found = [
         (f"{name}.weight" if name else "weight", module)
@@ -67,7 +67,7 @@ def refuse_embeddings(model: nn.Module) -> None:
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
-    """Refuse modules of the older FSDP.
+    """Refuse modules that FSDP1 wraps.
 
     Raises:
         TypeError: If there is one.
@@ -82,7 +82,7 @@ def refuse_fsdp1(model: nn.Module) -> None:
 
 
 def refuse_parameters(model: nn.Module, units: Iterable[Unit]) -> None:
-    """Refuse parameters that ``fully_shard`` cannot take, or of which it would lose something.
+    """Refuse parameters that ``fully_shard`` does not support, or whose hooks it would lose.
 
     Raises:
         ValueError: If a parameter is a scalar, has no shape yet, or has hooks.

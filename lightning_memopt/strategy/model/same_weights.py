@@ -1,4 +1,4 @@
-"""The same weights on every rank, before they are divided: checked to be comparable, and taken from rank 0."""
+"""Check that all ranks have the same model structure, and broadcast the weights from rank 0."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_memopt.strategy.agreement import on_all
 
 
 def check_same_structure(model: nn.Module) -> None:
-    """Check that all ranks have made the same model, so that no later collective can hang or mix up weights.
+    """Check that the model has the same structure on all ranks, so that no later collective hangs or mixes weights.
 
     Raises:
-        ValueError: On all ranks, with the first difference.
+        ValueError: If it does not, on all ranks; the message names the first difference.
     """
     lines = [
         f"{name}: {tuple(tensor.shape)} {tensor.dtype} requires_grad={tensor.requires_grad}"
@@ -39,7 +39,7 @@ def check_same_structure(model: nn.Module) -> None:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the values of rank 0."""
+    """Broadcast the values of rank 0 to all ranks."""
     for tensor in dict.fromkeys(tensors):
         if tensor.numel():
             value = tensor.detach().contiguous()
@@ -50,7 +50,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def broadcast_replicas(model: nn.Module) -> None:
-    """Give the ranks that hold the same part of a sharded model the same values, and all ranks the plain tensors."""
+    """Broadcast each shard of a sharded model to its replicas, and plain tensors to all ranks."""
     plain = []
     for tensor in dict.fromkeys((*model.parameters(), *model.buffers())):
         if not isinstance(tensor, DTensor):

@@ -1,4 +1,4 @@
-"""Shard a model, one unit after the other."""
+"""Shard a model, one unit at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RECORD = "_memopt_sharding"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the strategy sharded a model; a later fit of the model must not ask for something else."""
+    """How the strategy sharded a model. A later fit of the same model must use the same settings."""
 
     mesh: DeviceMesh
     precision: str
@@ -43,10 +43,10 @@ class Sharding:
     reshard_after_forward: bool | int | None
 
     def check_same(self, other: Sharding) -> None:
-        """Check that a model sharded this way does for a strategy that would shard it the other way.
+        """Check that another fit uses the same settings.
 
         Raises:
-            ValueError: If it does not; names what differs.
+            ValueError: If it does not; the message names the setting that differs.
         """
         for name in ("mesh", "precision", "cpu_offload", "device", "reshard_after_forward"):
             was, wanted = getattr(self, name), getattr(other, name)
@@ -63,12 +63,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def earlier_sharding(model: nn.Module) -> Sharding | None:
-    """Return how the strategy has sharded this model before; None if it has not."""
+    """Return how the strategy sharded this model in an earlier fit; None if it did not."""
     return getattr(model, _RECORD, None)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules that ``fully_shard`` was applied to."""
+    """Return the modules to which ``fully_shard`` was applied."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -79,14 +79,14 @@ def shard(
     plugin: Precision,
     checkpointed: Sequence[nn.Module] = (),
 ) -> None:
-    """Shard a model. At any time at most one unit has whole tensors on the device that it had not before.
+    """Shard a model. At any time, at most one unit has full tensors on the device that it did not have before.
 
     Args:
-        model: The model; what is in no unit is moved and synchronised, too.
-        units: From :func:`find_units`.
-        sharding: How.
+        model: The model. Tensors outside all units are moved to the device and broadcast, too.
+        units: The result of :func:`find_units`.
+        sharding: The settings.
         plugin: The precision plugin.
-        checkpointed: Modules whose activations are computed again in the backward pass.
+        checkpointed: Modules whose activations are recomputed in the backward pass.
     """
     modules, owners = {unit.module for unit in units}, pretrained_owners(model)
     refuse_uninitializable(own_modules(model, set()), owners)
@@ -109,7 +109,7 @@ def shard(
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Generator[None, None, None]:
-    """Let parameters keep the attributes that users gave them, which torch loses when it replaces parameters."""
+    """Keep the attributes that users set on parameters. torch loses them when it replaces parameters."""
     before = {name: dict(vars(param)) for name, param in model.named_parameters()}
     yield
     for name, param in model.named_parameters():
@@ -117,7 +117,7 @@ def attributes_kept(model: nn.Module) -> Generator[None, None, None]:
 
 
 def complete_sharding(model: nn.Module, device: torch.device) -> None:
-    """Initialise what a user has sharded on the meta device, and make equal what several ranks hold."""
+    """Initialize a model that its user sharded on the meta device, and make replicas equal."""
     modules = own_modules(model, set())
     refuse_uninitializable(modules, pretrained_owners(model))
     materialize_sharded(modules, device)
@@ -135,7 +135,7 @@ def _fully_shard(unit: Unit, sharding: Sharding, plugin: Precision, dims: dict[T
         offload_policy=CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
         if sharding.cpu_offload
         else OffloadPolicy(),
-        # Its reduction fails on gradients without elements.
+        # The reduction in `fully_shard` fails on gradients without elements.
         ignored_params={param for param in unit.module.parameters() if not param.numel()},
     )
 

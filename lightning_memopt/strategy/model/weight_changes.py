@@ -1,4 +1,4 @@
-"""Weights that a module changes in its own forward: there it has a gathered copy, and what is done to that is lost."""
+"""Detect modules that change their weights in ``forward``: they change a gathered copy, and the change is lost."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Seen:
-    """A parameter as it was when a forward pass began.
+    """A parameter at the beginning of a forward pass.
 
     Attributes:
-        name: Its name.
+        name: Its full name.
         module: The module that holds it.
-        key: Its name there.
+        key: Its name in the module.
         param: The parameter.
-        place: Where its numbers lay.
-        version: How often it was changed in place.
-        total: The sum of its numbers, read as integers.
+        place: The address of its elements.
+        version: The number of in-place changes.
+        total: The sum of its elements, read as integers.
     """
 
     name: str
@@ -39,7 +39,7 @@ class _Seen:
     total: Tensor
 
     def changed(self) -> Tensor | bool:
-        """Return whether it is another one now, or has other numbers; a tensor where only these can tell."""
+        """Return whether the parameter was replaced or changed; a tensor where only a comparison of sums decides."""
         now = self.module._parameters.get(self.key)
         if now is not self.param or _place(self.param) != self.place or _version(self.param) != self.version:
             return True
@@ -47,9 +47,9 @@ class _Seen:
 
 
 class Watch:
-    """Looks at a unit's weights before and after its first forward pass in training, and never again.
+    """Compare a unit's weights before and after its first forward pass in training, and not again.
 
-    In-place operations count versions, but not if they go through ``.data``: so the numbers are summed up as well.
+    In-place operations increment the version, except through ``.data``. So the sums of the elements are compared, too.
     """
 
     def __init__(self, name: str, unit: nn.Module, own: Sequence[tuple[str, nn.Module]]) -> None:
@@ -57,14 +57,14 @@ class Watch:
 
         Args:
             name: The unit's name.
-            unit: The unit. If it is not sharded yet, hooks of users are looked after, too.
-            own: Its modules with their full names, without those of units inside of it.
+            unit: The unit. If it is not sharded yet, changes in users' hooks are detected, too.
+            own: Its modules with their full names, without those of inner units.
         """
         self._name, self._unit, self._own = name, unit, own
         self._seen: list[_Seen] | None = None
         sharded = isinstance(unit, FSDPModule)
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
-        # `fully_shard` gathers in the first hook and frees in the last one that it finds.
+        # `fully_shard` gathers weights before the hooks that exist at that time, and frees them after these hooks.
         self._handles = (
             unit.register_forward_pre_hook(before, prepend=not sharded),
             unit.register_forward_hook(after, prepend=sharded),
@@ -90,7 +90,7 @@ class Watch:
             handle.remove()
         found = [entry.changed() for entry in seen]
         sums = [value for value in found if isinstance(value, Tensor)]
-        differ = iter(torch.stack(sums).tolist() if sums else [])  # one synchronisation for all
+        differ = iter(torch.stack(sums).tolist() if sums else [])  # one synchronization for all
         lost = [entry for entry, value in zip(seen, found, strict=True) if value is True or next(differ)]
         if lost:
             names = ", ".join(f"{entry.name!r} ({type(entry.module).__name__})" for entry in lost)
@@ -103,7 +103,7 @@ class Watch:
 
 
 def watch(model: nn.Module) -> None:
-    """Watch the units of a model that its user has sharded."""
+    """Watch the units of a model that its user sharded."""
     names = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     units = {name: model.get_submodule(name) for name in names}
     for name, unit in units.items():
@@ -122,5 +122,5 @@ def _version(param: Tensor) -> int:
 def _total(param: Tensor) -> Tensor:
     local = local_tensor(param).detach()
     numbers = local.view(_INTEGERS[local.element_size()])
-    # Overflow does not matter; converting every number to a wider one takes 25 times as long on a CPU.
+    # Overflow does not matter. A sum in a wider dtype takes 25 times as long on a CPU.
     return numbers.sum(dtype=numbers.dtype)
