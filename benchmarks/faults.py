@@ -38,41 +38,42 @@ COSTS = ["format", "save", "of it checksums", "load", "load with verify=False", 
 
 PAGE = """# What can be trusted
 
-What a checkpoint of `memopt_fsdp` promises, and how each promise was tested. [SECURITY.md](../SECURITY.md) says what
-loading trusts, [strategy.md](strategy.md) how saving and loading work.
+This page lists what a checkpoint of `memopt_fsdp` promises and how each promise was tested.
+[SECURITY.md](../SECURITY.md) says what loading trusts, [strategy.md](strategy.md) how saving and loading work.
 
 ## Promises
 
-1. **A save that is killed, or fails, leaves the checkpoint that was there.** Under its name there is the old one or the
-   new one, complete.
-2. **What is loaded is one save.** Another process may replace the checkpoint meanwhile: all files are opened once, and
-   the ranks agree on which save they have opened before they read.
-3. **What is loaded is what was saved.** Whole files have checksums, taken while they are written and compared before
-   anything is used. A damaged file is refused by its name.
-4. **No file can run code.** What is no tensor is unpickled with an allow-list, in both formats and in every file.
-5. **An error changes nothing.** Weights, optimizer state and hyperparameters are what they were.
-6. **Two runs that save under one name do not break each other.** Each save is whole, the last one stays. What dead
-   processes have left is removed by the next save.
-7. **A full disk is named as the cause**, whatever torch's writer says about it.
+1. **A save that is killed, or fails, leaves the previous checkpoint in place.** The name always refers to the old or
+   the new checkpoint, complete.
+2. **A load reads one save.** Another process may replace the checkpoint meanwhile: all files are opened once, and the
+   ranks agree on which save they have opened before they read.
+3. **A load returns what was saved.** Whole files have checksums, computed while the files are written and compared
+   before anything is used. A damaged file is refused by name.
+4. **No file can run code.** Everything except tensors is unpickled with an allow-list, in both formats and in every
+   file.
+5. **An error changes nothing.** Weights, optimizer state and hyperparameters keep their values.
+6. **Two runs that save under one name do not break each other.** Each save is whole, and the last one stays. The next
+   save removes what dead processes have left.
+7. **A full disk is named as the cause**, regardless of what torch's writer reports.
 
 ## Counts
 
-One process, both formats (a directory and a file), on a small network with state of `adapm_lean`.
-"Loaded, content right" after a flipped bit: it lay in padding.
+The counts come from one process and both formats (a directory and a file), on a small network with state of
+`adapm_lean`. "Loaded, content right" after a flipped bit means that the bit lay in padding.
 
 {table}
 
-The same on several ranks, with fewer repetitions, is in `tests/distributed/`; kills before and after every single
-operation on files are in `tests/strategy/files/test_atomic.py`.
+`tests/strategy/checkpoint/` repeats this on several ranks, with fewer repetitions.
+`tests/strategy/files/test_atomic.py` kills a save before and after every single operation on files.
 
 ## What verification costs
 
 Seconds per GB; {size} MB of weights, one process, the median of {repeats}. A save computes checksums while it writes. A
-load reads everything once before it uses anything; ranks divide the files of a directory among them.
+load reads everything once before it uses anything; the ranks divide the files of a directory among themselves.
 
 {costs}
 
-`MemOptFSDPStrategy(verify=False)` leaves the checksums out. Nothing is trusted more: no file can run code, sizes are
+`MemOptFSDPStrategy(verify=False)` skips the checksums. It trusts nothing more: no file can run code, sizes are
 compared, and weights and state must be finite.
 
 {provenance}
