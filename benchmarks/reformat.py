@@ -138,7 +138,7 @@ def report(table: list[list[str]], curves: dict[str, list[float]], args: argpars
 One block of {m} x {n} (factored second moment, float32) converted between momentum kinds. "ms" is the median of
 {args.repeats} conversions. "peak" is the most memory allocated at a time, the new state included, above what was
 allocated before, in units of the block's dense float32 momentum ({4 * m * n / 2**20:.0f} MiB). "release" also moves
-the weights by what the new state cannot hold; where nothing is dropped it does nothing.
+the weights by what the new state cannot hold; it has no effect where nothing is dropped.
 
 {markdown(HEAD, table)}
 

@@ -211,8 +211,8 @@ def report(results: list[Result], args: argparse.Namespace) -> str:
 Parameters shaped like a LLaMA {args.size} ({shapes}), {args.dtype}, eager. "x fused AdamW" is the median over
 {args.steps} rounds of the step's time over that of `torch.optim.AdamW(fused=True)` in the same round. "longest" is the
 longest of those steps; "first" is the very first, which may allocate state or compute a first projection (GaLore's
-exact SVD, repeated every 200 steps). "temporaries" is the peak of memory during a step above what was allocated before
-it, as a multiple of the largest block. "state" is in units of AdamW's two averages. `torch_fused` against itself shows
+exact SVD, repeated every 200 steps). "temporaries" is the peak memory during a step above what was allocated before
+it, as a multiple of the largest block. "state" is a share of AdamW's two averages. `torch_fused` against itself shows
 the noise.
 
 {markdown(HEAD, [result.row() for result in results])}
