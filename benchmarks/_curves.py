@@ -84,8 +84,9 @@ A LLaMA ({shape}, untied head) trained from scratch on tokens of the {settings.d
 {settings.clip:g}. At a given seed, all optimizers share initial weights and batches. The learning rate is tuned
 for each optimizer with the first seed on the grid {stated} (times "lr x" below; extended by factors of two while the
 best is at its edge). The other seeds then run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out
-tokens at the end; the curves use the first {settings.curve_tokens:,} of them. "momentum" and "state" are shares of AdamW's
-bytes. Differences under about 0.4% are ties. One small model and one corpus show whether there is parity, no more.
+tokens at the end; the curves use the first {settings.curve_tokens:,} of them. "momentum" and "state" are shares of
+AdamW's bytes. Differences under about 0.4% are ties. One small model and one corpus show whether there is parity, no
+more.
 
 These runs predate the bound on updates. One later check with the bound of 10 (2026-11-26, seed 0, the rates of the
 table): adapm 3.703, adapm_lean 3.758, adam_snsm 3.614, adafactor 3.813 ([bound.md](bound.md)).

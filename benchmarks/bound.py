@@ -78,7 +78,7 @@ Not measured: {unmeasured}.
 
 
 def ordinary(recipe: str, bound: float | None, seed: int, settings: Settings) -> Outcome:
-    """Train as convergence.py does."""
+    """Train as ``convergence.py`` does."""
     name = "AdamW"
     if recipe != CONTROL:
         name = f"{recipe} {bound}"

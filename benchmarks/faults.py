@@ -1,11 +1,11 @@
-"""Do to checkpoints what disks, kills, other processes and attackers do, hundreds of times, and count the outcomes.
+"""Damage checkpoints as disks, kills, other processes and attackers do, hundreds of times, and count the outcomes.
 
     python benchmarks/faults.py                               # writes docs/reliability.md, about 12 minutes
     python benchmarks/faults.py --rounds 20 --output /tmp     # a quick look
 
-The same functions as in ``tests/strategy/files/test_faults.py``, on a network with a few hundred weights in both
-formats. An outcome that is not promised is printed in capitals, and the script fails. The cost of checksums is measured
-on a larger file.
+The functions are those of ``tests/strategy/files/test_faults.py``, on a network with a few hundred weights in both
+formats. An outcome that breaks a promise is printed, and the script fails. The cost of checksums is measured on a
+larger file.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ compared, and weights and state must be finite.
 
 
 def count(rounds: int) -> list[tuple[str, int, Counter[str]]]:
-    """Return what was done, how often, and what became of it."""
+    """Return the name, the repetitions and the outcomes of each fault."""
     rng = random.Random(0)
     results = []
     for whole, form in ((False, "directory"), (True, "file")):
@@ -110,19 +110,19 @@ def count(rounds: int) -> list[tuple[str, int, Counter[str]]]:
 
 
 def damaged(folder: Path, times: int, *, rng: random.Random, whole: bool, how: Callable[..., bytes]) -> Counter[str]:
-    """Damage a checkpoint and load it, again and again."""
+    """Damage a checkpoint and load it, repeatedly."""
     return _faults.damage(folder, rng, times, whole=whole, how=how)
 
 
 def counted(
     fault: Callable[..., Counter[str]], *rng: random.Random, folder: Path, times: int, whole: bool
 ) -> Counter[str]:
-    """Do one of the faults to several processes."""
+    """Inject one of the faults into several processes."""
     return fault(folder, *rng, times, whole=whole)
 
 
 def hostile(folder: Path, times: int, *, places: tuple[str, ...]) -> Counter[str]:
-    """Put a command into every place of a checkpoint, with checksums renewed and with none."""
+    """Put a command into every place of a checkpoint, with updated checksums and without any."""
     found: Counter[str] = Counter()
     for place in places:
         for drop in (False, True):
@@ -132,14 +132,14 @@ def hostile(folder: Path, times: int, *, places: tuple[str, ...]) -> Counter[str
 
 
 def row(name: str, times: int, found: Counter[str]) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the table."""
     refused, loaded = (found.get(key, 0) for key in _faults.GOOD)
     other = {key: number for key, number in found.items() if key not in _faults.GOOD}
     return [name, str(times), str(refused), str(loaded), str(other or 0)]
 
 
 def costs(megabytes: int, repeats: int) -> list[list[str]]:
-    """Return seconds per GB of saving and loading, with and without checksums."""
+    """Return the seconds per GB of saving and loading, with and without checksums."""
     width = 1024
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(megabytes // 4)))
     size = sum(param.nbytes for param in model.parameters()) / 1e9
