@@ -1,4 +1,4 @@
-"""Made images for benchmarks/adaptive.py: something to see on every machine, without a download."""
+"""Synthetic images for benchmarks/adaptive.py, which need no download."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOISE = 0.5
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return pixels ``[count, 1, side, side]`` and labels.
 
-    A grating of one of eight orientations and four frequencies, which together are the class, with any phase and
-    contrast, behind a disc of any size, place and brightness, under noise.
+    Each image is a grating with any phase and contrast, behind a disc of any size, place and brightness, under noise.
+    The grating has one of eight orientations and four frequencies, which together are the class.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""The models of benchmarks/adaptive.py: how each is built, what it is fed with, and its loss."""
+"""The models of benchmarks/adaptive.py, with their data and losses."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Family:
     """One model of the comparison.
 
     Attributes:
-        title: What the page calls it.
-        task: What it learns from what, in words.
-        build: Returns the model with weights drawn from torch's generator.
-        training: Returns the batches of all steps, given tokens, settings and a seed.
-        held_out: Returns the batches of the validation, given tokens and settings.
-        loss: Returns the mean loss of a batch; all batches of a list have the same size.
-        lrs: Learning rates to try, with the best somewhere inside.
+        title: Name on the page.
+        task: Description of the task and its data.
+        build: Returns the model, with weights drawn from torch's global generator.
+        training: Takes tokens, settings and a seed, and returns the batches of all steps.
+        held_out: Takes tokens and settings, and returns the validation batches.
+        loss: Returns the mean loss of a batch. All batches of a list have the same size.
+        lrs: Learning rates to try; the best is not at an edge.
     """
 
     title: str
@@ -83,7 +83,7 @@ def text_batches(tokens: Tokens, settings: Settings, seed: int) -> Batches:
 
 
 def held_out_text(tokens: Tokens, settings: Settings) -> Batches:
-    """Return windows that follow each other."""
+    """Return consecutive windows."""
     text, length = tokens["validation"].long(), settings.length
     windows = min(settings.validation_tokens // length, (len(text) - 1) // length) // 32 * 32
     return text[: windows * length + 1].unfold(0, length + 1, length).split(32)
@@ -95,7 +95,7 @@ def image_batches(tokens: Tokens, settings: Settings, seed: int) -> Batches:
 
 
 def held_out_images(tokens: Tokens, settings: Settings) -> Batches:
-    """Return an image for every 32 tokens of text."""
+    """Return one image per 32 tokens of text."""
     pixels, labels = images(settings.validation_tokens // 32, seed=-1)
     return list(zip(pixels.split(64), labels.split(64), strict=True))
 

@@ -31,7 +31,7 @@ def finished(runs: Mapping[int, Result]) -> list[Result]:
 
 
 def plot_losses(results: Sequence[Result], budgets: Sequence[float], path: Path) -> None:
-    """Draw loss against momentum, one panel per model."""
+    """Plot loss against momentum, one panel per model."""
     here = chosen(results, middle(budgets))
     models = [model for model in FAMILIES if any(run["model"] == model for run in here)]
     if not models:
@@ -74,7 +74,7 @@ def _points(axis: Any, rows: Sequence[Sequence[Result]], shift: float, **style: 
 
 
 def plot_allocation(results: Sequence[Result], budget: float, path: Path) -> None:
-    """Draw the rank of every block over the steps, one panel per policy."""
+    """Plot the rank of each block over the steps, one panel per policy."""
     here = chosen(results, budget)
     runs = {policy: next(iter(by_seed(here, PLOTTED, policy, budget).values()), None) for policy in SHOWN}
     found = {policy: run["allocation"] for policy, run in runs.items() if run and run["allocation"]}
@@ -110,6 +110,6 @@ def _allocation(axis: Any, each: Mapping[str, Any], plt: Any, last: int) -> Any:
 
 
 def short(name: str) -> str:
-    """Return a block's name without what all names have."""
+    """Return a block's name without the parts that all names share."""
     parts = [part for part in name.split(".") if part not in ("model", "weight", "self_attn", "mlp", "layers")]
     return ".".join(parts)

@@ -16,13 +16,13 @@ Result = Mapping[str, Any]
 
 
 def middle(budgets: Iterable[float]) -> float:
-    """Return the budget in the middle, the one at which everything is run with all seeds."""
+    """Return the middle budget, at which all runs use all seeds."""
     ordered = sorted(budgets)
     return ordered[len(ordered) // 2]
 
 
 def tried(results: Sequence[Result], model: str, budget: float) -> dict[float, float]:
-    """Return learning rate → loss of the runs that choose it: uniform, at the middle budget, with the first seed."""
+    """Return the losses by learning rate of the tuning runs: uniform, at this budget, with the first seed."""
     mine = [r for r in results if (r["model"], r["policy"], r["budget"]) == (model, UNIFORM, budget)]
     first = min((r["seed"] for r in mine), default=None)
     return {r["lr"]: loss_or_inf(r) for r in sorted(mine, key=lambda r: r["lr"]) if r["seed"] == first}
@@ -42,7 +42,7 @@ def by_seed(results: Sequence[Result], model: str, policy: str, budget: float | 
 
 
 def spread(losses: Sequence[float]) -> float:
-    """Return the standard deviation; not a number where there is none."""
+    """Return the standard deviation, NaN for a single loss or one that is not finite."""
     return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else math.nan
 
 
@@ -51,7 +51,7 @@ def mean_of(runs: Iterable[Result], key: str) -> float:
 
 
 def compared(mine: Mapping[int, Result], uniform: Mapping[int, Result]) -> list[str]:
-    """Return the mean difference to uniform with the same seed, in how many seeds it is less, and the verdict."""
+    """Return the mean difference to uniform at equal seeds, the number of seeds with a lower loss, and the verdict."""
     seeds = mine.keys() & uniform.keys()
     pairs = [(loss_or_inf(mine[seed]), loss_or_inf(uniform[seed])) for seed in seeds]
     pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
@@ -105,7 +105,7 @@ def rows_of(results: Sequence[Result], model: str, budgets: Sequence[float]) -> 
 
 
 def role_rows(results: Sequence[Result], model: str, budget: float) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the mean final rank of each role, over blocks and seeds."""
+    """Return the header and the rows of each role's mean final rank, over blocks and seeds."""
     found = {policy: list(by_seed(results, model, policy, budget).values()) for policy in POLICIES}
     roles = list(dict.fromkeys(role for runs in found.values() for run in runs for role in run["ranks_by_role"]))
     rows = [
@@ -146,9 +146,9 @@ def cost_section(cost: Result | None) -> str:
         return "Not measured."
     every = cost["settings"]["every_n_steps"]
     return f"""One training of the LLaMA, {cost["steps"]} steps with the policy `{cost["policy"]}`, on one thread;
-a decision every {every} steps, changes of the state included. "signals" is what is done after every step of the
+a decision every {every} steps, changes of the state included. "signals" is the work after every step of the
 optimizer, "decisions" everything else, as a mean over all steps. Matrices as small as these are the worst case: a few
-small operations per block, while forward and backward of 512 tokens are quickly done.
+small operations per block beside a short forward and backward of 512 tokens.
 
 {markdown(COST_HEAD, cost_rows(cost["seconds"]))}
 
@@ -168,17 +168,17 @@ Which blocks deserve momentum, when all of it may take only {stated} of AdamW's?
 of {settings.batch} x {settings.length} tokens (ViT: 16 images of 37 patches), {settings.warmup:.0%} linear warm-up,
 then a cosine to {settings.final_lr:.0%} of the learning rate, weight decay {settings.weight_decay:g}, gradients clipped
 to norm {settings.clip:g}; decisions every {settings.every_n_steps} steps from step {settings.start} on, until
-{settings.freeze_after:.0%} of the training. Everything but momentum is `adapm_lean`'s. The first rows are without the
-callback; AdamW is torch's.
+{settings.freeze_after:.0%} of the training. Everything except momentum is `adapm_lean`'s. The first rows are without
+the callback; AdamW is torch's.
 
 At a given seed all runs have the same initial weights and batches. The learning rate is chosen with {UNIFORM} at the
-middle budget and the first seed, and is then the same for all, AdamW included, which is therefore not tuned. "loss" is
+middle budget and the first seed, and then used for all, including AdamW, which is therefore not tuned. "loss" is
 the mean over held-out data at the end, "spread" its standard deviation over seeds. "to uniform" is the difference to
 {UNIFORM} at the same budget and seed, mean ± standard deviation over seeds; "beyond the spread" says whether its mean
 is more than the larger of the two spreads. Momentum is in units of AdamW's; "moves" counts changed
-ranks after the first division of the budget. Bytes are not quite equal: ranks are whole numbers, `schedule` goes down
-to half of the budget, and `paper`, where momentum for all values does not fit, gives them twice the rank of the rest.
-Small models, short trainings: they show what a policy does, not what it is worth at scale.
+ranks after the first division of the budget. Bytes differ slightly: ranks are whole numbers, `schedule` goes down
+to half of the budget, and `paper` gives values twice the rank of the rest where their dense momentum does not fit.
+Small models and short trainings show what a policy does, not what it is worth at scale.
 
 ![loss against momentum](adaptive.png)
 

@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
 
 @dataclass(frozen=True)
 class AdaptiveSettings(Settings):
-    """What all runs share; the last three are the callback's."""
+    """Settings that all runs share; the last three belong to the callback."""
 
     steps: int = 250
     validation_tokens: int = 32768
@@ -49,7 +49,7 @@ class AdaptiveSettings(Settings):
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from the others; the references have no callback and no budget."""
+    """Key of one run; the references have no callback and no budget."""
 
     model: str
     policy: str
@@ -59,11 +59,11 @@ class Run:
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Run:
-        """Return which run a result is of."""
+        """Return the run of a result."""
         return cls(**{key: result[key] for key in cls.__dataclass_fields__})
 
     def callback(self, settings: AdaptiveSettings) -> Any:
-        """Return the callback to be measured, None for a reference."""
+        """Return the callback, or None for a reference."""
         if self.budget is None:
             return None
         return lightning_memopt.AdaptiveMomentum(
@@ -76,7 +76,7 @@ class Run:
 
 
 class Module(LightningModule):
-    """One of the models with its loss and optimizer."""
+    """One of the models, with its loss and optimizer."""
 
     def __init__(self, run: Run, settings: AdaptiveSettings) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Module(LightningModule):
 
 
 class Meter(Callback):
-    """Note when each step starts and, if asked to, how much momentum there is in it, as a share of AdamW's."""
+    """Record when each step starts and, on request, its momentum as a share of AdamW's."""
 
     def __init__(self, bytes_too: bool = True) -> None:
         self.bytes_too = bytes_too
@@ -113,13 +113,13 @@ class Meter(Callback):
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the time, and the momentum that this step works with."""
+        """Record the time and the momentum of this step."""
         self.starts.append(time.perf_counter())
         if self.bytes_too:
             self.measure(trainer.optimizers[0])
 
     def measure(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the bytes."""
+        """Record the momentum."""
         if isinstance(optimizer, lightning_memopt.MemOpt):
             self.snapshot = optimizer.snapshot()
             self.shares.append(2 * self.snapshot.momentum_bytes / self.snapshot.adamw_bytes)
@@ -128,7 +128,7 @@ class Meter(Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds from the start of a step to the start of the next, whatever callbacks do between them."""
+        """Seconds from the start of each step to the start of the next, including all callbacks."""
         return [after - before for before, after in zip(self.starts, self.starts[1:], strict=False)]
 
 
@@ -152,13 +152,13 @@ def loader(batches: Any) -> DataLoader[Any]:
 
 
 def train(run: Run, settings: AdaptiveSettings) -> dict[str, Any]:
-    """Train once and return what goes into the results; the loss of a run that diverged is None."""
+    """Train once and return the record for the results; the loss of a diverged run is None."""
     started = time.perf_counter()
     module, meter, callback = Module(run, settings), Meter(), run.callback(settings)
     held_out = module.family.held_out(TOKENS, settings)
     fit = trainer(settings, [meter, callback])
     try:
-        with redirect_stdout(io.StringIO()):  # where the callback tells what it does
+        with redirect_stdout(io.StringIO()):  # the callback prints what it does
             fit.fit(module, loader(module.family.training(TOKENS, settings, run.seed)), loader(held_out))
         loss = fit.callback_metrics["loss"].item()
     except FloatingPointError:
@@ -177,7 +177,7 @@ def train(run: Run, settings: AdaptiveSettings) -> dict[str, Any]:
 
 
 def ranks_by_role(snapshot: lightning_memopt.Snapshot | None) -> dict[str, float]:
-    """Return the mean rank of each role's matrices; dense momentum counts as the rank that takes its memory."""
+    """Return the mean rank of each role's matrices; dense momentum counts as the rank with equal memory."""
     ranks: dict[str, list[float]] = {}
     for block in () if snapshot is None else snapshot.blocks:
         if len(block.shape) > 1:
@@ -193,7 +193,7 @@ def _dense_rank(shape: Sequence[int]) -> int:
 
 
 def allocation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return steps, blocks and the rank of each block from each of the steps on; None if nothing was decided."""
+    """Return steps, blocks, and the rank of each block from each step on; None without decisions."""
     if not history:
         return None
     blocks = list(history[0]["ranks"])
@@ -202,9 +202,9 @@ def allocation(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def cost(run: Run, settings: AdaptiveSettings, steps: int) -> dict[str, list[float]]:
-    """Return the seconds of every step, and of what the callback does in it: after the optimizer's step, and else.
+    """Return the seconds of each step, of the callback's work after the optimizer's step, and of its other work.
 
-    Timed from inside: the difference between runs with and without is smaller than what runs differ by anyway.
+    The timers are inside the callback: comparing runs with and without it would drown in the noise between runs.
     """
     brief = replace(settings, steps=steps, freeze_after=1.0)
     seconds: dict[str, list[float]] = {"signals": [], "decisions": []}

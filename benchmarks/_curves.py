@@ -21,7 +21,7 @@ def loss_or_inf(result: Mapping[str, Any]) -> float:
 
 
 def best_runs(results: Results, variant: str) -> list[Mapping[str, Any]]:
-    """Return a variant's runs at the learning rate that was best with the first seed, in the order of seeds."""
+    """Return a variant's runs at the best learning rate of the first seed, sorted by seed."""
     mine = sorted((result for result in results if result["variant"] == variant), key=lambda result: result["seed"])
     if not mine:
         return []
@@ -30,7 +30,7 @@ def best_runs(results: Results, variant: str) -> list[Mapping[str, Any]]:
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows of the main table, best mean first."""
+    """Return the header and the rows of the main table, best mean first."""
     found = {name: best_runs(results, name) for name in VARIANTS}
     means = {name: statistics.fmean(map(loss_or_inf, runs)) for name, runs in found.items() if runs}
     seeds = sorted({run["seed"] for runs in found.values() for run in runs})
@@ -57,7 +57,7 @@ def _measurable(runs: Mapping[int, Mapping[str, Any]]) -> bool:
 
 
 def tuning(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the table of every learning rate tried with the first seed."""
+    """Return the table of all learning rates tried with the first seed."""
     head = ["optimizer", "lr x", "loss at each lr (seed of the tuning)"]
     rows = []
     for name, variant in VARIANTS.items():
@@ -81,13 +81,14 @@ def page(results: Results, settings: Settings, grid: Sequence[float]) -> str:
 A LLaMA ({shape}, untied head) trained from scratch on tokens of the {settings.data}: {settings.steps} steps of
 {settings.batch} x {settings.length} tokens, {settings.warmup:.0%} linear warm-up, then a cosine to
 {settings.final_lr:.0%} of the learning rate, weight decay {settings.weight_decay:g}, gradients clipped to norm
-{settings.clip:g}; the same initial weights and batches for every optimizer at a given seed. The learning rate is tuned
-for each with the first seed on the grid {stated} (times "lr x" below; extended by factors of two while the best is at
-its edge), then the other seeds run at the best. Loss: mean over {settings.validation_tokens:,} held-out tokens at the
-end; the curves use the first {settings.curve_tokens:,} of them. "momentum" and "state" are shares of AdamW's bytes.
-Differences under about 0.4% are ties. One small model and one corpus: read it as parity or not, no more.
+{settings.clip:g}. At a given seed, all optimizers share initial weights and batches. The learning rate is tuned
+for each optimizer with the first seed on the grid {stated} (times "lr x" below; extended by factors of two while the
+best is at its edge). The other seeds then run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out
+tokens at the end; the curves use the first {settings.curve_tokens:,} of them. "momentum" and "state" are shares of
+AdamW's bytes. Differences under about 0.4% are ties. One small model and one corpus show whether there is parity, no
+more.
 
-Measured before updates were bounded. One check since, with the bound of 10 (2026-11-26, seed 0, the rates of the
+These runs predate the bound on updates. One later check with the bound of 10 (2026-11-26, seed 0, the rates of the
 table): adapm 3.703, adapm_lean 3.758, adam_snsm 3.614, adafactor 3.813 ([bound.md](bound.md)).
 
 {markdown(*table(results))}
@@ -103,7 +104,7 @@ table): adapm 3.703, adapm_lean 3.758, adam_snsm 3.614, adafactor 3.813 ([bound.
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw the mean validation loss of each variant against tokens, and its end enlarged with the names."""
+    """Draw the mean validation loss of each variant against tokens, with a second panel for the last quarter."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,7 +134,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _zoom(axis: Any, curves: Mapping[str, list[tuple[int, float]]], order: Sequence[str], styles: Any) -> None:
-    """Show the last quarter and write each name beside its line's end, moved apart where they would overlap."""
+    """Show the last quarter and label the end of each line, without overlaps."""
     last = max(curve[-1][0] for curve in curves.values()) / 1e6
     tail = [loss for curve in curves.values() for seen, loss in curve if seen / 1e6 >= 0.75 * last]
     low, high = min(tail), max(tail)

@@ -1,4 +1,4 @@
-"""Tables of benchmarks/gpu.py: printed row by row, and on disk after every section, whatever fails."""
+"""Tables of benchmarks/gpu.py, printed row by row and written after each section, even if a section fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from _report import markdown
 
 
 class Table:
-    """A markdown table that grows by rows; a row that fails holds its error instead of numbers."""
+    """A markdown table that grows row by row; a failed row holds its error instead of numbers."""
 
     def __init__(self, title: str, head: Sequence[str]) -> None:
         self.title, self.head = title, list(head)
@@ -24,7 +24,7 @@ class Table:
 
     @contextmanager
     def attempt(self, *names: str) -> Iterator[None]:
-        """Print what is raised inside and add it as a row under these names."""
+        """Print an exception raised inside and add it as a row under these names."""
         try:
             yield
         except Exception as error:
@@ -38,7 +38,7 @@ class Table:
 
 
 class Report:
-    """Everything a run has to say, in the order it was found."""
+    """The results of a run, in order."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Sections of benchmarks/gpu.py that time an optimizer's step alone: step, max_update and profile."""
+"""Sections of benchmarks/gpu.py that time only an optimizer's step: step, max_update and profile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # the prof
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of a step in milliseconds, its scratch memory in MiB."""
+    """Medians of a step in milliseconds, and its scratch memory in MiB."""
 
     total: float
     host: float
@@ -56,7 +56,7 @@ def _recipe(name: str, **options: Any) -> Build:
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Return the milliseconds until the device is done, and those until the host is."""
+    """Return the milliseconds until the device is done, and until the host is done."""
     if not CUDA:
         started = time.perf_counter()
         function()
@@ -73,7 +73,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(build: Build, model: nn.Module, gradients: step_time.Gradients, rounds: int) -> Timing:
-    """Time an optimizer on new gradients every round, which are written outside of the timed part."""
+    """Time an optimizer on new gradients every round; writing them is not timed."""
     gradients.renew()
     with PeakMemory(DEVICE) as memory:
         optimizer = build(model)
@@ -90,7 +90,7 @@ def measure(build: Build, model: nn.Module, gradients: step_time.Gradients, roun
 
 
 def models(sizes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, step_time.Gradients]]:
-    """Yield one size after the other; what came before is freed if the caller lets it go."""
+    """Yield one size after the other; the previous one is freed if the caller drops its references."""
     for size in sizes:
         model = step_time.build_model(size, DEVICE, torch.float32)
         yield size, model, step_time.Gradients(model, DEVICE)
@@ -122,7 +122,7 @@ def step(report: Report, quick: bool) -> None:
 
 
 def max_update(report: Report, quick: bool) -> None:
-    """Time what bounding an update costs: the default of `max_update` against none."""
+    """Time the cost of bounding an update: the default of `max_update` against None."""
     import lightning_memopt as lm
 
     if "max_update" not in inspect.signature(lm.MemOpt.__init__).parameters:
@@ -140,7 +140,7 @@ def max_update(report: Report, quick: bool) -> None:
 
 
 def profile(report: Report, quick: bool) -> None:
-    """Count kernels and synchronisations of one step, and say which lines wait for the device."""
+    """Count the kernels and synchronizations of one step, and list the lines that wait for the device."""
     head = ["recipe", "launches", "synchronisations", "kernels (ms)", "step (ms)", "device busy"]
     for size, model, gradients in models(SIZES[:1]):
         table = report.table(f"What a step launches, LLaMA {size} shapes", head)
@@ -177,13 +177,13 @@ def _listing(events: Any) -> str:
 
 
 def _kernel_us(event: Any) -> float:
-    """Return the time of a kernel, and nothing for the annotation that spans the whole step."""
+    """Return the time of a kernel, and 0 for the annotation that spans the whole step."""
     spans = getattr(event, "is_user_annotation", False) or event.key.startswith("Optimizer.step")
     return 0.0 if spans or event.device_type != DeviceType.CUDA else event.self_device_time_total
 
 
 def waiting_lines(function: Callable[[], object]) -> Counter[str]:
-    """Return how often each line waits for the device, as far as torch's debug mode sees it."""
+    """Return how often each line waits for the device, as counted by torch's debug mode."""
     if not CUDA:
         return Counter()
     with warnings.catch_warnings(record=True) as caught:

@@ -33,7 +33,7 @@ Weights = dict[str, Tensor]
 
 
 class Module(LightningModule):
-    """A small LLaMA on random tokens. What a step sees depends on its number only: a resumed run sees the same."""
+    """A small LLaMA on random tokens, which depend only on the step, so that a resumed run sees the same ones."""
 
     def __init__(self, recipe: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def fit(
     save: Path | None = None,
     root: Path | None = None,
 ) -> Weights:
-    """Train and return the weights, whole and on the host; what callbacks write goes to ``root``."""
+    """Train and return the whole weights on the host; callbacks write to ``root``."""
     _be_quiet()
     module = Module(recipe)
     trainer = Trainer(
@@ -119,7 +119,7 @@ def train(report: Report, quick: bool) -> None:
 
 
 def guards(report: Report, quick: bool) -> None:
-    """Check that a checkpoint of either format resumes exactly, and that a gradient of NaN changes nothing."""
+    """Check that checkpoints of both formats resume exactly, and that a NaN gradient changes nothing."""
     table = report.table("Guards", ["check", "result"])
     for name, distributed in (("resume from a directory", True), ("resume from a file", False)):
         with table.attempt(name), TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def _compared(expected: Weights, found: Weights) -> str:
 
 
 def _refused(recipe: str) -> str:
-    """Take a step on gradients of which one element is NaN, and say what became of weights and state."""
+    """Take a step on gradients with one NaN, and report what happened to weights and state."""
     torch.manual_seed(2)
     model = build_model(SETTINGS).to(DEVICE)
     optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, lr=1e-3)

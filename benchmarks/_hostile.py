@@ -13,19 +13,19 @@ from torch.nn import functional as F
 
 import lightning_memopt as lm
 
-# The recipes with blocks whose direction is not bounded by its denominator.
+# The recipes with blocks whose denominator does not bound the direction.
 RECIPES = ("adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor")
 CONTROL = "AdamW"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run.
+    """The result of one run.
 
     Attributes:
-        moved: The largest distance that one step moved one weight, in units of the learning rate; None if not noted.
-        loss: Loss at the end, or the largest one where training ended in an error; None where there is none.
-        error: What ended it.
+        moved: The largest distance that one step moved one weight, in units of the learning rate; None if not measured.
+        loss: Loss at the end, or the largest loss if training ended in an error; None without a loss.
+        error: The error that ended the run.
     """
 
     moved: float | None
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class Moves:
-    """Takes steps and notes the largest distance of one weight, in units of the learning rate."""
+    """Take steps and record the largest distance of one weight, in units of the learning rate."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Watch all parameters of the model."""
@@ -60,7 +60,7 @@ def optimizer_of(
 
 
 def sparse_inputs(recipe: str, bound: float | None, seed: int, steps: int = 200) -> Outcome:
-    """Train a ReLU net on inputs of which most are zero; inner layers get the recipe's kinds for an MLP."""
+    """Train a ReLU net on inputs that are mostly zero; inner layers get the recipe's kinds for an MLP."""
     torch.manual_seed(seed)
     layers = [nn.Linear(256, 128), nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 10)]
     model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
@@ -88,7 +88,7 @@ def sparse_inputs(recipe: str, bound: float | None, seed: int, steps: int = 200)
 
 
 def spike(recipe: str, bound: float | None, seed: int, tokens: Tensor, steps: int = 100, at: int = 40) -> Outcome:
-    """Train a small LLaMA; one gradient is a million times too large."""
+    """Train a small LLaMA with one gradient that is a million times too large."""
     settings = Settings(steps=steps, length=64, hidden=64, intermediate=172, layers=2)
     torch.manual_seed(seed)
     model = build_model(settings)
@@ -112,7 +112,7 @@ def spike(recipe: str, bound: float | None, seed: int, tokens: Tensor, steps: in
 
 
 def silence(recipe: str, bound: float | None, seed: int, steps: int = 3000) -> Outcome:
-    """Give one matrix noise, then gradients of zero for thousands of steps, then noise again."""
+    """Give one matrix gradients of noise, then zeros for thousands of steps, then noise again."""
     model, draw = _matrix(torch.float32), torch.Generator().manual_seed(seed)
     optimizer = optimizer_of(model, recipe, bound, 1e-3)
     moves = Moves(model, optimizer)
@@ -125,7 +125,7 @@ def silence(recipe: str, bound: float | None, seed: int, steps: int = 3000) -> O
 
 
 def magnitudes(recipe: str, bound: float | None, seed: int, steps: int = 60) -> Outcome:
-    """Give a float16 matrix gradients whose elements are between 1e-12 and 1e4, each element of a size of its own."""
+    """Give a float16 matrix gradients with elements between 1e-12 and 1e4, each with its own size."""
     model, draw = _matrix(torch.float16), torch.Generator().manual_seed(seed)
     optimizer = optimizer_of(model, recipe, bound, 1e-3)
     moves = Moves(model, optimizer)
@@ -143,7 +143,7 @@ def magnitudes(recipe: str, bound: float | None, seed: int, steps: int = 60) -> 
 
 
 def _matrix(dtype: torch.dtype) -> nn.Module:
-    """Return a model whose matrices are an MLP's."""
+    """Return a model whose only matrix belongs to an MLP."""
     torch.manual_seed(0)
     model = nn.Module()
     model.mlp = nn.Module()

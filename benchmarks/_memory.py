@@ -1,8 +1,8 @@
-"""Bytes of temporaries while an optimizer steps, and bytes of what it keeps.
+"""Bytes of an optimizer's temporaries during a step, and bytes of its state.
 
-On the CPU the allocator itself is listened to (through torch's profiler), so work space inside an operator counts and
-in-place operations and views cost nothing. Everything must be built inside the recording: the profiler does not report
-the release of a block that was allocated before it started. What LAPACK allocates past torch's allocator is not seen.
+On the CPU, torch's profiler records the allocator itself, so work space inside an operator counts, and in-place
+operations and views cost nothing. Build everything inside the recording: the profiler does not report the release of a
+block that was allocated before it started. Memory that LAPACK allocates outside torch's allocator is not counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PeakMemory:
             self.peaks = list(_peaks(self._profile))
 
     def step(self, function: Callable[[], object]) -> None:
-        """Run one step of the thing measured."""
+        """Run one measured step."""
         if self._profile is not None:
             with record_function(_MARK):
                 function()
@@ -66,7 +66,7 @@ def _peaks(recording: Any) -> Iterator[int]:
 
 
 def state_bytes(state: Any) -> int:
-    """Return the bytes of all distinct storages reachable from an optimizer's state, also inside foreign objects."""
+    """Return the bytes of all distinct storages reachable from an optimizer's state, through other objects too."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     stack: list[Any] = list(state.values())
@@ -88,7 +88,7 @@ def state_bytes(state: Any) -> int:
 
 
 def self_check() -> None:
-    """Compare the recorder with cases whose peak is known."""
+    """Check the recorder on cases with a known peak."""
     unit = 4 * 1024 * 1024
     source = torch.ones(1024, 1024)
     box: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Optimizers of other packages, each built as its own README says; every one is optional."""
+"""Optimizers from other packages, each optional and built as its README says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def peers() -> Iterator[tuple[str, str, Build]]:
-    """Yield name, package on the index, and builder of every peer, installed or not."""
+    """Yield the name, PyPI package and builder of each peer, installed or not."""
     yield "galore", "galore-torch", _galore
     yield "apollo", "apollo-torch", _apollo
     yield "apollo_mini", "apollo-torch", _apollo_mini
@@ -39,7 +39,7 @@ def _module(package: str, name: str) -> types.ModuleType:
 
 
 def _groups(model: nn.Module, **options: object) -> list[dict[str, object]]:
-    """Return the two groups GaLore and APOLLO want: attention and MLP weights with a rank, the rest without."""
+    """Return the two groups that GaLore and APOLLO expect: attention and MLP weights with a rank, the rest without."""
     named = list(model.named_parameters())
     adapted = [param for name, param in named if any(part in name for part in _ADAPTED)]
     rest = [param for name, param in named if not any(part in name for part in _ADAPTED)]

@@ -1,4 +1,4 @@
-"""Training runs in several processes, where which runs come next depends on the results so far."""
+"""Training runs in several processes, where the results so far decide the next runs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def train_in_pool(
     needed: Callable[[list[Result]], list[Run]],
     jobs: int,
 ) -> Iterator[Result]:
-    """Yield results as they come, after adding them to `results`.
+    """Yield results as they arrive, after adding them to `results`.
 
     Args:
-        train: What a worker does with a run and the settings.
-        settings: Its second argument.
-        tokens: What every worker is given before.
-        results: Those of finished runs.
-        needed: Returns the runs that can be started, given the results; finished ones must not be among them.
-        jobs: Processes, one thread each.
+        train: Function of a run and the settings, called in a worker.
+        settings: Second argument of `train`.
+        tokens: Tokens that every worker loads first.
+        results: Results of finished runs.
+        needed: Takes the results and returns the runs that can start, without finished ones.
+        jobs: Number of processes, with one thread each.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What every benchmark writes under its numbers: date, machine, commit and command; and markdown tables."""
+"""Provenance of every benchmark's numbers (date, machine, commit, command), and markdown tables."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def date() -> str:
 
 
 def commit() -> str:
-    """Return the commit measured, and whether the package or the benchmarks differ from it."""
+    """Return the measured commit, and whether the package, benchmarks or examples differ from it."""
     head = _git("rev-parse", "--short", "HEAD") or "none"
     changed = _git("status", "--porcelain", "--", "lightning_memopt", "benchmarks", "examples")
     return f"{head} with uncommitted changes" if changed else head
 
 
 def machine(device: str = "cpu", threads: int | None = None) -> str:
-    """Return processor, cores or GPU, threads and torch's version in one line."""
+    """Return one line with processor, cores or GPU, threads, and versions of torch and Python."""
     where = f"{_processor()}, {os.cpu_count()} cores"
     if device.startswith("cuda"):
         where = f"{torch.cuda.get_device_name(device)} (host: {where})"
@@ -40,13 +40,13 @@ def machine(device: str = "cpu", threads: int | None = None) -> str:
 
 
 def command() -> str:
-    """Return the command line to repeat the run from the repository's root; paths inside it are relative."""
+    """Return the command line that repeats the run from the repository's root, with relative paths."""
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     return " ".join(["python", script, *(arg.replace(f"{ROOT}{os.sep}", "") for arg in sys.argv[1:])])
 
 
 def provenance(device: str = "cpu", threads: int | None = None) -> str:
-    """Return the markdown list that says when, where and how a table was measured."""
+    """Return a markdown list of when, where and how a table was measured."""
     facts = {
         "date": date(),
         "machine": machine(device, threads),
@@ -57,7 +57,7 @@ def provenance(device: str = "cpu", threads: int | None = None) -> str:
 
 
 def origins(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the same list for results that were made at several times, each of which says when, where and how."""
+    """Return the same list for results from several runs, each with its own date, machine, commit and command."""
     facts = {key: {result[key] for result in results} for key in ("date", "machine", "commit", "command")}
     facts["command"] = {f"`{each}`" for each in facts["command"]}
     return "\n".join(f"- {key}: {'; '.join(sorted(values))}" for key, values in facts.items())

@@ -20,7 +20,7 @@ TOKENS: Tokens = {}
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of one comparison share."""
+    """Settings that all runs of one comparison share."""
 
     steps: int = 600
     batch: int = 4
@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What tells one run from the others."""
+    """Key of one run."""
 
     variant: str
     lr: float
@@ -64,7 +64,7 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
 
 
 def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:
-    """Return a random walk over the vocabulary: something to learn within seconds, to try the script."""
+    """Return a random walk over the vocabulary, which a model learns within seconds, to try the script."""
     moves = torch.randint(1, 8, (length,), generator=torch.Generator().manual_seed(seed))
     return moves.cumsum(0).remainder(settings.vocabulary)
 
@@ -108,7 +108,7 @@ def lr_factor(step: int, settings: Settings) -> float:
 
 @torch.no_grad()
 def validate(model: nn.Module, tokens: Tensor, settings: Settings, count: int) -> float:
-    """Return the mean loss of the first ``count`` held-out tokens, in windows that follow each other."""
+    """Return the mean loss of the first ``count`` held-out tokens, in consecutive windows."""
     length = settings.length
     windows = min(count // length, (len(tokens) - 1) // length)
     ids = torch.stack([tokens[i * length : (i + 1) * length + 1] for i in range(windows)]).long()
@@ -117,13 +117,13 @@ def validate(model: nn.Module, tokens: Tensor, settings: Settings, count: int) -
 
 
 def batches(tokens: Tensor, seed: int, settings: Settings) -> Tensor:
-    """Return where the windows of every step start: the same for every optimizer."""
+    """Return the start of each window in every step, the same for every optimizer."""
     shape = (settings.steps, settings.batch)
     return torch.randint(len(tokens) - settings.length - 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def train(run: Run, settings: Settings) -> dict[str, Any]:
-    """Train once and return what goes into the results; the loss of a run that diverged is None."""
+    """Train once and return the record for the results; the loss of a diverged run is None."""
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = build_model(settings)

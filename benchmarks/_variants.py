@@ -18,12 +18,12 @@ class Variant:
     """One row of the table.
 
     Attributes:
-        name: How it is called in the results.
+        name: Name in the results.
         recipe: The recipe, or ``"torch"`` for ``torch.optim.AdamW``.
-        betas: Passed to the optimizer.
-        lr_multiplier: What the stated grid of learning rates is multiplied by.
-        options: Further arguments of the recipe's class.
-        rest_lr: What the learning rate of everything but linear weights is multiplied by, in a group of its own.
+        betas: The optimizer's betas.
+        lr_multiplier: Factor on the grid of learning rates.
+        options: Other arguments of the recipe's class.
+        rest_lr: Factor on the learning rate of everything except linear weights, in a separate group.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Variant:
 
     @property
     def multipliers(self) -> tuple[float, ...]:
-        """Return what the learning rate of each parameter group is multiplied by."""
+        """Return the factor on the learning rate of each parameter group."""
         return (1.0,) if self.rest_lr == 1.0 else (1.0, self.rest_lr)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the parameters with their names, linear weights first if the rest has a learning rate of its own."""
+        """Return the named parameters in groups, linear weights first if the rest has a different learning rate."""
         named = list(model.named_parameters())
         if self.rest_lr == 1.0:
             return [{"params": named}]
@@ -48,7 +48,7 @@ class Variant:
         return [{"params": linear}, {"params": rest}]
 
     def build(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return the optimizer of all of a model's parameters."""
+        """Return the optimizer of all parameters of a model."""
         shared: dict[str, Any] = {"lr": lr, "betas": self.betas, "weight_decay": weight_decay}
         if self.recipe == "torch":
             return torch.optim.AdamW(self.groups(model), **shared, fused=True)
@@ -75,16 +75,16 @@ VARIANTS = {
         Variant("adam_sn", "adam_sn"),
         Variant("adam_snsm", "adam_snsm"),
         Variant("adam_snsm paper", "adam_snsm", (0.9, 0.999), _SUM, {"paper": True}),
-        # AdaGrad divides by the root of a sum over all steps so far, too.
+        # AdaGrad also divides by the root of a sum over all steps so far.
         Variant("adagrad_snsm", "adagrad_snsm", (0.9, 1.0), 2 * _SUM),
         Variant("rmsprop_sn", "rmsprop_sn", (0.0, 0.999), _SUM),
         Variant("adam_mini", "adam_mini"),
         Variant("adafactor", "adafactor"),
-        # The variants that sum over subsets have larger rates for embeddings and norms than for linear weights. So that
-        # nobody takes the effect of that ratio for the effect of the method: the same for two others.
+        # The variants that sum over subsets have larger rates for embeddings and norms than for linear weights. Two
+        # other variants get the same ratio, so that the ratio's effect is not taken for the method's.
         Variant("AdamW ratio 11.3", "torch", rest_lr=_SUM),
         Variant("adapm_lean ratio 11.3", "adapm_lean", rest_lr=_SUM),
-        # Not run unless asked for: equal to the control, as the tests show.
+        # Runs only on request: equal to the control, as the tests show.
         Variant("adamw", "adamw"),
     )
 }

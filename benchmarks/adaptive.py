@@ -2,14 +2,14 @@
 
     python benchmarks/adaptive.py --jobs 2           # everything; can be stopped and started again
     python benchmarks/adaptive.py --models llama --policies uniform benefit
-    python benchmarks/adaptive.py --cost             # only: how much of a training step the callback takes
+    python benchmarks/adaptive.py --cost             # only the callback's share of a training step
     python benchmarks/adaptive.py --report           # only rewrite the page and the plots from the results
-    python benchmarks/adaptive.py --trial            # a minute, on made-up tokens, into a temporary folder
+    python benchmarks/adaptive.py --trial            # a minute, on synthetic tokens, into a temporary folder
 
-Results are appended to ``adaptive.jsonl`` as they come; a run that is in there with the same settings is not repeated.
-For each model the learning rates of the grid run with the uniform policy at the middle budget and the first seed; all
-other runs have the best of them: every policy with all seeds at the middle budget, and with the first ``--few`` seeds
-at the others, and two references without the callback.
+Results are appended to ``adaptive.jsonl`` as they arrive, and a run recorded there with the same settings is not
+repeated. For each model, the grid of learning rates runs with the uniform policy at the middle budget and the first
+seed. All other runs use the best of these rates: every policy with all seeds at the middle budget, and with the first
+``--few`` seeds at the other budgets, and two references without the callback.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 
 def needed(results: Sequence[Result], args: argparse.Namespace) -> list[Run]:
-    """Return the runs that can be started now, given what is finished."""
+    """Return the runs that can start now, given the finished ones."""
     done = {Run.of(result) for result in results}
     budget, first = middle(args.budgets), args.seeds[0]
     runs = []
@@ -54,7 +54,7 @@ def needed(results: Sequence[Result], args: argparse.Namespace) -> list[Run]:
 
 
 def planned(args: argparse.Namespace, model: str, lr: float) -> list[Run]:
-    """Return all runs of a model once its learning rate is known, the most important first."""
+    """Return all runs of a model at its learning rate, the most important first."""
     budget = middle(args.budgets)
     others, few = [each for each in args.budgets if each != budget], args.seeds[: args.few]
     return [
@@ -65,7 +65,7 @@ def planned(args: argparse.Namespace, model: str, lr: float) -> list[Run]:
 
 
 def read(path: Path, settings: AdaptiveSettings) -> tuple[list[Result], Result | None]:
-    """Return the finished runs that were made with these settings, and the last measurement of the cost."""
+    """Return the finished runs with these settings, and the last measurement of the cost."""
     lines = path.read_text().splitlines() if path.exists() else []
     records = [record for record in map(json.loads, lines) if record["settings"] == dataclasses.asdict(settings)]
     costs = [record for record in records if "loss" not in record]
@@ -73,7 +73,7 @@ def read(path: Path, settings: AdaptiveSettings) -> tuple[list[Result], Result |
 
 
 def append(record: Result, args: argparse.Namespace, settings: AdaptiveSettings) -> None:
-    """Write a result with where it comes from."""
+    """Append a result with its date, machine, commit and command."""
     facts = {"date": date(), "machine": machine(threads=1), "commit": commit(), "command": command()}
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "adaptive.jsonl").open("a") as file:
@@ -81,7 +81,7 @@ def append(record: Result, args: argparse.Namespace, settings: AdaptiveSettings)
 
 
 def train_all(args: argparse.Namespace, settings: AdaptiveSettings) -> None:
-    """Run everything that is missing, several processes at a time."""
+    """Run everything that is missing, in several processes."""
     results, _ = read(args.output / "adaptive.jsonl", settings)
     tokens, started = load_tokens(settings, args.root), time.perf_counter()
     finished = train_in_pool(
@@ -93,7 +93,7 @@ def train_all(args: argparse.Namespace, settings: AdaptiveSettings) -> None:
 
 
 def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: float) -> None:
-    """Print the latest result and how long the rest takes."""
+    """Print the latest result and the time that the rest takes."""
     latest = results[-1]
     whole = {run for model in args.models for run in planned(args, model, 0.0)}
     losers = sum(len(args.lrs or FAMILIES[model].lrs) - 1 for model in args.models)
@@ -106,7 +106,7 @@ def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: f
 
 
 def measure_cost(args: argparse.Namespace, settings: AdaptiveSettings) -> None:
-    """Time the steps of the LLaMA, and the callback in them."""
+    """Time the steps of the LLaMA, and the callback within them."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tokens.pt")
         torch.save(load_tokens(settings, args.root), path)

@@ -1,11 +1,12 @@
-"""Measure what ``max_update``, the bound on |U / D| per element, does: on cases that need it and on one that does not.
+"""Measure the effect of ``max_update``, the bound on |U / D| per element, where it is needed and where it is not.
 
     python benchmarks/bound.py --jobs 2
     python benchmarks/bound.py --recipes adapm --seeds 0 --steps 20 --output /tmp/bound     # a trial
 
-Cases: a ReLU net on inputs that are mostly zero, a small LLaMA with one gradient that is a million times too large, one
-matrix after 3,000 gradients of zero, and a float16 matrix whose gradients are between 1e-12 and 1e4; then an ordinary
-training of a small LLaMA, as in ``convergence.py``. All with no bound, 10, 3 and 1, betas (0.9, 0.95).
+The cases are a ReLU net on inputs that are mostly zero, a small LLaMA with one gradient that is a million times too
+large, one matrix after 3,000 gradients of zero, a float16 matrix whose gradients are between 1e-12 and 1e4, and an
+ordinary training of a small LLaMA, as in ``convergence.py``. Each runs without a bound and with 10, 3 and 1, with betas
+(0.9, 0.95).
 """
 
 from __future__ import annotations
@@ -31,52 +32,53 @@ LR = 2e-3
 HEAD = ("recipe", "AdamW", "no bound", "10", "3", "1")
 INTRO = """# The bound on one step
 
-`max_update` bounds every element of |U / D|: how far a step moves a weight, in units of the learning rate. What follows
-shows why there is a bound, and why it is {default:g} unless you say otherwise. This page is made by
-`benchmarks/bound.py`. A cell is the largest movement of one weight in one step, in units of the learning rate, then the
-loss where there is one. All are of {seeds}.
+`max_update` bounds every element of |U / D|: how far a step moves a weight, in units of the learning rate. This page
+shows why the bound exists and why its default is {default:g}. `benchmarks/bound.py` makes this page. Each cell gives
+the largest movement of one weight in one step, in units of the learning rate, then the loss, if any. All results are
+from {seeds}.
 """
 TEXTS = {
     "sparse": """## Inputs that are mostly zero
 
-A ReLU net 256-128-128-128-10 learns 512 random examples of which nine in ten numbers are 0: 200 steps at a learning
+A ReLU net 256-128-128-128-10 learns 512 random examples in which nine of ten numbers are 0: 200 steps at a learning
 rate of 1e-3, after 50 of warm-up. The inner layers have the recipe's kinds for an MLP, the others AdamW's. The loss is
 the mean of the last 50 steps.""",
     "spike": """## A spike
 
 A LLaMA of width 64 with two layers in 100 steps; the gradient of one step is multiplied by 1e6, and nothing clips it.
-The movement is that from this step on, the loss the mean of the last 20 steps. `adapm`'s embedding (none × dense) is
-not bounded: √(1/(1 − 0.95)) = 4.47.""",
+The movement is the largest from this step on; the loss is the mean of the last 20 steps. `adapm`'s embedding (none ×
+dense) is not bounded: √(1/(1 − 0.95)) = 4.47.""",
     "silence": """## Silence, then noise
 
-One 96×64 matrix: 20 gradients of noise, 3,000 of zero, 40 of noise. The movement is that after the silence.""",
+One 96×64 matrix gets 20 gradients of noise, 3,000 of zero, and 40 of noise. The movement is the largest after the
+silence.""",
     "magnitudes": """## Elements of all magnitudes in float16
 
-One 96×64 float16 matrix in 60 steps; the elements of its gradients are between 1e-12 and 1e4, each of a size of its
-own. Where a weight would become infinite, the optimizer raises `FloatingPointError`; torch's AdamW, which would not
-notice, is left out. What is a little above 3 and 1 is rounding of float16.""",
+One 96×64 float16 matrix in 60 steps. The elements of its gradients are between 1e-12 and 1e4, each with its own size.
+Where a weight would become infinite, the optimizer raises `FloatingPointError`. Torch's AdamW would not notice, so it
+is left out. Values slightly above 3 and 1 are rounding of float16.""",
     "ordinary": """## An ordinary training
 
 A LLaMA of width 128 with four layers in {steps} steps of 4 × 128 tokens, learning rate {lr:g}, gradients clipped to a
 norm of 1: the validation loss, without the movement.""",
 }
 CONCLUSION = """
-A longer check on 2026-11-26: seed 0 of [convergence.md](convergence.md), 600 steps at the tuned rates, with the bound
-of 10. In parentheses is the loss on that page, from before there was a bound; other code has changed since, too.
-`adapm` 3.703 (3.741), `adapm_lean` 3.758 (3.752), `adam_snsm` 3.614 (3.614), `adafactor` 3.813 (3.796). `adapm_lean` in
-`make demo`: 4.520 (4.519).
+A longer check on 2026-11-26 repeats seed 0 of [convergence.md](convergence.md): 600 steps at the tuned rates, with the
+bound of 10. In parentheses is the loss on that page, from before the bound existed; other code has changed since then,
+too. `adapm` 3.703 (3.741), `adapm_lean` 3.758 (3.752), `adam_snsm` 3.614 (3.614), `adafactor` 3.813 (3.796).
+`adapm_lean` in `make demo`: 4.520 (4.519).
 
 ## Conclusion
 
-10 removes all extreme movements; in an ordinary run it changes the loss by {low:+.2f} to {high:+.2f}
-({seeds}). 3 and 1 cost more there.
+A bound of 10 removes all extreme movements; in an ordinary run it changes the loss by {low:+.2f} to {high:+.2f}
+({seeds}). Bounds of 3 and 1 cost more there.
 
 Not measured: {unmeasured}.
 """
 
 
 def ordinary(recipe: str, bound: float | None, seed: int, settings: Settings) -> Outcome:
-    """Train as convergence.py does."""
+    """Train as ``convergence.py`` does."""
     name = "AdamW"
     if recipe != CONTROL:
         name = f"{recipe} {bound}"
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the page")
     args = parser.parse_args()
     settings = Settings(steps=args.steps, validation_tokens=16384, every=10**6)
-    # The control is torch's AdamW, which would not notice float16 weights that become infinite.
+    # Torch's AdamW, the control, would not notice float16 weights that become infinite.
     pairs = [(case, CONTROL, None) for case in TEXTS if case != "magnitudes"]
     pairs += [(case, recipe, bound) for case in TEXTS for recipe in args.recipes for bound in BOUNDS]
     tasks = [(*pair, seed, settings) for pair in pairs for seed in args.seeds]

@@ -1,13 +1,13 @@
-"""Count what one training step sends: FSDP2's own traffic, and what the optimizer adds to it.
+"""Count the bytes that one training step sends: those of FSDP2, and those that the optimizer adds.
 
     python benchmarks/communication.py                        # LLaMA 7B on 8, 64 and 1,024 ranks, about 5 minutes
     python benchmarks/communication.py --size tiny --ranks 2 --output /tmp
 
-One process is rank 0 of a process group whose other ranks are not there: every collective is called with real shapes
-and counted, and nothing is sent. The model is sharded as the strategy shards it, its forward and backward run on one
-token (what they send does not depend on the batch), then the optimizer takes a second step, on gradients that are
-random numbers. Bytes are those of the whole tensors that are gathered, reduced and scattered; a ring sends an
-all-reduced byte twice, which the last column counts.
+One process is rank 0 of a process group whose other ranks do not exist: every collective is called with real shapes and
+counted, and nothing is sent. The model is sharded as the strategy shards it. Its forward and backward run on one token,
+because their traffic does not depend on the batch. Then the optimizer takes two steps on random gradients, and the
+second one counts. Bytes are those of the whole tensors that are gathered, reduced and scattered; a ring sends an
+all-reduced byte twice, which the column "share on a ring" counts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ HEAD = [
 
 @dataclass(frozen=True)
 class Result:
-    """Bytes and calls of one step; state in bytes on this rank and over all."""
+    """Bytes and calls of one step; bytes of state on this rank and over all ranks."""
 
     fsdp: int
     fsdp_ring: int
@@ -95,7 +95,7 @@ def sharded(size: str, ranks: int, half: bool) -> nn.Module:
 
 
 def ring(traffic: Traffic) -> int:
-    """Return the bytes that go over a ring's links: twice those of an all-reduce."""
+    """Return the bytes that a ring sends: those of an all-reduce count twice."""
     return sum(traffic.nbytes.values()) + traffic.nbytes["allreduce"]
 
 
@@ -138,7 +138,7 @@ def row(ranks: int, recipe: str, half: bool, result: Result) -> list[str]:
 
 
 def fill_gathered(output: torch.Tensor, piece: torch.Tensor, group: object) -> None:
-    """Gather, for a group that sends nothing: what comes back is this rank's piece from everybody."""
+    """Gather in a group that sends nothing: the output holds this rank's piece for every rank."""
     real(output, piece, group=group)
     output.view(-1, piece.numel()).copy_(piece)
 
@@ -163,11 +163,11 @@ def main() -> None:
     show("One training step", HEAD, rows)
     text = (
         f"# What a step sends\n\nLLaMA {options.size}, one training step: FSDP2 gathers the weights twice and scatters "
-        "the gradients, the optimizer adds its own collectives. Counted on rank 0 of a process group whose other ranks "
-        "are not there: every collective is called with real shapes, nothing is sent. Bytes are those of the whole "
-        "tensors; a ring sends an all-reduced byte twice. More than 64 MiB go out in several collectives of that size, "
-        'so that buffers stay bounded. "× ideal" is the state on rank 0, which has the most, over the total divided by '
-        f"the ranks.\n\n{markdown(HEAD, rows)}\n\n{provenance()}\n"
+        "the gradients, and the optimizer adds its own collectives. The counts are from rank 0 of a process group "
+        "whose other ranks do not exist: every collective is called with real shapes, and nothing is sent. Bytes are "
+        "those of the whole tensors; a ring sends an all-reduced byte twice. Payloads over 64 MiB go out in several "
+        'collectives of that size, so that buffers stay bounded. "× ideal" is the state on rank 0, which holds the '
+        f"most, over the total divided by the number of ranks.\n\n{markdown(HEAD, rows)}\n\n{provenance()}\n"
     )
     (options.output / "communication.md").write_text(text)
 

@@ -1,13 +1,13 @@
-"""Train a small LLaMA with every recipe, each at its best learning rate, and compare validation losses.
+"""Train a small LLaMA with each recipe at its best learning rate, and compare validation losses.
 
     python benchmarks/convergence.py --jobs 2        # everything; can be stopped and started again
     python benchmarks/convergence.py --variants AdamW adapm_lean
     python benchmarks/convergence.py --report        # only rewrite the page and the plot from the results
     python benchmarks/convergence.py --synthetic --steps 40 --lrs 4e-3 --jobs 1 --output /tmp/convergence   # a trial
 
-Results are appended to ``convergence.jsonl`` as they come; a run that is in there with the same settings is not
-repeated. For each variant the learning rates of the grid (times the variant's multiplier) run with the first seed;
-while the best is at the edge, the grid grows by a factor of two; then the other seeds run at the best.
+Results are appended to ``convergence.jsonl`` as they arrive, and a run recorded there with the same settings is not
+repeated. For each variant, the grid of learning rates (times the variant's multiplier) runs with the first seed. While
+the best rate is at an edge, the grid grows by a factor of two. Then the other seeds run at the best rate.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Result = dict[str, Any]
 
 
 def rounded(lr: float) -> float:
-    """Return a learning rate without the noise of the last bits, so that it can be looked up."""
+    """Round off the last bits of a learning rate, so that it can be a key."""
     return float(f"{lr:.4g}")
 
 
 def needed(variant: str, results: Sequence[Result], grid: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-    """Return the runs of a variant that can be started now, given what is finished."""
+    """Return the runs of a variant that can start now, given the finished ones."""
     done = {(r["lr"], r["seed"]): loss_or_inf(r) for r in results if r["variant"] == variant}
     stated = {rounded(lr * VARIANTS[variant].lr_multiplier) for lr in grid}
     lrs = sorted(stated | {lr for lr, seed in done if seed == seeds[0]})
@@ -52,7 +52,7 @@ def needed(variant: str, results: Sequence[Result], grid: Sequence[float], seeds
 
 
 def read(path: Path, settings: Settings) -> list[Result]:
-    """Return the finished runs that were made with these settings and the variants' betas of today."""
+    """Return the finished runs with these settings and the variants' current betas."""
     if not path.exists():
         return []
     results = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -67,7 +67,7 @@ def read(path: Path, settings: Settings) -> list[Result]:
 
 
 def train_all(args: argparse.Namespace, settings: Settings) -> None:
-    """Run everything that is missing, several processes at a time."""
+    """Run everything that is missing, in several processes."""
     args.results.parent.mkdir(parents=True, exist_ok=True)
     facts = {"date": date(), "machine": machine(threads=1), "commit": commit(), "command": command()}
     results: list[Result] = read(args.results, settings)
@@ -86,7 +86,7 @@ def train_all(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def report_progress(results: Sequence[Result], args: argparse.Namespace, pace: float) -> None:
-    """Print the latest result and how long the rest takes, if no grid has to grow further."""
+    """Print the latest result and the time that the rest takes if no grid grows."""
     latest = results[-1]
     remaining = 0
     for name in args.variants:

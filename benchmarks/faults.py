@@ -1,11 +1,11 @@
-"""Do to checkpoints what disks, kills, other processes and attackers do, hundreds of times, and count the outcomes.
+"""Damage checkpoints as disks, kills, other processes and attackers do, hundreds of times, and count the outcomes.
 
     python benchmarks/faults.py                               # writes docs/reliability.md, about 12 minutes
     python benchmarks/faults.py --rounds 20 --output /tmp     # a quick look
 
-The same functions as in ``tests/strategy/files/test_faults.py``, on a network with a few hundred weights in both
-formats. An outcome that is not promised is printed in capitals, and the script fails. The cost of checksums is measured
-on a larger file.
+The functions are those of ``tests/strategy/files/test_faults.py``, on a network with a few hundred weights in both
+formats. An outcome that breaks a promise is printed, and the script fails. The cost of checksums is measured on a
+larger file.
 """
 
 from __future__ import annotations
@@ -38,41 +38,42 @@ COSTS = ["format", "save", "of it checksums", "load", "load with verify=False", 
 
 PAGE = """# What can be trusted
 
-What a checkpoint of `memopt_fsdp` promises, and how each promise was tested. [SECURITY.md](../SECURITY.md) says what
-loading trusts, [strategy.md](strategy.md) how saving and loading work.
+This page lists what a checkpoint of `memopt_fsdp` promises and how each promise was tested.
+[SECURITY.md](../SECURITY.md) says what loading trusts, [strategy.md](strategy.md) how saving and loading work.
 
 ## Promises
 
-1. **A save that is killed, or fails, leaves the checkpoint that was there.** Under its name there is the old one or the
-   new one, complete.
-2. **What is loaded is one save.** Another process may replace the checkpoint meanwhile: all files are opened once, and
-   the ranks agree on which save they have opened before they read.
-3. **What is loaded is what was saved.** Whole files have checksums, taken while they are written and compared before
-   anything is used. A damaged file is refused by its name.
-4. **No file can run code.** What is no tensor is unpickled with an allow-list, in both formats and in every file.
-5. **An error changes nothing.** Weights, optimizer state and hyperparameters are what they were.
-6. **Two runs that save under one name do not break each other.** Each save is whole, the last one stays. What dead
-   processes have left is removed by the next save.
-7. **A full disk is named as the cause**, whatever torch's writer says about it.
+1. **A save that is killed, or fails, leaves the previous checkpoint in place.** The name always refers to the old or
+   the new checkpoint, complete.
+2. **A load reads one save.** Another process may replace the checkpoint meanwhile: all files are opened once, and the
+   ranks agree on which save they have opened before they read.
+3. **A load returns what was saved.** Whole files have checksums, computed while the files are written and compared
+   before anything is used. A damaged file is refused by name.
+4. **No file can run code.** Everything except tensors is unpickled with an allow-list, in both formats and in every
+   file.
+5. **An error changes nothing.** Weights, optimizer state and hyperparameters keep their values.
+6. **Two runs that save under one name do not break each other.** Each save is whole, and the last one stays. The next
+   save removes what dead processes have left.
+7. **A full disk is named as the cause**, regardless of what torch's writer reports.
 
 ## Counts
 
-One process, both formats (a directory and a file), on a small network with state of `adapm_lean`.
-"Loaded, content right" after a flipped bit: it lay in padding.
+The counts come from one process and both formats (a directory and a file), on a small network with state of
+`adapm_lean`. "Loaded, content right" after a flipped bit means that the bit lay in padding.
 
 {table}
 
-The same on several ranks, with fewer repetitions, is in `tests/distributed/`; kills before and after every single
-operation on files are in `tests/strategy/files/test_atomic.py`.
+`tests/strategy/checkpoint/` repeats this on several ranks, with fewer repetitions.
+`tests/strategy/files/test_atomic.py` kills a save before and after every single operation on files.
 
 ## What verification costs
 
 Seconds per GB; {size} MB of weights, one process, the median of {repeats}. A save computes checksums while it writes. A
-load reads everything once before it uses anything; ranks divide the files of a directory among them.
+load reads everything once before it uses anything; the ranks divide the files of a directory among themselves.
 
 {costs}
 
-`MemOptFSDPStrategy(verify=False)` leaves the checksums out. Nothing is trusted more: no file can run code, sizes are
+`MemOptFSDPStrategy(verify=False)` skips the checksums. It trusts nothing more: no file can run code, sizes are
 compared, and weights and state must be finite.
 
 {provenance}
@@ -80,7 +81,7 @@ compared, and weights and state must be finite.
 
 
 def count(rounds: int) -> list[tuple[str, int, Counter[str]]]:
-    """Return what was done, how often, and what became of it."""
+    """Return the name, the repetitions and the outcomes of each fault."""
     rng = random.Random(0)
     results = []
     for whole, form in ((False, "directory"), (True, "file")):
@@ -109,19 +110,19 @@ def count(rounds: int) -> list[tuple[str, int, Counter[str]]]:
 
 
 def damaged(folder: Path, times: int, *, rng: random.Random, whole: bool, how: Callable[..., bytes]) -> Counter[str]:
-    """Damage a checkpoint and load it, again and again."""
+    """Damage a checkpoint and load it, repeatedly."""
     return _faults.damage(folder, rng, times, whole=whole, how=how)
 
 
 def counted(
     fault: Callable[..., Counter[str]], *rng: random.Random, folder: Path, times: int, whole: bool
 ) -> Counter[str]:
-    """Do one of the faults to several processes."""
+    """Inject one of the faults into several processes."""
     return fault(folder, *rng, times, whole=whole)
 
 
 def hostile(folder: Path, times: int, *, places: tuple[str, ...]) -> Counter[str]:
-    """Put a command into every place of a checkpoint, with checksums renewed and with none."""
+    """Put a command into every place of a checkpoint, with updated checksums and without any."""
     found: Counter[str] = Counter()
     for place in places:
         for drop in (False, True):
@@ -131,14 +132,14 @@ def hostile(folder: Path, times: int, *, places: tuple[str, ...]) -> Counter[str
 
 
 def row(name: str, times: int, found: Counter[str]) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the table."""
     refused, loaded = (found.get(key, 0) for key in _faults.GOOD)
     other = {key: number for key, number in found.items() if key not in _faults.GOOD}
     return [name, str(times), str(refused), str(loaded), str(other or 0)]
 
 
 def costs(megabytes: int, repeats: int) -> list[list[str]]:
-    """Return seconds per GB of saving and loading, with and without checksums."""
+    """Return the seconds per GB of saving and loading, with and without checksums."""
     width = 1024
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(megabytes // 4)))
     size = sum(param.nbytes for param in model.parameters()) / 1e9

@@ -1,12 +1,12 @@
-"""Run the package on a GPU: does it train and resume there, how long does a step take, and where does the time go.
+"""Run the package on a GPU: check training and resuming, time a step, and profile it.
 
     python benchmarks/gpu.py                                  # one GPU, from the root of a checkout
     python benchmarks/gpu.py --quick --out /tmp/gpu           # fewer rounds, less than 3 minutes
     python benchmarks/gpu.py --sections facts,step
 
-Needs torch, lightning and transformers, nothing else. Every section stands alone: what fails is printed with its
-traceback, and the next one runs. The tables are written to ``gpu_tables.md`` after each section, the profiler's own to
-``profile_<recipe>.txt``. Without a GPU it runs tiny sizes, to try the script; those numbers mean nothing.
+This script needs only torch, lightning and transformers. The sections are independent: if one fails, its traceback is
+printed and the next one runs. The tables are written to ``gpu_tables.md`` after each section, and the profiler's own
+tables to ``profile_<recipe>.txt``. Without a GPU it runs tiny sizes, to try the script; those numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from _report import ROOT, provenance
 
 sys.path.insert(0, str(ROOT))
 
-# Sections by the file they are in, which is imported when one runs: if an import fails, only its sections do.
+# The module of each section, imported when the section runs: a failed import fails only its own sections.
 SECTIONS = {
     "facts": "",
     "step": "_gpu_step",
@@ -37,7 +37,7 @@ SECTIONS = {
 
 
 def facts(report: Report, quick: bool) -> None:
-    """Say what machine this is, and how fast its memory is."""
+    """Report the machine and its memory bandwidth."""
     cuda = torch.cuda.is_available()
     lines = [provenance("cuda" if cuda else "cpu", torch.get_num_threads())]
     try:
@@ -51,7 +51,7 @@ def facts(report: Report, quick: bool) -> None:
 
 
 def _bandwidth() -> float:
-    """Return the bytes a second that copying a gibibyte reads and writes."""
+    """Return the bytes per second that a copy of one GiB reads and writes."""
     source = torch.empty(2**28, device="cuda")
     target = torch.empty_like(source)
     for _ in range(3):
@@ -71,7 +71,7 @@ def load(name: str) -> Callable[[Report, bool], None]:
 
 
 def run(name: str, report: Report, quick: bool) -> None:
-    """Run one section and write the tables, whether it fails or not."""
+    """Run one section and write the tables, even if it fails."""
     print(f"\n=== {name}", flush=True)
     started = time.perf_counter()
     try:

@@ -1,10 +1,10 @@
-"""Time what OptimizerMemoryMonitor takes of a training step.
+"""Time OptimizerMemoryMonitor within a training step.
 
     python benchmarks/memory_monitor.py                              # about 3 minutes
     python benchmarks/memory_monitor.py --steps 30 --output /tmp
 
-A LLaMA of a million parameters trains on random tokens, on one process and sharded over two. What the callback's hooks
-take is timed inside of them, waiting for the other process included.
+A LLaMA with a million parameters trains on random tokens, on one process and sharded over two. Timers inside the
+callback's hooks measure their time, including the wait for the other process.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class Module(LightningModule):
 
 
 class Clock(Callback):
-    """Notes when batches start, before any other callback."""
+    """Record when batches start, before any other callback."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the clock."""
+        """Record the time."""
         self.starts.append(time.perf_counter())
 
 
 def run(optimizer: str, processes: int, steps: int, every: int) -> dict[str, float]:
-    """Train, and return medians in milliseconds: of a step without a measurement, of a measurement, of other steps."""
+    """Train, and return medians in ms: a step without the callback, the callback in a measuring step and in others."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     spent = [0.0]
@@ -79,7 +79,7 @@ def run(optimizer: str, processes: int, steps: int, every: int) -> dict[str, flo
     per_step: list[float] = []
 
     class Ledger(Callback):
-        """Closes the account of every step."""
+        """Record the hooks' time of each step."""
 
         def on_train_batch_end(self, *args: Any) -> None:
             per_step.append(spent[0])
@@ -130,7 +130,7 @@ def _rank(rank: int, environment: Mapping[str, str], queue: Any, arguments: tupl
 
 
 def measure(optimizer: str, processes: int, steps: int, every: int) -> dict[str, float]:
-    """Run in processes of their own."""
+    """Run in new processes and return the first one's result."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -168,8 +168,7 @@ def main() -> None:
 A LLaMA of 1.05 million parameters, 4 x 128 tokens a step and process, {args.steps} steps, on one process and sharded
 over two by `memopt_fsdp`. Medians; a measurement every {args.every} steps. "a measurement" is all that the callback
 does in such a step: reading the memory, the metrics with their collectives, writing to TensorBoard. "other steps" is
-what it does in those. The share is that of a step at the default of a
-measurement every 100 steps.
+its work in all other steps. The share of a step is for the default of one measurement every 100 steps.
 
 {markdown(HEAD, rows)}
 

@@ -1,10 +1,11 @@
-"""Time the conversion of one block between kinds and the memory it needs, and draw a loss with 20 reformats in it.
+"""Measure the time and memory of converting one block between kinds, and plot a loss through 20 reformats.
 
     python benchmarks/reformat.py                                      # a block of 1024 x 4096, about 3 minutes
     python benchmarks/reformat.py --shape 64 96 --repeats 2 --output /tmp
 
-The block is converted there and back by turns, after a step of its own in between; the time is the median. The loss is
-that of a tiny LLaMA on four batches over and over: random blocks get random kinds and ranks at random steps.
+The block is converted to the other kind and back in turns, with a step of the optimizer in between; the time is the
+median. The loss is that of a tiny LLaMA that repeats four batches: random blocks get random kinds and ranks at random
+steps.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ VOCABULARY, LENGTH, STEPS, REFORMATS, LR = 96, 16, 120, 20, 3e-3
 
 
 def convert(before: str, after: str, dropped: str, args: argparse.Namespace) -> tuple[float, float]:
-    """Return the seconds of a conversion, and its peak of memory in units of the dense float32 momentum."""
+    """Return the seconds of a conversion, and its peak memory in units of the dense float32 momentum."""
     seconds = []
     with PeakMemory("cpu") as memory:
         weight = nn.Parameter(torch.randn(args.shape) * 0.02)
@@ -77,7 +78,7 @@ def rows(args: argparse.Namespace) -> list[list[str]]:
 
 
 def some_change(draw: random.Random, optimizer: lm.MemOpt) -> tuple[str, dict[str, Any]]:
-    """Return a random block's name and a random kind and rank for it."""
+    """Return the name of a random block, and a random kind and rank for it."""
     block = draw.choice([block for block in optimizer.snapshot().blocks if len(block.shape) > 1])
     change: dict[str, Any] = {"momentum": draw.choice(["none", "dense", "low_rank", "subspace"])}
     if change["momentum"] in ("low_rank", "subspace"):
@@ -86,7 +87,7 @@ def some_change(draw: random.Random, optimizer: lm.MemOpt) -> tuple[str, dict[st
 
 
 def losses(times: dict[int, random.Random], dropped: str) -> list[float]:
-    """Return the loss of every step of a run with changes before the given steps."""
+    """Return the loss of each step of a run with changes before the given steps."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -108,7 +109,7 @@ def losses(times: dict[int, random.Random], dropped: str) -> list[float]:
 
 
 def plot(curves: dict[str, list[float]], times: list[int], path: Path) -> None:
-    """Draw the losses, with a mark at every reformat."""
+    """Plot the losses, with a mark at each reformat."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,7 +139,7 @@ def report(table: list[list[str]], curves: dict[str, list[float]], args: argpars
 One block of {m} x {n} (factored second moment, float32) converted between momentum kinds. "ms" is the median of
 {args.repeats} conversions. "peak" is the most memory allocated at a time, the new state included, above what was
 allocated before, in units of the block's dense float32 momentum ({4 * m * n / 2**20:.0f} MiB). "release" also moves
-the weights by what the new state cannot hold; where nothing is dropped it does nothing.
+the weights by what the new state cannot hold; it has no effect where nothing is dropped.
 
 {markdown(HEAD, table)}
 

@@ -1,14 +1,14 @@
-"""Time one optimizer step of every recipe as a ratio to fused AdamW, and the memory it needs meanwhile.
+"""Measure one optimizer step of each recipe: its time as a ratio to fused AdamW, and its memory.
 
     python benchmarks/step_time.py                                   # LLaMA-130M shapes, all recipes, about 10 minutes
     python benchmarks/step_time.py --size tiny --recipes adapm_lean torch_foreach --output /tmp
     python benchmarks/step_time.py --self-check                      # is the memory recorder right?
 
-Every round times one step of fused AdamW and one of the candidate on the same parameters and gradients, in alternating
-order; the ratio is the median over rounds, so a machine that throttles slows both. Other work on the same cores does
-not cancel, because threads that wait for each other suffer most: run it on a quiet machine; the page states the load.
-Gradients are new normal numbers every round, drawn outside the timed part. The first steps are not timed but recorded
-for their peak of temporary memory. galore-torch, apollo-torch and adam-mini are compared where installed.
+Each round times one step of fused AdamW and one of the candidate on the same parameters and gradients, in alternating
+order. The ratio is the median over rounds, so a machine that throttles slows both. Other work on the same cores does
+not cancel, because threads that wait for each other suffer most: use a quiet machine. The page states the load.
+Gradients are new normal numbers every round, drawn outside the timed part. The first steps are not timed; their peak of
+temporary memory is recorded. galore-torch, apollo-torch and adam-mini are compared if installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HEAD = [
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one optimizer; times in seconds, temporaries and state as multiples."""
+    """Measurements of one optimizer; times in seconds, temporaries and state as multiples."""
 
     name: str
     ratio: float
@@ -83,7 +83,7 @@ def llama_shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def build_model(size: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Return a module that has nothing but a LLaMA's parameters, under the names transformers gives them."""
+    """Return a module with only a LLaMA's parameters, under transformers' names."""
     hidden, inner, layers, heads, vocabulary = SIZES[size]
     model = nn.Module()
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
@@ -103,7 +103,7 @@ def build_model(size: str, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 class Gradients:
-    """Give every parameter a new normal gradient: a window of a pool of noise, which costs a copy, not a draw."""
+    """Give every parameter a new normal gradient, copied from a pool of noise, which is faster than drawing it."""
 
     def __init__(self, model: nn.Module, device: str) -> None:
         self.params = list(model.parameters())
@@ -144,7 +144,7 @@ def _torch(**options: bool) -> Build:
 
 
 def candidates() -> dict[str, Build]:
-    """Return everything that can be timed, by name."""
+    """Return all optimizers that can be timed, by name."""
     found: dict[str, Build] = {"torch_fused": _torch(fused=True), "torch_foreach": _torch(foreach=True)}
     found["torch_adafactor"] = lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2)
     import lightning_memopt
@@ -211,8 +211,8 @@ def report(results: list[Result], args: argparse.Namespace) -> str:
 Parameters shaped like a LLaMA {args.size} ({shapes}), {args.dtype}, eager. "x fused AdamW" is the median over
 {args.steps} rounds of the step's time over that of `torch.optim.AdamW(fused=True)` in the same round. "longest" is the
 longest of those steps; "first" is the very first, which may allocate state or compute a first projection (GaLore's
-exact SVD, repeated every 200 steps). "temporaries" is the peak of memory during a step above what was allocated before
-it, as a multiple of the largest block. "state" is in units of AdamW's two averages. `torch_fused` against itself shows
+exact SVD, repeated every 200 steps). "temporaries" is the peak memory during a step above what was allocated before
+it, as a multiple of the largest block. "state" is a share of AdamW's two averages. `torch_fused` against itself shows
 the noise.
 
 {markdown(HEAD, [result.row() for result in results])}

@@ -15,12 +15,12 @@ from lightning_memopt.planner.skeletons import skeleton  # noqa: E402
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")
 INTRO = """# Recipes and the size of their state
 
-This page is made by `python docs/tables.py`; a test checks that it is up to date.
+`python docs/tables.py` generates this page; a test checks that it is up to date.
 
-## What every role gets
+## What each role gets
 
-Momentum × second moment. Ranks are fractions of a matrix's short side, at least 4; `vector` stands for everything with
-fewer than two dimensions, `other` for matrices whose part in the model is unknown.
+Each cell is momentum × second moment. Ranks are fractions of a matrix's short side, at least 4. `vector` covers
+everything with fewer than two dimensions, `other` covers matrices whose part in the model is unknown.
 """
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
     "GPT-2 1.5B": "gpt2-1.5b"
@@ -28,35 +28,36 @@ MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "
 BOUND = f"""
 ## The bound on one step
 
-Weight decay apart, no step moves a weight by more than `max_update` times the learning rate ({MAX_UPDATE:g} by default,
-per parameter group) in blocks whose kinds do not bound it themselves: every element of |U / D| is bounded. In ordinary
-training |U / D| is about 1. But low-rank and subspace momentum mix the elements of a gradient, and means of squares
-hide small ones: where gradients are mostly zero, after a spike or after a long silence, D is almost 0 where U is not,
-and without a bound one step has moved a weight by millions of learning rates
+Apart from weight decay, no step moves a weight by more than `max_update` times the learning rate ({MAX_UPDATE:g} by
+default, per parameter group) in blocks whose kinds do not bound the step themselves: every element of |U / D| is
+bounded. In ordinary training |U / D| is about 1. But low-rank and subspace momentum mix the elements of a gradient, and
+means of squares hide small ones. Where gradients are mostly zero, after a spike or after a long silence, D is almost 0
+where U is not. Without a bound, one step has moved a weight by millions of learning rates
 ([benchmarks/bound.md](benchmarks/bound.md)).
 
-- Not bounded: dense or no momentum with dense second moment (AdamW, RMSProp), where |U / D| is at most about
+- Not bounded: dense or no momentum with dense second moment (AdamW, RMSProp). There |U / D| is at most about
   1/√(1 − β₂) without momentum: 4.5 for 0.95, 32 for 0.999. So `adamw` stays equal to torch's AdamW.
-- Not bounded: second moment `none`. That U has the unit of a gradient, so clip gradients to bound it.
-- Momentum that a smaller rank releases at once is bounded as one step, whatever the kinds.
-- The plan table shows the bound of every block. If more than 1% of all elements in bounded blocks exceed it in three
+- Not bounded: second moment `none`. There U has the unit of a gradient, so clip gradients to bound it.
+- Momentum that a smaller rank releases at once is bounded like one step, for all kinds.
+- The plan table shows the bound of each block. If more than 1% of all elements in bounded blocks exceed it in three
   counts in a row (every tenth step, from step 20), the first process warns once.
-- `max_update=None` switches it off. A checkpoint from before there was a bound gets the configured one.
-- Weights stay finite, or `FloatingPointError` names the block: also without a bound, and in float16.
+- `max_update=None` removes the bound. A checkpoint from before the bound existed gets the configured one.
+- Weights stay finite, or `FloatingPointError` names the block. This holds without a bound and in float16 too.
 """
 SIZES = """
 ## Size of the state
 
-Bytes of momentum and second moments, projections included, in float32, as a share of `torch.optim.AdamW`'s on the same
-float32 parameters. Step counters are left out on both sides. Vocabulary 32,000 with an untied head for LLaMA (the sizes
-of the GaLore and SNSM papers, and 7B), 50,257 with tied embeddings for GPT-2.
+The tables count bytes of momentum and second moments, projections included, in float32, as a share of
+`torch.optim.AdamW`'s on the same float32 parameters. Both sides leave out step counters. LLaMA has a vocabulary of
+32,000 and an untied head (the sizes of the GaLore and SNSM papers, and 7B); GPT-2 has 50,257 tokens and tied
+embeddings.
 """
 MOMENTUM = """
 Momentum only, as a share of AdamW's momentum:
 """
 NOTES = """
 `adam_snsm` keeps AdamW's full state for embeddings, so small models with large vocabularies keep more.
-At bfloat16 (`state_dtype="bfloat16"`) every number above is halved.
+With `state_dtype="bfloat16"`, every number above is halved.
 """
 
 
@@ -68,7 +69,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def recipe_table() -> str:
-    """Return which kinds every role gets, for every recipe."""
+    """Return the table of the kinds that each recipe gives each role."""
 
     def cell(recipe: lm.Recipe) -> str:
         rank = getattr(recipe.momentum, "rank", None)
@@ -81,7 +82,7 @@ def recipe_table() -> str:
 
 
 def size_tables() -> tuple[str, str]:
-    """Return the share of the state and of the momentum that every recipe keeps, for every architecture."""
+    """Return the tables of each recipe's share of AdamW's state and of its momentum, per architecture."""
     models = {label: skeleton(name) for label, name in MODELS.items()}
     variants = {f"`{name}`": {"recipe": name} for name in lm.recipe_names()}
     variants["`adam_snsm`, rank 1/4"] = {"recipe": "adam_snsm", "rank": 1 / 4}

@@ -1,1 +1,1 @@
-"""Data, models and the demo that the configs beside them use."""
+"""Data, models and the demo for the configs in this folder."""

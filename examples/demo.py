@@ -1,7 +1,7 @@
-"""Train the same sharded model twice, with AdamW and with compressed state, and compare.
+"""Train the same sharded model with AdamW and with compressed state, and compare.
 
-``make demo``, or ``python examples/demo.py``: on all GPUs, or on two CPU processes. For every further process Lightning
-starts this file again. Further arguments go to both runs, as to ``lightning-memopt fit``::
+Run ``make demo`` or ``python examples/demo.py``. It uses all GPUs, or two CPU processes; Lightning starts this file
+again for each further process. Other arguments go to both runs, as to ``lightning-memopt fit``::
 
     python examples/demo.py --data.root DIR --trainer.max_steps 1000
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# The configs name classes as examples.llama.LlamaModule, from wherever this file is run.
+# The configs import classes such as examples.llama.LlamaModule, in any working directory.
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
@@ -39,7 +39,7 @@ WARMUP_STEPS = 5
 
 @dataclass(frozen=True)
 class Result:
-    """What one run showed."""
+    """The results of one run."""
 
     recipe: str
     val_loss: float
@@ -50,14 +50,14 @@ class Result:
 
 
 class StepTimer(Callback):
-    """Measure training steps per second, without the first ones and without validation."""
+    """Measure training steps per second, without the first steps and without validation."""
 
     def __init__(self) -> None:
         self._steps, self._seconds, self._started = 0, 0.0, 0.0
 
     @property
     def steps_per_second(self) -> float:
-        """Steps per second; NaN for a run that was too short."""
+        """Steps per second; NaN if the run is too short."""
         return self._steps / self._seconds if self._steps else float("nan")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -81,7 +81,7 @@ def _wait(module: LightningModule) -> None:
 
 
 def run(recipe: str, args: list[str]) -> Result:
-    """Train as the command line would, and validate the result."""
+    """Train as the command line does, and validate the result."""
     timer = StepTimer()
     cli = lm.MemOptCLI(trainer_defaults={"callbacks": [timer]}, args=["fit", *RUNS[recipe], *processes(), *args])
     (optimizer,) = cli.trainer.optimizers
@@ -94,7 +94,7 @@ def run(recipe: str, args: list[str]) -> Result:
 
 
 def processes() -> list[str]:
-    """Return the arguments for all GPUs, or for two CPU processes that share the batch."""
+    """Return the arguments for all GPUs, or for two CPU processes; the processes share the batch."""
     count = torch.cuda.device_count() or 2
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     batch = max(1, BATCH // count)
@@ -102,7 +102,7 @@ def processes() -> list[str]:
 
 
 def table(results: list[Result]) -> Table:
-    """Return the comparison; what is saved is measured against AdamW's state for the same parameters."""
+    """Return the comparison; "saved" is relative to AdamW's state for the same parameters."""
     shown = Table(title="The same model, data and steps")
     for column in ("recipe", "val. loss", "state (MiB)", "per rank (MiB)", "saved", "steps/s"):
         shown.add_column(column, justify="left" if column == "recipe" else "right", no_wrap=True)
@@ -119,9 +119,9 @@ def table(results: list[Result]) -> Table:
 
 
 def main(args: list[str] | None = None) -> list[Result]:
-    """Run all, print the table, and return what is in it."""
+    """Run all recipes, print the table and return its contents."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # The arguments of this script are those of the runs; Lightning warns about having both.
+    # This script's arguments are those of the runs; Lightning warns about having both.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     args = sys.argv[1:] if args is None else args

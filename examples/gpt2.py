@@ -1,4 +1,4 @@
-"""GPT-2 from transformers, trained from random weights: transposed weights, and queries, keys and values in one."""
+"""A GPT-2 from transformers, trained from random weights; its weights are transposed, and Q, K and V are fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class GPT2Module(LanguageModel):
     """A GPT-2 of any size; the arguments are those of ``transformers.GPT2Config``, without dropout.
 
     Args:
-        vocab_size: Number of tokens; at least the data's.
+        vocab_size: Number of tokens, at least that of the data.
         n_embd: Width of the model.
         n_layer: Number of layers.
         n_head: Heads per layer.

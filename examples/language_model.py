@@ -1,4 +1,4 @@
-"""A LightningModule around a causal language model of transformers."""
+"""A LightningModule around a causal language model from transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 class LanguageModel(LightningModule):
     """Train a causal language model on batches of tokens ``[batch, sequence]``.
 
-    It has no ``configure_optimizers``: the command line supplies the optimizer. In Python, assign one::
+    The class has no ``configure_optimizers``, because the command line supplies the optimizer. In Python, assign one::
 
         module.configure_optimizers = lambda: lightning_memopt.AdaPMLean(module.named_parameters(), lr=3e-3)
 
@@ -23,14 +23,14 @@ class LanguageModel(LightningModule):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        # Modules of transformers are born in evaluation mode, and Lightning keeps the mode it finds.
+        # Models from transformers start in evaluation mode, and Lightning keeps that mode.
         self.model.train()
 
     def setup(self, stage: str) -> None:
-        """Check that the tokens fit the model: an index out of range is a crash without a reason on a GPU.
+        """Check that the tokens fit the model, because an index out of range crashes a GPU without a clear error.
 
         Raises:
-            ValueError: If the vocabulary or the sequences are longer than the model's.
+            ValueError: If the vocabulary or the sequences exceed those of the model.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         for name, ours in (("vocab_size", "vocab_size"), ("seq_len", "max_position_embeddings")):
@@ -51,7 +51,7 @@ class LanguageModel(LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the mean over all tokens: all sequences have the same length, so batches are weighted by their size."""
+        """Log the mean over all tokens; sequences have equal lengths, so batches are weighted by their size."""
         self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -59,5 +59,5 @@ class LanguageModel(LightningModule):
         self.log("test_loss", self.loss(batch), batch_size=len(batch), sync_dist=True)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the likeliest next token after every position."""
+        """Return the most likely next token after each position."""
         return self.model(input_ids=batch, use_cache=False).logits.argmax(-1)

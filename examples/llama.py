@@ -1,4 +1,4 @@
-"""LLaMA from transformers, trained from random weights."""
+"""A LLaMA from transformers, trained from random weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from examples.language_model import LanguageModel
 class LlamaModule(LanguageModel):
     """A LLaMA of any size; the arguments are those of ``transformers.LlamaConfig``.
 
-    The defaults make a model of 3.5 million parameters.
+    The defaults give a model with 3.5 million parameters.
 
     Args:
-        vocab_size: Number of tokens; at least the data's.
+        vocab_size: Number of tokens, at least that of the data.
         hidden_size: Width of the model.
         intermediate_size: Width inside an MLP.
         num_hidden_layers: Number of layers.

@@ -1,4 +1,4 @@
-"""A learning-rate schedule that knows how long the run is."""
+"""A learning rate schedule that takes its length from the trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class WarmupCosine(Callback):
     """Raise every group's learning rate linearly, then lower it along a cosine until the end of the run.
 
-    A callback instead of an ``lr_scheduler``, because its length is the trainer's own (``max_steps`` or
-    ``max_epochs``), so the two cannot disagree. The factor depends on the step only, so resumed runs continue it.
+    A callback instead of an ``lr_scheduler`` takes its length from the trainer (``max_steps`` or ``max_epochs``), so
+    the two cannot disagree. The factor depends only on the step, so resumed runs continue it.
 
     Args:
-        warmup_steps: Steps until the full learning rate.
+        warmup_steps: Number of steps until the full learning rate.
         final: Learning rate at the end, as a fraction of the full one.
     """
 
@@ -27,7 +27,7 @@ class WarmupCosine(Callback):
         self.warmup_steps, self.final = warmup_steps, final
 
     def factor(self, step: int, total: float) -> float:
-        """Return what the learning rate of a step, counted from 0, is multiplied with."""
+        """Return the factor on the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if not math.isfinite(total) or total <= self.warmup_steps:
@@ -36,7 +36,7 @@ class WarmupCosine(Callback):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the full learning rates, under the key that torch's schedulers use."""
+        """Store the full learning rates under the key that torch's schedulers use."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])

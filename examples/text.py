@@ -1,4 +1,4 @@
-"""Any folder of text files as token sequences, with a vocabulary trained on the training files."""
+"""A data module for any folder of text files, with a vocabulary trained on the training files."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "node_module
 class TextDataModule(LightningDataModule):
     """Token sequences from a folder of text files.
 
-    A file belongs to validation if a hash of its relative path says so, so the split is the same on every machine and
-    a file never changes sides when others come and go. The byte-level BPE vocabulary is trained on the training files
-    only. Vocabulary and tokens are cached under a key made from the text and the settings.
+    A hash of a file's relative path decides whether the file belongs to validation. So the split is the same on every
+    machine, and no file changes sides when others are added or removed. The byte-level BPE vocabulary is trained on the
+    training files only. Vocabulary and tokens are cached under a key made from the text and the settings.
 
     Args:
-        root: A folder; its subfolders are searched as well. None: the sources of Python's standard library.
-        pattern: Which files, as in ``Path.glob``. None: all of them, or ``**/*.py`` for the standard library.
+        root: A folder, searched with its subfolders. None: the source code of Python's standard library.
+        pattern: Files to read, as in ``Path.glob``. None: all files, or ``**/*.py`` for the standard library.
         vocab_size: Size of the vocabulary; a small text may yield fewer tokens.
         seq_len: Tokens per sequence.
         batch_size: Sequences per batch.
-        val_fraction: Share of the files that is for validation.
-        max_chars: Read at most this many characters, chosen by the same hash; None reads everything.
-        cache_dir: Where to keep tokens; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-        num_workers: Worker processes per loader; the tokens are in memory, so there is little for them to do.
+        val_fraction: Share of the files used for validation.
+        max_chars: Maximum number of characters to read, chosen by the same hash; None reads everything.
+        cache_dir: Folder for the cached tokens; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        num_workers: Worker processes per loader; the tokens are in memory, so workers have little to do.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -77,7 +77,7 @@ class TextDataModule(LightningDataModule):
         self.tokens: dict[str, Tensor] = {}
 
     def prepare_data(self) -> None:
-        """Tokenise the text unless the cache holds it; runs in one process per machine."""
+        """Tokenize the text unless the cache holds it; runs in one process per machine."""
         if self.tokens:
             return
         texts, skipped = read_texts(self.root, self.pattern, self.val_fraction, self.max_chars)
@@ -125,7 +125,7 @@ class TextDataModule(LightningDataModule):
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Tensor]:
-        """Return the validation batches: there is no third split."""
+        """Return the validation batches, because there is no third split."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
@@ -136,10 +136,10 @@ class TextDataModule(LightningDataModule):
 def read_texts(
     root: Path, pattern: str, val_fraction: float, max_chars: int | None
 ) -> tuple[dict[str, list[str]], int]:
-    """Return the texts per split, in the order of a hash of their paths, and how many files were not UTF-8 text.
+    """Return the texts per split, ordered by a hash of their paths, and the number of files that are not UTF-8 text.
 
     Raises:
-        NotADirectoryError: If ``root`` is no folder.
+        NotADirectoryError: If ``root`` is not a folder.
         FileNotFoundError: If fewer than two text files match.
     """
     if not root.is_dir():
@@ -149,7 +149,7 @@ def read_texts(
         for path in root.glob(pattern)
         if path.is_file() and not any(_is_skipped(part) for part in path.relative_to(root).parts)
     }
-    # The first bytes of the hash decide the side, the last ones the order: or else a cap would favour one side.
+    # The first bytes of the hash decide the side, the last ones the order. Otherwise a cap would favor one side.
     order = sorted(paths, key=lambda digest: digest[::-1])
     held_out = {digest for digest in order if int.from_bytes(digest[:4], "big") < val_fraction * 2**32}
     texts: dict[str, list[str]] = {"train": [], "val": []}
@@ -167,7 +167,7 @@ def read_texts(
                 texts[split].append(text if len(text) <= left else text[: int(left)])
                 left -= len(text)
     for empty, other in (("val", "train"), ("train", "val")):
-        # Chance may put all of a handful of files on one side.
+        # By chance, all of a few files may be on one side.
         if not texts[empty] and len(texts[other]) > 1:
             texts[empty].append(texts[other].pop())
     if not (texts["train"] and texts["val"]):
@@ -204,7 +204,7 @@ def _is_skipped(part: str) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """Return the text of a file, None if it is not UTF-8 text."""
+    """Return the text of a file, or None if it is not UTF-8 text."""
     try:
         text = path.read_bytes().decode()
     except (UnicodeDecodeError, OSError):
