@@ -7,6 +7,7 @@ from lightning_memopt._registration import register_with_lightning
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
+from lightning_memopt.optim.checkpoint.resume import ResumeWarning
 from lightning_memopt.optim.classes import (
     Adafactor,
     AdaGradSNSM,
@@ -20,7 +21,6 @@ from lightning_memopt.optim.classes import (
 )
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.optim.resuming import ResumeWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
 from lightning_memopt.plans.plan import Plan, Recipe
 from lightning_memopt.plans.recipes import load_plan, recipe_names

@@ -33,7 +33,7 @@ from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Pro
 from lightning_memopt.callbacks.policies.base import answer
 from lightning_memopt.memory.sizes import format_bytes
 from lightning_memopt.memory.snapshot import Snapshot
-from lightning_memopt.optim.conversion import DROPPED
+from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
 from lightning_memopt.sharding.consensus import decided_alike
 

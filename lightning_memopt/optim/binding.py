@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
-from lightning_memopt.optim.checkpoint import relocated
+from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.plans.plan import Plan, Recipe, known_options
 from lightning_memopt.plans.recipes import load_plan
 from lightning_memopt.plans.roles import Part, canonical_names, classify

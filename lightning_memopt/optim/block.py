@@ -15,7 +15,7 @@ from lightning_memopt.kinds.linalg import chunks
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.optim.bounding import Rates, Watch, limited
+from lightning_memopt.optim.bounds import Rates, Watch, limited
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
 from lightning_memopt.sharding.layout import Cut, Layout

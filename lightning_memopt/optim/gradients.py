@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_memopt._registry import listed
 from lightning_memopt.optim.binding import Binding, params_of
-from lightning_memopt.optim.checkpoint import relocated
+from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.optim.guards import Judged, verdict
 from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim import groups as parsing
-from lightning_memopt.optim import load, reformat
+from lightning_memopt.optim import reformat
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import Block, initial_state
-from lightning_memopt.optim.bounding import Tally
-from lightning_memopt.optim.checking import Share
+from lightning_memopt.optim.bounds import Tally
+from lightning_memopt.optim.checkpoint import load
+from lightning_memopt.optim.checkpoint.values import Share
 from lightning_memopt.optim.facts import snapshot_of
 from lightning_memopt.optim.gradients import refuse, usable
 from lightning_memopt.optim.stepping import take_step

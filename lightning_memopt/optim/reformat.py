@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from lightning_memopt._registry import unknown
 from lightning_memopt.optim.binding import Binding
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounding import Watch
-from lightning_memopt.optim.conversion import DROPPED, converted, release
+from lightning_memopt.optim.bounds import Watch
+from lightning_memopt.optim.conversion import converted
+from lightning_memopt.optim.release import DROPPED, release
 from lightning_memopt.sharding.consensus import decided_alike
 
 # Group, parameter, the current block, and the new block.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounding import Tally, Watch
+from lightning_memopt.optim.bounds import Tally, Watch
 from lightning_memopt.optim.guards import exact_arithmetic
 from lightning_memopt.sharding.collectives import Gather, Task, gather, packed, run_tasks
 

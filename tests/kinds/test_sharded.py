@@ -22,7 +22,7 @@ from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import Momentum, NoMomentum
 from lightning_memopt.kinds.second_moment import NoSecondMoment
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounding import Watch
+from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.stepping import Step, Update
 from lightning_memopt.plans.plan import Recipe
 from lightning_memopt.sharding.layout import Layout, Slot

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
-from lightning_memopt.optim.checkpoint import ADAMW_KEYS, cannot_go_on, require_known_state
+from lightning_memopt.optim.checkpoint.resume import notify
+from lightning_memopt.optim.checkpoint.saved_state import ADAMW_KEYS, cannot_go_on, require_known_state
+from lightning_memopt.optim.checkpoint.values import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.optim.resuming import notify
 
 Optimizers = Sequence[torch.optim.Optimizer]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_memopt.optim.resuming import loading_from
+from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint.compatibility import Optimizers, check_counts, check_family, check_weights
 from lightning_memopt.strategy.checkpoint.io import is_local, reads_plainly

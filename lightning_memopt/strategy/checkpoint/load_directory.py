@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from lightning_memopt.optim.resuming import loading_from
+from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint.compatibility import Optimizers, check_counts, check_family, check_weights
 from lightning_memopt.strategy.checkpoint.restore import (

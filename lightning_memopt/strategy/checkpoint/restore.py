@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from lightning_memopt.optim.checking import Share, Values, check_kind, check_structure
+from lightning_memopt.optim.checkpoint.names import warn_of_positions
+from lightning_memopt.optim.checkpoint.resume import facts, tell
+from lightning_memopt.optim.checkpoint.values import Share, Values, check_kind, check_structure
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.optim.naming import warn_of_positions
-from lightning_memopt.optim.resuming import facts, tell
 from lightning_memopt.sharding.tensors import fill_
 from lightning_memopt.strategy.checkpoint.compatibility import check_state
 from lightning_memopt.strategy.checkpoint.states import cut, names_of, parameter_names

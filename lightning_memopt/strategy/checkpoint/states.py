@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names
 from lightning_memopt.optim.groups import plain_group
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.optim.naming import arranged, places, saved_names
 from lightning_memopt.sharding.tensors import fill_
 
 # torch.compile and activation checkpointing add these to names; `get_model_state_dict` strips the same.

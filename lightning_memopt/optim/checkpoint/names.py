@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_memopt.optim.checkpoint.resume import notify
 from lightning_memopt.optim.groups import NAMES
-from lightning_memopt.optim.resuming import notify
 
 Names = Sequence[Sequence[str]]
 _WAY_OUT = f" If only names have changed, rename them in {NAMES!r} of the saved optimizer state."

@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.optim.binding import params_of
-from lightning_memopt.optim.resuming import loading_from
+from lightning_memopt.optim.checkpoint.resume import loading_from
 from tests._models import fill_grads, tiny_llama
 
 
@@ -116,7 +116,7 @@ def test_a_learning_rate_in_a_tensor_is_the_same_number():
 
 
 def test_other_processes_are_silent(monkeypatch):
-    monkeypatch.setattr("lightning_memopt.optim.resuming.rank", lambda: 1)
+    monkeypatch.setattr("lightning_memopt.optim.checkpoint.resume.rank", lambda: 1)
     assert said(lambda: linear(lr=1e-2).load_state_dict(linear(lr=1e-3).state_dict())) == []
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.optim import bounding
+from lightning_memopt.optim import bounds
 from lightning_memopt.plans.plan import Recipe
 from tests._compare import assert_equal, relative_error
 from tests._models import fill_grads, tiny_llama, train
@@ -238,7 +238,7 @@ def test_a_bound_that_becomes_the_method_is_said_once():
         for step in range(1, 500):
             fill_grads([param], step)
             optimizer.step()
-            if step == bounding.FIRST + bounding.EVERY * (bounding.COUNTED - 1):
+            if step == bounds.FIRST + bounds.EVERY * (bounds.COUNTED - 1):
                 assert not caught
     (warning,) = caught
     assert "% of all elements of the updates were above the bound `max_update` in the last 30 steps" in str(
@@ -261,7 +261,7 @@ def test_counting_reads_nothing_in_its_own_step(monkeypatch):
     item, reads = torch.Tensor.item, []
     monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(self) or item(self))
     counts = []
-    for step in range(1, bounding.FIRST + 3):
+    for step in range(1, bounds.FIRST + 3):
         reads.clear()
         fill_grads([param], step)
         optimizer.step()
@@ -314,7 +314,7 @@ def test_the_largest_weights_stay_finite_without_a_check(dtype):
     param.detach().fill_(torch.finfo(dtype).max)
     group = optimizer.param_groups[0]
     arithmetic = block_of(optimizer).layout.dtype
-    assert not bounding.Rates.of(group, weights=dtype, arithmetic=arithmetic, bounded=True).checked
+    assert not bounds.Rates.of(group, weights=dtype, arithmetic=arithmetic, bounded=True).checked
     for _ in range(5):
         param.grad = torch.full_like(param, -1.0)
         optimizer.step()

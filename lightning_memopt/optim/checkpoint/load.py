@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import initial_state
-from lightning_memopt.optim.checking import Share, Values, check_structure
-from lightning_memopt.optim.checkpoint import allocated, examine, loaded, loaded_groups, require_known_state
-from lightning_memopt.optim.naming import arranged, places, saved_names, warn_of_positions
-from lightning_memopt.optim.resuming import facts, tell
+from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names, warn_of_positions
+from lightning_memopt.optim.checkpoint.resume import facts, tell
+from lightning_memopt.optim.checkpoint.saved_state import allocated, examine, loaded, loaded_groups, require_known_state
+from lightning_memopt.optim.checkpoint.values import Share, Values, check_structure
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.optim.block import Block, initial_state
-from lightning_memopt.optim.checking import Values, check_kind, check_step, state_of
+from lightning_memopt.optim.checkpoint.values import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
 from lightning_memopt.sharding.tensors import full_tensor

@@ -1,0 +1,66 @@
+"""Release of momentum that a smaller state cannot hold: it moves the weights at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.kinds.base import State
+from lightning_memopt.kinds.momentum import Direction
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounds import Watch
+from lightning_memopt.optim.conversion import Loss, denominator_of
+from lightning_memopt.optim.guards import exact_arithmetic
+
+# What happens to momentum that a smaller state cannot hold.
+DROPPED = ("release", "discard")
+
+
+def release(
+    old: Block, new: Block, param: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any], watch: Watch
+) -> Loss:
+    """Return a function that moves the weights by the lost momentum, as the coming steps would have.
+
+    The part ΔM that no state keeps would have entered the next updates with weights β₁, β₁², ...::
+
+        W ← W − lr · β₁ / (1 − β₁) · ΔM / D
+
+    with the denominator of the last step. Low-rank momentum (AdaPM, arXiv 2510.09103) releases what its factors drop
+    by the same rule.
+    """
+
+    def on_loss(before: State, after: State) -> None:
+        beta1 = group["betas"][0]
+        lost = _difference(old, new, before, after, beta1 / (1 - beta1))
+        denominator = denominator_of(old, state, group).part(old.work)
+        # Where the gradient was always 0, the factors still hold noise, which eps would amplify.
+        known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
+        denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
+        with exact_arithmetic({param.device.type}):
+            # Bounded like an update: the lost momentum mixes elements, whatever its kind.
+            bounded = old.recipe.second_moment.normalizes
+            old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
+
+    return on_loss
+
+
+def _difference(old: Block, new: Block, before: State, after: State, weight: float) -> Direction:
+    """Return ``weight`` times the local part of the momentum that ``before`` holds and ``after`` does not."""
+    layout, work = old.layout.whole(), old.work
+    base = torch.zeros((), dtype=layout.dtype, device=layout.device).expand(work.local)
+    lefts, rights = [], []
+    for block, state, sign in ((old, before, weight), (new, after, -weight)):
+        momentum = block.recipe.momentum
+        factors = momentum.factors(state, layout)
+        if factors is not None:
+            lefts.append(work.part_of(factors[0], at=-2, dim=-2) * sign)
+            rights.append(work.part_of(factors[1], at=-1, dim=-1))
+        elif state:
+            base = base + work.part(momentum.to_dense(state, layout)) * sign
+    if not lefts:
+        return Direction(base)
+    return Direction(base, 1.0, torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2))
