@@ -182,9 +182,9 @@ class _ModelOnly(MemOptCLI):
                     self.model.configure_model()
         except Exception as error:
             raise ValueError(
-                f"The model {given.model.get('class_path', '')} could not be made on the meta device "
-                f"({type(error).__name__}: {error}). If it is because weights, data or the trainer are not there when "
-                "a run is planned: load and ask for them in `setup`, not in `__init__` or `configure_model`."
+                f"The model {given.model.get('class_path', '')} could not be created on the meta device "
+                f"({type(error).__name__}: {error}). If it needs weights, data or the trainer, which are not available "
+                "when a run is planned: load or request them in `setup`, not in `__init__` or `configure_model`."
             ) from error
         self.subcommand = None  # run no subcommand
 
@@ -237,5 +237,5 @@ def main() -> None:
         sys.path.insert(0, os.getcwd())
     if sys.argv[1:2] == ["plan"]:
         sys.exit(plan_command.main(sys.argv[2:], _configured))
-    epilog = "lightning-memopt plan tells what a run will need on every rank: see lightning-memopt plan --help."
+    epilog = "lightning-memopt plan shows the memory that a run needs on every rank: see lightning-memopt plan --help."
     MemOptCLI(parser_kwargs={"prog": "lightning-memopt", "epilog": epilog})

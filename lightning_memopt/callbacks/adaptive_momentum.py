@@ -163,7 +163,7 @@ class AdaptiveMomentum(Callback):
         self._length = _length(trainer)
         if isinstance(self.freeze_after, float) and not self._has_end():
             rank_zero_warn(
-                f"`freeze_after` {self.freeze_after:g} is a share of a training whose length is not known: the "
+                f"`freeze_after` {self.freeze_after:g} is a fraction of the training, but its length is unknown: the "
                 "allocation never freezes. Set max_steps or max_epochs, or give a number of steps."
             )
         if self._loaded is None:
@@ -176,7 +176,7 @@ class AdaptiveMomentum(Callback):
         self._frozen = self._is_over()
         if self._frozen:
             self._probe.rest()
-        say(f"AdaptiveMomentum goes on after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
+        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
         budget = self._budget_bytes()
         if budget is not None and self._bytes({}) > budget:  # the budget is smaller than in the saved run
             self._allocate()
@@ -312,7 +312,7 @@ class AdaptiveMomentum(Callback):
             size, budget = self._bytes(changes), self._budget_bytes()
             if budget is not None and size > budget:
                 raise ValueError(
-                    f"The policy, or propose(), wants changes that would take momentum to {format_bytes(size)}; the "
+                    f"The policy, or propose(), requested changes that need {format_bytes(size)} of momentum, but the "
                     f"budget is {format_bytes(budget)}. Nothing has changed."
                 )
             self._optimizer.reformat(changes, dropped=self.dropped)

@@ -34,8 +34,8 @@ def adaptable(optimizers: Sequence[torch.optim.Optimizer], index: int | None) ->
     able = [place for place, reason in enumerate(reasons) if not reason and index in (None, place)]
     if len(able) > 1:
         raise ValueError(
-            f"Optimizers {', '.join(map(str, able))} can be adapted: choose one with `optimizer_idx`, one callback "
-            "for each."
+            f"Optimizers {', '.join(map(str, able))} can be adapted: choose one with `optimizer_idx`, and add one "
+            "callback per optimizer."
         )
     if not able:
         found = [f"optimizer {place}: {reason}" for place, reason in enumerate(reasons) if index in (None, place)]
@@ -51,7 +51,7 @@ def adaptable(optimizers: Sequence[torch.optim.Optimizer], index: int | None) ->
 def _reason_against(optimizer: torch.optim.Optimizer) -> str:
     """Return why an optimizer cannot be adapted; an empty string if it can."""
     if not isinstance(optimizer, MemOpt):
-        return f"{type(optimizer).__name__} is no optimizer of lightning_memopt"
+        return f"{type(optimizer).__name__} is not an optimizer of lightning_memopt"
     optimizer.snapshot()  # raises an error with the way out if names are not known yet
     blocks = list(trained_matrices(optimizer))
     if not blocks:

@@ -8,8 +8,8 @@ from lightning_memopt.callbacks.policies.base import Candidate, Problem
 from lightning_memopt.memory.sizes import format_bytes, parse_bytes
 
 _ALLOWED = (
-    "a fraction of AdamW's momentum as a float in (0, 1] or a text such as '5%', or bytes as an integer of at least 2 "
-    "or a text such as '512MiB'"
+    "a fraction of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an integer of at least "
+    "2 or a string such as '512MiB'"
 )
 
 

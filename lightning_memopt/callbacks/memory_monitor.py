@@ -233,7 +233,7 @@ def _warn_on_failed_write(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        rank_zero_warn(f"OptimizerMemoryMonitor could not write its report into {str(folder)!r}: {error}.")
+        rank_zero_warn(f"OptimizerMemoryMonitor could not write its report to {str(folder)!r}: {error}.")
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:

@@ -20,7 +20,7 @@ def parse_bytes(text: str) -> int:
         ValueError: If it is not a number with a unit, or a fractional number of bytes.
     """
     if not isinstance(text, str):
-        raise TypeError(f"A size must be a text such as '512MiB', got {text!r}.")
+        raise TypeError(f"A size must be a string such as '512MiB', got {text!r}.")
     match = _SIZE.fullmatch(text.strip())
     factor = _FACTORS.get(match[2].lower() or "b") if match else None
     size = Decimal(match[1]) * factor if match and factor else None

@@ -66,13 +66,13 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
     if not isinstance(snapshot, Snapshot):
         raise TypeError(
             f"A metric is updated with a Snapshot, got {type(snapshot).__name__}: take one with "
-            "`optimizer.snapshot()`, or of any optimizer with `lightning_memopt.take_snapshot(optimizer, model)`."
+            "`optimizer.snapshot()`, or, for any optimizer, with `lightning_memopt.take_snapshot(optimizer, model)`."
         )
     if snapshot.world_size != world_size():
         raise ValueError(
-            f"The snapshot was taken in a job of {snapshot.world_size} processes, this one has {world_size()}: its "
-            "local bytes are those of one rank there. Take a new one here, or use the metric's function, which reads "
-            "any snapshot by itself."
+            f"The snapshot was taken in a job of {snapshot.world_size} processes, but this one has {world_size()}: its "
+            "local bytes are those of one rank there. Take a new one here, or use the metric's function, which accepts "
+            "any snapshot."
         )
     if state and not snapshot.has_state and snapshot.world_size == 1:
         raise no_state(f"in the {len(snapshot.blocks)} blocks of the snapshot")
@@ -82,7 +82,6 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
 def no_state(where: str) -> ValueError:
     """Return the error for a snapshot without state. One process of several may hold no state of its own."""
     return ValueError(
-        f"There is no optimizer state to measure {where}. Most of torch's optimizers make theirs in the first step:"
-        " take the snapshot after it. An optimizer that keeps none, such as SGD without momentum,"
-        " has nothing to measure."
+        f"There is no optimizer state to measure {where}. Most of torch's optimizers create state in the first step: "
+        "take the snapshot after it. An optimizer without state, such as SGD without momentum, has nothing to measure."
     )

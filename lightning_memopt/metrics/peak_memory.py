@@ -96,7 +96,7 @@ def _sizes(snapshot: Snapshot) -> list[int]:
     memory = snapshot.memory
     if memory is None:
         raise ValueError(
-            "The snapshot knows nothing but the optimizer's state: take it with the model, "
+            "The snapshot contains only the optimizer's state: take it with the model, "
             "`lightning_memopt.take_snapshot(optimizer, model)`."
         )
     state = snapshot.local_bytes + snapshot.counter_bytes

@@ -192,11 +192,11 @@ class Binding:
         for old, new in table.items():
             if old.shape != new.shape:
                 raise ValueError(
-                    f"{self.names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, what is to replace it "
-                    f"{tuple(new.shape)}: rebind replaces parameters by others of the same weights."
+                    f"{self.names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, but its replacement has "
+                    f"shape {tuple(new.shape)}: rebind needs replacements that hold the same weights."
                 )
         if len(set(table.values())) < len(table):
-            raise ValueError("Two parameters are to be replaced by the same one: rebind takes a new one for each.")
+            raise ValueError("Two parameters have the same replacement: rebind needs a different one for each.")
         blocks = {new: tuple(block.moved(new) for block in self.blocks.get(old, ())) for old, new in table.items()}
         names = {table.get(param, param): name for param, name in self.names.items()}
         states = {
@@ -253,7 +253,7 @@ class Binding:
             known += [(block.name, block.role, block.recipe) for block in blocks[param]]
         twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
         if twice:
-            raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a name of its own.")
+            raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a unique name.")
         for plan in {id(plan): plan for plan in self.plans.values()}.values():
             plan.check_overrides(known)
         return blocks

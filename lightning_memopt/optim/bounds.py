@@ -97,9 +97,9 @@ class Watch:
         bad = [names[position] for position in agreed([count for _, count in self.lost.values()], layouts)]
         if bad:
             raise FloatingPointError(
-                f"Weights would have become infinite or undefined in: {listed(bad)}. They keep their values of "
-                "before the step; everything else has taken it. Lower the learning rate, set `max_update`, or keep "
-                "the weights in float32."
+                f"Weights would have become infinite or NaN in: {listed(bad)}. They keep their previous values; all "
+                "other weights have taken the step. Lower the learning rate, set `max_update`, or keep the weights in "
+                "float32."
             )
 
 
@@ -149,9 +149,9 @@ class Tally:
             self._warned, self._counts = True, []
             if rank() == 0:
                 warnings.warn(
-                    f"{sum(shares) / COUNTED:.1%} of all elements of the updates were above the bound `max_update` in "
-                    f"the last {EVERY * COUNTED} steps, so that it has become a part of the method. Gradients may be "
-                    "mostly zero, or the learning rate too high; a larger `max_update` is closer to the method without "
-                    "a bound. This is said once.",
+                    f"`max_update` limited {sum(shares) / COUNTED:.1%} of all update elements in the last "
+                    f"{EVERY * COUNTED} steps, which changes the method. Gradients may be mostly zero, or the "
+                    "learning rate too high. A larger `max_update` is closer to the unbounded method. This warning is "
+                    "shown once.",
                     stacklevel=3,
                 )

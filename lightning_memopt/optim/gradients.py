@@ -62,8 +62,8 @@ def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
     """
     if broken:
         raise FloatingPointError(
-            f"Weights with non-finite elements before the first step in: {listed(broken)}. Weights and state "
-            "are unchanged. Look at how these weights are initialised or loaded."
+            f"Weights with non-finite elements before the first step in: {listed(broken)}. Weights and state are "
+            "unchanged. Check how these weights are initialized or loaded."
         )
     if bad:
         raise FloatingPointError(

@@ -50,8 +50,8 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     entries = list(params)
     if not entries:
         raise ValueError(
-            "The optimizer got an empty parameter list. Layers that a LightningModule makes in `configure_model` "
-            "do not exist before that: create the optimizer in `configure_optimizers`."
+            "The optimizer got an empty parameter list. Layers that a LightningModule creates in `configure_model` do "
+            "not exist before it runs: create the optimizer in `configure_optimizers`."
         )
     groups = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
     names: dict[Tensor, str] = {}
@@ -100,15 +100,16 @@ def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
     unnamed = [tuple(param.shape) for param in params if param not in names]
     if names and unnamed:
         raise ValueError(
-            f"{len(unnamed)} of the parameters have no name, the first of shape {unnamed[0]}, but others have: give "
-            "all as pairs of name and parameter (`named_parameters()`), or none and call `optimizer.bind(model)`."
+            f"{len(unnamed)} of the parameters have no name (the first has shape {unnamed[0]}), but others do: pass "
+            "all as pairs of name and parameter (`named_parameters()`), or all without names and call "
+            "`optimizer.bind(model)`."
         )
     return {**group, "params": list(params)}
 
 
 def _refuse_set(params: Any) -> None:
     if isinstance(params, set):
-        raise TypeError("`params` must be in an order that is the same in every run; a set has none: use a list.")
+        raise TypeError("`params` must have the same order in every run, but a set has no order: use a list.")
 
 
 def _is_pair(entry: Any) -> bool:
@@ -139,7 +140,9 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     if group["max_update"] is not None:
         check_number("max_update", group["max_update"], where)
         if group["max_update"] == 0:
-            raise ValueError(f"In {where}: `max_update` must be above 0, got 0: nothing would train; None is no bound.")
+            raise ValueError(
+                f"In {where}: `max_update` must be above 0, got 0: nothing would train; None means no bound."
+            )
     check_betas(group["betas"], where)
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"In {where}: `maximize` must be True or False, got {group['maximize']!r}.")
@@ -168,8 +171,8 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
         meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
         if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):
             raise ValueError(
-                f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A key of "
-                "your own needs a name that is less like one of these."
+                f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A custom key "
+                "needs a name that is less similar to these."
             )
 
 
@@ -190,8 +193,8 @@ def state_dtype(value: Any) -> torch.dtype | None:
 def unnamed_error(param: Tensor) -> ValueError:
     """Return the error for a parameter without a name."""
     return ValueError(
-        f"A parameter of shape {tuple(param.shape)} has no name, and what it gets depends on its role in the model: "
-        "create the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
+        f"A parameter of shape {tuple(param.shape)} has no name, but its kinds depend on its role in the model: create "
+        "the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
     )
 
 

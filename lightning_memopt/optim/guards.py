@@ -56,8 +56,8 @@ def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple
         more = f"; and {len(clashes) - SHOWN} more" if len(clashes) > SHOWN else ""
         raise RuntimeError(
             f"Ranks disagree about which parameters have a gradient: {'; '.join(clashes[:SHOWN])}{more}. Weights and "
-            "state are unchanged. Where a rank has not used a parameter, give it a gradient of zeros there, or set its "
-            "gradient to None on all ranks."
+            "state are unchanged. If a rank does not use a parameter, set its gradient to zeros there, or to None on "
+            "all ranks."
         )
     if answers and answers[-1].refused:
         raise RuntimeError(
@@ -99,7 +99,7 @@ def _unusable(params: Sequence[Judged], flags: Mapping[str, Tensor], answers: li
     bad = _read(flags).union(*(answer.unusable_names(kind) for answer in answers))
     names = [entry.name for entry in params if entry.name in bad]
     # Only its own rank knows about a parameter that is not sharded.
-    return names or [f"parameters of rank {answer.unusable[kind] - 1} alone" for answer in answers[-1:]]
+    return names or [f"parameters of rank {answer.unusable[kind] - 1} only" for answer in answers[-1:]]
 
 
 def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, refused: bool) -> list[_Answer]:

@@ -71,8 +71,8 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
         for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
             if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
                 raise ValueError(
-                    f"The block {name!r} has kind {old_kind.name!r}, which keeps nothing that "
-                    f"{new_kind.name!r} could go on from; build a new optimizer instead."
+                    f"The block {name!r} has kind {old_kind.name!r}, which keeps no state that {new_kind.name!r} could "
+                    "continue from; create a new optimizer instead."
                 )
         new.check()
         if new.recipe != old.recipe:

@@ -66,7 +66,7 @@ def _from_config(path: Path) -> tuple[str, nn.Module]:
             return name, _build(transformers.CONFIG_MAPPING[kind].from_dict(entries))
     except Exception as error:
         raise ValueError(
-            f"{library} makes no model of {str(file)!r} ({' '.join(str(error).split())}): correct the file."
+            f"{library} cannot create a model from {str(file)!r} ({' '.join(str(error).split())}): correct the file."
         ) from error
 
 
@@ -86,8 +86,8 @@ def _build(config: Any) -> nn.Module:
     model = auto.from_config(config).float()
     if names:
         warnings.warn(
-            f"transformers has no {', '.join(names)}, as the configuration names its architecture: planned is "
-            f"{type(model).__name__}. For a model with code of its own, plan for the module itself.",
+            f"transformers has no class {', '.join(names)}, which the configuration names as its architecture, so the "
+            f"plan is for {type(model).__name__}. For a model with custom code, plan for the module itself.",
             stacklevel=2,
         )
     return model

@@ -68,13 +68,13 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     parser = _parser()
     options, others = parser.parse_known_args(args)
     if others and not options.config:
-        parser.error(f"unrecognized arguments: {' '.join(others)}. Settings of a run go with --config.")
+        parser.error(f"unrecognized arguments: {' '.join(others)}. Settings of a run need --config.")
     if options.plot is not None and not options.sweep:
-        parser.error("--plot is the picture of a sweep: add --sweep.")
+        parser.error("--plot draws a sweep: add --sweep.")
     if options.plot is not None and Path(options.plot).suffix not in PICTURES:
         parser.error(f"--plot {options.plot}: name a file that ends in one of {', '.join(PICTURES)}.")
     if options.plot is not None and not Path(options.plot).parent.is_dir():
-        parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; make it first.")
+        parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; create it first.")
     try:
         # A module may print while it is created, but scripts read the output.
         with redirect_stdout(sys.stderr):
@@ -101,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lightning-memopt plan",
         allow_abbrev=False,
-        description="Memory per rank of parameters, gradients and optimizer state, with AdamW and with recipes, told "
-        "without running or allocating anything.",
+        description=(
+            "Show the memory per rank of parameters, gradients and optimizer state, with AdamW and with recipes, "
+            "without running or allocating anything."
+        ),
         epilog="With --config, further arguments are those of `lightning-memopt fit`, such as "
         "--model.init_args.hidden_size=512.",
     )
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config",
         action="append",
         metavar="FILE",
-        help="A config of `lightning-memopt fit`, of which the model is made on the meta device; several are merged.",
+        help="A config of `lightning-memopt fit`. Its model is created on the meta device. Several configs are merged.",
     )
     parser.add_argument(
         "--recipe",
@@ -127,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="Number of ranks (default: the devices of the config, or 1)."
     )
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="Memory of one device, for instance 24GiB.")
+    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="Memory of one device, for example 24GiB.")
     parser.add_argument(
         "--precision",
         metavar="{" + ",".join(PRECISIONS) + "}",
@@ -200,7 +202,7 @@ def _warn(plan: MemoryPlan, warning: str) -> None:
         first = ", ".join(plan.unknown[:3]) + (", …" if len(plan.unknown) > 3 else "")
         print(
             f"Warning: {len(plan.unknown)} of {plan.matrices} matrices have no known role and count as 'other' "
-            f"({first}): tell their roles with lightning_memopt.register_naming_scheme.",
+            f"({first}): define their roles with lightning_memopt.register_naming_scheme.",
             file=sys.stderr,
         )
 

@@ -95,7 +95,7 @@ class MemoryPlan:
         for row in self.rows:
             if row.recipe == recipe:
                 return row
-        raise KeyError(f"{recipe!r} was not planned; there are {', '.join(row.recipe for row in self.rows)}.")
+        raise KeyError(f"{recipe!r} is not in the plan; available: {', '.join(row.recipe for row in self.rows)}.")
 
     def title(self) -> str:
         """Return a one-line title."""

@@ -277,8 +277,8 @@ def _precision(precision: str | int | None) -> str:
     found = SHORT.get(precision, precision)
     if found not in PRECISIONS:
         raise ValueError(
-            f"{unknown('precision', str(precision), list(PRECISIONS))} Of others, plan for the one that keeps the same "
-            "sizes: '16-mixed' as 'bf16-mixed'."
+            f"{unknown('precision', str(precision), list(PRECISIONS))} For another precision, plan for the one with "
+            "the same sizes, such as 'bf16-mixed' for '16-mixed'."
         )
     return str(found)
 
@@ -291,8 +291,8 @@ def _check(module: nn.Module, world_size: int) -> None:
     named = list(module.named_parameters())
     if not named:
         raise ValueError(
-            f"{type(module).__name__} has no parameters to plan for: make its layers in `__init__`, or call what makes "
-            "them, such as `configure_model`, first."
+            f"{type(module).__name__} has no parameters to plan for: create its layers in `__init__`, or first call "
+            "the method that creates them, such as `configure_model`."
         )
     lazy = [name for name, param in named if is_lazy(param)]
     if lazy:

@@ -79,8 +79,9 @@ class Recipe:
         for key in options:
             if key not in recipe.options():
                 raise ValueError(
-                    f"Option {key!r} means nothing to momentum {recipe.momentum.name!r} with second moment "
-                    f"{recipe.second_moment.name!r}; they have: {', '.join(sorted(recipe.options())) or 'none'}."
+                    f"Option {key!r} has no effect with momentum {recipe.momentum.name!r} and second moment "
+                    f"{recipe.second_moment.name!r}; available options: "
+                    f"{', '.join(sorted(recipe.options())) or 'none'}."
                 )
         return recipe.with_options(options)
 
@@ -124,7 +125,7 @@ class Plan:
                 raise ValueError(unknown("role", role, list(ROLES)))
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
-            raise ValueError(f"The plan {self.name!r} says nothing about: {', '.join(missing)}.")
+            raise ValueError(f"The plan {self.name!r} has no recipe for: {', '.join(missing)}.")
         for change in self.overrides.values():
             if not isinstance(change, Recipe):
                 check_change(change)
@@ -234,16 +235,16 @@ class Plan:
                 wanted = _wanted(change, axis)
                 if wanted is not None and not any(getattr(recipe, axis).name == wanted for recipe in matched):
                     raise ValueError(
-                        f"The override {pattern!r} asks for {axis} {wanted!r}, but none of the blocks it matches has "
-                        "it in the end: all are vectors, on which it is undefined, or a later override wins."
+                        f"The override {pattern!r} requests {axis} {wanted!r}, but none of the blocks it matches gets "
+                        "it: all are vectors, on which it is undefined, or a later override takes precedence."
                     )
             options = [] if isinstance(change, Recipe) else [key for key in change if key not in _AXES]
             for key in options:
                 if not any(key in recipe.options() for recipe in matched):
                     kinds = sorted({f"{recipe.momentum.name} × {recipe.second_moment.name}" for recipe in matched})
                     raise ValueError(
-                        f"The override {pattern!r} sets {key!r}, which means nothing to the blocks it matches: "
-                        f"they have {', '.join(kinds)}. Choose another kind for them, too."
+                        f"The override {pattern!r} sets {key!r}, which has no effect on the blocks it matches: they "
+                        f"have {', '.join(kinds)}. Choose another kind for them as well."
                     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     data = OmegaConf.load(path)
     if not OmegaConf.is_dict(data):
         found = type(OmegaConf.to_container(data)).__name__
-        raise TypeError(f"The recipe file {str(path)!r} must hold a mapping, found {found}.")
+        raise TypeError(f"The recipe file {str(path)!r} must contain a mapping, found {found}.")
     if not data:
         raise ValueError(f"The recipe file {str(path)!r} is empty: give at least a `base` or `roles`.")
     return {str(key): value for key, value in _plain(data, f"the recipe file {str(path)!r}").items()}
@@ -131,8 +131,8 @@ def _plain(data: Any, where: str) -> Mapping[str, Any]:
     for text in _texts(omegaconf.OmegaConf.to_container(data, resolve=False)):
         if _calls_resolver(text):
             raise ValueError(
-                f"In {where}: {text!r} calls a resolver, and what that returns would be stored in every checkpoint. "
-                "Write the value itself, or refer to another value of the file, as in '${roles.mlp.rank}'."
+                f"In {where}: {text!r} calls a resolver, whose result would be stored in every checkpoint. Write the "
+                "value itself, or refer to another value of the file, as in '${roles.mlp.rank}'."
             )
     return omegaconf.OmegaConf.to_container(data, resolve=True)
 
@@ -167,7 +167,7 @@ def _base(base: Any, folder: Path | None) -> Plan:
     if isinstance(base, str) and folder is not None and base not in PLANS and base.endswith((".yaml", ".yml")):
         data = _read(folder / base)
         if str(data.get("base", "")).endswith((".yaml", ".yml")):
-            raise ValueError(f"The recipe file {base!r} has a base of its own; start from a recipe's name instead.")
+            raise ValueError(f"The recipe file {base!r} has a base itself; start from the name of a recipe instead.")
         return _from_mapping(data, Path(base).stem, folder)
     if isinstance(base, str) and base.endswith((".yaml", ".yml")):
         raise ValueError(f"The base {base!r} of a mapping must be a recipe's name: {', '.join(recipe_names())}.")

@@ -101,7 +101,9 @@ def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, found, group=group)
         found = [entry for part in gathered for entry in part]
-    raise RuntimeError(f"{_difference(what, found)} Nothing has changed. Decide from numbers that all ranks share.")
+    raise RuntimeError(
+        f"{_difference(what, found)} Nothing has changed. Base decisions on numbers that all ranks share."
+    )
 
 
 def _difference(what: str, found: list[tuple[int, list[str]]]) -> str:

@@ -111,8 +111,8 @@ class Layout:
         """
         if param.device.type == "mps":
             raise NotImplementedError(
-                "Small matrices are factored in float64, which the device 'mps' does not have: train on the CPU, for "
-                "instance with Trainer(accelerator='cpu')."
+                "The device 'mps' does not support float64, which factoring small matrices needs: train on the CPU, "
+                "for example with Trainer(accelerator='cpu')."
             )
         shape = list(param.shape)
         if slot is not None:
@@ -198,9 +198,9 @@ class Layout:
         """
         if len(self.shards()) > 1:
             raise NotImplementedError(
-                f"A block of shape {self.shape} has to be worked on as a whole, but its parameter is sharded over "
-                f"several mesh dimensions: placements {self.placements}. Shard it over one of them, along the "
-                "dimension that its fused blocks or its statistics do not need whole."
+                f"A block of shape {self.shape} must be gathered, but its parameter is sharded over several mesh "
+                f"dimensions: placements {self.placements}. Shard it over one mesh dimension only, along a dimension "
+                "that its fused blocks or statistics do not need whole."
             )
         return replace(self, local=self.matrix, offset=(0,) * len(self.matrix), gathered=True)
 
@@ -312,7 +312,7 @@ def _check(param: Any, *, flattened: bool) -> None:
     cuts_flattened = flattened and any(dim != 0 for dim in dims)
     if not plain or len(dims) != len(set(dims)) or cuts_flattened:
         raise NotImplementedError(
-            f"A parameter of shape {tuple(param.shape)} is sharded in this way: placements {param.placements}. "
-            "Supported: Replicate and one Shard per dimension, on dimension 0 for weights of more than three "
-            "dimensions."
+            f"The sharding of a parameter of shape {tuple(param.shape)} is not supported: placements "
+            f"{param.placements}. Supported: Replicate and one Shard per dimension, on dimension 0 for weights of more "
+            "than three dimensions."
         )

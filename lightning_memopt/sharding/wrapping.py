@@ -127,9 +127,10 @@ def divided_by_dtype(root: nn.Module, units: Sequence[Unit]) -> list[Unit]:
         if len(names) > 1:
             which = " and ".join(f"{name!r} ({dtype})" for dtype, name in names.items())
             raise ValueError(
-                f"{unit.name!r} ({type(unit.module).__name__}) trains parameters of several dtypes, {which}, and "
-                "`fully_shard` reduces the gradients of a unit in one: put those of each dtype into a module of their "
-                "own with a `forward` that is called, convert them to one dtype, or freeze those of the other."
+                f"{unit.name!r} ({type(unit.module).__name__}) trains parameters of several dtypes, {which}, but "
+                "`fully_shard` reduces the gradients of a unit in one dtype: put the parameters of each dtype into a "
+                "separate module whose `forward` is called, convert them to one dtype, or freeze those of the other "
+                "dtypes."
             )
     return found
 
@@ -147,8 +148,8 @@ def blocks(root: nn.Module, policy: Policy | None = None) -> list[nn.Module]:
     if not found:
         classes = sorted({type(module).__name__ for _, module in inner})
         raise ValueError(
-            f"No module of {type(root).__name__} is chosen by `{policy.option}={policy.value!r}`: choose among the "
-            f"modules that it has, which are {', '.join(classes)}."
+            f"No module of {type(root).__name__} is chosen by `{policy.option}={policy.value!r}`: choose among its "
+            f"modules, which are {', '.join(classes)}."
         )
     for name, module in found:
         if not _is_callable(module):
@@ -289,7 +290,7 @@ def _shared_message(root: nn.Module, places: list[tuple[str, Chain]]) -> str:
     second, other = next((name, units) for name, units in places if units[:1] != chain[:1])
     holders = [repr(names[units[0]]) if units else f"the {type(root).__name__} itself" for units in (chain, other)]
     return (
-        f"{first!r} and {second!r} are the same parameter, but {' and '.join(holders)} are sharded apart from each "
-        "other, which would make two of it. Put both into one module with a `forward` that calls them, and that "
-        "module into the LightningModule, or do not share the parameter."
+        f"{first!r} and {second!r} are the same parameter, but {' and '.join(holders)} are sharded separately, which "
+        "would split it in two. Put both into one module of the LightningModule whose `forward` calls them, or do not "
+        "share the parameter."
     )

@@ -25,15 +25,15 @@ def explain(error: BaseException, model: nn.Module | None) -> None:
     if _MIXED in str(error):
         units = ", ".join(repr(name) for name in outermost_units(model))
         error.add_note(
-            f"The weights of {type(model).__name__} are sharded, and only gathered while the `forward` of a unit runs; "
-            f"its outermost units are {units}. Call these instead of their submodules or weights, or let another "
-            "method gather too: torch.distributed.fsdp.register_fsdp_forward_method(unit, 'method') in `on_fit_start`. "
-            "`lightning_memopt.full_state_dict` gives whole weights."
+            f"The weights of {type(model).__name__} are sharded, and gathered only while the `forward` of a unit runs; "
+            f"its outermost units are {units}. Call these instead of their submodules or weights, or register another "
+            "method that gathers them: torch.distributed.fsdp.register_fsdp_forward_method(unit, 'method') in "
+            "`on_fit_start`. `lightning_memopt.full_state_dict` returns full weights."
         )
     elif _FREED in str(error):
         error.add_note(
-            "Weights and gradients are sharded: `lightning_memopt.grad_norm(module)` takes the place of Lightning's "
-            "`grad_norm`, and `lightning_memopt.full_state_dict(module)` gives whole weights."
+            "Weights and gradients are sharded: use `lightning_memopt.grad_norm(module)` instead of Lightning's "
+            "`grad_norm`, and `lightning_memopt.full_state_dict(module)` for full weights."
         )
 
 
@@ -71,7 +71,7 @@ class FirstFailure:
         thread.start()
         thread.join(PATIENCE + 1)
         if found:
-            error.add_note(f"{found[0]} What this rank raised came of that.")
+            error.add_note(f"{found[0]} The error on this rank is a consequence.")
 
     def _exchange(self, error: BaseException, found: list[str]) -> None:
         with contextlib.suppress(Exception):

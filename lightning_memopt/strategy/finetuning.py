@@ -36,8 +36,8 @@ def _not_in(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
     new = [param for param in params if param not in known]
     if len(new) < len(params):
         rank_zero_warn(
-            f"{len(params) - len(new)} of the parameters that are unfrozen are in the optimizer already, and stay in "
-            "their group. Make the optimizer from parameters with `requires_grad` only."
+            f"{len(params) - len(new)} of the unfrozen parameters are in the optimizer already, and stay in their "
+            "group. Create the optimizer only from parameters with `requires_grad`."
         )
     return new
 

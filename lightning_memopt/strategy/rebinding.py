@@ -80,16 +80,16 @@ def _check_live(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if not params:
         raise ValueError(
-            f"The optimizer {kind} has no parameters, so nothing would be trained: make it in `configure_optimizers`, "
-            "which runs after `configure_model`, from `self.named_parameters()`."
+            f"The optimizer {kind} has no parameters, so nothing would be trained: create it in "
+            "`configure_optimizers`, which runs after `configure_model`, from `self.named_parameters()`."
         )
     dead = [param for param in params if replaced.get(param, param) not in live]
     if dead:
         which = f"{names[dead[0]]!r}" if dead[0] in names else "a parameter without a name"
         raise ValueError(
-            f"Of the {len(params)} parameters that the optimizer {kind} holds, {len(dead)} are not the "
-            f"{type(model).__name__}'s, such as {which} of shape {tuple(dead[0].shape)}: they would never change. Make "
-            "the optimizer from `self.named_parameters()` in `configure_optimizers`."
+            f"{len(dead)} of the {len(params)} parameters of the optimizer {kind} are not in {type(model).__name__}, "
+            f"such as {which} of shape {tuple(dead[0].shape)}: they would not be trained. Create the optimizer from "
+            "`self.named_parameters()` in `configure_optimizers`."
         )
 
 
@@ -100,7 +100,7 @@ def _check_shapes(optimizer: Optimizer, replaced: Mapping[Tensor, Tensor], names
             if new.shape != param.shape:
                 raise ValueError(
                     f"{names[param]!r} had the shape {tuple(param.shape)} when the optimizer "
-                    f"{type(optimizer).__name__} was made, and has {tuple(new.shape)} now: make the optimizer in "
+                    f"{type(optimizer).__name__} was created, and has {tuple(new.shape)} now: create the optimizer in "
                     "`configure_optimizers`, which runs after `configure_model`."
                 )
 

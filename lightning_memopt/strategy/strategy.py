@@ -233,17 +233,17 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         found = blocks(model, self._wrap) if self._checkpoint_blocks else []
         if self._checkpoint_blocks and not found:
             raise ValueError(
-                f"`activation_checkpointing=True` found no blocks in {type(model).__name__}: name the classes of the "
-                "modules whose activations are to be computed again."
+                f"`activation_checkpointing=True` found no blocks in {type(model).__name__}: pass the classes of the "
+                "modules whose activations to recompute."
             )
         return found
 
     def _refuse_missing_parallelism(self, model: nn.Module) -> None:
         if self._tensor_size > 1:
             raise ValueError(
-                f"`tensor_parallel_size` is {self._tensor_size}, but no parameter of {type(model).__name__} "
-                "is sharded: parallelise the model in its `configure_model`, with "
-                "`self.device_mesh['tensor_parallel']`, or leave `tensor_parallel_size` at 1."
+                f"`tensor_parallel_size` is {self._tensor_size}, but no parameter of {type(model).__name__} is "
+                "sharded: parallelize the model in its `configure_model`, with `self.device_mesh['tensor_parallel']`, "
+                "or leave `tensor_parallel_size` at 1."
             )
 
     def _refuse_ignored_options(self) -> None:
@@ -256,7 +256,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         if ignored:
             raise ValueError(
                 f"{' and '.join(ignored)} would have no effect, because `configure_model` has sharded the model "
-                "already: do it there, or do not shard there."
+                "already: apply the same there, or do not shard in `configure_model`."
             )
 
     @override

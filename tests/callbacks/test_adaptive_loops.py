@@ -75,7 +75,7 @@ def test_training_of_unknown_length_warns(unknown, tmp_path):
             trainer(*callbacks, max_epochs=2).fit(Module(layers=0), DataLoader(Stream()))
 
     callback = AdaptiveMomentum(0.25, "energy", every_n_steps=2)
-    with pytest.warns(UserWarning, match="`freeze_after` 0.3 is a share of a training whose length is not known"):
+    with pytest.warns(UserWarning, match="`freeze_after` 0.3 is a fraction of the training, but its length is unknown"):
         run(callback)
     assert steps_of(callback) == [0, 2, 4, 6, 8, 10, 12]
     by_steps = AdaptiveMomentum(0.25, "energy", every_n_steps=2, freeze_after=5)

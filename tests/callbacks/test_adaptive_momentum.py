@@ -110,7 +110,8 @@ def test_a_subclass_cannot_exceed_the_budget():
         def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
             return {"model.lm_head": {"momentum": "dense"}}
 
-    for kind, match in ((Greedy, r"take momentum to .* budget is .*\. Nothing has changed"), (Mistaken, "model.lm_h")):
+    over_budget = r"changes that need .* of momentum, but the budget is .*\. Nothing has changed"
+    for kind, match in ((Greedy, over_budget), (Mistaken, "model.lm_h")):
         module, callback = Module(), kind(0.25, every_n_steps=2, freeze_after=None)
         made = trainer(callback, max_steps=4)
         with pytest.raises(ValueError, match=match):
@@ -135,7 +136,7 @@ def test_policy_as_a_function():
     assert all(rank == 1 for rank in callback.history[0]["ranks"].values())
     assert callback.history[-1]["ranks"] == {block.name: 1 + (block.role == "value") for block in asked[-1].blocks}
     assert [problem.progress for problem in asked] == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    with pytest.raises(ValueError, match="would take momentum to"):
+    with pytest.raises(ValueError, match="requested changes that need"):
         fit(Module(), AdaptiveMomentum(0.3, lambda problem: {b.name: b.dense_rank for b in problem.blocks}))
 
 
@@ -172,14 +173,14 @@ def test_after_an_exception_the_optimizer_is_let_go():
 @pytest.mark.parametrize(
     ("configure", "options", "match"),
     [
-        (lambda m: torch.optim.AdamW(m.parameters()), {}, "optimizer 0: AdamW is no optimizer of lightning_memopt"),
+        (lambda m: torch.optim.AdamW(m.parameters()), {}, "optimizer 0: AdamW is not an optimizer of lightning_memopt"),
         (lambda m: lm.MemOpt(m.named_parameters(), "adafactor"), {}, "its recipe 'adafactor' has no momentum"),
         (lambda m: lm.AdaPMLean(m.named_parameters(), betas=(0.0, 0.9)), {}, "its beta1 is 0"),
         (lambda m: lm.AdaPMLean(m.model.norm.named_parameters()), {}, "it trains no matrix"),
         (lambda m: lm.AdaPMLean(m.parameters()), {}, "bind"),
         (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": 1}, "`optimizer_idx` is 1, but the module"),
         (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": -1}, "`optimizer_idx` is -1"),
-        (lambda m: None, {}, "_MockOptimizer is no optimizer of lightning_memopt"),
+        (lambda m: None, {}, "_MockOptimizer is not an optimizer of lightning_memopt"),
     ],
     ids=["AdamW", "adafactor", "beta1", "vectors", "names", "index", "negative index", "none"],
 )

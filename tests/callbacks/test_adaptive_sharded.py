@@ -159,7 +159,7 @@ class Overspends(AdaptiveMomentum):
 
 def the_budget_is_that_of_all_ranks(folder: Path, expected: Expected) -> None:
     for strategy in STRATEGIES:
-        with raises(ValueError, "would take momentum to", "Nothing has changed"):
+        with raises(ValueError, "requested changes that need", "Nothing has changed"):
             fit("energy", adaptive("energy", Overspends), strategy=strategy)
 
 

@@ -33,8 +33,8 @@ def test_parse_budget(budget, size):
 
 
 ALLOWED = (
-    "`budget` must be a fraction of AdamW's momentum as a float in (0, 1] or a text such as '5%', or bytes as an "
-    "integer of at least 2 or a text such as '512MiB', got "
+    "`budget` must be a fraction of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an "
+    "integer of at least 2 or a string such as '512MiB', got "
 )
 
 

@@ -42,7 +42,7 @@ def test_what_is_no_size(text):
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, True], ids=repr)
 def test_a_size_is_a_text(value):
-    with pytest.raises(TypeError, match=re.escape(f"A size must be a text such as '512MiB', got {value!r}.")):
+    with pytest.raises(TypeError, match=re.escape(f"A size must be a string such as '512MiB', got {value!r}.")):
         parse_bytes(value)
 
 

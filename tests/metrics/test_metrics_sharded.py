@@ -132,7 +132,7 @@ def snapshots_of_another_job_are_refused(rank: int, world: int, folder: str) -> 
     assert len(alone) == (len(snapshot.blocks) if rank == 0 else 0)
     import dataclasses
 
-    with raises(ValueError, f"taken in a job of 1 processes, this one has {world}", "Take a new one here"):
+    with raises(ValueError, f"taken in a job of 1 processes, but this one has {world}", "Take a new one here"):
         OptimizerStateBytes().update(dataclasses.replace(snapshot, world_size=1))
 
 

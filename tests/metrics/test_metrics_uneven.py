@@ -89,7 +89,7 @@ def on_ranks(rank: int, world: int, alone: dict[str, Any], folder: str) -> bytes
         metric.update(snapshot)
         assert int(metric.compute()["global"]) == snapshot.state_bytes
     assert int(metric(snapshot)["global"]) == snapshot.state_bytes
-    with raises(ValueError, f"taken in a job of 7 processes, this one has {world}", "Take a new one here"):
+    with raises(ValueError, f"taken in a job of 7 processes, but this one has {world}", "Take a new one here"):
         metric.update(replace(snapshot, world_size=7))
     return kept
 
@@ -112,6 +112,6 @@ def test_uneven_shards_are_measured_as_on_one_process_and_their_snapshots_refuse
         snapshot = pickle.load(io.BytesIO(content))
         assert snapshot.world_size == world
         for kind in (OptimizerStateBytes, MemorySavings, PeakMemory, MomentumAllocation):
-            with pytest.raises(ValueError, match=rf"job of {world} processes, this one has 1.*Take a new one here"):
+            with pytest.raises(ValueError, match=rf"job of {world} processes, but this one has 1.*Take a new one here"):
                 kind().update(snapshot)
         assert lm.metrics.optimizer_state_bytes(snapshot)["total"] > 0, "the function reads it"

@@ -161,7 +161,8 @@ def test_rebind_before_names_are_known():
 def test_rebind_refuses_other_shapes():
     model = torch.nn.Linear(8, 6)
     optimizer = lm.AdaPMLean(model.named_parameters())
-    with pytest.raises(ValueError, match=r"'weight' has shape \(6, 8\), what is to replace it \(8, 6\): rebind"):
+    match = r"'weight' has shape \(6, 8\), but its replacement has shape \(8, 6\): rebind"
+    with pytest.raises(ValueError, match=match):
         optimizer.rebind({model.weight: torch.nn.Parameter(torch.zeros(8, 6))})
     assert optimizer.param_groups[0]["params"][0] is model.weight
 
@@ -170,5 +171,5 @@ def test_rebind_refuses_one_for_two():
     model = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(8, 6, bias=False)])
     optimizer = lm.AdaPMLean(model.named_parameters())
     new = torch.nn.Parameter(torch.zeros(6, 8))
-    with pytest.raises(ValueError, match="Two parameters are to be replaced by the same one"):
+    with pytest.raises(ValueError, match="Two parameters have the same replacement"):
         optimizer.rebind({param: new for param in model.parameters()})

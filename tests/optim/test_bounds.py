@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import warnings
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_the_table_reports_the_bound():
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (0, ValueError, r"`max_update` must be above 0, got 0: nothing would train; None is no bound"),
+        (0, ValueError, r"`max_update` must be above 0, got 0: nothing would train; None means no bound"),
         (-1.0, ValueError, r"`max_update` must be finite, at least 0, got -1\.0"),
         (math.inf, ValueError, r"`max_update` must be finite, at least 0, got inf"),
         (math.nan, ValueError, r"`max_update` must be finite, at least 0, got nan"),
@@ -241,9 +242,8 @@ def test_a_bound_that_becomes_the_method_is_said_once():
             if step == bounds.FIRST + bounds.EVERY * (bounds.COUNTED - 1):
                 assert not caught
     (warning,) = caught
-    assert "% of all elements of the updates were above the bound `max_update` in the last 30 steps" in str(
-        warning.message
-    )
+    text = r"`max_update` limited \d+\.\d% of all update elements in the last 30 steps, which changes the method"
+    assert re.match(text, str(warning.message))
 
 
 def test_a_bound_that_is_hardly_reached_says_nothing():
@@ -286,7 +286,7 @@ def test_elements_of_all_magnitudes_in_float16():
                 param.grad, before = (noise * size).half(), param.detach().clone()
                 optimizer.step()
         assert bool(param.isfinite().all())
-    assert f"Weights would have become infinite or undefined in: {NAME}. They keep their values" in str(caught.value)
+    assert f"Weights would have become infinite or NaN in: {NAME}. They keep their previous values" in str(caught.value)
     assert 0 < int((param == before).sum()) < param.numel()
 
 
@@ -299,7 +299,7 @@ def test_absurd_rates_raise_and_weights_stay_finite(recipe, dtype, start):
     for rates in ({"lr": top / 32}, {"lr": 4.0, "weight_decay": top / 16}):
         optimizer, param = made(recipe, dtype=dtype, **rates)
         param.detach().fill_(start * top)
-        with pytest.raises(FloatingPointError, match=rf"become infinite or undefined in: {NAME}"):  # noqa: PT012
+        with pytest.raises(FloatingPointError, match=rf"become infinite or NaN in: {NAME}"):  # noqa: PT012
             for _ in range(40):
                 fill_grads([param], 0)
                 optimizer.step()
@@ -324,7 +324,7 @@ def test_the_largest_weights_stay_finite_without_a_check(dtype):
 def test_an_eps_that_underflows_is_noticed():
     optimizer, param = made("adamw", eps=1e-60)
     param.grad = torch.zeros_like(param)
-    with pytest.raises(FloatingPointError, match="become infinite or undefined"):
+    with pytest.raises(FloatingPointError, match="become infinite or NaN"):
         optimizer.step()
     assert bool(param.isfinite().all())
 

@@ -161,7 +161,7 @@ def what_one_rank_refuses_no_other_does(mesh: DeviceMesh) -> None:
     with unchanged(optimizer, params), pytest.raises(error, match=text):
         optimizer.step()
     plain.grad = torch.full((4, 3), torch.nan if is_odd(mesh) else 1.0)
-    names = "plain.weight" if is_odd(mesh) else f"parameters of rank {last(mesh)} alone"
+    names = "plain.weight" if is_odd(mesh) else f"parameters of rank {last(mesh)} only"
     with unchanged(optimizer, params), pytest.raises(FloatingPointError, match=rf"elements in: {names}\. Weights"):
         optimizer.step()
     plain.grad = None if is_odd(mesh) else torch.ones(4, 3)  # nobody shares it

@@ -214,7 +214,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lm_head.weight": {"rank": 0}}, "`rank` must be an integer of at least 1"),
     ({"lm_head.weight": {"momentum": "low"}}, "Unknown momentum kind 'low'"),
     ({"lm_head.weight": {"second_moment": "thick"}}, "Unknown second-moment kind 'thick'"),
-    ({"lm_head.weight": {"gap": 3}}, "Option 'gap' means nothing to momentum 'low_rank'"),
+    ({"lm_head.weight": {"gap": 3}}, "Option 'gap' has no effect with momentum 'low_rank'"),
     ({"lm_head.weight": {"ranks": 3}}, "Unknown option 'ranks'"),
     ({"model.norm.weight": {"momentum": "low_rank"}}, r"'low_rank' needs a matrix, but 'model\.norm\.weight'"),
     ({"model.norm.weight": {"second_moment": "factored"}}, r"'factored' needs a matrix, but 'model\.norm\.weight'"),
@@ -224,7 +224,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model.layers.0.mlp.up_proj.weight": {"second_moment": "dense"}},
-        "keeps nothing that 'dense' could go on from",
+        "keeps no state that 'dense' could continue from",
     ),
 ]
 

@@ -41,7 +41,7 @@ def test_a_config_file_and_its_folder_are_the_built_in_model(tmp_path):
             '{"model_type": "nonsuch"}',
             "has the `model_type` 'nonsuch', which .* plan for the module itself",
         ),
-        ('{"model_type": "llama", "hidden_size": 10}', "makes no model of 'config.json' .*correct the file"),
+        ('{"model_type": "llama", "hidden_size": 10}', "cannot create a model from 'config.json' .*correct the file"),
     ],
 )
 def test_bad_config_files(content, message):
@@ -71,5 +71,5 @@ def test_architectures_without_roles_are_planned_with_a_warning(run, config, tmp
 def test_an_architecture_that_is_not_there_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, "architectures": ["NoSuchModel"]}))
-    with pytest.warns(UserWarning, match="no NoSuchModel.*planned is LlamaForCausalLM"):
+    with pytest.warns(UserWarning, match="no class NoSuchModel.*so the plan is for LlamaForCausalLM"):
         lm.plan_memory(path, "adapm")

@@ -94,8 +94,8 @@ def test_json_is_all_there_is(run):
         (["--model", "llama-60m", "--world-size", "-1"], "`world_size` must be at least 1, got -1"),
         (["--model", "llama-60m", "--recipe", "x.yaml"], r"no recipe file 'x\.yaml'"),
         (["--model", "llama-60m", "--precision", "8"], "Unknown precision '8'"),
-        (["--model", "llama-60m", "--lr", "8"], "unrecognized arguments: --lr 8. Settings of a run go with --config"),
-        (["--model", "llama-60m", "--plot", "x.png"], "--plot is the picture of a sweep: add --sweep"),
+        (["--model", "llama-60m", "--lr", "8"], "unrecognized arguments: --lr 8. Settings of a run need --config"),
+        (["--model", "llama-60m", "--plot", "x.png"], "--plot draws a sweep: add --sweep"),
         (["--model", "llama-60m", "--sweep", "--plot", "no/x.png"], "--plot no/x.png: there is no folder 'no'"),
         ([], "one of the arguments --model --config is required"),
         (["--config", "nothere.yaml"], r"File does not exist: .*nothere\.yaml"),
@@ -104,7 +104,7 @@ def test_json_is_all_there_is(run):
         (["--config", f"{CONFIGS}/demo.yaml", "--optimizer.gap=1"], "'gap' has no effect in the recipe 'adapm_lean'"),
         (
             ["--config", f"{CONFIGS}/demo.yaml", "--model.num_attention_heads=7"],
-            "LlamaModule could not be made on the meta",
+            "LlamaModule could not be created on the meta",
         ),
     ],
 )
@@ -124,7 +124,7 @@ def test_help_mentions_the_command(monkeypatch, capsys, run):
     monkeypatch.setattr(sys, "argv", ["lightning-memopt", "--help"])
     with pytest.raises(SystemExit):
         cli_module.main()
-    assert "lightning-memopt plan tells what a run will need on every rank" in capsys.readouterr().out
+    assert "lightning-memopt plan shows the memory that a run needs on every rank" in capsys.readouterr().out
 
 
 def test_a_built_in_name_is_no_folder(run, tmp_path, monkeypatch):

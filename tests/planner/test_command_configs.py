@@ -93,8 +93,8 @@ def test_modules_that_are_made_later_or_need_values(run, monkeypatch):
     Path("y.yaml").write_text("model: {class_path: noisy_modules.Loads}\n")
     code, _, err = run("--config", "y.yaml")
     assert code == 2
-    assert "noisy_modules.Loads could not be made on the meta device (" in err
-    assert "load and ask for them in `setup`" in err
+    assert "noisy_modules.Loads could not be created on the meta device (" in err
+    assert "load or request them in `setup`" in err
     sys.modules.pop("noisy_modules")
 
 

@@ -125,7 +125,7 @@ def test_a_model_of_70_billion_parameters_needs_little_memory():
         (TypeError, "`world_size` must be an integer, got 2.5", {"world_size": 2.5}),
         (ValueError, "such as '512MiB'.*got '24 gigs'", {"gpu_memory": "24 gigs"}),
         (ValueError, "`gpu_memory` 0 means 0 bytes, too few", {"gpu_memory": 0}),
-        (TypeError, "A size must be a text.*got 2.5", {"gpu_memory": 2.5}),
+        (TypeError, "A size must be a string.*got 2.5", {"gpu_memory": 2.5}),
         (ValueError, "Unknown precision '16-mixed'.*bf16-mixed", {"precision": "16-mixed"}),
         (ValueError, "ReLU has no parameters.*configure_model", {"model": nn.ReLU()}),
         (ValueError, "without a shape cannot be planned for: 'weight', 'bias'", {"model": nn.LazyLinear(3)}),
@@ -144,7 +144,7 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         sweep_figure(sweep_memory("llama-60m", "adafactor", world_sizes=[1]))
-    with pytest.raises(KeyError, match="'adapm' was not planned; there are torch.optim.AdamW, adafactor"):
+    with pytest.raises(KeyError, match="'adapm' is not in the plan; available: torch.optim.AdamW, adafactor"):
         lm.plan_memory("llama-60m", "adafactor").row("adapm")
 
 

@@ -138,7 +138,7 @@ NAN = float("nan")
         (
             {"overrides": {"*norm.weight": {"momentum": "low_rank"}}},
             ValueError,
-            "asks for momentum 'low_rank', but none",
+            "requests momentum 'low_rank', but none",
         ),
         ({"eps": -1e-8}, ValueError, "`eps` must be finite, at least 0, got -1e-08"),
         ({"weight_decay": -0.1}, ValueError, "`weight_decay` must be finite, at least 0, got -0.1"),
@@ -153,7 +153,7 @@ NAN = float("nan")
         ({"overrides": {"mlp": {"second_moment": "x"}}}, ValueError, "Unknown second-moment kind 'x'"),
         ({"overrides": {"mlp": {"rnk": 2}}}, ValueError, "Unknown option 'rnk'. Did you mean 'rank'"),
         ({"overrides": {"mlp": 4}}, TypeError, "A change must be a Recipe or a mapping .* got 4"),
-        ({"recipe": "adapm", "overrides": {"embedding": {"rank": 4}}}, ValueError, "sets 'rank', which means nothing"),
+        ({"recipe": "adapm", "overrides": {"embedding": {"rank": 4}}}, ValueError, "sets 'rank', which has no effect"),
         ({"overrides": {"vector": {"momentum": "low_rank"}}}, ValueError, "'low_rank' needs a matrix"),
     ],
 )
@@ -173,13 +173,13 @@ def weight():
         (torch.ones(2, 2), TypeError, "got a single tensor"),
         ({"params": []}, TypeError, "got a dict: wrap it in a list"),
         ([("a", weight()), ("a", weight())], ValueError, "The name 'a' is given to two parameters"),
-        ([("a", weight()), weight()], ValueError, r"1 of the parameters have no name, the first of shape \(4, 4\)"),
+        ([("a", weight()), weight()], ValueError, r"1 of the parameters have no name \(the first has shape \(4, 4\)"),
         ([("a", "b")], TypeError, "Expected a parameter for 'a', got str"),
         ([3], TypeError, "Expected a parameter, got int"),
         ([[weight(), weight()]], TypeError, "Expected a parameter, got list of 2"),
         (torch.nn.Linear(2, 2), TypeError, "got the module Linear: pass its `named_parameters"),
-        (set(nn.Linear(2, 2).parameters()), TypeError, "a set has none: use a list"),
-        ([{"params": set(nn.Linear(2, 2).parameters())}], TypeError, "a set has none: use a list"),
+        (set(nn.Linear(2, 2).parameters()), TypeError, "a set has no order: use a list"),
+        ([{"params": set(nn.Linear(2, 2).parameters())}], TypeError, "a set has no order: use a list"),
         ([{"lr": 1.0}], TypeError, "must be a dict such as .*, got a dict with 'lr'"),
         ([{"params": [("a", weight())], "momentum": 0.9}], ValueError, "In parameter group 0: Unknown key 'momentum'"),
         ([{"params": [("a", weight())], "lr": -1}], ValueError, "In parameter group 0: `lr` must be"),
@@ -260,7 +260,7 @@ def test_a_recipe_file_reads_nothing_from_its_surroundings(tmp_path, monkeypatch
     """Its name is stored in every checkpoint, and so would be a secret."""
     monkeypatch.setenv("SECRET", "8")
     write(tmp_path / "base.yaml", "name: '${oc.env:SECRET}'")
-    with pytest.raises(ValueError, match=r"calls a resolver, and what that returns would be stored.* Write the value"):
+    with pytest.raises(ValueError, match=r"calls a resolver, whose result would be stored.* Write the value"):
         lm.load_plan(write(tmp_path / "r.yaml", text))
     with pytest.raises(ValueError, match="calls a resolver"):
         lm.load_plan(OmegaConf.create({"name": "${oc.env:SECRET}"}))
@@ -310,11 +310,11 @@ def test_recipes_without_a_name_are_told_apart():
         ("base: adam", ValueError, "Unknown recipe 'adam'"),
         ("roles: {mpl: {rank: 2}}", ValueError, "Unknown role 'mpl'. Did you mean 'mlp'"),
         ("roles: {mlp: {momentum: low}}", ValueError, "Unknown momentum kind 'low'"),
-        ("roles: {mlp: {rank: 2}}", ValueError, "Option 'rank' means nothing to momentum 'dense'"),
+        ("roles: {mlp: {rank: 2}}", ValueError, "Option 'rank' has no effect with momentum 'dense'"),
         ("roles: 3", TypeError, "'roles' of a recipe file must be a mapping, got 3"),
         ("betas: 0.9", ValueError, "'betas' of a recipe file must be two numbers, got 0.9"),
         ("options: {rank: 2}", ValueError, "Unknown key of a recipe file 'options'"),
-        ("- 1", TypeError, "must hold a mapping, found list"),
+        ("- 1", TypeError, "must contain a mapping, found list"),
         ("betas: [.nan, 0.9]", ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got nan"),
         ("betas: [0.9, .inf]", ValueError, r"`betas\[1\]` must be finite, at least 0 and at most 1, got inf"),
         ("betas: [1.0, 0.9]", ValueError, r"`betas\[0\]` must be finite, at least 0 and below 1, got 1\.0"),

@@ -113,7 +113,7 @@ def test_a_parameter_shared_by_children_is_refused():
     with pytest.raises(
         ValueError,
         match=r"'encoder.first.weight' and 'head.weight' are the same parameter, but 'encoder' and 'head' are sharded "
-        r"apart .* one module with a `forward`",
+        r"separately, .* one module of the LightningModule whose `forward`",
     ):
         find_units(model)
     model = Holder(encoder=Tower())
@@ -176,7 +176,7 @@ def test_two_dtypes_in_one_module_are_refused():
     with pytest.raises(
         ValueError,
         match=r"'net' \(Sequential\) trains parameters of several dtypes, 'net.0.linear.weight' \(torch.float32\) and "
-        r"'net.1.0.linear.bias' \(torch.bfloat16\), .* module of their own with a `forward`",
+        r"'net.1.0.linear.bias' \(torch.bfloat16\), .* separate module whose `forward`",
     ):
         divided(model)
     layer.linear.bias.requires_grad_(False)

@@ -68,7 +68,7 @@ def test_survivors_say_which_rank_raised_what(tmp_path):
     for rank in (0, 2):
         kind, message, notes, _ = outcomes[rank]
         assert (kind, "third_party/gloo" in message) == ("RuntimeError", True)
-        assert notes == ["Rank 1 raised ValueError: no such token: 7. What this rank raised came of that."]
+        assert notes == ["Rank 1 raised ValueError: no such token: 7. The error on this rank is a consequence."]
 
 
 def test_survivors_keep_their_error_where_the_store_is_gone(tmp_path):
@@ -118,7 +118,7 @@ def test_the_first_report_counts_and_is_that_of_one_fit(store):
     assert noted(second, dist.DistBackendError("NCCL")) == []
     assert noted(second, AssertionError()) == []
     assert noted(second, dist.DistBackendError("NCCL")) == [
-        "Rank 2 raised AssertionError. What this rank raised came of that."
+        "Rank 2 raised AssertionError. The error on this rank is a consequence."
     ]
 
 

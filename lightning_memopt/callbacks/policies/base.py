@@ -86,7 +86,7 @@ def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
         rank = ranks.get(block.name) if isinstance(ranks, Mapping) else ranks
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= block.dense_rank:
             raise ValueError(
-                f"The policy {getattr(policy, '__name__', policy)!r} answered {rank!r} for {block.name!r}: it must map "
+                f"The policy {getattr(policy, '__name__', policy)!r} returned {rank!r} for {block.name!r}: it must map "
                 f"the name of every block to an integer, here from 0 to {block.dense_rank}."
             )
     return ranks

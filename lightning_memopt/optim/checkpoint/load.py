@@ -146,7 +146,7 @@ def _saved_state(
         found[param] = state_dict["state"].get(index) or {}
         if not found[param] and param.requires_grad and ours and any(state_dict["state"].values()):
             raise ValueError(
-                f"The state dict has no state for {binding.blocks[param][0].name!r}: it was frozen when that was "
-                "saved. Freeze it (requires_grad_(False)), load, and then let it train."
+                f"The state dict has no state for {binding.blocks[param][0].name!r}, which was frozen when the state "
+                "dict was saved. Freeze it (requires_grad_(False)), load, then unfreeze it."
             )
     return found

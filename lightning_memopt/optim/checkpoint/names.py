@@ -37,8 +37,8 @@ def saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
     flat = [name for group in names for name in group]
     if counts != expected or len(set(flat)) != len(flat):
         raise ValueError(
-            f"The state dict has {expected} parameters in its groups and {counts} names, of which {len(set(flat))} "
-            f"are different: remove {NAMES!r} from it to load it by position."
+            f"The state dict has {expected} parameters in its groups and {counts} names, {len(set(flat))} of them "
+            f"distinct: remove {NAMES!r} from it to load it by position."
         )
     return [list(group) for group in names]
 
@@ -69,7 +69,7 @@ def places(saved: Names, ours: Names, what: str, optimizer: str = "the optimizer
     if len(saved) != len(ours):
         raise ValueError(
             f"The {what} has {len(saved)} parameter groups, {optimizer} {len(ours)}: it was saved for another model, "
-            "or with other groups. Groups that were added later (`add_param_group`) must be there before it is loaded: "
+            "or with other groups. Groups that were added later (`add_param_group`) must exist before it is loaded: "
             "add them in `configure_optimizers` or `on_fit_start`."
         )
     where = {name: (group, place) for group, names in enumerate(saved) for place, name in enumerate(names)}
@@ -112,9 +112,9 @@ def warn_of_positions(state_dict: Mapping[str, Any]) -> None:
     if state_dict["state"] and sum(len(group["params"]) for group in state_dict["param_groups"]) > 1:
         who = "saved optimizer state" if saved_names(state_dict) is None else "optimizer"
         notify(
-            f"The {who} has no names of parameters, so state was given to them by position. If the optimizer lists its "
-            "parameters in another order than the one that was saved, parameters of equal shape have each other's "
-            "state now. Make the optimizer from named parameters, and save again: new files have names."
+            f"The {who} has no parameter names, so state was assigned by position. If the optimizer lists its "
+            "parameters in a different order than the saved one, parameters of equal shape now have each other's "
+            "state. Create the optimizer from named parameters and save again: new files contain names."
         )
 
 

@@ -84,17 +84,17 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
     groups, blocks = _group_changes(before, after), _block_changes(before, after)
     if not (groups or blocks or converted):
         return
-    made = ", with state made from that of AdamW" if converted else ""
-    decided = f". Its settings replace those configured: {_list([*groups, *blocks])}" if groups or blocks else ""
+    made = ", with state converted from AdamW" if converted else ""
+    decided = f". Its settings replace the configured ones: {_list([*groups, *blocks])}" if groups or blocks else ""
     ways = ["set them in `optimizer.param_groups`"] if groups else []
     if any("state in" not in change for change in blocks):
         ways.append("call `optimizer.reformat`")
-    own = f" To keep yours, {' and '.join(ways)} after loading, in `on_train_start` under a Trainer." if ways else ""
+    own = f" To keep yours, {' and '.join(ways)} after loading (with a Trainer, in `on_train_start`)." if ways else ""
     if after.scheduled and any(change.startswith("lr ") for change in groups):
-        own += " A scheduler sets `lr` again in its next step: set its `base_lrs`, too."
+        own += " A scheduler sets `lr` again at its next step: set its `base_lrs` as well."
     if any("state in" in change for change in blocks):
-        own += " The dtype of state stays that of the checkpoint."
-    notify(f"{optimizer} goes on from step {step} of {_source.get()}{made}{decided}.{own}")
+        own += " The dtype of state follows the checkpoint."
+    notify(f"{optimizer} resumes from step {step} of {_source.get()}{made}{decided}.{own}")
 
 
 def notify(text: str) -> None:

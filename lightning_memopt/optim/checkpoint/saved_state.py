@@ -49,9 +49,9 @@ def cannot_go_on(saved: Mapping[str, Any], optimizer: str, missing: Sequence[str
     by = f"recipe {' and '.join(map(repr, recipes))}" if recipes else f"an optimizer with the options {', '.join(keys)}"
     what = f"lacks {', '.join(map(repr, missing))}" if missing else "is compressed"
     return ValueError(
-        f"{optimizer} cannot go on from this checkpoint: its optimizer state {what}. It was saved by {by}. Nothing was "
-        "loaded. Use the optimizer of the run that saved it, or start anew from the weights alone: load them in the "
-        "model, and leave out the optimizer's state (under a Trainer: `ckpt_path`)."
+        f"{optimizer} cannot resume from this checkpoint: its optimizer state {what}. It was saved by {by}. Nothing "
+        "was loaded. Use the optimizer of the run that saved it, or start from the weights only: load them into the "
+        "model without the optimizer's state (with a Trainer, without `ckpt_path`)."
     )
 
 
@@ -79,9 +79,9 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
         recipe = theirs.get("recipe", "adamw")
         if recipe not in (mine["recipe"], "adamw"):
             raise ValueError(
-                f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer "
-                f"has {mine['recipe']!r}. Nothing was loaded. Create the optimizer with `MemOpt(recipe={recipe!r})` or "
-                "that recipe's class, or start anew from the weights alone."
+                f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer has "
+                f"{mine['recipe']!r}. Nothing was loaded. Create the optimizer with `MemOpt(recipe={recipe!r})` or the "
+                "class of that recipe, or start from the weights only."
             )
         left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
         kept = {key: value for key, value in theirs.items() if key not in left_out}
@@ -150,7 +150,7 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
         raise ValueError(f"The state of {name!r} in the state dict has no key 'step': it was saved for something else.")
     for key, value in saved.items():
         if key != "step" and not isinstance(value, Tensor):
-            raise ValueError(f"The state of {name!r} in the state dict has {key!r} = {value!r}, which is no tensor.")
+            raise ValueError(f"The state of {name!r} in the state dict has {key!r} = {value!r}, which is not a tensor.")
     saved = _split(blocks, saved)
     adapted = tuple(_loaded_block(block, saved) for block in blocks)
     known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
@@ -201,7 +201,9 @@ def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
 def _loaded_block(block: Block, saved: Mapping[str, Any]) -> Block:
     dtypes = {saved[block.prefix + key].dtype for key in block.keys(saved)}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(f"The state of {block.name!r} in the state dict mixes dtypes or is no number: {dtypes}.")
+        raise ValueError(
+            f"The state of {block.name!r} in the state dict mixes dtypes or is not floating-point: {dtypes}."
+        )
     layout = replace(block.layout, state_dtype=dtypes.pop()) if dtypes else block.layout
     block = replace(block, layout=layout)
     try:

@@ -26,8 +26,8 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
     for key, kind in (("state", Mapping), ("param_groups", Sequence)):
         if key not in state_dict:
             raise ValueError(
-                f"The {what} has no key {key!r}, it has {_few(state_dict)}: pass what an optimizer's `state_dict()` "
-                "returned."
+                f"The {what} has no key {key!r}, it has {_few(state_dict)}: pass the result of an optimizer's "
+                "`state_dict()`."
             )
         if not isinstance(state_dict[key], kind) or isinstance(state_dict[key], str):
             raise TypeError(f"The {what} has {key!r} of the wrong type: {described(state_dict[key])}.")
@@ -40,7 +40,7 @@ def check_structure(state_dict: Any, what: str = "state dict") -> None:
             )
     for index, entries in state_dict["state"].items():
         if not isinstance(entries, Mapping):
-            raise TypeError(f"The {what} has for parameter {index!r} no dict of state, but {described(entries)}.")
+            raise TypeError(f"The {what} must have a dict of state for parameter {index!r}, got {described(entries)}.")
 
 
 def check_step(value: Any, name: str) -> None:
@@ -55,7 +55,9 @@ def check_step(value: Any, name: str) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"The saved state of {name!r} has a 'step' that is {described(value)}, no number.") from None
+        raise ValueError(
+            f"The saved state of {name!r} has a 'step' that is {described(value)}, not a number."
+        ) from None
     if not (number >= 0 and number.is_integer()):
         raise ValueError(
             f"The saved state of {name!r} has 'step' = {number:g}: it must be a whole number of at least 0."
@@ -123,7 +125,7 @@ def state_of(name: Any, key: str) -> str:
 
 
 def _refusal(what: str, has: str) -> str:
-    return f"{what} has {has}: the run had diverged, or the file is damaged. Go on from an earlier checkpoint."
+    return f"{what} contains {has}: the run diverged, or the file is damaged. Resume from an earlier checkpoint."
 
 
 def described(value: Any) -> str:

@@ -71,8 +71,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
     ) -> None:
         if storage_options is not None:
             raise TypeError(
-                f"`{type(self).__name__}.save_checkpoint(..., storage_options=...)` is not supported: give them to a "
-                "`CheckpointIO` plugin of your own."
+                f"`{type(self).__name__}.save_checkpoint(..., storage_options=...)` is not supported: pass them to a "
+                "custom `CheckpointIO` plugin."
             )
         path = self.broadcast(filepath)  # all ranks save to the same place
         if not self._save_distributed_checkpoint:

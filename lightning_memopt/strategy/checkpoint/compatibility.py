@@ -113,18 +113,18 @@ def check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | No
     if optimizers is not None and not optimizers and saved:
         notify(
             f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returned None: they "
-            "are not loaded, and the next checkpoint will not have them."
+            "are not loaded, and the next checkpoint will not contain them."
         )
     if optimizers and not saved:
         raise KeyError(
             "Trying to restore optimizer state but checkpoint contains only the model. This is probably due to "
             "`ModelCheckpoint.save_weights_only` being set to `True`; to start training from these weights, load them "
-            "in the LightningModule."
+            "into the LightningModule."
         )
     if optimizers and len(saved) != len(optimizers):
         raise ValueError(
             f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returns "
-            f"{len(optimizers)}: return those of the run that saved it."
+            f"{len(optimizers)}: return the optimizers of the run that saved it."
         )
 
 
@@ -145,12 +145,14 @@ def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any], strict: boo
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         way_out = (
-            "Training goes on only with the model of the run that saved it; `strict_loading = False` helps `validate`, "
-            "`test` and `predict`. To start training from these weights, load them in the LightningModule and leave "
-            "out `ckpt_path`."
+            "Training can resume only with the model of the run that saved it; `strict_loading = False` applies to "
+            "`validate`, `test` and `predict`. To start training from these weights, load them into the "
+            "LightningModule and leave out `ckpt_path`."
             if fitting
-            else "To load what has the same name, set `strict_loading = False` on the LightningModule; shapes must be "
-            "the same."
+            else (
+                "To load only the weights whose names match, set `strict_loading = False` on the LightningModule; "
+                "their shapes must match as well."
+            )
         )
         raise RuntimeError(
             f"The checkpoint does not fit the model: {'; '.join(problems[:5])}{more}. Nothing was loaded. {way_out}"

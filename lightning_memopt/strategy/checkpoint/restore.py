@@ -36,12 +36,12 @@ def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, A
     """
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
-        raise TypeError(f"The checkpoint must be a dict with the key {weights!r}, but is of the type {kind}.")
+        raise TypeError(f"The checkpoint must be a dict with the key {weights!r}, got {kind}.")
     if weights not in checkpoint:
         keys = ", ".join(repr(key) for key in list(checkpoint)[:5]) or "nothing"
         raise ValueError(
             f"The checkpoint has no key {weights!r}, it has {keys}: it was not saved by Lightning. To start training "
-            "from bare weights, load them in the LightningModule and leave out `ckpt_path`."
+            "from bare weights, load them into the LightningModule and leave out `ckpt_path`."
         )
     found, optimizers = checkpoint[weights], checkpoint.get(states, [])
     for key, value, fits in (
@@ -50,7 +50,7 @@ def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, A
     ):
         if not fits:
             got = type(value).__name__
-            raise TypeError(f"The checkpoint has under {key!r} a value of the type {got}: Lightning did not save it.")
+            raise TypeError(f"The checkpoint has a value of type {got} under {key!r}: it was not saved by Lightning.")
     optimizers = [state for state in optimizers if state != {}]  # a run without an optimizer saves an empty state
     for number, state in enumerate(optimizers):
         check_structure(state, f"state of optimizer {number} in the checkpoint")

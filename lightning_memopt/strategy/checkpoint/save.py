@@ -96,7 +96,7 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
         on_first(lambda: _finish(rest, new, path, sums), group)
     except (Exception, CheckpointException) as error:
         raise OSError(
-            f"Saving {str(path)!r} failed: {describe(error)}. What was saved under this name before is unchanged."
+            f"Saving {str(path)!r} failed: {describe(error)}. Any existing checkpoint of this name is unchanged."
         ) from error
     finally:
         if new is not None and rank_and_size(group)[0] == 0:
@@ -156,7 +156,9 @@ def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, 
 def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksum]) -> None:
     missing = [name for name in sums if not (new / name).is_file()]
     if missing:
-        raise OSError(f"{missing[0]!r} of another rank is not there: all ranks must save to a file system they share")
+        raise OSError(
+            f"{missing[0]!r} of another rank is missing: all ranks must save to a file system that they share"
+        )
     atomic.write_synced(new / REST, lambda stream: save_with_checksums({**rest, CHECKSUMS: sums}, stream))
     atomic.commit(new, path)
 

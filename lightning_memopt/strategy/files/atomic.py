@@ -94,7 +94,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         commit(new, path)
     except Exception as error:
         raise OSError(
-            f"Saving {str(path)!r} failed: {_first_cause(error)}. What was saved under this name before is unchanged."
+            f"Saving {str(path)!r} failed: {_first_cause(error)}. Any existing checkpoint of this name is unchanged."
         ) from error
     finally:
         if new in _active:

@@ -27,8 +27,8 @@ def check_replaceable(path: Path) -> None:
     """
     if path.is_dir() and not is_checkpoint(path) and any(not _OURS.fullmatch(entry.name) for entry in path.iterdir()):
         raise IsADirectoryError(
-            f"The checkpoint path exists and is a directory: {str(path)!r}. It holds no checkpoint but other files, "
-            "which would be lost; save under another name."
+            f"The checkpoint path exists and is a directory: {str(path)!r}. It holds files other than a checkpoint, "
+            "which saving would delete; save under another name."
         )
 
 

@@ -98,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise _ForbiddenError(f"it asks for `{module}.{name}`, which no checkpoint needs")
+        raise _ForbiddenError(f"it contains `{module}.{name}`, which no checkpoint needs")
 
 
 # ---------------------------------------------------------------------- stand-ins → torch's objects
@@ -109,7 +109,7 @@ def _metadata(loaded: Any) -> Metadata:
     entries = {_text(key): _storage(value) for key, value in _mapping(fields, "state_dict_metadata").items()}
     if fields.get("planner_data") is None or fields.get("storage_data") is None:
         raise ValueError(
-            "it does not tell where weights and optimizer states are, so torch.distributed.checkpoint did not write it "
+            "it does not say where weights and optimizer states are, so torch.distributed.checkpoint did not write it "
             "with its default planner"
         )
     places = {_text(key): _place(value, entries) for key, value in _mapping(fields, "planner_data").items()}
@@ -119,7 +119,7 @@ def _metadata(loaded: Any) -> Metadata:
             raise ValueError(f"it has no place for {key!r}")
         for position in _positions(key, entry):
             if position not in infos:
-                raise ValueError(f"it does not tell which file holds {key!r}")
+                raise ValueError(f"it does not say which file holds {key!r}")
     return Metadata(entries, places, infos)
 
 
@@ -140,7 +140,7 @@ def _storage(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
         raise ValueError(f"the parts of a tensor of shape {tuple(size)} do not add up to it")
     if len(chunks) > 1 and _overlap(chunks):
-        raise ValueError(f"parts of a tensor of shape {tuple(size)} lie over each other")
+        raise ValueError(f"parts of a tensor of shape {tuple(size)} overlap")
     return TensorStorageMetadata(TensorProperties(dtype=dtype, requires_grad=bool(requires_grad)), size, chunks)
 
 
@@ -149,7 +149,7 @@ def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
     boxes = [[(start, start + size) for start, size in zip(c.offsets, c.sizes, strict=True)] for c in chunks]
     edges = [sorted({edge for span in spans for edge in span}) for spans in zip(*boxes, strict=True)]
     if math.prod(map(len, edges)) > _MOST_CELLS:
-        raise ValueError(f"it cuts a tensor into {len(chunks)} parts that are no grid")
+        raise ValueError(f"it cuts a tensor into {len(chunks)} parts that do not form a grid")
     cells = [{edge: cell for cell, edge in enumerate(each)} for each in edges]
     covered = torch.zeros([len(each) for each in edges], dtype=torch.int16)
     for box in boxes:
@@ -206,29 +206,29 @@ def _info(key: Any, value: Any) -> tuple[MetadataIndex, _StorageInfo]:
 def _fields(value: Any, kind: str) -> dict[str, Any]:
     state = value.state if isinstance(value, _Record) and type(value).__name__ == kind else None
     if not isinstance(state, dict):
-        raise ValueError(f"it has {type(value).__name__} in the place of {kind}")
+        raise ValueError(f"it has {type(value).__name__} in place of {kind}")
     return state
 
 
 def _mapping(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
     if not isinstance(fields.get(name), dict):
-        raise ValueError(f"{name!r} is no mapping")
+        raise ValueError(f"{name!r} is not a mapping")
     return fields[name]
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(fields.get(name), list):
-        raise ValueError(f"{name!r} is no list")
+        raise ValueError(f"{name!r} is not a list")
     return fields[name]
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"it has {reprlib.repr(value)} in the place of a name")
+        raise ValueError(f"it has {reprlib.repr(value)} in place of a name")
     return value
 
 
 def _size(value: Any) -> torch.Size:
     if not isinstance(value, tuple) or not all(isinstance(length, int) and length >= 0 for length in value):
-        raise ValueError(f"it has {reprlib.repr(value)} in the place of a shape")
+        raise ValueError(f"it has {reprlib.repr(value)} in place of a shape")
     return torch.Size(value)

@@ -62,8 +62,8 @@ class OpenedDirectory:
                 self._open(name)
             except FileNotFoundError:
                 raise ValueError(
-                    f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either a "
-                    f"part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
+                    f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either "
+                    f"only a part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
                 ) from None
         rest, index = (self._files[name].read() for name in (REST, INDEX))
         self.identity = hashlib.blake2b(rest + index, digest_size=16).hexdigest()
@@ -89,7 +89,7 @@ class OpenedDirectory:
     def _parse_rest(self, content: bytes) -> dict[str, Any]:
         path = self.path / REST
         if not content.startswith(b"PK\x03\x04"):
-            raise ValueError(f"{str(path)!r} is no checkpoint: it is empty, or torch.save did not write it.")
+            raise ValueError(f"{str(path)!r} is not a checkpoint: it is empty, or torch.save did not write it.")
         stream = io.BytesIO(content)
         with naming(path, stream):
             if self._verify:
@@ -116,8 +116,8 @@ class OpenedDirectory:
             if error.errno == errno.EMFILE:
                 raise OSError(
                     error.errno,
-                    f"the checkpoint has {len(self._ends())} files, and this process may not open as many: raise the "
-                    "limit with `ulimit -n`",
+                    f"the checkpoint has {len(self._ends())} files, and this process may not open that many: raise "
+                    "the limit with `ulimit -n`",
                     str(self.path),
                 ) from error
             raise
@@ -156,7 +156,7 @@ class OpenedDirectory:
                 raise self._mixed(name, f"{INDEX!r} says that it has {ends[name]} bytes")
         for name in sorted(os.listdir(self.path if self._folder is None else self._folder)):
             if SHARDS.fullmatch(name) and name not in known and self._stray_size(name):
-                raise self._mixed(name, f"{INDEX!r} does not know it. Remove it if the others are the ones you want")
+                raise self._mixed(name, f"{INDEX!r} does not list it. Remove it if you want to use the others")
 
     def _stray_size(self, name: str) -> int:
         """Return the size of a file that no table lists. torch writes an empty file if a rank has nothing to save."""

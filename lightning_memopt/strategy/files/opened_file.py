@@ -46,7 +46,7 @@ class OpenedFile:
         try:
             self._magic = self._stream.read(len(_ZIP))
             if self._magic != _ZIP and not self._magic.startswith(_PICKLE):
-                raise ValueError(f"{str(path)!r} is no checkpoint: it is empty, or torch.save did not write it.")
+                raise ValueError(f"{str(path)!r} is not a checkpoint: it is empty, or torch.save did not write it.")
             with naming(path):
                 self.identity = self._identity()
         except BaseException:
@@ -152,13 +152,13 @@ def naming(path: Path | str, stream: IO[bytes] | None = None) -> Generator[None,
 
 
 def _forbidden(path: Path | str, error: Exception, stream: IO[bytes] | None) -> pickle.UnpicklingError:
-    found = re.search(r"(?:GLOBAL |asks for `)([\w.]+)\.(\w+)", str(error))
+    found = re.search(r"(?:GLOBAL |it contains `)([\w.]+)\.(\w+)", str(error))
     module, name = found.groups() if found else _first_global(stream)
     way_out = _TRUST if stream is not None else "Use another checkpoint."
     if not name:
         return pickle.UnpicklingError(f"{str(path)!r} cannot be read: {error} Nothing was loaded. {way_out}")
     return pickle.UnpicklingError(
-        f"{str(path)!r} asks for `{_SYSTEM_MODULES.get(module, module)}.{name}`, which is not allowed in a checkpoint: "
+        f"{str(path)!r} contains `{_SYSTEM_MODULES.get(module, module)}.{name}`, which is not allowed in a checkpoint: "
         f"loading it could run code. Nothing was loaded. {way_out}"
     )
 
@@ -185,8 +185,8 @@ def _first_global(stream: IO[bytes] | None) -> tuple[str, str]:
 
 
 _TRUST = (
-    "Lightning's Trainer does not tell sharded strategies of weights_only=False. If you trust the source of this file, "
-    "set the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, or name the classes with "
-    "torch.serialization.add_safe_globals. To need no trust, keep other objects than tensors and builtins out of "
-    "hyperparameters and callback states."
+    "Lightning's Trainer does not pass weights_only=False to sharded strategies. If you trust the source of this file, "
+    "set the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1, or allow the classes with "
+    "torch.serialization.add_safe_globals. To avoid both, keep only tensors and builtins in hyperparameters and "
+    "callback states."
 )

@@ -72,7 +72,7 @@ def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[
     everywhere(partial(_raise, error))
     raise ValueError(
         f"The ranks found different checkpoints under {str(path)!r}, {_TRIES} times: either the path is not on a file "
-        "system that all ranks share, or another process replaces it all the time. Load a copy under another name."
+        "system that all ranks share, or another process keeps replacing it. Load a copy under another name."
     )
 
 

@@ -169,8 +169,8 @@ def _refuse(left: Iterable[tuple[str, nn.Module, list[str]]]) -> None:
     lines = [f"{name} ({type(module).__name__}): {', '.join(keys)}" for name, module, keys in left if keys]
     if lines:
         raise ValueError(
-            "These modules were made on the meta device and do not initialise what they hold there: "
-            f"{'; '.join(lines)}. Give them a `reset_parameters()` that does, make them outside of "
+            "These modules were created on the meta device and do not initialize the tensors that they hold there: "
+            f"{'; '.join(lines)}. Give them a `reset_parameters()` that does, create them outside of "
             "`trainer.init_module(empty_init=True)`, or load the weights in `configure_model`."
         )
 

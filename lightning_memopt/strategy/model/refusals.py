@@ -27,16 +27,16 @@ def refuse_callbacks(given: Iterable[Callback]) -> None:
     names = [type(callback).__name__ for callback in given if isinstance(callback, _AVERAGING)]
     if names:
         raise TypeError(
-            f"The callback {' and '.join(names)} averages whole copies of the model, which cannot be mixed with the "
-            "parts that `MemOptFSDPStrategy` keeps on each rank: leave it out and average the weights of saved "
-            "checkpoints, or train with `strategy='ddp'`."
+            f"The callback {' and '.join(names)} averages full copies of the model, but `MemOptFSDPStrategy` keeps "
+            "only a shard of it on each rank: leave it out and average the weights of saved checkpoints, or train with "
+            "`strategy='ddp'`."
         )
     pruning = [type(callback).__name__ for callback in given if isinstance(callback, callbacks.ModelPruning)]
     if pruning:
         raise TypeError(
-            f"The callback {' and '.join(pruning)} ranks whole weights, but `MemOptFSDPStrategy` keeps only a part of "
-            "each on a rank: prune with `torch.nn.utils.prune` when the model is made, which is kept, or train with "
-            "`strategy='ddp'`."
+            f"The callback {' and '.join(pruning)} needs full weights, but `MemOptFSDPStrategy` keeps only a shard of "
+            "each on a rank: prune with `torch.nn.utils.prune` when you create the model, which sharding keeps, or "
+            "train with `strategy='ddp'`."
         )
 
 
@@ -61,7 +61,7 @@ def refuse_embeddings(model: nn.Module) -> None:
     sparse = [name for name, module in found if module.sparse and module.weight.requires_grad]
     if sparse:
         raise ValueError(
-            f"Sparse gradients cannot be reduced over ranks: {', '.join(map(repr, sparse))}. Make the embedding with "
+            f"Sparse gradients cannot be reduced over ranks: {', '.join(map(repr, sparse))}. Create the embedding with "
             "`sparse=False`."
         )
 

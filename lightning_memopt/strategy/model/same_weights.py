@@ -32,8 +32,8 @@ def check_same_structure(model: nn.Module) -> None:
         for first, other in zip_longest(everyone[0], theirs, fillvalue="nothing"):
             if first != other:
                 raise ValueError(
-                    f"The ranks have made different models: rank 0 has {first!r} where rank {rank} has {other!r}. "
-                    "Make the same model on every rank."
+                    f"The ranks have created different models: rank 0 has {first!r} where rank {rank} has {other!r}. "
+                    "Create the same model on every rank."
                 )
 
 

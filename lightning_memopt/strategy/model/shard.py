@@ -53,7 +53,7 @@ class Sharding:
             if was != wanted:
                 raise ValueError(
                     f"The model was sharded by an earlier fit with {name}={was!r}, and sharding cannot be undone; this "
-                    f"one has {name}={wanted!r}. Use the same settings, or make the model anew."
+                    f"one has {name}={wanted!r}. Use the same settings, or create a new model."
                 )
 
 

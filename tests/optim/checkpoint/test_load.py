@@ -261,7 +261,7 @@ def test_incomplete_state_dicts_are_refused():
     refused(optimizer, saved, "In parameter group 0 of the state dict: `lr` must be finite")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["low_rank_q"] = "gone"
-    refused(optimizer, saved, "has 'low_rank_q' = 'gone', which is no tensor")
+    refused(optimizer, saved, "has 'low_rank_q' = 'gone', which is not a tensor")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["low_rank_q"] = saved["state"][0]["low_rank_q"].bfloat16()
     refused(optimizer, saved, "mixes dtypes")

@@ -124,7 +124,7 @@ def test_a_file_without_names_goes_by_position_and_says_so(saved):
     twin = network()
     other = lm.AdaPM(twin.named_parameters())
     with pytest.warns(
-        lm.ResumeWarning, match="The saved optimizer state has no names of parameters, so state was given to them by"
+        lm.ResumeWarning, match="The saved optimizer state has no parameter names, so state was assigned by position"
     ):
         other.load_state_dict(state)
     same_state(optimizer, model, other, twin)
@@ -183,7 +183,7 @@ def test_an_optimizer_without_names_says_so():
     vectors = [("a", nn.Parameter(torch.ones(3))), ("b", nn.Parameter(torch.ones(3)))]
     state = lm.AdaPM(vectors).state_dict()
     with pytest.warns(
-        lm.ResumeWarning, match="The optimizer has no names of parameters, so state was given to them by"
+        lm.ResumeWarning, match="The optimizer has no parameter names, so state was assigned by position"
     ):
         lm.AdaPM([param for _, param in vectors]).load_state_dict(state)
 
@@ -201,7 +201,7 @@ def test_state_of_other_optimizers_is_refused(kind):
     model(torch.ones(1, 4)).sum().backward()
     saved.step()
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="AdaPMLean cannot go on from this checkpoint: .* lacks 'betas'"):
+    with pytest.raises(ValueError, match="AdaPMLean cannot resume from this checkpoint: .* lacks 'betas'"):
         optimizer.load_state_dict(saved.state_dict())
     assert optimizer.param_groups[0]["lr"] == 1e-3
 

@@ -37,9 +37,9 @@ def test_everything_that_changes_is_in_one_line():
     with loading_from("'last.ckpt'"):
         (line,) = said(lambda: optimizer.load_state_dict(saved))
     assert line == (
-        "AdaPMLean goes on from step 1 of 'last.ckpt'. Its settings replace those configured: lr 0.001 instead of "
-        "0.0005, weight_decay 0 instead of 0.1, rank 4 instead of 16 in 2 blocks. To keep yours, set them in "
-        "`optimizer.param_groups` and call `optimizer.reformat` after loading, in `on_train_start` under a Trainer."
+        "AdaPMLean resumes from step 1 of 'last.ckpt'. Its settings replace the configured ones: lr 0.001 instead "
+        "of 0.0005, weight_decay 0 instead of 0.1, rank 4 instead of 16 in 2 blocks. To keep yours, set them in "
+        "`optimizer.param_groups` and call `optimizer.reformat` after loading (with a Trainer, in `on_train_start`)."
     )
     assert said(lambda: optimizer.load_state_dict(saved)) == []
 
@@ -50,7 +50,7 @@ def test_one_of_several_groups_is_named():
         return lm.AdaPM([{"params": pairs[:2]}, {"params": pairs[2:], "weight_decay": decay}])
 
     (line,) = said(lambda: grouped(0.1).load_state_dict(grouped(0.2).state_dict()))
-    assert "configured: weight_decay 0.2 instead of 0.1 in group 1. To keep yours" in line
+    assert "the configured ones: weight_decay 0.2 instead of 0.1 in group 1. To keep yours" in line
 
 
 def test_a_schedule_is_no_change():
@@ -89,7 +89,7 @@ def test_kinds_and_dtypes_are_told():
     assert "second moment dense instead of factored in 1 block" in line
     assert "state in bfloat16 instead of float32 in 4 blocks" in line
     (line,) = said(lambda: linear().load_state_dict(linear(state_dtype="bfloat16").state_dict()))
-    assert line.endswith("in 4 blocks. The dtype of state stays that of the checkpoint.")
+    assert line.endswith("in 4 blocks. The dtype of state follows the checkpoint.")
 
 
 def test_a_scheduler_that_sets_the_rate_again_is_told():
@@ -97,7 +97,7 @@ def test_a_scheduler_that_sets_the_rate_again_is_told():
     for optimizer in (saved, ours):
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     (line,) = said(lambda: ours.load_state_dict(saved.state_dict()))
-    assert line.endswith("A scheduler sets `lr` again in its next step: set its `base_lrs`, too.")
+    assert line.endswith("A scheduler sets `lr` again at its next step: set its `base_lrs` as well.")
 
 
 def test_a_conversion_is_told():
@@ -107,7 +107,7 @@ def test_a_conversion_is_told():
     adamw.step()
     optimizer = lm.AdaPM(model.named_parameters(), lr=1e-3)
     (line,) = said(lambda: optimizer.load_state_dict(adamw.state_dict()))
-    assert line == "AdaPM goes on from step 1 of a state dict, with state made from that of AdamW."
+    assert line == "AdaPM resumes from step 1 of a state dict, with state converted from AdamW."
 
 
 def test_a_learning_rate_in_a_tensor_is_the_same_number():

@@ -60,7 +60,7 @@ def test_the_structure_is_checked(change, kind, match):
         (torch.ones(3), r"a tensor of shape \(3,\) and torch.float32, not one number"),
         (torch.tensor(1.0, device="meta"), r"a tensor of shape \(\) and torch.float32, not one number"),
         (torch.tensor(1.0 + 0j), r"torch.complex64, not one number"),
-        ("many", "str: 'many', no number"),
+        ("many", "str: 'many', not a number"),
     ],
 )
 def test_counters_that_count_nothing(step, match):
@@ -93,7 +93,7 @@ def test_values_that_no_state_has(index, key, value):
         return
     if value == -1.0:
         has = r"negative elements \(-1\), but is an average of squares"
-    refused(optimizer, state, ValueError, f"optimizer state '{key}' of '{name}' has {has}: the run had diverged")
+    refused(optimizer, state, ValueError, f"optimizer state '{key}' of '{name}' contains {has}: the run diverged")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_values_that_no_state_has(index, key, value):
     [
         (lambda value: value.to_sparse(), r"is sparse \(torch.sparse_coo\) in the checkpoint"),
         (lambda value: value.to("meta"), "is on the meta device in the checkpoint"),
-        (lambda value: value.to(torch.complex64), "mixes dtypes or is no number"),
-        (lambda value: value.int(), "mixes dtypes or is no number"),
+        (lambda value: value.to(torch.complex64), "mixes dtypes or is not floating-point"),
+        (lambda value: value.int(), "mixes dtypes or is not floating-point"),
     ],
 )
 def test_tensors_that_hold_no_numbers(change, match):
@@ -122,7 +122,7 @@ def test_fused_state_of_adamw_is_looked_at():
     assert len(list(optimizer.blocks())) == 3
     state = copy.deepcopy(adamw.state_dict())
     state["state"][0]["exp_avg_sq"][3, 3] = -1.0
-    refused(optimizer, state, ValueError, "'exp_avg_sq' of 'attn.in_proj_weight' has negative elements")
+    refused(optimizer, state, ValueError, "'exp_avg_sq' of 'attn.in_proj_weight' contains negative elements")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_fused_state_of_adamw_is_looked_at():
         (lambda s: {**s, "param_groups": torch.ones(2)}, TypeError, "has 'param_groups' of the wrong type: a tensor"),
         (lambda s: {**s, "param_groups": [3]}, TypeError, "group 0 of the state dict must be a dict with a list"),
         (lambda s: {**s, "param_groups": [{"lr": 1}]}, TypeError, "must be a dict with a list .* a dict with 'lr'"),
-        (lambda s: {**s, "state": {0: torch.ones(2)}}, TypeError, "for parameter 0 no dict of state, but a tensor"),
+        (lambda s: {**s, "state": {0: torch.ones(2)}}, TypeError, "have a dict of state for parameter 0, got a tensor"),
     ],
 )
 def test_what_is_no_state_dict(change, kind, match):

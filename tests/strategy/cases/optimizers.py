@@ -58,10 +58,10 @@ def schedulers_keep_their_optimizer() -> None:
 
 @case(2)
 def optimizers_that_would_train_nothing_are_refused() -> None:
-    stranger, start = nn.Linear(3, 4), "Of the 2 parameters that the optimizer"
-    with raises(ValueError, f"{start} AdamW holds, 2 are not the LanguageModule's", "(4, 3)", "never change"):
+    stranger, start = nn.Linear(3, 4), "of the 2 parameters of the optimizer"
+    with raises(ValueError, f"2 {start} AdamW are not in LanguageModule", "(4, 3)", "not be trained"):
         fit(LanguageModule(optimizer=lambda _: torch.optim.AdamW(stranger.parameters())))
-    with raises(ValueError, f"{start} AdaPMLean holds, 1 are not", "(4, 3)"):
+    with raises(ValueError, f"1 {start} AdaPMLean are not", "(4, 3)"):
         named = [("weight", stranger.weight)]
         fit(LanguageModule(optimizer=lambda it: lm.AdaPMLean([*named, ("model.norm.weight", it.model.norm.weight)])))
     with raises(ValueError, "AdamW has no parameters", "configure_optimizers"):

@@ -123,7 +123,7 @@ def callbacks_that_average_weights_are_refused() -> None:
 @case(2)
 def callbacks_that_prune_sharded_weights_are_refused() -> None:
     module = LanguageModule()
-    with raises(TypeError, "The callback ModelPruning ranks whole weights", "torch.nn.utils.prune", "strategy='ddp'"):
+    with raises(TypeError, "The callback ModelPruning needs full weights", "torch.nn.utils.prune", "strategy='ddp'"):
         fit(module, callbacks=[ModelPruning("l1_unstructured", amount=0.5)])
     assert not any(isinstance(param, DTensor) for param in module.parameters())
     trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).validate(LanguageModule(), verbose=False)

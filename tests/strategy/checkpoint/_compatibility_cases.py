@@ -176,7 +176,7 @@ def other_kinds_of_optimizers(ranks: dict[int, World], folder: Path) -> None:
             texts += [
                 "Nothing was loaded",
                 "Use the optimizer of the run that saved it",
-                "under a Trainer: `ckpt_path`",
+                "with a Trainer, without `ckpt_path`",
             ]
             with unchanged(model, optimizer), raises(ValueError, *texts):
                 load(folder / str(number), model, optimizer, world=world)

@@ -57,8 +57,8 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
         with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", "strict_loading = False"):
             load_here(other)
         texts = (
-            "Training goes on only with the model",
-            "helps `validate`, `test` and `predict`",
+            "Training can resume only with the model",
+            "applies to `validate`, `test` and `predict`",
             "leave out `ckpt_path`",
         )
         with unchanged(other), raises(RuntimeError, *missing, "Nothing was loaded", *texts):
@@ -102,8 +102,8 @@ def what_one_rank_finds_unsound(ranks: dict[int, World], folder: Path) -> None:
             squares.view(-1)[0] = value
         save(folder / str(number), model, optimizer, format=format, world=world)
         other, twin = after_a_step(make, world, seed=1)
-        has = "has NaN" if value != value else "has negative elements (-1), but is an average of squares"
-        with unchanged(other, twin), raises(ValueError, "The saved optimizer state", has, "the run had diverged"):
+        has = "contains NaN" if value != value else "contains negative elements (-1), but is an average of squares"
+        with unchanged(other, twin), raises(ValueError, "The saved optimizer state", has, "the run diverged"):
             load(folder / str(number), other, twin, world=world)
 
 
@@ -120,17 +120,18 @@ def a_disk_that_is_full_on_one_rank(ranks: dict[int, World], folder: Path) -> No
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
+    texts = "last.ckpt' failed", "No space left on device", "existing checkpoint of this name is unchanged"
     for victim, (place, name) in itertools.product(
         (0, 2), ((FileSystemWriter, "write_data"), (ChecksummedStream, "write"))
     ):
         patched = mock.patch.object(place, name, full) if rank == victim else contextlib.nullcontext()
-        with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
+        with patched, raises(OSError, *texts):
             save(path, model, optimizer, format="directory", world=ranks[4], global_step=2)
         dist.barrier()
         assert [entry.name for entry in folder.iterdir()] == ["last.ckpt"]
         dist.barrier()
     patched = mock.patch.object(torch, "save", full) if rank == 0 else contextlib.nullcontext()
-    with patched, raises(OSError, "last.ckpt' failed", "No space left on device", "before is unchanged"):
+    with patched, raises(OSError, *texts):
         save(path, model, optimizer, format="file", world=ranks[4], global_step=2)
     assert load(path, model, optimizer, world=ranks[4]) == {"global_step": 1}
     assert_equal(whole_params(model), before)
@@ -197,8 +198,8 @@ def hostile(place: str) -> Any:
 
 
 DAMAGES: list[tuple[Any, str, str]] = [
-    (hostile(".metadata, all of it"), ".metadata", "asks for `os.system`"),
-    (hostile("a hyperparameter"), ".distcp", "asks for `os.system`"),
+    (hostile(".metadata, all of it"), ".metadata", "contains `os.system`"),
+    (hostile("a hyperparameter"), ".distcp", "contains `os.system`"),
     (lambda path, later: (path / ".metadata").unlink(), ".metadata", "is missing"),
     (lambda path, later: (path / "meta.pt").unlink(), "meta.pt", "is missing"),
     (lambda path, later: (path / "__1_0.distcp").unlink(), "__1_0.distcp", "is missing"),
@@ -206,14 +207,14 @@ DAMAGES: list[tuple[Any, str, str]] = [
     (cut_off("__1_0.distcp", 0), "__1_0.distcp", "truncated"),
     (cut_off(".metadata"), ".metadata", "truncated"),
     (cut_off("meta.pt"), "meta.pt", "is truncated or damaged"),
-    (cut_off("meta.pt", 0), "meta.pt", "is no checkpoint"),
+    (cut_off("meta.pt", 0), "meta.pt", "is not a checkpoint"),
     (replaced("__1_0.distcp"), "__1_0.distcp", "does not match its checksum"),
     (replaced("__0_0.distcp", "__1_0.distcp", ".metadata"), ".metadata", "does not match its checksum"),
     (replaced("meta.pt"), ".metadata", "from another"),
     (flipped, "__1_0.distcp", "does not match its checksum"),
     (lambda path, later: shutil.copy(path / "__0_0.distcp", path / "__2_0.distcp"), "__2_0.distcp", "mixes files"),
     (of_another_tool, "__1_0.distcp", "truncated"),
-    (from_more_ranks, "__2_0.distcp", "'.metadata' does not know it"),
+    (from_more_ranks, "__2_0.distcp", "'.metadata' does not list it"),
 ]
 
 

@@ -115,7 +115,7 @@ def test_an_old_file_goes_by_position_with_a_warning(make, tmp_path):
     save(tmp_path / "c", without_names(checkpoint(model, optimizer, whole=True)), "file")
     other = make(twin)
     with pytest.warns(
-        lm.ResumeWarning, match="The saved optimizer state has no names of parameters, so state was given to them by"
+        lm.ResumeWarning, match="The saved optimizer state has no parameter names, so state was assigned by position"
     ):
         load(tmp_path / "c", twin, other)
     assert_equal(other.state_dict()["state"], optimizer.state_dict()["state"])
@@ -168,7 +168,7 @@ def test_what_changes_is_told_with_the_path(make, format, tmp_path):
     path = tmp_path / "last.ckpt"
     save(path, checkpoint(model, optimizer, whole=format == "file"), format)
     with pytest.warns(
-        lm.ResumeWarning, match=rf"goes on from step 1 of '{path}'\. .* weight_decay 0\.5 instead of 0\.25"
+        lm.ResumeWarning, match=rf"resumes from step 1 of '{path}'\. .* weight_decay 0\.5 instead of 0\.25"
     ):
         load(path, twin, make(twin, weight_decay=0.25))
     with warnings.catch_warnings():
@@ -223,13 +223,13 @@ def complex_numbers(content: dict[str, Any]) -> None:
 
 
 UNSOUND = [
-    (set_first("exp_avg", float("nan")), ValueError, r"'exp_avg' of '.*' has NaN: the run had diverged"),
-    (set_first("exp_avg_sq", float("inf")), ValueError, r"'exp_avg_sq' of '.*' has infinite elements"),
-    (set_first("exp_avg_sq", -1.0), ValueError, r"'exp_avg_sq' of '.*' has negative elements \(-1\)"),
+    (set_first("exp_avg", float("nan")), ValueError, r"'exp_avg' of '.*' contains NaN: the run diverged"),
+    (set_first("exp_avg_sq", float("inf")), ValueError, r"'exp_avg_sq' of '.*' contains infinite elements"),
+    (set_first("exp_avg_sq", -1.0), ValueError, r"'exp_avg_sq' of '.*' contains negative elements \(-1\)"),
     (set_first("step", -1.0), ValueError, r"of '.*' has 'step' = -1: it must be a whole number"),
     (set_first("step", float("nan")), ValueError, r"of '.*' has 'step' = nan: it must be a whole number"),
-    (set_weight(float("nan")), ValueError, r"The saved weight '1\.weight' in .* has NaN: the run had diverged"),
-    (set_weight(float("inf")), ValueError, r"The saved weight '1\.weight' in .* has infinite elements"),
+    (set_weight(float("nan")), ValueError, r"The saved weight '1\.weight' in .* contains NaN: the run diverged"),
+    (set_weight(float("inf")), ValueError, r"The saved weight '1\.weight' in .* contains infinite elements"),
     (whole_numbers, RuntimeError, r"'1\.weight' has dtype torch\.int32 in the checkpoint and torch\.float32"),
     (complex_numbers, RuntimeError, r"'1\.weight' has dtype torch\.complex64 in the checkpoint and torch\.float32"),
 ]
@@ -270,16 +270,16 @@ def test_weights_that_are_no_numbers(change, kind, match, tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind", "match"),
     [
-        ([1, 2], TypeError, "must be a dict with the key 'state_dict', but is of the type list"),
-        (torch.ones(2), TypeError, "must be a dict with the key 'state_dict', but is of the type Tensor"),
+        ([1, 2], TypeError, "must be a dict with the key 'state_dict', got list"),
+        (torch.ones(2), TypeError, "must be a dict with the key 'state_dict', got Tensor"),
         ({"0.weight": torch.ones(2)}, ValueError, "has no key 'state_dict', it has '0.weight': it was not saved by"),
         ({}, ValueError, "has no key 'state_dict', it has nothing"),
-        ({"state_dict": [1]}, TypeError, "has under 'state_dict' a value of the type list"),
-        ({"state_dict": torch.ones(2)}, TypeError, "has under 'state_dict' a value of the type Tensor"),
+        ({"state_dict": [1]}, TypeError, "has a value of type list under 'state_dict'"),
+        ({"state_dict": torch.ones(2)}, TypeError, "has a value of type Tensor under 'state_dict'"),
         (
             {"state_dict": {}, "optimizer_states": {}},
             TypeError,
-            "under 'optimizer_states' a value of the type dict",
+            "has a value of type dict under 'optimizer_states'",
         ),
         (
             {"state_dict": {}, "optimizer_states": [3]},
@@ -352,7 +352,7 @@ def test_buffers_and_frozen_weights_may_be_infinite(format, tmp_path):
     assert_equal(twin.state_dict(), model.state_dict())
     model.frozen[0] = torch.nan
     save(tmp_path / "c", checkpoint(model, whole=format == "file"), format)
-    refused(tmp_path / "c", twin, kind=ValueError, match="The saved weight 'frozen' in .* has NaN")
+    refused(tmp_path / "c", twin, kind=ValueError, match="The saved weight 'frozen' in .* contains NaN")
 
 
 # --- finetuning ------------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_a_resume_that_fails_leaves_the_groups(tmp_path):
     with torch.no_grad():
         halfway.head.weight.to_local().fill_(torch.nan)
     trainer.save_checkpoint(tmp_path / "c")
-    with pytest.raises(ValueError, match=r"The saved weight 'head\.weight' in .* has NaN"):
+    with pytest.raises(ValueError, match=r"The saved weight 'head\.weight' in .* contains NaN"):
         finetune(other, tmp_path, 4, "file", ckpt_path=tmp_path / "c")
     (optimizer,) = other.trainer.optimizers
     assert len(optimizer.param_groups) == 1
@@ -457,5 +457,5 @@ def test_groups_that_were_added_otherwise_have_to_be_there(tmp_path):
     step(model, optimizer)
     for format in FORMATS:
         save(tmp_path / format, checkpoint(model, optimizer, whole=format == "file"), format)
-        match = r"has 2 parameter groups, AdamW 1: .*`add_param_group`\) must be there before .* or `on_fit_start`"
+        match = r"has 2 parameter groups, AdamW 1: .*`add_param_group`\) must exist before .* or `on_fit_start`"
         refused(tmp_path / format, twin, adamw(twin[0]), kind=ValueError, match=match)

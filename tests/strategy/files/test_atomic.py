@@ -172,7 +172,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, whole):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    message = r"Saving '.*last.ckpt' failed: .*No space left on device.*saved under this name before is unchanged"
+    message = r"Saving '.*last.ckpt' failed: .*No space left on device.*existing checkpoint of this name is unchanged"
     with pytest.raises(OSError, match=message):
         save(path, NEW, whole=whole)
     assert load(path) == OLD
@@ -182,7 +182,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch, whole):
 def test_what_cannot_be_pickled_changes_nothing(tmp_path):
     path = tmp_path / "last.ckpt"
     save(path, OLD, whole=True)
-    with pytest.raises(OSError, match="What was saved under this name before is unchanged"):
+    with pytest.raises(OSError, match="Any existing checkpoint of this name is unchanged"):
         IO.save_checkpoint({"hook": lambda: None}, path)
     assert load(path) == OLD
     assert names(tmp_path) == ["last.ckpt"]
@@ -211,7 +211,7 @@ def test_a_rename_that_fails_is_taken_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_directory_of_something_else_is_refused(tmp_path, whole):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(IsADirectoryError, match="It holds no checkpoint but other files, which would be lost"):
+    with pytest.raises(IsADirectoryError, match="It holds files other than a checkpoint, which saving would delete"):
         save(tmp_path, NEW, whole=whole)
     assert names(tmp_path) == ["notes.txt"]
 
@@ -249,7 +249,7 @@ def test_a_truncated_file_is_refused(tmp_path):
             load(path)
     for junk in (b"", b"junk"):
         path.write_bytes(junk)
-        with pytest.raises(ValueError, match="last.ckpt' is no checkpoint: it is empty, or torch.save did not write"):
+        with pytest.raises(ValueError, match="ckpt' is not a checkpoint: it is empty, or torch.save did not write"):
             load(path)
 
 
@@ -275,7 +275,7 @@ def test_files_of_old_torch_are_read(tmp_path):
 def test_objects_need_trust(tmp_path):
     path = tmp_path / "last.ckpt"
     IO.save_checkpoint({"object": Path("a")}, path)
-    message = r"last.ckpt' asks for `pathlib.PosixPath`, .*Nothing was loaded.* set the environment variable"
+    message = r"last.ckpt' contains `pathlib.PosixPath`, .*Nothing was loaded.* set the environment variable"
     with pytest.raises(pickle.UnpicklingError, match=message):
         IO.load_checkpoint(path)
     assert IO.load_checkpoint(path, weights_only=False) == {"object": Path("a")}
