@@ -17,6 +17,8 @@ from lightning_memopt import cli as cli_module
 from lightning_memopt.cli import BindNames, MemOptCLI
 from tests._commands import keep_parsers, run_python
 
+pytestmark = pytest.mark.slow
+
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
          "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
          "--trainer.log_every_n_steps=1", "--trainer.limit_train_batches=4", "--trainer.max_epochs=1"]  # fmt: skip

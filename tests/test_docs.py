@@ -15,6 +15,8 @@ import torch
 import lightning_memopt as lm
 from tests._commands import keep_parsers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MEMORY = (ROOT / "docs" / "memory.md").read_text()

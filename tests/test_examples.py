@@ -14,6 +14,8 @@ from lightning_memopt import cli as cli_module
 from lightning_memopt.cli import MemOptCLI
 from tests._commands import keep_parsers, run_python
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
 

@@ -10,6 +10,8 @@ from lightning_memopt import AdaptiveMomentum
 from lightning_memopt.callbacks import POLICIES
 from tests.callbacks._adaptive import Module, Watch, dense_bytes, fit, steps_of
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ("adapm", "adapm_lean", "adam_snsm", "adamw", "adam_mini")
 
 

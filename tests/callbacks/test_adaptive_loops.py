@@ -20,6 +20,7 @@ from lightning_memopt import AdaptiveMomentum
 from tests.callbacks._adaptive import Module, Network, StopsAt, Watch, dense_bytes, fit, steps_of, tokens, trainer
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
 ]

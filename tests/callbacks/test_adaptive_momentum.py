@@ -16,6 +16,8 @@ from lightning_memopt import AdaptiveMomentum
 from lightning_memopt.optim.signals import BlockSignals
 from tests.callbacks._adaptive import Module, Watch, dense_bytes, fit, kept_rank, moved, steps_of, trainer
 
+pytestmark = pytest.mark.slow
+
 
 class Noise(Module):
     """Its gradients are independent noise."""

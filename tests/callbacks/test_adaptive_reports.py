@@ -15,6 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_memopt import AdaptiveMomentum
 from tests.callbacks._adaptive import Module, fit, moved
 
+pytestmark = pytest.mark.slow
+
 
 class Scalars(Logger):
     name, version = "scalars", 0

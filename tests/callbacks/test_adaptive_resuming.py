@@ -18,6 +18,7 @@ from tests._compare import assert_equal
 from tests.callbacks._adaptive import Module, StopsAt, Watch, dense_bytes, fit, moved, steps_of, weights
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),
 ]

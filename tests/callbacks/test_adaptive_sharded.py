@@ -23,6 +23,8 @@ from tests._ranks import run_ranks
 from tests.callbacks import _adaptive as single
 from tests.strategy._training import raises, trainer, whole_weights
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED = 14, 8
 STRATEGIES = ("memopt_fsdp", "ddp")
 RUNS: dict[str, tuple[str, str, Any]] = {

@@ -30,7 +30,7 @@ from tests.callbacks._monitor import (
     tables,
 )
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
 
 @pytest.mark.parametrize(

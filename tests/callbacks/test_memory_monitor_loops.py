@@ -33,7 +33,7 @@ from tests.callbacks._monitor import (
     tables,
 )
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
 
 class Manual(Module):

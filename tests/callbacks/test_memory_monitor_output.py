@@ -30,7 +30,7 @@ from tests.callbacks._monitor import (
     trainer,
 )
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
 
 @pytest.mark.parametrize("options", [{}, {"fast_dev_run": 3}, {"num_sanity_val_steps": 2, "limit_val_batches": 2}])

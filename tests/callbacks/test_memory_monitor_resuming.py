@@ -19,6 +19,7 @@ from lightning_memopt import OptimizerMemoryMonitor
 from tests.callbacks._monitor import adamw, fit, kept, lean, snapshot_of, steps, summaries, tables
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("workplace"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended.*"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*"),

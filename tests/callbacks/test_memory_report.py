@@ -34,7 +34,7 @@ from tests.callbacks._monitor import (
     steps,
 )
 
-pytestmark = pytest.mark.usefixtures("workplace")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("workplace")]
 
 
 def test_scalars_in_loggers(tmp_path):

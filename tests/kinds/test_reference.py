@@ -26,6 +26,8 @@ from tests.kinds.contract.cases import (
 )
 from tests.kinds.contract.running import cloned, step, steps
 
+pytestmark = pytest.mark.slow
+
 KINDS = all_momenta() + all_second_moments()
 
 # Of the result's norm; measured worst: low_rank 3e-6, subspace 2e-6, all others 3e-7. No bound

@@ -42,6 +42,8 @@ from tests.kinds.contract.cases import (
 )
 from tests.kinds.contract.running import dense, step
 
+pytestmark = pytest.mark.slow
+
 STEPS = 7  # of which the subspaces, whose gap is 3, are chosen again in two
 TOLERANCE = 1e-5
 

@@ -24,6 +24,8 @@ from tests._attempt import attempt
 from tests._ranks import run_ranks
 from tests.strategy._training import LanguageModule, fit, raises
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZERS: dict[str, Callable[[LightningModule], torch.optim.Optimizer]] = {
     "AdamW": lambda module: torch.optim.AdamW(module.parameters(), lr=1e-3),
     "adapm_lean": lambda module: lm.AdaPMLean(module.named_parameters(), lr=1e-3, rank=2),

@@ -19,6 +19,8 @@ from lightning_memopt.metrics import MemorySavings, MomentumAllocation, Optimize
 from tests._ranks import run_ranks
 from tests.strategy._training import LanguageModule, Network, fit, raises
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ("adapm_lean", "adam_snsm", "adamw")
 
 

@@ -21,6 +21,8 @@ from tests._models import fill_grads, tiny_gpt2, train
 from tests.kinds.contract.cases import gradient
 from tests.optim._reformatting import LOSSY, MOMENTA, NAME, PAIRS, SECOND_MOMENTS, SHAPES, grad_of, made, momentum_of
 
+pytestmark = pytest.mark.slow
+
 
 def denominator(optimizer: lm.MemOpt, param: Tensor, *, beta2: float, eps: float) -> Tensor:
     """Return the denominator of the last step in float64, straight from the definition of every kind."""

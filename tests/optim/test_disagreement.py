@@ -23,6 +23,8 @@ from tests._ranks import run_ranks
 from tests._traffic import Traffic
 from tests.kinds.contract.cases import gradient
 
+pytestmark = pytest.mark.slow
+
 # The fourth rank holds nothing of the matrix with three rows.
 SHAPES = {
     "model.embed_tokens.weight": (11, 6),

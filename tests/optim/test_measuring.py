@@ -16,6 +16,8 @@ from lightning_memopt.optim.measuring import peak_bytes
 from tests._models import fill_grads
 from tests.optim._measured import Network, by_name, numel, stepped
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model() -> Network:

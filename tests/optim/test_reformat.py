@@ -15,6 +15,8 @@ from tests._models import tiny_llama, train
 from tests.kinds.contract.cases import gradient
 from tests.optim._reformatting import MOMENTA, NAME, PAIRS, SHAPES, grad_of, made, momentum_of
 
+pytestmark = pytest.mark.slow
+
 # --- what is kept of the momentum ------------------------------------------------------------------------------------
 
 

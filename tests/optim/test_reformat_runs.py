@@ -13,6 +13,8 @@ import lightning_memopt as lm
 from tests._compare import assert_equal
 from tests._models import LENGTH, VOCAB, fill_grads, tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 
 def some_change(draw: random.Random, optimizer: lm.MemOpt) -> dict[str, dict[str, Any]]:
     """Return a random change of a random block, with options at their defaults, which no checkpoint shows."""

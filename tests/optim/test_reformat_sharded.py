@@ -26,6 +26,8 @@ from tests.kinds.contract.cases import gradient
 from tests.optim._reformatting import MOMENTA, PAIRS
 from tests.optim._sharded import fill, named, plain, sharded
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 MESHES = {"two": (2,), "three": (3,), "hybrid": (2, 2)}
 # Which runs are done on which mesh: all of them on three ranks, which leave shards empty. The last one is `GATHERED`.

@@ -26,6 +26,8 @@ from tests._traffic import Traffic
 from tests.kinds.contract.cases import gradient
 from tests.optim._reformatting import grad_of, momentum_of
 
+pytestmark = pytest.mark.slow
+
 NAME = "model.layers.0.mlp.up_proj.weight"
 BETA = 0.9
 

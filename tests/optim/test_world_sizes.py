@@ -24,6 +24,8 @@ from tests._traffic import Traffic
 from tests.kinds.contract.cases import gradient
 from tests.optim._sharded import by_long_side, by_rows, fill, named, plain, sharded
 
+pytestmark = pytest.mark.slow
+
 STEPS, GAP = 7, {"gap": 3}  # every subspace is chosen again, once or twice
 TOLERANCE = 1e-5
 MESHES = {"two": (2,), "three": (3,), "four": (4,), "hybrid": (2, 2)}

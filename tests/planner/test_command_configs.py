@@ -17,6 +17,8 @@ pytest.importorskip("transformers")
 import lightning_memopt as lm
 from lightning_memopt.planner.memory_plan import ADAMW
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
 CONFIG_ARGS = {
     "demo.yaml": [],

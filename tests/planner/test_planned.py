@@ -27,6 +27,8 @@ from lightning_memopt.strategy.model.shard import Sharding, shard
 from tests._models import LENGTH, VOCAB, tiny_gpt2, tiny_llama
 from tests._ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = {
     "32-true": ShardedPrecision,
     "bf16-true": lambda: ShardedHalfPrecision("bf16-true"),

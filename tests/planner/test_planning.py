@@ -20,6 +20,8 @@ from lightning_memopt.planner.memory_plan import ADAMW
 from tests._models import tiny_gpt2, tiny_llama
 from tests._ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_module_stays_as_it_is():
     model = tiny_gpt2()

@@ -13,6 +13,8 @@ from lightning_memopt.plans.placement import shard_dims
 from tests._models import big_gpt2, big_llama
 from tests._ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 # Where a dimension has fewer than ten or so entries per rank, FSDP2 itself divides weights unevenly: GPT-2's 1,600.
 RANKS = {"LLaMA 7B": (1, 2, 3, 4, 5, 6, 7, 8, 64, 1024), "GPT-2 1.5B": (2, 3, 64)}
 CASES = [(model, ranks) for model in RANKS for ranks in RANKS[model]]

@@ -8,6 +8,8 @@ import torch
 import lightning_memopt as lm
 from tests._models import LLAMA_SHAPES, big_gpt2, big_llama, fill_grads, tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 MODELS = [*LLAMA_SHAPES, "gpt2-1.5B"]
 
 

@@ -19,6 +19,8 @@ from lightning_memopt.sharding.wrapping import find_units
 from tests._models import LENGTH, VOCAB, tiny_llama
 from tests._ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH, LR = 8, 12, 1e-3
 FLOOR = torch.finfo(torch.float32).eps  # smaller differences between weights are no differences
 SIZES = (1, 2, 3, 4)

@@ -23,6 +23,8 @@ from lightning_memopt.strategy import errors as failures
 from lightning_memopt.strategy.errors import FirstFailure
 from tests.strategy._training import LanguageModule, fit
 
+pytestmark = pytest.mark.slow
+
 LOST = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"
 
 

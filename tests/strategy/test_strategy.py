@@ -16,6 +16,8 @@ import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
 from lightning_memopt._registration import register_with_lightning
 
+pytestmark = pytest.mark.slow
+
 
 def test_registered_under_both_names_and_only_once():
     register_with_lightning()

@@ -26,6 +26,8 @@ from tests.strategy.cases import (  # noqa: F401  (they register themselves)
 )
 from tests.strategy.cases.shared import CASES
 
+pytestmark = pytest.mark.slow
+
 CASE_IDS = [pytest.param(size, name, id=f"{name}-{size}") for size, cases in CASES.items() for name in cases]
 
 

@@ -12,6 +12,8 @@ from lightning_memopt.optim.gradients import follow
 from tests._compare import assert_equal
 from tests._models import big_llama, fill_grads, tiny_gpt2, tiny_llama, train
 
+pytestmark = pytest.mark.slow
+
 
 def round_trip(state_dict, path):
     torch.save(state_dict, path)

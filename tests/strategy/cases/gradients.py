@@ -177,7 +177,11 @@ def whole_weights_and_norms_of_gradients_for_other_tools() -> None:
 
     from tests._models import tiny_gpt2, tiny_llama
 
-    page = (Path(__file__).parents[3] / "docs" / "strategy.md").read_text().partition("## Gradient norms, and weights for other tools")[2]
+    page = (
+        (Path(__file__).parents[3] / "docs" / "strategy.md")
+        .read_text()
+        .partition("## Gradient norms, and weights for other tools")[2]
+    )
     code = page.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {"CausalModel": Causal, "lightning_memopt": lm}
     exec(code, names)

@@ -40,6 +40,8 @@ from tests.strategy.checkpoint._checkpoints import (
     worlds,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZES = (1, 2, 3, 4)
 CELLS = list(itertools.product(SIZES, SIZES, FORMATS))
 

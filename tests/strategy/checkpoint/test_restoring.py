@@ -27,6 +27,8 @@ from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_sta
 from tests._compare import assert_equal
 from tests._models import fill_grads
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ("directory", "file")
 
 

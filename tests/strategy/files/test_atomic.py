@@ -20,6 +20,8 @@ from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_sta
 from lightning_memopt.strategy.files import atomic
 from tests._compare import assert_equal
 
+pytestmark = pytest.mark.slow
+
 IO = AtomicCheckpointIO()
 OLD, NEW = 1, 2
 

@@ -24,6 +24,8 @@ from lightning_memopt.strategy.files.metadata import parse_metadata
 from tests.strategy.files import _faults
 from tests.strategy.files._faults import GOOD, PLACES, WHOLE_PLACES, in_index, load, same, save, sums_renewed, training
 
+pytestmark = pytest.mark.slow
+
 FORMATS = pytest.mark.parametrize("whole", [False, True], ids=["directory", "file"])
 
 

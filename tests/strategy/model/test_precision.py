@@ -13,6 +13,8 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning_memopt import MemOptFSDPStrategy
 from lightning_memopt.strategy.model.precision import sharded_plugin, sharding_policy
 
+pytestmark = pytest.mark.slow
+
 GIVEN = pytest.mark.parametrize("strategy", ["memopt_fsdp", "memopt_fsdp_offload", MemOptFSDPStrategy])
 
 
