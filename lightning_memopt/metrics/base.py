@@ -66,7 +66,7 @@ def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:
     if not isinstance(snapshot, Snapshot):
         raise TypeError(
             f"A metric is updated with a Snapshot, got {type(snapshot).__name__}: take one with "
-            "`optimizer.snapshot()`, or, for any optimizer, with `lightning_memopt.take_snapshot(optimizer, model)`."
+            "`optimizer.snapshot()`, or for any optimizer with `lightning_memopt.take_snapshot(optimizer, model)`."
         )
     if snapshot.world_size != world_size():
         raise ValueError(

@@ -154,7 +154,7 @@ def test_policy_as_a_function():
 )
 def test_a_policy_that_answers_wrongly_is_told_so(answer, found):
     with pytest.raises(
-        ValueError, match=rf"The policy '<lambda>' answered {found} for '.*embed_tokens.*from 0 to [0-9]+"
+        ValueError, match=rf"The policy '<lambda>' returned {found} for '.*embed_tokens.*from 0 to [0-9]+"
     ):
         fit(Module(), AdaptiveMomentum(0.3, answer))
 

@@ -159,7 +159,7 @@ def test_counters_are_told_apart():
 
 def test_short_forms_of_precision_and_sizes_without_a_unit():
     assert lm.plan_memory("llama-60m", "adapm", precision="bf16").precision == "bf16-mixed"
-    with pytest.raises(ValueError, match="'16-mixed' as 'bf16-mixed'"):
+    with pytest.raises(ValueError, match="'bf16-mixed' for '16-mixed'"):
         lm.plan_memory("llama-60m", "adapm", precision="16-mixed")
     with pytest.raises(ValueError, match="`gpu_memory` '24' means 24 bytes.*'24GiB'"):
         lm.plan_memory("llama-60m", "adapm", gpu_memory="24")

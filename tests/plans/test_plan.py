@@ -290,7 +290,7 @@ def test_the_base_of_a_file_is_relative_to_it(tmp_path):
     path = write(tmp_path / "sub" / "top.yaml", "base: base.yaml\nroles: {head: {rank: 2}}")
     assert [lm.load_plan(path).roles[role].momentum.rank for role in ("mlp", "head")] == [3, 2]
     loop = write(tmp_path / "loop.yaml", "base: loop.yaml")
-    with pytest.raises(ValueError, match=r"'loop\.yaml' has a base of its own"):
+    with pytest.raises(ValueError, match=r"'loop\.yaml' has a base itself; start from the name of a recipe"):
         lm.load_plan(loop)
 
 

@@ -254,7 +254,7 @@ def test_incomplete_state_dicts_are_refused():
     train(model, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][3]
-    refused(optimizer, saved, r"no state for 'model\.layers\.0\.self_attn\.v_proj\.weight': it was frozen")
+    refused(optimizer, saved, r"no state for 'model\.layers\.0\.self_attn\.v_proj\.weight', which was frozen")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][99] = saved["state"][3]
     refused(optimizer, saved, r"state for parameters \[99\] that no group lists")
