@@ -1,6 +1,6 @@
 # make demo    train a small LLaMA with AdamW and with compressed state, and compare; make demo ARGS="--data.root DIR"
 # make test    lint, types and tests; make test ARGS="tests/kinds -k low_rank"
-# make test-quick    the tests that start no processes and train no model, for daily work
+# make test-quick    the tests that start no ranks and train no model, for daily work
 # The virtual environment is made on first use, and again when the requirements change.
 
 PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)

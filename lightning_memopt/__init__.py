@@ -92,8 +92,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return import_module("lightning_memopt.metrics")
+    if name in ("metrics", "strategy"):
+        return import_module(f"lightning_memopt.{name}")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,8 +21,10 @@ DESCRIPTION = "FSDP2 with optimizer state sharded like the parameters: see light
 def register_with_lightning() -> None:
     """Register the names now if Lightning is imported, or else when it is. A second call has no effect."""
     if REGISTRY_MODULE in sys.modules:
-        register(sys.modules[REGISTRY_MODULE].StrategyRegistry)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        from lightning.pytorch.strategies import StrategyRegistry  # waits where another thread imports it
+
+        register(StrategyRegistry)
+    elif not any(_is_hook(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
 
@@ -39,15 +41,22 @@ def _strategy(**options: Any) -> Any:
     return MemOptFSDPStrategy(**options)
 
 
+def _is_hook(finder: Any) -> bool:
+    """Return whether a finder is one of these, also one of an earlier import of this module."""
+    return getattr(finder, "registers_strategies_of", None) == "lightning_memopt"
+
+
 class _WhenImported(MetaPathFinder):
     """Registers the names after the registry's module has been executed. Other finders find that module."""
+
+    registers_strategies_of = "lightning_memopt"
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != REGISTRY_MODULE:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = [finder for finder in sys.meta_path if not _is_hook(finder)]
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is None or spec.loader is None:
             return spec

@@ -29,6 +29,9 @@ try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    # The command line knows a class by its short name once its module is imported.
+    import lightning_memopt.strategy  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "

@@ -18,7 +18,14 @@ import torch.multiprocessing as mp
 
 # A server, itself a new process without threads, imports these once; ranks are forked from it. Importing them in every
 # rank took longer than most tests.
-PRELOADED = ["lightning_memopt", "transformers", "torch._dynamo", "pytest", "tests._models"]
+PRELOADED = [
+    "lightning_memopt.strategy",
+    "lightning_memopt.callbacks",
+    "transformers",
+    "torch._dynamo",
+    "pytest",
+    "tests._models",
+]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 

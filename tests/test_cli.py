@@ -1,4 +1,5 @@
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -300,3 +301,12 @@ def test_the_module_runs_and_finds_classes_of_the_working_directory(tmp_path):
     done = run_python("-m", "lightning_memopt", "--help")
     assert done.returncode == 0, done.stderr
     assert "usage: lightning-memopt" in done.stdout
+
+
+def test_the_installed_program_starts_and_lists_its_commands():
+    """The one test that starts it as a shell does, with imports of its own and every command's parser."""
+    command = [sys.executable, "-m", "lightning_memopt", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    for name in ("fit", "validate", "test", "predict", "plan"):
+        assert name in run.stdout

@@ -116,7 +116,7 @@ def test_what_must_not_be_touched():
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_layout_and_the_strategy_use_dtensor():
+def test_only_sharding_planner_and_strategy_use_dtensor():
     """Not even by name, where a module hands it on."""
     wrong = []
     for room, module, path in files():

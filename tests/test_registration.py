@@ -73,6 +73,20 @@ def test_an_import_that_failed_may_be_tried_again(before_lightning):
     assert list(imported(before_lightning, Loader()).StrategyRegistry) == list(NAMES)
 
 
+def test_two_hooks_do_not_ask_each_other(before_lightning):
+    """As after the package has been purged from ``sys.modules`` and imported again."""
+    before_lightning[:] = [_WhenImported(), _WhenImported()]
+    assert before_lightning[0].find_spec(REGISTRY_MODULE, None) is None
+    assert list(imported(before_lightning, Loader()).StrategyRegistry) == list(NAMES)
+
+
+def test_short_names_and_submodules_are_there():
+    from lightning_memopt import cli
+
+    assert cli.lightning_memopt.strategy is lm.strategy
+    assert lm.strategy.MemOptFSDPStrategy is lm.MemOptFSDPStrategy
+
+
 def test_names_of_others_stay():
     registry = _StrategyRegistry()
     registry.register("memopt_fsdp", dict, description="somebody else's")

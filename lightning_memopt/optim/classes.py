@@ -48,6 +48,7 @@ class AdaPM(RecipeOptimizer):
 
         U = Q R / (1−β₁ᵗ) + (M − Q R) / (1−β₁),   D = √(V / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
+    Defaults: betas (0.9, 0.95), rank 1/64 of the short side, at least 4.
     State: at most 10% of AdamW's momentum on LLaMA and GPT-2 shapes, and AdamW's full second moment.
     Learning rate: AdamW's, with warmup, since U / D is larger than Adam's while t is small. ``max_update`` bounds every
     element of U / D, since Q mixes elements and V can be almost 0 where U is not.
@@ -98,6 +99,7 @@ class AdaPMLean(RecipeOptimizer):
 
         D = √(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
 
+    Defaults: betas (0.9, 0.95), rank 1/32 of the short side, at least 4.
     State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's, with warmup. ``max_update`` bounds
     every element of U / D.
     Sources: arXiv 2510.09103 (momentum), arXiv 1804.04235, section 3 (second moment).
@@ -114,6 +116,7 @@ class AdamSN(RecipeOptimizer):
 
         W ← (1 − ηλ) W − η · M / (1−β₁ᵗ) / (√(V / (1−β₂ᵗ)) + ε)
 
+    Defaults: betas (0.9, 0.999), mean squares over rows or columns.
     State: AdamW's momentum, and almost no second moment except for embeddings: slightly more than half of AdamW's.
     Learning rate: AdamW's. With ``reduction="sum"``, as in the paper, multiply it by √(subset's size).
     """

@@ -36,7 +36,7 @@ class MemOpt(torch.optim.Optimizer):
     Args:
         params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. :meth:`bind` names bare
             parameters. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``,
-            ``max_update``, ``recipe`` and kind options. Other keys are yours and stay in the group.
+            ``max_update``, ``recipe`` and kind options. Other keys are yours, unless they resemble one of these.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
         betas: Decay rates of the momentum, in [0, 1), and of the second moment, in [0, 1], where 1 sums squares as
@@ -48,9 +48,8 @@ class MemOpt(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
-            Has no effect where the betas bound U / D (second moment ``dense`` with momentum ``dense`` or ``none``), or
-            where the second moment is ``none``.
-        nonfinite: ``raise`` or ``skip`` a step whose gradients are not finite, or whose squares overflow.
+            Unused where the betas bound U / D (dense second moment, momentum dense or none), or with no second moment.
+        nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
         seed: Seed of all random draws, which do not use torch's generator.
         head_dim: Outputs per attention head, for the blockwise second moment, if no model provides it.
@@ -200,9 +199,9 @@ class MemOpt(torch.optim.Optimizer):
                 the coming steps would have: by lr · β₁/(1−β₁) · ΔM / D. ``discard`` drops it.
 
         Raises:
-            ValueError: If a block, kind or option is unknown, or a state cannot be converted.
-            NotImplementedError: If a kind does not support the sharding of a block.
-            RuntimeError: If ranks request different changes. Nothing has changed then.
+            ValueError: If a block, kind or option is unknown, or a state cannot be converted; nothing has changed.
+            NotImplementedError: If a kind does not support the sharding of a block; nothing has changed.
+            RuntimeError: If ranks request different changes; nothing has changed.
         """
         reformat.reformat(self, self._binding, changes, dropped)
 
@@ -275,6 +274,7 @@ class MemOpt(torch.optim.Optimizer):
         """
         self.prepare_load(state_dict)()
 
+    @torch.no_grad()
     def prepare_load(
         self, state_dict: Mapping[str, Any], *, share: Share = (0, 1), ordered: bool = False
     ) -> Callable[[], None]:

@@ -170,7 +170,7 @@ def test_values_that_were_sent_are_not_changed(flights):
     assert_equal(value, torch.ones(4))
 
 
-def test_together_shares_rounds_and_keeps_order(flights):
+def test_interleaved_tasks_share_rounds_and_keep_order(flights):
     log, results = [], {}
     parts = (
         asking(log, "a", ROWS, rounds=1, size=2),
@@ -186,14 +186,14 @@ def test_together_shares_rounds_and_keeps_order(flights):
     ]
 
 
-def test_together_of_nothing_sharded_never_suspends():
+def test_interleaving_of_nothing_sharded_never_suspends():
     task = interleave(asking([], "a", WHOLE), asking([], "b", WHOLE, rounds=2))
     with pytest.raises(StopIteration) as info:
         next(task)
     assert_equal(info.value.value, (torch.full((1,), 1.0), torch.full((1,), 3.0)))
 
 
-def test_together_in_together(flights):
+def test_interleaved_tasks_in_interleaved_tasks(flights):
     results = {}
     inner = interleave(asking([], "a", ROWS), asking([], "b", ROWS, rounds=2))
     run_tasks([keeping(interleave(inner, asking([], "c", ROWS)), results, "all")])
@@ -210,7 +210,7 @@ def test_an_error_in_a_task_comes_through(flights):
         run_tasks([asking([], "a", ROWS), failing()])
 
 
-def test_drive_takes_any_iterable(flights):
+def test_run_tasks_takes_any_iterable(flights):
     log = []
     run_tasks(asking(log, name, WHOLE) for name in "ab")
     assert log == ["a asks 0", "a ends", "b asks 0", "b ends"]

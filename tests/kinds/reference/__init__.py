@@ -1,6 +1,6 @@
 """Naive float64 versions of every kind, written from the formulas: one process, one matrix, M and V written out.
 
-A kind without an entry here fails ``test_kinds_reference.py``. A momentum reference has
+A kind without an entry here fails ``tests/kinds/test_reference.py``. A momentum reference has
 ``update(grad, *, beta1, step, due, draw, like)`` → U, a second-moment reference ``update(grad, *, beta2, eps, step)``
 → D; both for one ``[m, n]`` matrix. :class:`Stack` makes a stack of matrices out of it.
 
