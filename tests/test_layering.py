@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     # What is planned has to be what the strategy would shard: DTensors, on the meta device.
     DTENSOR: {"sharding", "planner", "strategy"},
     DISTRIBUTED: {"sharding", "planner", "strategy", "callbacks"},
-    **dict.fromkeys(LIGHTNING, {"strategy", "callbacks", "cli"}),
+    **dict.fromkeys(LIGHTNING, {"strategy", "callbacks", "cli", "_registration"}),
 }
 ONLY_TORCH = {"_registry", "memory", "sharding", "kinds", "plans", "optim", "planner"}
 OPTIONAL = ("lightning", "pytorch_lightning", "torchmetrics", "omegaconf", "jsonargparse", "rich", "transformers")
