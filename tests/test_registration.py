@@ -15,6 +15,8 @@ import lightning_memopt as lm
 from lightning_memopt import _registration
 from lightning_memopt._registration import NAMES, REGISTRY_MODULE, _WhenImported, register, register_with_lightning
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def before_lightning(monkeypatch):

@@ -12,6 +12,8 @@ from lightning_memopt.kinds.momentum import Momentum
 from tests._compare import assert_equal
 from tests.kinds.contract.cases import all_momenta, all_second_moments, gradient, label
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(0, 8), (8, 0), (2, 0, 4)]
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight")
 

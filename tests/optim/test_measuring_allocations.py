@@ -16,6 +16,8 @@ from lightning_memopt.metrics import OptimizerStateBytes
 from tests._models import fill_grads
 from tests.optim._measured import Network, stepped
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model() -> Network:

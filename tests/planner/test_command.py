@@ -17,6 +17,8 @@ from lightning_memopt import cli as cli_module
 from lightning_memopt.planner import command as plan_command
 from lightning_memopt.planner.skeletons import ALIASES, MODELS
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
 
 

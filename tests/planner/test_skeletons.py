@@ -17,6 +17,8 @@ import lightning_memopt as lm
 from lightning_memopt.planner.skeletons import ALIASES, MODELS, skeleton
 from lightning_memopt.sharding.wrapping import find_units, own_modules
 
+pytestmark = pytest.mark.slow
+
 
 def llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int | None = None, **more: Any) -> LlamaConfig:
     return LlamaConfig(
