@@ -22,6 +22,8 @@ from tests.kinds.contract.against_reference import gradients, reference_of
 from tests.kinds.contract.cases import all_momenta, all_second_moments, is_basic, label, layout_of, tick_at
 from tests.kinds.reference.update import update as REFERENCE
 
+pytestmark = pytest.mark.slow
+
 NAME = "mlp.up_proj.weight"
 BETAS, EPS = (0.9, 0.95), 1e-8
 # Of the change: what rounding the weights themselves leaves of it.
