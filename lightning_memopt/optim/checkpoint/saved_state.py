@@ -179,7 +179,7 @@ def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[s
 
 def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """Split the fused state of a parameter into blocks, if another optimizer such as torch's AdamW saved it."""
-    if not blocks[0].prefix or not all(key in ("step", "exp_avg", "exp_avg_sq") for key in saved):
+    if not blocks[0].prefix or not ADAMW_KEYS.issuperset(saved):
         return saved
     split = {"step": saved["step"]}
     for key in sorted(set(saved) - {"step"}):
