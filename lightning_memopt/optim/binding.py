@@ -64,9 +64,9 @@ class Binding:
         self, group: dict[str, Any], names: Mapping[Tensor, str], optimizer: Optimizer
     ) -> tuple[dict[str, Any], Plan]:
         """Check a new group. Return it in the form that torch takes, with the plan of its parameters."""
-        recipe, defaults = group.get("recipe"), optimizer.defaults
+        recipe, defaults, options = group.get("recipe"), optimizer.defaults, known_options()
         plan = self.plan if recipe in (None, self.plan.name) else self._plan_of(recipe)
-        own = {key: group[key] for key in group if key in known_options()}
+        own = {key: group[key] for key in group if key in options}
         where = f"parameter group {len(optimizer.param_groups)}"
         parsing.check_keys(group, where)
         known = {key: defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}

@@ -56,7 +56,8 @@ class Recipe:
         """Return the recipe with those of ``options`` that its kinds have."""
 
         def changed(kind: Kind) -> Any:
-            return replace(kind, **{key: value for key, value in options.items() if key in kind.options()})
+            own = {key: options[key] for key in kind.options() if key in options}
+            return replace(kind, **own) if own else kind  # a kind has been checked when it was created
 
         return Recipe(changed(self.momentum), changed(self.second_moment))
 
@@ -133,9 +134,10 @@ class Plan:
 
     def _check_options(self) -> None:
         """Refuse options that are unknown or have no effect in the plan."""
-        recipes = list(self.roles.values())
+        roles = list({id(recipe): recipe for recipe in self.roles.values()}.values())  # most roles share one
+        recipes = list(roles)
         for change in self.overrides.values():
-            found = [recipe.changed(_kinds_only(change)) for recipe in self.roles.values()]
+            found = [recipe.changed(_kinds_only(change)) for recipe in roles]
             if not isinstance(change, Recipe):  # check its options here, not only when a block uses them
                 found = [recipe.with_options(change) for recipe in found]
             recipes += found
