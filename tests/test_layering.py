@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,11 @@ import pytest
 
 from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
-from tests._house import PACKAGE, Import, all_imports, files, imports_in, rooms
+from tests import _house
+from tests._house import PACKAGE, Import, files, imports_in, rooms
+
+all_imports = functools.cache(_house.all_imports)
+parsed = functools.cache(lambda path: ast.parse(path.read_text()))
 
 # Whoever lives on a floor imports from the floors below it, and never from a neighbour.
 FLOORS: list[set[str]] = [
@@ -121,7 +126,7 @@ def test_only_sharding_planner_and_strategy_use_dtensor():
     wrong = []
     for room, module, path in files():
         if room not in ALLOWED[DTENSOR]:
-            names = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)]
+            names = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Name)]
             wrong += [f"{module}:{node.lineno} uses DTensor" for node in names if node.id == "DTensor"]
     assert not wrong, "\n".join(wrong)
 
@@ -138,7 +143,7 @@ def test_kinds_see_no_grad_and_no_other_kind():
     ]
     for room, module, path in files():
         if room == "kinds":
-            attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+            attributes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)]
             wrong += [f"{module}:{node.lineno} uses .grad" for node in attributes if node.attr == "grad"]
     assert not wrong, "\n".join(wrong)
 
