@@ -164,6 +164,11 @@ class MemOptCLI(LightningCLI):
 class _ModelOnly(MemOptCLI):
     """Read a config as ``fit`` does, and instantiate only the model, on the meta device."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return ``fit`` alone: setting up the parsers of the other commands takes most of the time."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, and do not seed random number generators."""
         super().parse_arguments(parser, args)

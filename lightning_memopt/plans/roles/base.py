@@ -190,9 +190,7 @@ def _head_dim(module: Any) -> int | None:
     return None
 
 
-def _by_coverage(
-    shapes: Iterable[tuple[str, tuple[int, ...]]], schemes: Iterable[NamingScheme]
-) -> list[NamingScheme]:
+def _by_coverage(shapes: Iterable[tuple[str, tuple[int, ...]]], schemes: Iterable[NamingScheme]) -> list[NamingScheme]:
     """Sort the schemes by the number of matrices that each one matches. Registration order breaks ties."""
     matrices = [entry for entry in shapes if len(entry[1]) > 1]
     return sorted(schemes, key=lambda scheme: -sum(scheme.rule(*entry) is not None for entry in matrices))
