@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Container
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -90,3 +92,35 @@ def named(params: dict[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
 
 def plain() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(value) for name, value in weights().items()}
+
+
+def assert_same_wholes(
+    params: dict[str, nn.Parameter], expected: dict[str, Tensor], *, tolerance: float, message: str = ""
+) -> None:
+    """Check weights that the last dimension of a mesh shards, by their relative error as wholes.
+
+    Every rank looks at its pieces, and one sum over the ranks adds up the norms: gathering a weight takes longer than
+    many an update.
+    """
+    squares = []
+    for name, param in params.items():
+        whole = distribute_tensor(expected[name], param.device_mesh, param.placements, src_data_rank=None).to_local()
+        piece = param.detach().to_local()
+        assert (piece.shape, piece.dtype) == (whole.shape, whole.dtype), f"{message} {name}: {piece.shape}"
+        difference, size = (piece.double() - whole.double()).square().sum(), whole.double().square().sum()
+        squares.append(torch.stack([difference, size]))
+    mesh = param.device_mesh
+    table = torch.stack(squares)
+    dist.all_reduce(table, group=mesh.get_group(mesh.ndim - 1))
+    for (name, param), (difference, size) in zip(params.items(), table.sqrt().tolist(), strict=True):
+        error = difference / size if size else difference
+        assert error <= tolerance, f"{message} {name} {param.placements}: {error:.1e}"
+
+
+def collectives_so_far(mesh: DeviceMesh) -> int:
+    """Return how many collectives the groups of a mesh, and that of all ranks, have begun.
+
+    Counts what `tests._traffic.Traffic` counts by looking at every operation, which takes as long as a step.
+    """
+    groups = {*mesh.get_all_groups(), dist.group.WORLD}
+    return sum(group._get_sequence_number_for_group() for group in groups)
