@@ -19,7 +19,7 @@ from lightning_memopt.strategy.model.shard import sharded_modules
 def full_state_dict(module: nn.Module) -> dict[str, Any]:
     """Return ``module.state_dict()`` with full tensors on the CPU on the first rank, and an empty dict on the others.
 
-    All ranks must call this function. Tensors are gathered one at a time. Tied weights share memory, as in the module.
+    All ranks must call this function. Small tensors are gathered together. Tied weights share memory, as in the module.
 
     Args:
         module: A sharded model or a part of one, such as the transformers model in a LightningModule.
@@ -28,7 +28,8 @@ def full_state_dict(module: nn.Module) -> dict[str, Any]:
         unit.reshard()  # a forward pass without a backward pass leaves gathered parameters
     first = rank_and_size()[0] == 0
     state = module.state_dict(keep_vars=True)
-    whole = {id(value): gathered(value, first) for value in {id(value): value for value in state.values()}.values()}
+    once = {id(value): value for value in state.values()}
+    whole = dict(zip(once, gathered(list(once.values()), first), strict=True))
     return {name: whole[id(value)] for name, value in state.items()} if first else {}
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from lightning_memopt.strategy.files.directory import CHECKSUMS, REST, check_rep
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
 _TRIES = 20
+K = TypeVar("K")
 
 
 def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def model_state(model: nn.Module, *, whole: bool, group: Any = None) -> dict[str
 
     Args:
         model: The LightningModule.
-        whole: Whether to gather the weights, one tensor at a time.
+        whole: Whether to gather the weights.
         group: The process group; None for all ranks.
     """
     state = get_model_state_dict(model)
@@ -50,7 +51,7 @@ def optimizer_state(
     Args:
         optimizer: The optimizer itself, not Lightning's wrapper.
         model: The LightningModule.
-        whole: Whether to gather the state, one tensor at a time. Ranks other than the first get an empty dict.
+        whole: Whether to gather the state. Ranks other than the first get an empty dict.
         group: The process group; None for all ranks.
 
     Raises:
@@ -60,9 +61,12 @@ def optimizer_state(
         return by_name(optimizer, model)
     state = optimizer.state_dict()
     keep = rank_and_size(group)[0] == 0
-    # Every tensor is a collective, so all ranks must use the same order.
-    states = {index: _gather(state["state"][index], keep) for index in sorted(state["state"])}
-    groups = [_gather(plain_group(entries), keep) for entries in state["param_groups"]]
+    # All ranks must gather in the same order.
+    entries = {(index, key): value for index in sorted(state["state"]) for key, value in state["state"][index].items()}
+    states: dict[Any, dict[str, Any]] = {index: {} for index in sorted(state["state"])} if keep else {}
+    for (index, key), value in _gather(entries, keep).items():
+        states[index][key] = value
+    groups = [_gather(plain_group(group), keep) for group in state["param_groups"]]
     # An optimizer of this package may have received other names. On a single device, state is matched by these.
     names = state.get(NAMES) or names_of(optimizer, model)
     return {"state": states, "param_groups": groups, NAMES: names} if keep else {}
@@ -163,9 +167,9 @@ def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksu
     atomic.commit(new, path)
 
 
-def _gather(entries: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    whole = {key: gathered(entries[key], keep) for key in entries}
-    return whole if keep else {}
+def _gather(entries: Mapping[K, Any], keep: bool) -> dict[K, Any]:
+    whole = gathered(list(entries.values()), keep)
+    return dict(zip(entries, whole, strict=True)) if keep else {}
 
 
 class FirstRankPlanner(DefaultSavePlanner):

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names
 from lightning_memopt.optim.groups import plain_group
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.sharding.collectives import MAX_PAYLOAD, Gather, gather, packed
+from lightning_memopt.sharding.layout import Cut, pieces
 from lightning_memopt.sharding.tensors import fill_
 
 # torch.compile and activation checkpointing add these to names; `get_model_state_dict` strips the same.
@@ -153,15 +155,61 @@ def cut(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str,
     return {"state": _with_params(saved, optimizer, _cut), "param_groups": saved["param_groups"]}
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """Return the full tensor on the CPU, or None if not ``keep``. All ranks of its mesh must call this function."""
+def gathered(values: Sequence[Any], keep: bool) -> list[Any]:
+    """Return values with full tensors on the CPU in the place of tensors, or None for each if not ``keep``.
+
+    All ranks of a mesh must call this function with the same values in the same order. One collective gathers small
+    tensors of at most 64 MiB together; a larger tensor is gathered by itself.
+    """
+    found: list[Any] = [None] * len(values)
+    cuts = {position: cut for position, value in enumerate(values) if (cut := _cut_of(value)) is not None}
+    for batch in packed(cuts, lambda position: _size(values[position])):
+        wholes = gather(
+            [
+                Gather(_sendable(values[position]).to_local(), cuts[position], _size(values[position]))
+                for position in batch
+            ]
+        )
+        if keep:
+            for position, whole in zip(batch, wholes, strict=True):
+                found[position] = whole.cpu()
+    for position, value in enumerate(values):
+        if position not in cuts:
+            found[position] = _whole(value, keep)
+    return found
+
+
+def _cut_of(value: Any) -> Cut | None:
+    """Return how a small tensor is cut along one dimension of its mesh; None for all other values."""
+    if not isinstance(value, DTensor):
+        return None
+    shards = [position for position, placement in enumerate(value.placements) if not placement.is_replicate()]
+    # The bytes of larger elements would not be aligned.
+    if len(shards) != 1 or value.element_size() > 8 or _size(value) > MAX_PAYLOAD:
+        return None
+    mesh, placement = value.device_mesh, value.placements[shards[0]]
+    if type(placement) is not Shard or type(value.to_local()) is not Tensor or mesh.size(shards[0]) == 1:
+        return None
+    sizes = tuple(pieces(value.shape[placement.dim], mesh.size(shards[0])))
+    return Cut(placement.dim, sizes, mesh.get_local_rank(shards[0]), mesh.get_group(shards[0]))
+
+
+def _size(value: Tensor) -> int:
+    """Return the bytes of the whole tensor."""
+    return value.numel() * value.element_size()
+
+
+def _sendable(value: Any) -> Any:
+    """Return a tensor on the device of its mesh. The process group cannot send offloaded tensors from the CPU."""
+    value = value.detach()
+    kind = value.device_mesh.device_type
+    return value if value.device.type == kind else value.to(kind)
+
+
+def _whole(value: Any, keep: bool) -> Any:
     if not isinstance(value, Tensor):
         return value if keep else None
-    value = value.detach()
-    if isinstance(value, DTensor):
-        if value.device.type != value.device_mesh.device_type:  # offloaded: the process group cannot send from the CPU
-            value = value.to(value.device_mesh.device_type)
-        value = value.full_tensor()
+    value = _sendable(value).full_tensor() if isinstance(value, DTensor) else value.detach()
     if not keep:
         return None
     value = value.cpu()

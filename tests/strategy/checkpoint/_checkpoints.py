@@ -105,12 +105,14 @@ def step(model: nn.Module, optimizer: Optimizer, number: int) -> None:
 
 
 def whole_params(model: nn.Module) -> dict[str, Tensor]:
-    return {name: gathered(param, True).clone() for name, param in model.named_parameters()}
+    names, params = zip(*model.named_parameters(), strict=True)
+    return {name: whole.clone() for name, whole in zip(names, gathered(params, True), strict=True)}
 
 
 def whole_state(optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
     state = optimizer.state_dict()["state"]
-    return {index: {key: gathered(state[index][key], True) for key in state[index]} for index in sorted(state)}
+    wholes = iter(gathered([value for index in sorted(state) for value in state[index].values()], True))
+    return {index: {key: next(wholes) for key in state[index]} for index in sorted(state)}
 
 
 def local_params(model: nn.Module) -> dict[str, Tensor]:
