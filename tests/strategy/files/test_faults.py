@@ -213,6 +213,21 @@ def test_an_index_that_lies_is_refused(tmp_path, change, message):
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"a": "b"}, protocol=2), "unexpected BINPUT at byte 3"),
+        (b"\x80\x04]r\xff\xff\xff\x7f.", "unexpected LONG_BINPUT at byte 3"),
+        (b"\x80\x04X\xff\xff\xff\x7fabc.", "expected 2147483647 bytes"),
+        (b"\x80\x04}", "pickle exhausted before seeing STOP"),
+    ],
+)
+def test_an_index_has_no_other_opcodes_than_valid_ones(content, message):
+    """A memo index or a length could allocate any amount of memory."""
+    with pytest.raises(ValueError, match=message):
+        parse_metadata(content)
+
+
 def test_a_table_of_checksums_names_no_files_elsewhere(tmp_path):
     path = tmp_path / "last.ckpt"
     save(path, 1, whole=False)
