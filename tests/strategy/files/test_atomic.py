@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -69,16 +71,16 @@ def names(folder: Path) -> list[str]:
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 
 
-def killed_at(moment: int, folder: Path, action: Callable[[], Any]) -> bool:
-    """Run an action in a process that gets SIGKILL just before its n-th operation on files; False if it has fewer."""
+def forked(before: Callable[[int], Any], folder: Path, action: Callable[[], Any]) -> int:
+    """Run an action in a process that calls ``before`` with the number of every operation on files."""
     child = os.fork()
     if child == 0:
+        gc.disable()  # a collection would copy all memory that the processes share
         count = 0
 
         def tick() -> None:
             nonlocal count
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+            before(count)
             count += 1
 
         def audit(event: str, args: Any) -> None:
@@ -95,12 +97,39 @@ def killed_at(moment: int, folder: Path, action: Callable[[], Any]) -> bool:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def killed_at(moment: int, folder: Path, action: Callable[[], Any]) -> bool:
+    """Run an action in a process that gets SIGKILL just before its n-th operation on files; False if it has fewer."""
+    child = forked(lambda count: count == moment and os.kill(os.getpid(), signal.SIGKILL), folder, action)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         return True
     assert os.WEXITSTATUS(status) == 0
     return False
+
+
+def left_at_any_moment(folder: Path, action: Callable[[], Any]) -> list[Path]:
+    """Run an action in a process, and return a copy of the folder from before each operation on files, and of its end.
+
+    The process is stopped meanwhile: a copy holds what SIGKILL would leave, without a process for every operation.
+    """
+    child, copies, status = forked(lambda count: os.kill(os.getpid(), signal.SIGSTOP), folder, action), [], None
+    try:
+        while status is None or os.WIFSTOPPED(status):
+            if status is not None:
+                os.kill(child, signal.SIGCONT)
+            _, status = os.waitpid(child, os.WUNTRACED)
+            copies.append(folder.with_name(f"{folder.name}-{len(copies)}"))
+            shutil.copytree(folder, copies[-1], symlinks=True)
+    finally:
+        if status is None or os.WIFSTOPPED(status):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return copies
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
@@ -111,20 +140,17 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, old, new, exchange):
         monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
     elif old != new and not atomic.exchange(*two_files(tmp_path)):
         pytest.skip("this file system cannot exchange two names")
-    found = []
-    for moment in range(1000):
-        folder = tmp_path / str(moment)
+    found, saved = [], tmp_path / "saved" / "last.ckpt"
+    save(saved, OLD, whole=old == "file")
+    folders = left_at_any_moment(saved.parent, lambda: save(saved, NEW, whole=new == "file"))
+    for moment, folder in enumerate(folders):
         path = folder / "last.ckpt"
-        save(path, OLD, whole=old == "file")
-        killed = killed_at(moment, folder, lambda path=path: save(path, NEW, whole=new == "file"))
         if exchange:
             assert path.exists(), f"nothing under the name when killed at operation {moment}"
         found.append(load(path))
         save(path, NEW, whole=new == "file")
         assert load(path) == NEW
         assert names(folder) == ["last.ckpt"], f"leftovers after a kill at operation {moment}"
-        if not killed:
-            break
     assert found == sorted(found)
     assert {OLD, NEW} == set(found)
     assert len(found) > 8
@@ -150,9 +176,11 @@ def test_killed_in_the_first_save(tmp_path):
 
 
 def test_killed_while_a_checkpoint_is_removed(tmp_path):
+    save(tmp_path / "old.ckpt", OLD, whole=False)
     for moment in range(1000):
         path = tmp_path / str(moment) / "last.ckpt"
-        save(path, OLD, whole=False)
+        path.parent.mkdir()
+        shutil.copytree(tmp_path / "old.ckpt", path)
         killed = killed_at(moment, tmp_path, lambda path=path: IO.remove_checkpoint(path))
         if path.exists():
             assert load(path) == OLD
