@@ -167,10 +167,13 @@ FOREIGN = [
 @case
 def other_kinds_of_optimizers(ranks: dict[int, World], folder: Path) -> None:
     """What can go on takes a step; what would fail in the step is refused before anything changes."""
-    world = ranks[2]
-    for number, (format, cell) in enumerate(itertools.product(FORMATS, (*FITTING, *FOREIGN)) if world.mine else ()):
+    world, saved = ranks[2], dict[Any, Path]()
+    for format, cell in itertools.product(FORMATS, (*FITTING, *FOREIGN)) if world.mine else ():
         make, other, *texts = cell
-        save(folder / str(number), *after_a_step(make, world), format=format, world=world)
+        if (format, make) not in saved:
+            saved[format, make] = folder / str(len(saved))
+            save(saved[format, make], *after_a_step(make, world), format=format, world=world)
+        path = saved[format, make]
         model, optimizer = after_a_step(other, world, seed=1)
         if texts:
             texts += [
@@ -179,7 +182,7 @@ def other_kinds_of_optimizers(ranks: dict[int, World], folder: Path) -> None:
                 "with a Trainer, without `ckpt_path`",
             ]
             with unchanged(model, optimizer), raises(ValueError, *texts):
-                load(folder / str(number), model, optimizer, world=world)
+                load(path, model, optimizer, world=world)
         else:
-            load(folder / str(number), model, optimizer, world=world)
+            load(path, model, optimizer, world=world)
         step(model, optimizer, 1)
