@@ -19,10 +19,16 @@ import torch.multiprocessing as mp
 # A server, itself a new process without threads, imports these once; ranks are forked from it. Importing them in every
 # rank took longer than most tests.
 PRELOADED = [
+    "tests._installed",
     "lightning_memopt.strategy",
     "lightning_memopt.callbacks",
+    "lightning_memopt.cli",
+    "omegaconf",
+    "docstring_parser",
+    "attrs",
     "transformers",
     "torch._dynamo",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "pytest",
     "tests._models",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests._installed  # noqa: F401  before anything imports Lightning
+
 
 @pytest.fixture(autouse=True)
 def restored_world() -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
 from lightning_memopt.strategy.gradients import average_gradients
-from tests.strategy._training import LanguageModule, fit, global_batches, raises, whole, whole_weights
+from tests.strategy._training import LanguageModule, fit, global_batches, raises, whole_tensors, whole_weights
 from tests.strategy.cases.shared import (
     FINDS_UNUSED,
     Causal,
@@ -49,7 +50,8 @@ class Watching(LanguageModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         assert all(isinstance(param.grad, DTensor) for param in self.parameters())
-        self.seen.append({name: whole(param.grad) for name, param in self.named_parameters()})
+        grads = whole_tensors(param.grad for param in self.parameters())
+        self.seen.append(dict(zip(dict(self.named_parameters()), grads, strict=True)))
 
 
 @case(2)
@@ -152,8 +154,10 @@ class Norms(Direct):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         copy = nn.ParameterDict()
         for name, param in self.named_parameters():
-            copy[name.replace(".", "-")] = nn.Parameter(whole(param))
-            copy[name.replace(".", "-")].grad = None if param.grad is None else whole(param.grad)
+            copy[name.replace(".", "-")] = nn.Parameter(torch.zeros(param.shape))
+        with_grad = {name: param.grad for name, param in self.named_parameters() if param.grad is not None}
+        for name, grad in zip(with_grad, whole_tensors(with_grad.values()), strict=True):
+            copy[name.replace(".", "-")].grad = grad
         for norm_type in (1, 2.0, "inf"):
             expected = {name.replace("-", "."): float(norm) for name, norm in grad_norm(copy, norm_type).items()}
             found = lm.grad_norm(self, norm_type)
@@ -185,7 +189,8 @@ def whole_weights_and_norms_of_gradients_for_other_tools() -> None:
     code = page.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {"CausalModel": Causal, "lightning_memopt": lm}
     exec(code, names)
-    for make, size in ((tiny_llama, 2), (tiny_gpt2, 1)):  # the latter ties weights
+    for model, size in ((tiny_llama, 2), (tiny_gpt2, 1)):  # the latter ties weights
+        make = partial(model, layers=1)
         with shared_folder() as folder, contextlib.chdir(folder):
             module = names["Model"](make().train())
             fit(module, MemOptFSDPStrategy(replicate_size=size), max_steps=2)

@@ -36,7 +36,7 @@ class Assigned(LanguageModule):
 @case(2)
 def optimizers_made_before_sharding_train() -> None:
     for make in (
-        lambda params: torch.optim.AdamW(params, lr=0.01),
+        lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
         lambda params: torch.optim.Adagrad(params, lr=0.01, initial_accumulator_value=0.5),  # has state from the start
     ):
         module = against_ddp(lambda make=make: Assigned(make))
@@ -52,7 +52,8 @@ def optimizers_made_before_sharding_train() -> None:
 
 @case(2)
 def schedulers_keep_their_optimizer() -> None:
-    module = against_ddp(lambda: Assigned(lambda params: torch.optim.AdamW(params, lr=0.01), scheduler=True))
+    made = partial(torch.optim.AdamW, lr=0.01, fused=True)
+    module = against_ddp(lambda: Assigned(made, scheduler=True), max_steps=3)
     assert module.made.param_groups[0]["lr"] == 0.01 * 0.5**3
 
 
@@ -154,7 +155,7 @@ class TwoPlayers(LightningModule):
 
     def configure_optimizers(self) -> Any:
         nets = (self.generator, self.critic)
-        return [torch.optim.AdamW(net.parameters(), lr=0.01) for net in nets]
+        return [torch.optim.AdamW(net.parameters(), lr=0.01, fused=True) for net in nets]
 
     def train_dataloader(self) -> Any:
         return DataLoader(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
@@ -163,17 +164,17 @@ class TwoPlayers(LightningModule):
 @case(2)
 def manual_optimization_with_two_optimizers() -> None:
     sharded, reference = TwoPlayers(), TwoPlayers()
-    fit(sharded, max_steps=6)
-    fit(reference, FINDS_UNUSED, max_steps=6)
+    fit(sharded, max_steps=4)
+    fit(reference, FINDS_UNUSED, max_steps=4)
     close(sharded, reference)
-    assert sharded.global_step == 6
+    assert sharded.global_step == 4
 
     class Compressed(TwoPlayers):
         def configure_optimizers(self) -> Any:
             return [lm.AdaPMLean(net.parameters(), lr=0.01) for net in (self.generator, self.critic)]
 
     module = Compressed()
-    fit(module, max_steps=6)
+    fit(module, max_steps=4)
     same_everywhere(module)
 
 
@@ -199,7 +200,7 @@ def finetuning_adds_sharded_parameters() -> None:
     frozen = [*module.model.embed_tokens.parameters(), *module.model.layers[0].parameters()]
     count, names = len(frozen), {name for name, param in module.named_parameters() if any(param is p for p in frozen)}
     before = {name: param.detach().clone() for name, param in module.named_parameters() if name in names}
-    fit(module, callbacks=[Thawed()], max_epochs=2, max_steps=-1)
+    fit(module, callbacks=[Thawed()], max_epochs=2, max_steps=-1, limit_train_batches=2)
     (optimizer,) = module.trainer.optimizers
     assert [len(group["params"]) for group in optimizer.param_groups][1:] == [count]
     after = lm.full_state_dict(module)

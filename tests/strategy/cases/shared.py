@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.strategy._training import VOCAB, LanguageModule, fit, whole, whole_weights
+from tests.strategy._training import VOCAB, LanguageModule, fit, whole_tensors, whole_weights
 
 Case = Callable[[], None]
 FINDS_UNUSED = "ddp_find_unused_parameters_true"
@@ -72,7 +72,8 @@ def same_weights_everywhere(weights: dict[str, Tensor]) -> None:
 def against_ddp(
     make: Callable[[], LightningModule] = LanguageModule, ours: Any = "memopt_fsdp", ddp: str = "ddp", **options: Any
 ) -> LightningModule:
-    """Train the same module under both strategies and compare; return the sharded one."""
+    """Train the same module under both strategies and compare; return the sharded one. Two steps unless given."""
+    options.setdefault("max_steps", 2)  # the second one depends on the optimizer's state
     sharded = make()
     before = whole_weights(sharded)
     fit(sharded, ours, **options)
@@ -151,9 +152,10 @@ class Direct(LanguageModule):
         return loss + self.only_first.square().sum() if self.global_rank == 0 else loss
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
-        grads = [whole(param.grad).flatten() for param in self.parameters() if param.grad is not None]
+        grads = whole_tensors(param.grad for param in self.parameters() if param.grad is not None)
         if grads:
-            self.clipped.append((torch.cat(grads).norm().item(), torch.cat(grads).abs().max().item()))
+            everything = torch.cat([grad.flatten() for grad in grads])
+            self.clipped.append((everything.norm().item(), everything.abs().max().item()))
 
 
 class Causal(LanguageModule):
