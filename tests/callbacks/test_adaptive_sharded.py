@@ -25,7 +25,7 @@ from tests.strategy._training import raises, trainer, whole_weights
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVED = 14, 8
+STEPS, SAVED = 11, 8
 STRATEGIES = ("memopt_fsdp", "ddp")
 RUNS: dict[str, tuple[str, str, Any]] = {
     "energy": ("adapm_lean", "energy", 0.25),

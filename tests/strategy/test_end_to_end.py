@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 import lightning_memopt as lm
 from lightning_memopt.plans.placement import shard_dims
 from lightning_memopt.sharding.wrapping import find_units
 from tests._models import LENGTH, VOCAB, tiny_llama
 from tests._ranks import run_ranks
+from tests.strategy._training import whole_weights
 
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH, LR = 8, 12, 1e-3
+STEPS, BATCH, LR = 4, 12, 1e-3
 FLOOR = torch.finfo(torch.float32).eps  # smaller differences between weights are no differences
 SIZES = (1, 2, 3, 4)
 RECIPES = lm.recipe_names()
@@ -44,10 +45,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: DeviceMesh, 
         for param in model.parameters() if average else ():  # as DDP does
             dist.all_reduce(param.grad.div_(count), group=mesh.get_group())
         optimizer.step()
-    return {
-        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach().clone()
-        for name, param in model.named_parameters()
-    }
+    return whole_weights(model)
 
 
 def sharded(mesh: DeviceMesh) -> nn.Module:
