@@ -146,7 +146,7 @@ def _classified(
 ) -> dict[str, tuple[Part, ...]]:
     """Return the parts of every parameter, without head sizes.
 
-    An optimizer asks several times, and a plan once per recipe. A model of 723 parameters takes 0.1 s.
+    An optimizer asks several times, and a plan once per recipe. 723 parameters take about 0.04 s.
     """
     by_coverage = _by_coverage(shapes, schemes)
     return {name: _parts(name, shape, by_coverage) for name, shape in shapes}
