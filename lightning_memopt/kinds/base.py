@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.linalg import Noise
+from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.ranges import check_option
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
-from lightning_memopt.sharding.state import Sizes, allocate, origin, shape_of
+from lightning_memopt.sharding.state import Sizes, allocate, shape_of
 
 State = dict[str, Tensor]
 
@@ -30,6 +30,8 @@ class Kind:
         restorable: Whether another kind can continue from its state.
         elementwise: Whether the result for an element depends only on the averaged gradients of that element. The
             quotient of two such kinds is bounded by their decay rates (RMSProp, Adam); no other quotient is.
+        batched: Whether ``update`` accepts a :class:`~lightning_memopt.kinds.batch.Batch` of blocks. A class with its
+            own ``update`` must say so itself; otherwise it gets one block at a time.
     """
 
     name: ClassVar[str]
@@ -38,6 +40,12 @@ class Kind:
     needs_matrix: ClassVar[bool] = True
     restorable: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update" in cls.__dict__ and "batched" not in cls.__dict__:
+            cls.batched = False
 
     def __post_init__(self) -> None:
         """Check what every option must satisfy. Subclasses call this first, then check the rest.
@@ -75,6 +83,10 @@ class Kind:
         Every rank then gathers the gradient and updates the whole block.
         """
         return False
+
+    def phase(self, tick: Tick) -> Hashable:
+        """Return what all blocks of a batch must share in a step, such as whether recurring work is due."""
+        return None
 
     def init(self, layout: Layout) -> State:
         """Allocate the state of one block on the layout's device, filled with zeros."""
@@ -126,6 +138,4 @@ class Kind:
         """
         if layout.state_dtype == layout.dtype:
             return None
-        sizes = self.sizes(layout)[key]
-        shape = shape_of(layout, sizes) if sizes else layout.matrix
-        return Noise(tick.salted(f"rounding {key}"), shape, origin(layout, sizes))
+        return Noise.like(layout, self.sizes(layout)[key], tick, f"rounding {key}")

@@ -1,91 +1,63 @@
-"""Pure tensor functions that the kinds build on. All of them work on ``[..., m, n]``."""
+"""Pure tensor functions that the kinds build on. They work on ``[..., m, n]``; the large ones may be a batch."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Index = tuple[slice, ...]
-
-# Elements per chunk. On a CPU, small enough for the cache and large enough for efficient matrix products. The limit
-# bounds temporary memory everywhere.
-CPU_CHUNK = 1 << 19
-GPU_CHUNK = 1 << 24
+from lightning_memopt.kinds.batch import Batch, Index, Large, chunks, limit, take_stack, whole_parts
+from lightning_memopt.kinds.noise import Noise
 
 # Squared singular values below this count as zero, relative to the largest after equilibration. A float64 Gram matrix
 # resolves 1e-16, so the columns that remain are orthonormal to 1e-16 / 1e-10.
 GRAM_CUTOFF = 1e-10
 
 
-def _limit(tensor: Tensor) -> int:
-    """Return the largest number of elements of a chunk on the tensor's device."""
-    return CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
-
-
-def chunks(tensor: Tensor) -> Iterator[Index]:
-    """Yield indices that split ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
-    *stack, m, n = tensor.shape
-    limit = _limit(tensor)
-    rows = max(1, limit // max(1, n))
-    if rows < m:
-        for position in itertools.product(*(range(size) for size in stack)):
-            for start in range(0, m, rows):
-                yield (*(slice(i, i + 1) for i in position), slice(start, min(start + rows, m)))
-    elif stack:
-        outer = max(1, stack[0])
-        count = max(1, limit // max(1, tensor.numel() // outer))
-        for start in range(0, stack[0], count):
-            yield (slice(start, min(start + count, stack[0])),)
-    else:
-        yield (slice(0, m),)
-
-
-def take(tensor: Tensor, index: Index) -> Tensor:
-    """Return the part of ``tensor`` that belongs to a chunk. ``tensor`` broadcasts against the chunked tensor."""
-    return tensor[tuple(slice(None) if size == 1 else part for size, part in zip(tensor.shape, index, strict=False))]
-
-
-def take_stack(tensor: Tensor, index: Index) -> Tensor:
-    """Return the matrices of ``tensor`` that belong to a chunk, with all rows."""
-    return tensor[index[: tensor.ndim - 2]]
-
-
-def matmul(matrix: Tensor, right: Tensor) -> Tensor:
+def matmul(matrix: Large, right: Tensor) -> Tensor:
     """Return ``matrix @ right`` in the dtype of ``right``, converting at most a chunk of ``matrix`` at a time.
 
     Shapes: ``[..., m, n]``, ``[..., n, r]`` → ``[..., m, r]``.
     """
     out = right.new_empty((*matrix.shape[:-1], right.shape[-1]))
     for index in chunks(matrix):
-        out[index] = matrix[index].to(right.dtype) @ take_stack(right, index)
+        torch.matmul(matrix[index].to(right.dtype), take_stack(right, index), out=out[index])
     return out
 
 
-def rmatmul(left: Tensor, matrix: Tensor) -> Tensor:
+def rmatmul(left: Tensor, matrix: Large) -> Tensor:
     """Return ``leftᵀ @ matrix`` in the dtype of ``left``, converting at most a chunk of ``matrix`` at a time.
 
     Shapes: ``[..., m, r]``, ``[..., m, n]`` → ``[..., r, n]``.
     """
     if matrix.dtype == left.dtype:
-        return (matrix.mT @ left).mT  # a quarter faster than leftᵀ @ matrix, whose result is short and wide
+        # A quarter faster than leftᵀ @ matrix, whose result is short and wide.
+        if isinstance(matrix, Tensor):
+            return (matrix.mT @ left).mT
+        out = left.new_empty((*matrix.shape[:-2], matrix.shape[-1], left.shape[-1]))
+        for index in whole_parts(matrix):
+            torch.matmul(matrix[index].mT, left[index], out=out[index])
+        return out.mT
     out = left.new_zeros((*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
     for index in chunks(matrix):
         take_stack(out, index).add_(left[index].mT @ matrix[index].to(left.dtype))
     return out
 
 
-def row_square_sums(matrix: Tensor, dtype: torch.dtype, run: int | None = None) -> Tensor:
+def row_square_sums(matrix: Large, dtype: torch.dtype, run: int | None = None) -> Tensor:
     """Return the sum of squares of every row, or of every run of ``run`` consecutive elements of a row.
 
     Shapes: ``[..., m, n]`` → ``[..., m, ceil(n / run)]``. The last run of a row may be shorter.
     """
     n = matrix.shape[-1]
     if run is None or run >= n:
-        return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=dtype).square_()
+        if isinstance(matrix, Tensor):
+            return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=dtype).square_()
+        out = matrix.new_empty((*matrix.shape[:-1], 1), dtype=dtype)
+        for index in whole_parts(matrix):
+            torch.linalg.vector_norm(matrix[index], dim=-1, keepdim=True, dtype=dtype, out=out[index])
+        return out.square_()
     whole = n // run
     out = matrix.new_empty((*matrix.shape[:-1], -(-n // run)), dtype=dtype)
     for index in chunks(matrix):
@@ -96,24 +68,27 @@ def row_square_sums(matrix: Tensor, dtype: torch.dtype, run: int | None = None) 
     return out
 
 
-def column_square_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
     """Return the sum of squares of every column: ``[..., m, n]`` → ``[..., 1, n]``."""
     *stack, m, n = matrix.shape
-    panel = max(1, _limit(matrix) // max(1, n))
+    panel = max(1, limit(matrix) // max(1, n))
     if m <= panel:
         out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
         for index in chunks(matrix):
             take_stack(out, index).copy_(matrix[index].to(dtype).square().sum(-2, keepdim=True))
         return out
     # Accumulate panels of rows in one panel that stays in the cache, so the squares never go to memory.
-    total = matrix.new_zeros((*stack, panel, n), dtype=dtype)
-    for index in chunks(matrix):
-        part = matrix[index].to(dtype)
-        take_stack(total, index)[..., : part.shape[-2], :].addcmul_(part, part)
-    return total.sum(-2, keepdim=True)
+    out = matrix.new_empty((*stack, 1, n), dtype=dtype)
+    for index in itertools.product(*(range(size) for size in stack)):
+        total = matrix.new_zeros((panel, n), dtype=dtype)
+        for start in range(0, m, panel):
+            part = matrix[(*index, slice(start, min(start + panel, m)))].to(dtype)  # type: ignore[index]
+            total[: part.shape[-2]].addcmul_(part, part)
+        torch.sum(total, -2, keepdim=True, out=out[index])
+    return out
 
 
-def gram(matrix: Tensor) -> Tensor:
+def gram(matrix: Large) -> Tensor:
     """Return ``matrixᵀ matrix`` in float64: ``[..., m, r]`` → ``[..., r, r]``."""
     out = matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-1]), dtype=torch.float64)
     for index in chunks(matrix):
@@ -136,7 +111,8 @@ def signed_eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     """Return orthonormal columns with the span of ``matrix``, and zero columns where its rank falls short.
 
-    Works through the Gram matrix, so rows may be on different ranks: the caller sums the Gram matrix.
+    Works through the Cholesky factor of the Gram matrix, so rows may be on different ranks: the caller sums the Gram
+    matrix. Column by column, the result is that of Gram and Schmidt: a column that depends on those before it is zero.
 
     Args:
         matrix: ``[..., m, r]``; the local rows.
@@ -147,13 +123,29 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     alive = diagonal > 0
-    scale = torch.where(alive, diagonal, 1.0).rsqrt() * alive
     # Column lengths differ widely (singular values enter squared). Without equilibration the cut-off drops short ones.
-    values, vectors = signed_eigh(scale.unsqueeze(-1) * gram * scale.unsqueeze(-2))
-    keep = values > GRAM_CUTOFF * values[..., -1:].clamp(min=1.0)
-    inverse = torch.where(keep, values, 1.0).rsqrt() * keep
-    transform = scale.unsqueeze(-1) * vectors * inverse.unsqueeze(-2)
+    scale = torch.where(alive, diagonal, 1.0).rsqrt()
+    unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(-2)
+    # A row of the inverse combines columns to an orthonormal one. If it is long, the columns cancel, and what is left
+    # is mostly rounding errors. This column would rotate those after it: factor again without it.
+    weights = _inverse_cholesky(unit, alive, GRAM_CUTOFF)
+    alive = alive & (weights.square().sum(-1) < 0.25 / GRAM_CUTOFF)
+    transform = scale.unsqueeze(-1) * _inverse_cholesky(unit, alive, 0.0).mT * alive.unsqueeze(-2)
     return (matrix.double() @ transform).to(matrix.dtype)
+
+
+def _inverse_cholesky(unit: Tensor, alive: Tensor, shift: float) -> Tensor:
+    """Return L⁻¹ for L Lᵀ = a Gram matrix of unit columns plus a shift of its diagonal, without the columns not alive.
+
+    The host does not wait to learn whether the factorization succeeds. It does: with the shift for any columns, and
+    without it for columns that are far from each other's span.
+    """
+    both = alive.unsqueeze(-1) & alive.unsqueeze(-2)
+    kept = torch.where(both, unit, 0.0)
+    kept.diagonal(dim1=-2, dim2=-1).add_(torch.where(alive, shift, 1.0))
+    factor = torch.linalg.cholesky_ex(kept)[0]
+    identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device).expand_as(unit)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
 def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,44 +168,6 @@ def leading_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]
     return u / torch.where(s > 0, s, 1.0).unsqueeze(-2), s, v.mT
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Uniform random bits, one number per element, that depend only on the element's position in a whole tensor.
-
-    Attributes:
-        seed: A 63-bit number.
-        shape: Shape of the whole tensor.
-        offset: Where the local part starts in the whole tensor.
-    """
-
-    seed: int
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-
-    def part(self, index: Index) -> Noise:
-        """Return the noise of one chunk of the local part."""
-        starts = [part.start for part in index] + [0] * (len(self.shape) - len(index))
-        return Noise(self.seed, self.shape, tuple(old + new for old, new in zip(self.offset, starts, strict=True)))
-
-    def bits(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return 16 random bits for each of the first ``shape`` elements of the local part, as int32."""
-        position = torch.zeros((), dtype=torch.int64, device=device)
-        stride = 1
-        for dim in reversed(range(len(shape))):
-            steps = torch.arange(self.offset[dim], self.offset[dim] + shape[dim], device=device) * stride
-            position = position + steps.view(-1, *[1] * (len(shape) - 1 - dim))
-            stride *= self.shape[dim]
-        # The finalizer of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64 with logical shifts.
-        mixed = position * _signed(0x9E3779B97F4A7C15) + self.seed
-        mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-        return ((mixed >> 40) & 0xFFFF).to(torch.int32)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
 def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
     """Write ``value`` into ``target``, which may have another dtype.
 
@@ -222,11 +176,23 @@ def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
     Rounding to nearest stalls an average whose increments are below the last bit (2⁻⁸ relative), which is always
     so with β₂ = 0.999. Rounding up with the probability of the remainder keeps the average unbiased.
     """
-    if value.data_ptr() == target.data_ptr() and value.dtype == target.dtype:
-        return
-    if noise is None or target.dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
-        target.copy_(value)
-        return
+    if value.data_ptr() != target.data_ptr() or value.dtype != target.dtype:
+        target.copy_(_rounded(value, target.dtype, noise))
+
+
+def store_chunk_(target: Large, index: Index, value: Tensor, noise: Noise | None = None) -> None:
+    """Write ``value`` into a chunk of ``target``, as :func:`store_` does. ``noise`` is that of all of ``target``."""
+    noise = noise and noise.part(index)
+    if isinstance(target, Batch) and not isinstance(index[0], int):
+        target.write(index, _rounded(value, target.dtype, noise))
+    else:
+        store_(target[index], value, noise)
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, noise: Noise | None) -> Tensor:
+    """Return the value, stochastically rounded to a number of bfloat16 if that is the dtype and there is noise."""
+    if noise is None or dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
+        return value
     single = value.float().contiguous()
-    rounded = ((single.view(torch.int32) + noise.bits(tuple(single.shape), single.device)) & -65536).view(torch.float32)
-    target.copy_(torch.where(single.isfinite(), rounded, single))
+    rounded = ((single.view(torch.int32) + noise.bits(single.shape, single.device)) & -65536).view(torch.float32)
+    return torch.where(single.isfinite(), rounded, single)

@@ -1,7 +1,8 @@
-"""One block of a parameter: its recipe, its state, and the update of its weights."""
+"""One block of a parameter: its recipe, and its state."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,15 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.base import State
-from lightning_memopt.kinds.linalg import chunks
-from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
-from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
-from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.optim.bounds import Rates, Watch, limited
+from lightning_memopt.kinds.momentum import MOMENTA, Momentum
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
-from lightning_memopt.sharding.collectives import Gather, Task, interleave
+from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
-from lightning_memopt.sharding.state import cut_of
+from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
 
 
@@ -72,6 +70,11 @@ class Block:
         """The state keys, without the prefix, whose elements are never negative."""
         return {key for kind in self.kinds for key in kind.squares}
 
+    @property
+    def batched(self) -> bool:
+        """Whether the block may be updated together with others."""
+        return all(kind.batched for kind in self.kinds)
+
     @cached_property
     def work(self) -> Layout:
         """The layout that the kinds work with: the parameter's, or that of the whole block if ranks gather it."""
@@ -80,6 +83,17 @@ class Block:
         ):
             return self.layout.gather()
         return self.layout
+
+    @cached_property
+    def stacked_bytes(self) -> int:
+        """Bytes of the state tensors that a batch of such blocks stacks, over all ranks."""
+        shapes = [
+            shape_of(self.layout, sizes)
+            for kind in self.kinds
+            for sizes in kind.sizes(self.layout).values()
+            if sizes != ELEMENTWISE
+        ]
+        return sum(math.prod(shape) for shape in shapes) * self.layout.dtype.itemsize
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
@@ -167,121 +181,6 @@ class Block:
         """Return state tensors as the kinds see them, given the results of :meth:`requests_for`."""
         found = dict(zip((key for key in keys if key in self.cuts), gathered, strict=True))
         return {**self.part(state, keys), **found}
-
-    def gather_requests(self, grad: Tensor, state: State) -> list[Gather]:
-        """Return the gathers that :meth:`update` needs. They are the same on all ranks."""
-        wanted = self.requests_for(state, tuple(self.cuts))
-        if self.work.gathered:
-            size = torch.Size(self.layout.matrix).numel() * grad.element_size()
-            wanted.append(Gather(self.layout.take(grad), self.layout.cut_of_block(), size))
-        return wanted
-
-    def update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: State,
-        group: Mapping[str, Any],
-        step: int,
-        gathered: Sequence[Tensor],
-        watch: Watch,
-    ) -> Task:
-        """Add a gradient to the state and update the weights. The result is a task for ``run_tasks``.
-
-        Args:
-            param: The parameter.
-            grad: Its gradient.
-            state: Its state.
-            group: Its parameter group.
-            step: The current step, counted from 1.
-            gathered: The results of :meth:`gather_requests`.
-            watch: Records what happens to the weights.
-        """
-        beta1, beta2 = group["betas"]
-        momentum, second_moment = self.kinds
-        tick = Tick(step, self.key, self.index)
-        gradient = gathered[-1] if self.work.gathered else self.layout.take(grad)
-        if group["maximize"]:
-            gradient = gradient.neg()
-        whole = dict(zip(self.cuts, gathered, strict=False))
-        seen = {**self.part(state, (*momentum.keys, *second_moment.keys)), **whole}
-        now: dict[str, Any] = {"layout": self.work, "tick": tick}
-        direction, denominator = yield from interleave(
-            momentum.update(gradient, {key: seen[key] for key in momentum.keys}, beta1=beta1, **now),
-            second_moment.update(
-                gradient, {key: seen[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now
-            ),
-        )
-        for key, tensor in whole.items():
-            local_tensor(state[self.prefix + key]).copy_(self.cuts[key].mine(tensor))
-        self.apply(param, direction, denominator, group, bounded=self.recipe.bounded, watch=watch)
-
-    def apply(
-        self,
-        param: Tensor,
-        direction: Direction,
-        denominator: Denominator,
-        group: Mapping[str, Any],
-        *,
-        bounded: bool,
-        watch: Watch,
-    ) -> None:
-        """Update the local weights.
-
-        Args:
-            param: The parameter.
-            direction: U.
-            denominator: D.
-            group: Its parameter group.
-            bounded: Whether ``max_update`` bounds |U / D|.
-            watch: Records what happens to the weights.
-        """
-        mine = self.layout.take(param)
-        dtype = self.layout.dtype
-        rates = Rates.of(group, weights=param.dtype, arithmetic=dtype, bounded=bounded)
-        if self.work.gathered:  # U and D cover the whole block: update a copy, of which only the local part matters
-            whole = mine.new_zeros(self.work.local)
-            part = self.layout.cut_of_block().mine(whole).copy_(mine)
-            lost = apply_(whole, direction, denominator, rates, dtype=dtype, watch=watch)
-            mine.copy_(part)
-        else:
-            lost = apply_(mine, direction, denominator, rates, dtype=dtype, watch=watch)
-        if lost is not None:
-            watch.lost[self.name] = (self.layout, lost)
-        target = local_tensor(param)
-        if mine.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-            # No view of the weights is a matrix (channels-last convolutions), so a copy was updated.
-            target.copy_(mine.view(target.shape))
-
-
-def apply_(
-    weights: Tensor, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
-) -> Tensor | None:
-    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, one chunk at a time. All shapes broadcast to ``[..., m, n]``.
-
-    The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
-    non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
-    """
-    lost = torch.zeros((), device=weights.device) if rates.checked else None
-    for index in chunks(weights):
-        part = weights[index].to(dtype, copy=rates.checked)
-        if rates.weight_decay:
-            part.mul_(1 - rates.lr * rates.weight_decay)
-        update, scale = direction.at(index, dtype)
-        divisor = denominator.at(index, dtype, weights.shape[-1])
-        if divisor is not None and rates.max_update is not None:
-            update, divisor = limited(update, scale, divisor, rates.max_update, watch), None
-        if divisor is None:
-            part.add_(update, alpha=-rates.lr * scale)
-        else:
-            part.addcdiv_(update, divisor, value=-rates.lr * scale)
-        if lost is not None:
-            fits = part.abs() <= torch.finfo(weights.dtype).max
-            lost += fits.logical_not().sum()
-            part = part.where(fits, weights[index].to(dtype))
-        if part.dtype != weights.dtype or rates.checked:
-            weights[index] = part
-    return lost
 
 
 def initial_state(blocks: Sequence[Block]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,11 +126,10 @@ class Tally:
         self._counts: list[tuple[int, int]] = []
         self._warned = False
 
-    def watch(self, counters: Iterable[Tensor]) -> Watch:
-        """Return the watch for this step. The largest of the parameters' step counters is the step number."""
+    def watch(self, step: int) -> Watch:
+        """Return the watch for this step, the largest of the parameters' numbers of steps."""
         if self._warned:
             return Watch()
-        step = max((int(counter.item()) for counter in counters), default=0)
         return Watch(counting=step >= FIRST and step % EVERY == 0)
 
     def take(self, watch: Watch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.linalg import chunks
+from lightning_memopt.kinds.batch import chunks
 from lightning_memopt.kinds.momentum import Momentum
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick

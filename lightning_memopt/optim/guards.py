@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Batch, whole_parts
 from lightning_memopt.sharding.collectives import Sum, Task, request, run_tasks
 from lightning_memopt.sharding.consensus import largest, rank
 from lightning_memopt.sharding.layout import Layout
@@ -46,8 +47,8 @@ def verdict(params: Sequence[Judged], refusal: Exception | None = None) -> tuple
             another rank has a refusal.
     """
     judged = [] if refusal is not None else [entry for entry in params if entry.param.grad is not None]
-    grads = {entry.name: _flag(entry.param.grad, _limit(entry.layout)) for entry in judged}  # type: ignore[arg-type]
-    weights = {entry.name: _flag(entry.param, math.inf) for entry in judged if entry.fresh}
+    grads = _flags({entry.name: (entry.param.grad, _limit(entry.layout)) for entry in judged})  # type: ignore[misc]
+    weights = _flags({entry.name: (entry.param, math.inf) for entry in judged if entry.fresh})
     answers = _ask(params, (grads, weights), refused=refusal is not None)
     if refusal is not None:
         raise refusal
@@ -157,12 +158,39 @@ def _limit(layout: Layout) -> float:
     return float(min(sums / count, state / min(1e6, state**0.25)) ** 0.5)
 
 
-def _flag(tensor: Tensor, limit: float) -> Tensor:
-    local = local_tensor(tensor)
-    if local.numel() == 0:
-        return torch.zeros((), device=local.device)
-    low, high = torch.aminmax(local)
-    return 1.0 - ((low > -limit) & (high < limit)).float()
+def _flags(tensors: Mapping[str, tuple[Tensor, float]]) -> dict[str, Tensor]:
+    """Return 1.0 for each tensor that has an element of at least the limit, or NaN, and 0.0 for all others."""
+    local = {name: local_tensor(tensor) for name, (tensor, _) in tensors.items()}
+    flags: dict[str, Tensor] = {}
+    for device in {tensor.device for tensor in local.values()}:
+        names = [name for name, tensor in local.items() if tensor.device == device and tensor.numel() > 0]
+        if names:
+            limits = torch.tensor([tensors[name][1] for name in names], dtype=torch.float64, device="cpu")
+            inside = _magnitudes([local[name] for name in names]) < limits.to(device, non_blocking=True)
+            flags.update(zip(names, inside.logical_not().float().unbind(), strict=True))
+    return {name: flags[name] if name in flags else torch.zeros((), device=local[name].device) for name in tensors}
+
+
+def _magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest absolute element of every tensor, or NaN if it has one, in float64."""
+    if tensors[0].device.type != "cpu":
+        return torch.stack(
+            torch._foreach_norm(list(tensors), math.inf, dtype=torch.float64)
+        )  # one launch for all of them
+    alike: dict[Hashable, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        alike.setdefault((tensor.shape, tensor.dtype), []).append(position)
+    order, found = [], []
+    for positions in alike.values():
+        order += positions
+        batch = Batch([tensors[position] for position in positions])
+        for index in whole_parts(batch):  # on a CPU, this is ten times as fast as a norm
+            part = batch[index]
+            low, high = (
+                torch.aminmax(part) if isinstance(index[0], int) else torch.aminmax(part.reshape(len(part), -1), dim=1)
+            )
+            found.append(torch.maximum(low.neg(), high).double().view(-1))
+    return torch.cat(found)[torch.tensor(order, device="cpu").argsort()]
 
 
 def agreed(flags: list[Tensor], layouts: Sequence[Layout]) -> list[int]:

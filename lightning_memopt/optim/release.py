@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_memopt.kinds.base import State
 from lightning_memopt.kinds.momentum import Direction
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounds import Watch
+from lightning_memopt.optim.bounds import Rates, Watch
 from lightning_memopt.optim.conversion import Loss, denominator_of
 from lightning_memopt.optim.guards import exact_arithmetic
+from lightning_memopt.optim.update import apply
 
 # What happens to momentum that a smaller state cannot hold.
 DROPPED = ("release", "discard")
@@ -38,12 +39,15 @@ def release(
         lost = _difference(old, new, before, after, beta1 / (1 - beta1))
         denominator = denominator_of(old, state, group).part(old.work)
         # Where the gradient was always 0, the factors still hold noise, which eps would amplify.
-        known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)
+        known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)  # type: ignore[union-attr,operator,arg-type]
         denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
         with exact_arithmetic({param.device.type}):
             # Bounded like an update: the lost momentum mixes elements, whatever its kind.
             bounded = old.recipe.second_moment.normalizes
-            old.apply(param, lost, denominator, {**group, "weight_decay": 0.0}, bounded=bounded, watch=watch)
+            rates = Rates.of(
+                {**group, "weight_decay": 0.0}, weights=param.dtype, arithmetic=old.layout.dtype, bounded=bounded
+            )
+            apply([old], [param], lost, denominator, rates, watch)
 
     return on_loss
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Tally, Watch
 from lightning_memopt.optim.guards import exact_arithmetic
+from lightning_memopt.optim.update import Update, update
 from lightning_memopt.sharding.collectives import Gather, Task, gather, packed, run_tasks
 
 
@@ -31,46 +32,24 @@ def take_step(
     Raises:
         FloatingPointError: If a weight would become infinite or NaN. It keeps its value.
     """
-    step = Step(Update(block, param, states[param], group) for group, param in active for block in blocks[param])
-    for _, param in active:
-        states[param]["step"] += 1
-    watch = tally.watch(states[param]["step"] for _, param in active)
+    counters = [states[param]["step"] for _, param in active]
+    numbers = [int(number) + 1 for number in torch.stack(counters).tolist()] if counters else []
+    step = Step(
+        Update(block, param, states[param], group, number)
+        for (group, param), number in zip(active, numbers, strict=True)
+        for block in blocks[param]
+    )
+    if counters:
+        torch._foreach_add_(counters, 1)
+    watch = tally.watch(max(numbers, default=0))
     with exact_arithmetic({param.device.type for _, param in active}):
         step.run(watch)
     tally.take(watch)
     watch.require_finite()
 
 
-@dataclass(frozen=True)
-class Update:
-    """One block and the inputs of its update.
-
-    Attributes:
-        block: The block.
-        param: Its parameter, which has a gradient.
-        state: The parameter's state.
-        group: The parameter's group.
-    """
-
-    block: Block
-    param: Tensor
-    state: dict[str, Tensor]
-    group: Mapping[str, Any]
-
-    def gather_requests(self) -> list[Gather]:
-        """Return the gathers that the update needs."""
-        assert self.param.grad is not None
-        return self.block.gather_requests(self.param.grad, self.state)
-
-    def task(self, gathered: Sequence[Tensor], watch: Watch) -> Task:
-        """Return the update as a task for ``run_tasks``."""
-        assert self.param.grad is not None
-        step = int(self.state["step"].item())
-        return self.block.update(self.param, self.param.grad, self.state, self.group, step, gathered, watch)
-
-
 class Step:
-    """The updates of one step, in waves. All blocks of a wave share their collectives.
+    """The updates of one step, in waves. All blocks of a wave share their collectives; those that are alike, a task.
 
     Gathered tensors stay alive until the end of their wave. A wave gathers at most one payload of a collective, which
     bounds memory for models of any size. Up to that size, the whole model is one wave.
@@ -90,7 +69,13 @@ class Step:
             run_tasks(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
 
 
-def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterable[Task]:
-    for update, requests in wave:
+def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterator[Task]:
+    batches: dict[Hashable, list[tuple[Update, list[Tensor]]]] = {}
+    for each, requests in wave:
         mine, gathered = gathered[: len(requests)], gathered[len(requests) :]
-        yield update.task(mine, watch)
+        batches.setdefault(each.alike(), []).append((each, mine))
+    for batch in batches.values():
+        # What the kinds stack is as large as the state. The sizes are global, so all ranks split a batch alike.
+        nbytes = batch[0][0].block.stacked_bytes
+        for part in packed(batch, lambda entry, nbytes=nbytes: nbytes):  # type: ignore[misc]
+            yield update([each for each, _ in part], [tensors for _, tensors in part], watch)

@@ -66,6 +66,8 @@ class Layout:
         straddles_shards: Whether shard boundaries of a fused parameter are inside its blocks, so that a rank may hold
             any part of this block.
         gathered: Whether every rank works on the whole block although the parameter is sharded.
+        batch: Number of equal blocks that are updated together, or None. It is the first size of ``matrix`` and
+            ``local`` then.
     """
 
     shape: tuple[int, ...]
@@ -84,6 +86,7 @@ class Layout:
     param_shape: tuple[int, ...] = ()
     straddles_shards: bool = False
     gathered: bool = False
+    batch: int | None = None
 
     @staticmethod
     def of(
@@ -184,7 +187,8 @@ class Layout:
         """Return the negative dimension of ``matrix`` that contains dimension ``dim`` of the parameter."""
         if len(self.shape) == 1:
             return -1
-        return dim - len(self.shape) if len(self.shape) == len(self.matrix) else -2
+        stacked = 0 if self.batch is None else 1
+        return dim - len(self.shape) if len(self.shape) == len(self.matrix) - stacked else -2
 
     def divides(self, dim: int) -> bool:
         """Return whether dimension ``dim`` of ``matrix`` is sharded."""
@@ -211,6 +215,16 @@ class Layout:
             self, mesh=None, placements=(), local=self.matrix, offset=origin, straddles_shards=False, gathered=False
         )
 
+    def batched(self, count: int) -> Layout:
+        """Return the layout of ``count`` blocks with this layout, which are updated together."""
+        return replace(
+            self,
+            batch=count,
+            matrix=(count, *self.matrix),
+            local=(count, *self.local),
+            offset=(0, *self.offset),
+        )
+
     def cut_of_block(self) -> Cut:
         """Return how the block, as ``[..., m, n]``, is cut, for a block that ranks gather."""
         (position,) = self.shards()
@@ -233,7 +247,7 @@ class Layout:
         tensor = local_tensor(tensor)
         if self.local_slot is not None:
             tensor = tensor.narrow(self.local_slot.dim, self.local_slot.start, self.local_slot.length)
-        return tensor.reshape(self.local)
+        return tensor if tensor.shape == self.local else tensor.reshape(self.local)
 
     def part_of(self, tensor: Tensor, *, at: int, dim: int) -> Tensor:
         """Return the local part of a global tensor whose dimension ``at`` matches dimension ``dim`` of the block.

@@ -11,6 +11,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ import lightning_memopt as lm
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import Momentum, NoMomentum
 from lightning_memopt.kinds.second_moment import NoSecondMoment
+from lightning_memopt.optim import update
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
-from lightning_memopt.optim.stepping import Step, Update
+from lightning_memopt.optim.stepping import Step
+from lightning_memopt.optim.update import Update
 from lightning_memopt.plans.plan import Recipe
 from lightning_memopt.sharding.layout import Layout, Slot
 from tests._compare import assert_equal, relative_error
@@ -165,16 +168,17 @@ def on_a_rank(rank: int, world: int, expected: bytes) -> dict[str, Outcome]:
 RESULTS: dict[str, Any] = {}
 
 
-class Probe(Block):
-    """A block that keeps direction and denominator instead of updating weights."""
+def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: Any) -> None:
+    """Keep direction and denominator instead of updating weights, by block."""
+    work, count = blocks[0].work, len(blocks)
+    for position, block in enumerate(blocks):
+        result = denominator if "second moment" in block.name else direction
+        RESULTS[block.name] = dense(result, work.batched(count))[position] if count > 1 else dense(result, work)
 
-    def apply(self, param: Any, direction: Any, denominator: Any, *group: Any, **now: Any) -> None:
-        RESULTS[self.name] = dense(denominator if "second moment" in self.name else direction, self.work)
 
-
-def probe(kind: Kind, layout: Layout, name: str = "block") -> Probe:
+def probe(kind: Kind, layout: Layout, name: str = "block") -> Block:
     recipe = Recipe(kind, NoSecondMoment()) if isinstance(kind, Momentum) else Recipe(NoMomentum(), kind)
-    return Probe(name, "other", recipe, layout, "", tick_at(1).key, 0, 4, lm.load_plan("adamw"))
+    return Block(name, "other", recipe, layout, "", tick_at(1).key, 0, 4, lm.load_plan("adamw"))
 
 
 @dataclass
@@ -183,7 +187,7 @@ class Run:
 
     case: Case
     kind: Kind
-    block: Probe
+    block: Block
     state: dict[str, Any]
 
 
@@ -198,9 +202,9 @@ def take_step(runs: list[Run], grads: dict[str, DTensor], number: int) -> None:
     RESULTS.clear()
     updates = []
     for run in runs:
-        run.state["step"] = torch.tensor(float(number))
-        updates.append(Update(run.block, params[run.case.name], run.state, GROUP))
-    Step(updates).run(Watch())
+        updates.append(Update(run.block, params[run.case.name], run.state, GROUP, number))
+    with mock.patch.object(update, "apply", record):
+        Step(updates).run(Watch())
 
 
 def run_cases(cases: list[Case], mesh: Any, expected: dict[str, dict[str, list[torch.Tensor]]]) -> dict[str, Outcome]:
@@ -290,9 +294,10 @@ def torn_fused_blocks(mesh: Any) -> None:
                 params[0].grad = grad
                 params[1].grad = distribute_tensor(grad, mesh, [Shard(0)], src_data_rank=None)
                 for found, param, state in zip(blocks, params, states, strict=True):
-                    state["step"] = torch.tensor(float(number))
                     with torch.no_grad():
-                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}) for block in found]).run(Watch())
+                        Step([Update(block, param, state, {**GROUP, "lr": 0.1}, number) for block in found]).run(
+                            Watch()
+                        )
             error = relative_error(params[1].full_tensor().detach(), params[0].detach())
             assert error <= TOLERANCE, f"{label(kind)} on {lengths}: {error:.1e}"
 

@@ -128,7 +128,7 @@ def test_adamw_has_no_bound(shape):
     """Torch's AdamW bit for bit, vectors and sparse gradients too, whatever `max_update` is."""
     mine, theirs = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
     optimizer = lm.MemOpt([(NAME, mine)], "adamw", lr=1e-2, max_update=1e-3)
-    control = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0)
+    control = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0, fused=True)
     for step in range(20):
         mine.grad = mostly_zero(step, shape)
         theirs.grad = mine.grad.clone()

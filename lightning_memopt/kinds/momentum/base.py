@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.linalg import Index, take, take_stack
+from lightning_memopt.kinds.batch import Index, Large, take, take_stack
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
 
@@ -27,7 +27,7 @@ class Direction:
         right: ``[..., r, n]``, or None.
     """
 
-    base: Tensor
+    base: Large
     scale: float = 1.0
     left: Tensor | None = None
     right: Tensor | None = None
@@ -40,6 +40,8 @@ class Direction:
         left, right = take(self.left, index), take_stack(self.right, index)
         if base.ndim == 2:
             return torch.addmm(base, left, right, beta=self.scale), 1.0
+        if base.ndim == 3:
+            return torch.baddbmm(base, left, right, beta=self.scale), 1.0
         return torch.matmul(left, right).add_(base, alpha=self.scale), 1.0
 
 
@@ -55,14 +57,16 @@ class Momentum(Kind):
     projection_keys: ClassVar[tuple[str, ...]] = ()
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Process a gradient and return the direction.
 
         Args:
-            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified.
-            state: The local tensors from :meth:`init`; updated in place.
-            layout: The block's layout.
+            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified. If the kind is ``batched``, this
+                may be a batch ``[b, ..., m, n]``.
+            state: The local tensors from :meth:`init`; updated in place. For a batch, they are stacked, and those of
+                the block's shape are batches.
+            layout: The block's layout, or the batch's.
             beta1: Decay rate of the average, in [0, 1).
             tick: The current step.
         """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_memopt.kinds.linalg import chunks, store_
+from lightning_memopt.kinds.batch import Large, chunks
+from lightning_memopt.kinds.linalg import store_, store_chunk_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -28,6 +29,7 @@ class DenseMomentum(Momentum):
     keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
     needs_matrix: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     bias_correction: bool = True
 
@@ -36,7 +38,7 @@ class DenseMomentum(Momentum):
         return {"exp_avg": ELEMENTWISE}
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Average in the gradient."""
         yield from ()
@@ -44,7 +46,7 @@ class DenseMomentum(Momentum):
         noise = self.rounding(layout, tick, "exp_avg")
         for index in chunks(average):
             part = average[index].to(layout.dtype).lerp_(grad[index].to(layout.dtype), 1 - beta1)
-            store_(average[index], part, noise and noise.part(index))
+            store_chunk_(average, index, part, noise)
         return Direction(average, 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import gram, leading_triplets, matmul, orthonormalize, rmatmul, store_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
+from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.layout import Layout
@@ -40,6 +42,7 @@ class LowRankMomentum(Momentum):
 
     name: ClassVar[str] = "low_rank"
     keys: ClassVar[tuple[str, ...]] = ("low_rank_q", "low_rank_r")
+    batched: ClassVar[bool] = True
 
     rank: int | float = 1 / 32
 
@@ -57,7 +60,7 @@ class LowRankMomentum(Momentum):
         return {"low_rank_q": (-2, rank), "low_rank_r": (rank, -1)}
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Take one power iteration on the new momentum: three products with the gradient, 8·m·n·r operations."""
         q_old, r_old = (state[key].to(layout.dtype) for key in self.keys)
@@ -68,13 +71,15 @@ class LowRankMomentum(Momentum):
         y = y.add_(q_old @ coupling, alpha=beta1)
         (square,) = yield from request(Sum(gram(y), layout, -2))
         q = orthonormalize(y, square)
-        r, overlap = yield from request(Sum(rmatmul(q, grad), layout, -2), Sum(q.mT @ q_old, layout, -2))
-        r = r.mul_(1 - beta1).add_(overlap @ r_old, alpha=beta1)
-        # The dropped part M − QR, with M written out, is the gradient plus a correction of rank 2r. The coefficients
-        # nearly cancel (9 and −9 at β₁ = 0.9), so this needs at least float32.
-        keep, drop = beta1 / (1 - beta1), 1 / (1 - beta1) - 1 / (1 - beta1**tick.step)
-        left = torch.cat((q_old, q), dim=-1)
-        right = torch.cat((r_old * keep, r * -drop), dim=-2)
+        projected, overlap = yield from request(Sum(rmatmul(q, grad), layout, -2), Sum(q.mT @ q_old, layout, -2))
+        turned = overlap @ r_old
+        r = turned.mul(beta1).add_(projected, alpha=1 - beta1)
+        # U with M written out, sorted so that the large coefficient β₁ / (1−β₁) meets only what Q lost of Q₋:
+        # G + β₁/(1−β₁) (Q₋ − Q QᵀQ₋) R₋ + Q (β₁/(1−β₁ᵗ) QᵀQ₋R₋ − (1 − (1−β₁)/(1−β₁ᵗ)) QᵀG).
+        correction = 1 - beta1**tick.step
+        left = torch.cat((q_old - q @ overlap, q), dim=-1)
+        inside = turned.mul_(beta1 / correction).sub_(projected, alpha=1 - (1 - beta1) / correction)
+        right = torch.cat((r_old * (beta1 / (1 - beta1)), inside), dim=-2)
         store_(state["low_rank_q"], q, self.rounding(layout, tick, "low_rank_q"))
         store_(state["low_rank_r"], r, self.rounding(layout, tick, "low_rank_r"))
         return Direction(grad, 1.0, left, right)
@@ -89,10 +94,9 @@ class LowRankMomentum(Momentum):
         (squares,) = yield from request(Sum(wide.square().sum(-1, keepdim=True), layout, -1))
         norms = squares.sqrt()
         alive = norms > 0
-        if bool(alive.all()):
+        if wide.device.type == "cpu" and bool(alive.all()):  # on other devices, the host would wait for the answer
             return (wide / norms).to(r_old.dtype)
-        shape = (*layout.matrix[:-2], r_old.shape[-2], layout.matrix[-1])
-        draw = layout.part_of(tick.normal(shape, wide), at=-1, dim=-1)
+        draw = Noise.like(layout, (r_old.shape[-2], -1), tick).normal(wide.shape, wide.device)
         return torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
 
     def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:

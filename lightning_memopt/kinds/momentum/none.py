@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -22,9 +23,10 @@ class NoMomentum(Momentum):
     name: ClassVar[str] = "none"
     needs_matrix: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Return the gradient itself."""
         yield from ()

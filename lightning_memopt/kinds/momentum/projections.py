@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt._registry import Registry
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import (
     GRAM_CUTOFF,
     column_square_sums,
@@ -23,9 +24,11 @@ from lightning_memopt.kinds.linalg import (
     rmatmul,
     signed_eigh,
 )
+from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import Whole
 
 Basis = Generator[Any, Any, Tensor]
 PROJECTIONS: Registry[Callable[..., Basis]] = Registry("projection")
@@ -35,15 +38,15 @@ NEED_SHORT_SIDE_WHOLE = ("svd", "topk")
 
 
 def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
-    shape = (*layout.matrix[:-2], layout.matrix[short], basis.shape[-1])
-    return layout.part_of_stack(tick.normal(shape, basis))
+    noise = Noise.like(layout, (Whole(short), basis.shape[-1]), tick)
+    return noise.normal(basis.shape, basis.device).to(basis.dtype)
 
 
 @PROJECTIONS.register("power")
-def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+def power(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Take one block power iteration from the previous basis, or from random columns where it is zero."""
     alive = basis.ne(0).any(-2, keepdim=True)
-    if not bool(alive.all()):
+    if basis.device.type != "cpu" or not bool(alive.all()):  # elsewhere, the host would wait for the answer
         basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
     basis = layout.along(basis, at=-2, dim=short)
     (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
@@ -57,7 +60,7 @@ def power(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, ti
 
 
 @PROJECTIONS.register("svd")
-def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+def svd(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Take the leading right singular vectors exactly, through the n × n Gram matrix in float64."""
     (square,) = yield from request(Sum(gram(grad), layout, long))
     values, vectors = signed_eigh(square)
@@ -67,7 +70,7 @@ def svd(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick
 
 
 @PROJECTIONS.register("random")
-def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+def random(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Draw a uniformly distributed subspace."""
     draw = layout.along(_draw(basis, layout, short, tick), at=-2, dim=short)
     (square,) = yield from request(Sum(gram(draw), layout, short))
@@ -75,7 +78,7 @@ def random(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, t
 
 
 @PROJECTIONS.register("topk")
-def topk(grad: Tensor, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
+def topk(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Select the coordinates of the short side along which the gradient's slices have the largest norms."""
     (norms,) = yield from request(Sum(column_square_sums(grad, layout.dtype), layout, long))
     largest, chosen = norms.topk(basis.shape[-1], dim=-1)

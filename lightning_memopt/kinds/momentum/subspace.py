@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import gram, leading_triplets, matmul, signed_eigh, store_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
@@ -43,6 +44,7 @@ class SubspaceMomentum(Momentum):
     name: ClassVar[str] = "subspace"
     keys: ClassVar[tuple[str, ...]] = ("subspace_p", "subspace_x")
     projection_keys: ClassVar[tuple[str, ...]] = ("subspace_p",)
+    batched: ClassVar[bool] = True
 
     rank: int | float = 1 / 8
     gap: int = 10
@@ -72,8 +74,12 @@ class SubspaceMomentum(Momentum):
         """Return whether the projection compares parts of the short side that different ranks hold."""
         return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(_sides(layout)[1])
 
+    def phase(self, tick: Tick) -> Hashable:
+        """Return whether a new subspace is due."""
+        return tick.due(self.gap)
+
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta1: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Refresh the subspace if due, then average in the projected gradient."""
         long, short = _sides(layout)
@@ -96,7 +102,7 @@ class SubspaceMomentum(Momentum):
         left, right = momentum.mul_(inside).sub_(projected, alpha=outside), mine.mT
         return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
 
-    def _store_basis(self, state: State, basis: Tensor, layout: Layout, short: int, tick: Tick) -> None:
+    def _store_basis(self, state: Mapping[str, Any], basis: Tensor, layout: Layout, short: int, tick: Tick) -> None:
         target = layout.along(state["subspace_p"], at=-2, dim=short)
         noise = self.rounding(layout, tick, "subspace_p")
         if noise is not None:

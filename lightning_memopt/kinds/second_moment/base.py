@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.linalg import Index, store_, take
+from lightning_memopt.kinds.batch import Index, Large, take
+from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
 
@@ -27,7 +28,7 @@ class Denominator:
         run: If given, every column of ``squares[0]`` applies to this many columns of the block.
     """
 
-    squares: tuple[Tensor, Tensor] | tuple[Tensor] | tuple[()] = ()
+    squares: tuple[Large, Large] | tuple[Large] | tuple[()] = ()
     correction: float = 1.0
     eps: float = 0.0
     run: int | None = None
@@ -63,14 +64,16 @@ class SecondMoment(Kind):
     bias_correction: bool = True
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Process a gradient and return the denominator.
 
         Args:
-            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified.
-            state: The local tensors from :meth:`init`; updated in place.
-            layout: The block's layout.
+            grad: ``[..., m, n]``, the local part, of any floating dtype; not modified. If the kind is ``batched``, this
+                may be a batch ``[b, ..., m, n]``.
+            state: The local tensors from :meth:`init`; updated in place. For a batch, they are stacked, and those of
+                the block's shape are batches.
+            layout: The block's layout, or the batch's.
             beta2: Decay rate of the average, in [0, 1); 1 sums instead of averaging.
             eps: Added to the root.
             tick: The current step.
@@ -84,7 +87,9 @@ class SecondMoment(Kind):
         """
         return Denominator((self.to_dense(state, layout),), self.correction(beta2, tick), eps)
 
-    def accumulate_(self, state: State, key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick) -> Tensor:
+    def accumulate_(
+        self, state: Mapping[str, Any], key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick
+    ) -> Tensor:
         """Average ``value`` into a state tensor of any dtype (with β₂ = 1, add it). Return the new value."""
         new = state[key].to(layout.dtype).mul_(beta2).add_(value, alpha=1 - beta2 if beta2 < 1 else 1.0)
         store_(state[key], new, self.rounding(layout, tick, key))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
@@ -31,6 +32,7 @@ class BlockwiseSecondMoment(SecondMoment):
     name: ClassVar[str] = "blockwise"
     keys: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
     squares: ClassVar[tuple[str, ...]] = ("blockwise_sq",)
+    batched: ClassVar[bool] = True
 
     outputs_per_number: int | None = None
 
@@ -60,7 +62,7 @@ class BlockwiseSecondMoment(SecondMoment):
         return self._run(layout) > 1 and layout.divides(layout.output_dim)
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Average in the mean square of every head or output."""
         rows = layout.output_dim == -2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_memopt.kinds.linalg import chunks, store_
+from lightning_memopt.kinds.batch import Large, chunks
+from lightning_memopt.kinds.linalg import store_, store_chunk_
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -25,13 +26,14 @@ class DenseSecondMoment(SecondMoment):
     squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
     needs_matrix: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
+    batched: ClassVar[bool] = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return ``exp_avg_sq``, with the shape of the block."""
         return {"exp_avg_sq": ELEMENTWISE}
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Average in the squares."""
         yield from ()
@@ -41,7 +43,7 @@ class DenseSecondMoment(SecondMoment):
         for index in chunks(average):
             part = grad[index].to(layout.dtype)
             new = average[index].to(layout.dtype).mul_(beta2).addcmul_(part, part, value=weight)
-            store_(average[index], new, noise and noise.part(index))
+            store_chunk_(average, index, new, noise)
         return Denominator((average,), self.correction(beta2, tick), eps)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
@@ -30,13 +31,14 @@ class FactoredSecondMoment(SecondMoment):
     name: ClassVar[str] = "factored"
     keys: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
     squares: ClassVar[tuple[str, ...]] = ("factored_row", "factored_col")
+    batched: ClassVar[bool] = True
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return both means."""
         return {"factored_row": (-2, 1), "factored_col": (1, -1)}
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Average in the mean squares of rows and columns."""
         m, n = layout.matrix[-2:]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -23,9 +24,10 @@ class NoSecondMoment(SecondMoment):
     normalizes: ClassVar[bool] = False
     # A second moment that starts from zero in the middle of training makes the next updates huge.
     restorable: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Return a denominator of 1."""
         yield from ()

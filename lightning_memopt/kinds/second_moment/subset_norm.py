@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt._registry import unknown
+from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import column_square_sums, row_square_sums, store_
 from lightning_memopt.kinds.second_moment.base import SECOND_MOMENTS, Denominator, SecondMoment, State
 from lightning_memopt.kinds.tick import Tick
@@ -37,6 +38,7 @@ class SubsetNormSecondMoment(SecondMoment):
     name: ClassVar[str] = "subset_norm"
     keys: ClassVar[tuple[str, ...]] = ("subset_norm_sq",)
     squares: ClassVar[tuple[str, ...]] = ("subset_norm_sq",)
+    batched: ClassVar[bool] = True
 
     reduction: str = "mean"
     subset_size: int | None = None
@@ -61,7 +63,7 @@ class SubsetNormSecondMoment(SecondMoment):
         return self.subset_size is not None and layout.divides(-1)
 
     def update(
-        self, grad: Tensor, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick
+        self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
         """Average in the squares of the subsets."""
         m, n = layout.matrix[-2:]

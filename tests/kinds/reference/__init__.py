@@ -6,7 +6,7 @@ A kind without an entry here fails ``tests/kinds/test_reference.py``. A momentum
 
 Attributes of the call:
     due: Whether a refresh falls on this step.
-    draw: Random numbers of a shape; those of the library's ``Tick``, since they are part of no formula.
+    draw: Random numbers of a shape; those of the library's ``Noise``, since they are part of no formula.
     like: The library's state of this matrix, for the one thing that no formula fixes: signs and order of a basis.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.noise import Noise
 from tests.kinds.reference import momentum, second_moment, subspace
 
 MOMENTA: dict[str, Callable[..., Any]] = {
@@ -51,7 +52,8 @@ class Stack:
         for position, (reference, part) in enumerate(zip(self.references, self._matrices(grad), strict=True)):
 
             def draw(*shape: int, position: int = position) -> Tensor:
-                whole = tick.normal((*self.matrix[:-2], *shape), torch.empty(0, dtype=torch.float64))
+                sizes = (*self.matrix[:-2], *shape)
+                whole = Noise.of(tick.salted(), sizes, (0,) * len(sizes)).normal(sizes, torch.device("cpu"))
                 return whole.reshape(self.count, *shape)[position]
 
             mine = {

@@ -8,21 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Singular values below this, relative to the largest, count as zero: the square root of the library's declared cut-off.
+# Less than this share of a column, orthogonal to those before it, counts as nothing: the root of the library's cut-off.
 CUTOFF = 1e-5
 
 
 def orth(matrix: Tensor) -> Tensor:
-    """Return left singular vectors of the matrix with columns at unit length: zeros first where its rank falls short.
-
-    The columns come in ascending order, so that the column that dies (and is drawn anew in the next step) is the first.
-    """
-    lengths = matrix.norm(dim=0)
-    matrix = matrix / torch.where(lengths > 0, lengths, 1.0)
-    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
-    u = torch.where(s > CUTOFF * s[0], u, 0.0)
-    missing = matrix.new_zeros(len(matrix), matrix.shape[1] - u.shape[1])
-    return torch.cat((u, missing), dim=1).flip(1)
+    """Return the columns made orthonormal one by one; zero where a column lies in the span of those before it."""
+    basis = torch.zeros_like(matrix)
+    for position, column in enumerate(matrix.T):
+        rest = column
+        for _ in range(2):  # once more for the rounding errors of the first time
+            rest = rest - basis @ (basis.T @ rest)
+        if rest.norm() > CUTOFF * column.norm():
+            basis[:, position] = rest / rest.norm()
+    return basis
 
 
 class NoMomentum:

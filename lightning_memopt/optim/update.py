@@ -1,0 +1,263 @@
+"""The update of blocks in one step: gradients to kinds, and what they return to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.kinds.batch import Batch, Large, chunks
+from lightning_memopt.kinds.linalg import store_chunk_
+from lightning_memopt.kinds.momentum import DenseMomentum, Direction
+from lightning_memopt.kinds.second_moment import Denominator, DenseSecondMoment
+from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.bounds import Rates, Watch, limited
+from lightning_memopt.sharding.collectives import Gather, Task, interleave
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.state import ELEMENTWISE
+from lightning_memopt.sharding.tensors import local_tensor
+
+_ADAM = (DenseMomentum(), DenseSecondMoment())
+
+
+@dataclass(frozen=True)
+class Update:
+    """One block and the inputs of its update.
+
+    Attributes:
+        block: The block.
+        param: Its parameter, which has a gradient.
+        state: The parameter's state.
+        group: The parameter's group.
+        step: The current step, counted from 1.
+    """
+
+    block: Block
+    param: Tensor
+    state: dict[str, Tensor]
+    group: Mapping[str, Any]
+    step: int
+
+    @property
+    def grad(self) -> Tensor:
+        """The parameter's gradient."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+    def rates(self) -> Rates:
+        """Return the factors in the update, and its limits."""
+        return Rates.of(
+            self.group,
+            weights=self.param.dtype,
+            arithmetic=self.block.layout.dtype,
+            bounded=self.block.recipe.bounded,
+        )
+
+    @property
+    def is_adamw(self) -> bool:
+        """Whether torch's fused AdamW makes this very update."""
+        block, layout = self.block, self.block.layout
+        tensors = [local_tensor(tensor) for tensor in (self.param, self.grad)]
+        return (
+            block.kinds == _ADAM
+            and layout.local_slot is None
+            and layout.device.type in ("cpu", "cuda")
+            and self.group["betas"][1] < 1
+            and not self.rates().checked
+            and layout.state_dtype == layout.dtype
+            and all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)
+        )
+
+    def alike(self) -> Hashable:
+        """Return what updates must share to be made together."""
+        block, group, rates = self.block, self.group, self.rates()
+        if not block.batched or rates.checked:  # checks count weights by block
+            return block.name
+        shared = (rates, self.step, group["betas"], group["eps"], group["maximize"])
+        if self.is_adamw:
+            return block.layout.dtype, block.layout.device, shared
+        tick = Tick(self.step, block.key, block.index)
+        phases = [kind.phase(tick) for kind in block.kinds]
+        return block.layout, block.recipe, self.param.dtype, self.grad.dtype, tuple(phases), shared
+
+    def gather_requests(self) -> list[Gather]:
+        """Return the gathers that the update needs. They are the same on all ranks."""
+        block = self.block
+        wanted = block.requests_for(self.state, tuple(block.cuts))
+        if block.work.gathered:
+            size = torch.Size(block.layout.matrix).numel() * self.grad.element_size()
+            wanted.append(Gather(block.layout.take(self.grad), block.layout.cut_of_block(), size))
+        return wanted
+
+
+def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watch: Watch) -> Task:
+    """Add gradients to the state and update the weights. The result is a task for ``run_tasks``.
+
+    Args:
+        updates: What to update: one block, or several that are alike.
+        gathered: For each of them, the results of ``gather_requests``.
+        watch: Records what happens to the weights.
+    """
+    first, count = updates[0], len(updates)
+    if first.is_adamw:
+        adamw_(updates)
+        return
+    block, group = first.block, first.group
+    momentum, second_moment = block.kinds
+    layout = block.work if count == 1 else block.work.batched(count)
+    tick = Tick(first.step, block.key if count == 1 else tuple(one.block.key for one in updates), block.index)
+    if block.work.gathered:
+        grads = [tensors[-1] for tensors in gathered]
+    else:
+        grads = [one.block.layout.take(one.grad) for one in updates]
+    gradient = _gradient(grads, negated=group["maximize"])
+    state = {key: _state(updates, gathered, kind, key, layout) for kind in block.kinds for key in kind.keys}
+    beta1, beta2 = group["betas"]
+    now: dict[str, Any] = {"layout": layout, "tick": tick}
+    direction, denominator = yield from interleave(
+        momentum.update(gradient, {key: state[key] for key in momentum.keys}, beta1=beta1, **now),
+        second_moment.update(
+            gradient, {key: state[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now
+        ),
+    )
+    _keep(updates, state)
+    apply([one.block for one in updates], [one.param for one in updates], direction, denominator, first.rates(), watch)
+
+
+def adamw_(updates: Sequence[Update]) -> None:
+    """Update blocks with dense momentum and second moment: torch's fused AdamW makes the same update in one pass."""
+    first = updates[0]
+    rates, (beta1, beta2) = first.rates(), first.group["betas"]
+    step = torch.full((), float(first.step), device=first.block.layout.device)
+    torch._fused_adamw_(
+        [local_tensor(one.param) for one in updates],
+        [local_tensor(one.grad) for one in updates],
+        [local_tensor(one.state["exp_avg"]) for one in updates],
+        [local_tensor(one.state["exp_avg_sq"]) for one in updates],
+        [],
+        [step] * len(updates),
+        lr=rates.lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=rates.weight_decay,
+        eps=first.group["eps"],
+        amsgrad=False,
+        maximize=first.group["maximize"],
+    )
+
+
+def _gradient(grads: list[Tensor], *, negated: bool) -> Large:
+    if len(grads) > 1:
+        return Batch(grads, negated=negated)
+    return grads[0].neg() if negated else grads[0]
+
+
+def _state(
+    updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], kind: Any, key: str, layout: Layout
+) -> Large:
+    """Return a state tensor as the kinds see it: that of one block, or those of all blocks, stacked."""
+    block = updates[0].block
+    if key in block.cuts:
+        position = list(block.cuts).index(key)
+        parts = [tensors[position] for tensors in gathered]
+    else:
+        parts = [local_tensor(one.state[one.block.prefix + key]) for one in updates]
+    if len(parts) == 1:
+        return parts[0]
+    if kind.sizes(block.work)[key] == ELEMENTWISE:
+        local = block.work.local
+        return Batch([part if part.shape == local else part.view(local) for part in parts])
+    return torch.stack(parts)
+
+
+def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
+    """Write what kinds did to copies of the state back to where it is stored."""
+    block = updates[0].block
+    targets, values = [], []
+    for key, value in state.items():
+        cut = block.cuts.get(key)
+        if cut is None and (isinstance(value, Batch) or len(updates) == 1):
+            continue  # not a copy
+        for one, part in zip(updates, _by_block(value, len(updates)), strict=True):
+            targets.append(local_tensor(one.state[one.block.prefix + key]))
+            values.append(part if cut is None else cut.mine(part))
+    if targets:
+        torch._foreach_copy_(targets, values)
+
+
+def _by_block(value: Large, count: int) -> Sequence[Tensor]:
+    if isinstance(value, Batch):
+        return value.parts
+    return value.unbind() if count > 1 else (value,)
+
+
+def apply(
+    blocks: Sequence[Block],
+    params: Sequence[Tensor],
+    direction: Direction,
+    denominator: Denominator,
+    rates: Rates,
+    watch: Watch,
+) -> None:
+    """Update the local weights.
+
+    Args:
+        blocks: One block, or several that are alike.
+        params: Their parameters.
+        direction: U.
+        denominator: D.
+        rates: The factors in the update, and its limits.
+        watch: Records what happens to the weights.
+    """
+    block = blocks[0]
+    mine = [each.layout.take(param) for each, param in zip(blocks, params, strict=True)]
+    parts = targets = mine
+    if block.work.gathered:  # U and D cover the whole block: update copies, of which only the local part matters
+        cut = block.layout.cut_of_block()
+        targets = [part.new_zeros(block.work.local) for part in mine]
+        parts = [cut.mine(whole) for whole in targets]
+        torch._foreach_copy_(parts, mine)
+    weights = targets[0] if len(targets) == 1 else Batch(targets)
+    lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
+    if block.work.gathered:
+        torch._foreach_copy_(mine, parts)
+    if lost is not None:
+        watch.lost[block.name] = (block.layout, lost)
+    for part, param in zip(mine, params, strict=True):
+        target = local_tensor(param)
+        if part.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
+            # No view of the weights is a matrix (channels-last convolutions), so a copy was updated.
+            target.copy_(part.view(target.shape))
+
+
+def apply_(
+    weights: Large, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
+) -> Tensor | None:
+    """W ← (1 − ηλ) W − η · U / D, in ``dtype``, one chunk at a time. All shapes broadcast to ``[..., m, n]``.
+
+    The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
+    non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
+    """
+    lost = torch.zeros((), device=weights.device) if rates.checked else None
+    for index in chunks(weights):
+        part = weights[index].to(dtype, copy=rates.checked)
+        if rates.weight_decay:
+            part.mul_(1 - rates.lr * rates.weight_decay)
+        update, scale = direction.at(index, dtype)
+        divisor = denominator.at(index, dtype, weights.shape[-1])
+        if divisor is not None and rates.max_update is not None:
+            update, divisor = limited(update, scale, divisor, rates.max_update, watch), None
+        if divisor is None:
+            part.add_(update, alpha=-rates.lr * scale)
+        else:
+            part.addcdiv_(update, divisor, value=-rates.lr * scale)
+        if lost is not None:
+            fits = part.abs() <= torch.finfo(weights.dtype).max
+            lost += fits.logical_not().sum()
+            part = part.where(fits, weights[index].to(dtype))
+        store_chunk_(weights, index, part)
+    return lost
