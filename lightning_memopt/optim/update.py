@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,8 +49,9 @@ class Update:
         assert self.param.grad is not None
         return self.param.grad
 
+    @cached_property
     def rates(self) -> Rates:
-        """Return the factors in the update, and its limits."""
+        """The factors in the update, and its limits."""
         return Rates.of(
             self.group,
             weights=self.param.dtype,
@@ -57,9 +59,9 @@ class Update:
             bounded=self.block.recipe.bounded,
         )
 
-    @property
+    @cached_property
     def is_adamw(self) -> bool:
-        """Whether torch's fused AdamW makes this very update."""
+        """Whether torch's fused AdamW makes this very update. Ranks may differ: neither way needs a collective."""
         block, layout = self.block, self.block.layout
         tensors = [local_tensor(tensor) for tensor in (self.param, self.grad)]
         return (
@@ -67,14 +69,14 @@ class Update:
             and layout.local_slot is None
             and layout.device.type in ("cpu", "cuda")
             and self.group["betas"][1] < 1
-            and not self.rates().checked
+            and not self.rates.checked
             and layout.state_dtype == layout.dtype
             and all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)
         )
 
     def alike(self) -> Hashable:
         """Return what updates must share to be made together."""
-        block, group, rates = self.block, self.group, self.rates()
+        block, group, rates = self.block, self.group, self.rates
         if not block.batched or rates.checked:  # checks count weights by block
             return block.name
         shared = (rates, self.step, group["betas"], group["eps"], group["maximize"])
@@ -125,13 +127,13 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         ),
     )
     _keep(updates, state)
-    apply([one.block for one in updates], [one.param for one in updates], direction, denominator, first.rates(), watch)
+    apply([one.block for one in updates], [one.param for one in updates], direction, denominator, first.rates, watch)
 
 
 def adamw_(updates: Sequence[Update]) -> None:
     """Update blocks with dense momentum and second moment: torch's fused AdamW makes the same update in one pass."""
     first = updates[0]
-    rates, (beta1, beta2) = first.rates(), first.group["betas"]
+    rates, (beta1, beta2) = first.rates, first.group["betas"]
     step = torch.full((), float(first.step), device=first.block.layout.device)
     torch._fused_adamw_(
         [local_tensor(one.param) for one in updates],
