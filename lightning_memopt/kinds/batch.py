@@ -12,11 +12,11 @@ Index = tuple[int | slice, ...]
 
 # Elements per chunk. On a CPU, small enough for the cache and large enough for efficient matrix products. The limit
 # bounds temporary memory everywhere.
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 24
-# Matrices of a batch that are smaller than this share of a chunk are copied together; one operation on each of the
-# larger ones takes less time than the copy.
-COPIED = 8
+# Blocks of at most this many elements are stacked for a step. For larger ones, one operation each takes less time than
+# the copy.
+SMALL = 1 << 16
 
 
 class Batch:
@@ -84,22 +84,10 @@ class Batch:
         return Batch([self.part(position).view(tuple(shape[1:])) for position in range(len(self.parts))])
 
     def __getitem__(self, index: Index) -> Tensor:
-        """Return one chunk: a view of a part, or a copy if it covers several parts or is negated."""
-        first, rest = index[0], index[1:]
-        if isinstance(first, int):
-            chunk = self.part(first)[rest] if rest else self.part(first)
-        else:
-            chunk = torch.stack(self.parts[first])
-            chunk = (chunk.mT if self.transposed else chunk)[(slice(None), *rest)]
+        """Return one chunk, whose index starts with the position of a part: a view, or a copy if negated."""
+        assert isinstance(index[0], int)
+        chunk = self.part(index[0])[index[1:]] if len(index) > 1 else self.part(index[0])
         return chunk.neg() if self.negated else chunk
-
-    def write(self, index: Index, value: Tensor) -> None:
-        """Write one chunk: a part of a block, or all of several blocks. The value may have another dtype."""
-        first, rest = index[0], index[1:]
-        if isinstance(first, int):
-            self.part(first)[rest].copy_(value)
-        else:
-            torch._foreach_copy_(self.parts[first], value.mT.unbind() if self.transposed else value.unbind())
 
 
 Large = Tensor | Batch
@@ -113,15 +101,13 @@ def limit(tensor: Large) -> int:
 def chunks(tensor: Large) -> Iterator[Index]:
     """Yield indices that split ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
     if isinstance(tensor, Batch):
-        for index in whole_parts(tensor):
-            if isinstance(index[0], int):
-                yield from ((*index, *inner) for inner in chunks(tensor.part(0)))
-            else:
-                yield index
+        for part in range(len(tensor.parts)):
+            yield from ((part, *inner) for inner in chunks(tensor.part(part)))
         return
     *stack, m, n = tensor.shape
     rows = max(1, limit(tensor) // max(1, n))
     if rows < m:
+        rows = -(-m // -(-m // rows))  # of almost equal size
         for position in itertools.product(*(range(size) for size in stack)):
             for start in range(0, m, rows):
                 yield (*(slice(i, i + 1) for i in position), slice(start, min(start + rows, m)))
@@ -134,15 +120,36 @@ def chunks(tensor: Large) -> Iterator[Index]:
         yield (slice(0, m),)
 
 
-def whole_parts(batch: Batch) -> Iterator[Index]:
-    """Yield indices that split a batch into single parts, or into runs of small parts of at most a chunk."""
-    count, each = len(batch.parts), max(1, batch.parts[0].numel())
-    if each > limit(batch) // COPIED:
-        yield from ((position,) for position in range(count))
-        return
-    run = limit(batch) // each
-    for start in range(0, count, run):
-        yield (slice(start, min(start + run, count)),)
+def parts(tensor: Large) -> Iterator[Index]:
+    """Yield the index of every part of a batch, or that of a whole tensor."""
+    yield from ((position,) for position in range(len(tensor.parts))) if isinstance(tensor, Batch) else [()]
+
+
+class Scratch:
+    """Memory for the intermediate results of a chunk, which the next chunk reuses.
+
+    New memory for every result would cost as much as computing it, because the system clears its pages first.
+    """
+
+    def __init__(self, chunked: Large, dtype: torch.dtype) -> None:
+        """Prepare for chunks of ``chunked`` and results of the given dtype. Allocates nothing yet."""
+        self.dtype, self._chunked = dtype, chunked
+        self._flat: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size], Tensor] = {}
+
+    def take(self, name: str, shape: torch.Size) -> Tensor:
+        """Return an uninitialized tensor. It shares its memory with all others of its name."""
+        view = self._views.get((name, shape))
+        if view is None:
+            flat, count = self._flat.get(name), shape.numel()
+            if flat is None or flat.numel() < count:
+                flat = self._flat[name] = self._chunked.new_empty((count,), dtype=self.dtype)
+            view = self._views[name, shape] = flat[:count].view(shape)
+        return view
+
+    def cast(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the tensor in the dtype of the results: itself, or a copy."""
+        return tensor if tensor.dtype == self.dtype else self.take(name, tensor.shape).copy_(tensor)
 
 
 def take(tensor: Large, index: Index) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.batch import Batch, Index, Large, chunks, limit, take_stack, whole_parts
+from lightning_memopt.kinds.batch import Index, Large, Scratch, chunks, limit, parts, take_stack
 from lightning_memopt.kinds.noise import Noise
 
 # Squared singular values below this count as zero, relative to the largest after equilibration. A float64 Gram matrix
@@ -21,9 +19,22 @@ def matmul(matrix: Large, right: Tensor) -> Tensor:
     Shapes: ``[..., m, n]``, ``[..., n, r]`` → ``[..., m, r]``.
     """
     out = right.new_empty((*matrix.shape[:-1], right.shape[-1]))
-    for index in chunks(matrix):
-        torch.matmul(matrix[index].to(right.dtype), take_stack(right, index), out=out[index])
+    scratch = Scratch(matrix, right.dtype)
+    for index in parts(matrix) if matrix.dtype == right.dtype else chunks(matrix):
+        torch.matmul(scratch.cast("part", matrix[index]), take_stack(right, index), out=out[index])
     return out
+
+
+def addmm_(out: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Out ← β out + α left @ right, in place.
+
+    Shapes: ``[..., m, n]``, ``[..., m, r]``, ``[..., r, n]``.
+    """
+    if out.ndim == 2:
+        return out.addmm_(left, right, beta=beta, alpha=alpha)
+    if out.ndim == 3:
+        return out.baddbmm_(left, right, beta=beta, alpha=alpha)
+    return out.mul_(beta).add_(left @ right, alpha=alpha)
 
 
 def rmatmul(left: Tensor, matrix: Large) -> Tensor:
@@ -33,15 +44,14 @@ def rmatmul(left: Tensor, matrix: Large) -> Tensor:
     """
     if matrix.dtype == left.dtype:
         # A quarter faster than leftᵀ @ matrix, whose result is short and wide.
-        if isinstance(matrix, Tensor):
-            return (matrix.mT @ left).mT
         out = left.new_empty((*matrix.shape[:-2], matrix.shape[-1], left.shape[-1]))
-        for index in whole_parts(matrix):
+        for index in parts(matrix):
             torch.matmul(matrix[index].mT, left[index], out=out[index])
         return out.mT
     out = left.new_zeros((*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
+    scratch = Scratch(matrix, left.dtype)
     for index in chunks(matrix):
-        take_stack(out, index).add_(left[index].mT @ matrix[index].to(left.dtype))
+        take_stack(out, index).add_(left[index].mT @ scratch.cast("part", matrix[index]))
     return out
 
 
@@ -52,10 +62,8 @@ def row_square_sums(matrix: Large, dtype: torch.dtype, run: int | None = None) -
     """
     n = matrix.shape[-1]
     if run is None or run >= n:
-        if isinstance(matrix, Tensor):
-            return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=dtype).square_()
         out = matrix.new_empty((*matrix.shape[:-1], 1), dtype=dtype)
-        for index in whole_parts(matrix):
+        for index in parts(matrix):
             torch.linalg.vector_norm(matrix[index], dim=-1, keepdim=True, dtype=dtype, out=out[index])
         return out.square_()
     whole = n // run
@@ -69,30 +77,34 @@ def row_square_sums(matrix: Large, dtype: torch.dtype, run: int | None = None) -
 
 
 def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
-    """Return the sum of squares of every column: ``[..., m, n]`` → ``[..., 1, n]``."""
-    *stack, m, n = matrix.shape
-    panel = max(1, limit(matrix) // max(1, n))
-    if m <= panel:
-        out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
-        for index in chunks(matrix):
-            take_stack(out, index).copy_(matrix[index].to(dtype).square().sum(-2, keepdim=True))
-        return out
-    # Accumulate panels of rows in one panel that stays in the cache, so the squares never go to memory.
-    out = matrix.new_empty((*stack, 1, n), dtype=dtype)
-    for index in itertools.product(*(range(size) for size in stack)):
-        total = matrix.new_zeros((panel, n), dtype=dtype)
-        for start in range(0, m, panel):
-            part = matrix[(*index, slice(start, min(start + panel, m)))].to(dtype)  # type: ignore[index]
-            total[: part.shape[-2]].addcmul_(part, part)
-        torch.sum(total, -2, keepdim=True, out=out[index])
+    """Return the sum of squares of every column: ``[..., m, n]`` → ``[..., 1, n]``.
+
+    Panels of rows are accumulated in one panel that stays in the cache, so the squares never go to memory.
+    """
+    *stack, _, n = matrix.shape
+    out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
+    scratch = Scratch(matrix, dtype)
+    for index in parts(matrix):
+        part = matrix[index]
+        panel = max(1, limit(matrix) // 4 // max(1, part.shape[:-2].numel() * n))
+        total = None
+        for rows in part.split(panel, dim=-2) if part.shape[-2] else ():
+            rows = scratch.cast("part", rows)
+            if total is None:
+                total = torch.mul(rows, rows, out=scratch.take("squares", rows.shape))
+            else:
+                total.narrow(-2, 0, rows.shape[-2]).addcmul_(rows, rows)
+        if total is not None:
+            torch.sum(total, -2, keepdim=True, out=out[index])
     return out
 
 
 def gram(matrix: Large) -> Tensor:
     """Return ``matrixᵀ matrix`` in float64: ``[..., m, r]`` → ``[..., r, r]``."""
     out = matrix.new_zeros((*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-1]), dtype=torch.float64)
+    scratch = Scratch(matrix, torch.float64)
     for index in chunks(matrix):
-        wide = matrix[index].double()
+        wide = scratch.cast("part", matrix[index])
         take_stack(out, index).add_(wide.mT @ wide)
     return out
 
@@ -131,7 +143,13 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     weights = _inverse_cholesky(unit, alive, GRAM_CUTOFF)
     alive = alive & (weights.square().sum(-1) < 0.25 / GRAM_CUTOFF)
     transform = scale.unsqueeze(-1) * _inverse_cholesky(unit, alive, 0.0).mT * alive.unsqueeze(-2)
-    return (matrix.double() @ transform).to(matrix.dtype)
+    out = torch.empty_like(matrix)
+    scratch = Scratch(matrix, torch.float64)
+    for index in chunks(matrix):
+        wide = scratch.cast("part", matrix[index])
+        turned = torch.matmul(wide, take_stack(transform, index), out=scratch.take("turned", wide.shape))
+        out[index].copy_(turned)
+    return out
 
 
 def _inverse_cholesky(unit: Tensor, alive: Tensor, shift: float) -> Tensor:
@@ -182,11 +200,7 @@ def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
 
 def store_chunk_(target: Large, index: Index, value: Tensor, noise: Noise | None = None) -> None:
     """Write ``value`` into a chunk of ``target``, as :func:`store_` does. ``noise`` is that of all of ``target``."""
-    noise = noise and noise.part(index)
-    if isinstance(target, Batch) and not isinstance(index[0], int):
-        target.write(index, _rounded(value, target.dtype, noise))
-    else:
-        store_(target[index], value, noise)
+    store_(target[index], value, noise and noise.part(index))
 
 
 def _rounded(value: Tensor, dtype: torch.dtype, noise: Noise | None) -> Tensor:

@@ -7,18 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.base import State
-from lightning_memopt.kinds.momentum import MOMENTA, Momentum
-from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
+from lightning_memopt.kinds.base import Kind, State
+from lightning_memopt.kinds.batch import SMALL
+from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
+
+
+class Family:
+    """All blocks with the same layout and recipe."""
+
+
+_FAMILIES: WeakValueDictionary[tuple[Layout, Recipe], Family] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,20 @@ class Block:
         """The state keys, without the prefix, whose elements are never negative."""
         return {key for kind in self.kinds for key in kind.squares}
 
-    @property
+    @cached_property
     def batched(self) -> bool:
         """Whether the block may be updated together with others."""
         return all(kind.batched for kind in self.kinds)
+
+    @cached_property
+    def recurring(self) -> tuple[Kind, ...]:
+        """The kinds with work that is not due in every step."""
+        return tuple(kind for kind in self.kinds if type(kind).phase is not Kind.phase)
+
+    @cached_property
+    def is_adam(self) -> bool:
+        """Whether the kinds are those of AdamW."""
+        return self.kinds == (DenseMomentum(), DenseSecondMoment())
 
     @cached_property
     def work(self) -> Layout:
@@ -85,15 +104,32 @@ class Block:
         return self.layout
 
     @cached_property
+    def family(self) -> Family:
+        """What this block shares with all others of its layout and recipe."""
+        return _FAMILIES.setdefault((self.layout, self.recipe), Family())
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether a batch stacks all tensors of such blocks. All ranks agree, even if their shares differ."""
+        return self._share <= SMALL
+
+    @cached_property
+    def _share(self) -> int:
+        """Number of the block's elements that a rank works on, if all ranks have equally many."""
+        divided = [] if self.work.gathered else self.layout.shards()
+        return -(-math.prod(self.layout.matrix) // math.prod(self.layout.mesh.size(each) for each in divided))
+
+    @cached_property
     def stacked_bytes(self) -> int:
-        """Bytes of the state tensors that a batch of such blocks stacks, over all ranks."""
+        """Bytes that a batch stacks for this block: state as large as over all ranks, and gradients of small blocks."""
         shapes = [
             shape_of(self.layout, sizes)
             for kind in self.kinds
             for sizes in kind.sizes(self.layout).values()
             if sizes != ELEMENTWISE
         ]
-        return sum(math.prod(shape) for shape in shapes) * self.layout.dtype.itemsize
+        elements = sum(math.prod(shape) for shape in shapes) + (self._share if self.small else 0)
+        return elements * self.layout.dtype.itemsize
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:

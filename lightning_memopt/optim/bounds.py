@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,19 +50,29 @@ class Rates:
             arithmetic: The dtype of its arithmetic.
             bounded: Whether the bound applies to the block.
         """
-        lr, decay, max_update = float(group["lr"]), group["weight_decay"], group["max_update"] if bounded else None
-        reach = max_update if max_update is not None else _reach(arithmetic, group)
-        # A finite weight stays finite if the update is less than half of its last bit: rounding absorbs it, even at the
-        # largest number. This holds for float32 and bfloat16 with every kind, and for float16 under a bound. So no
-        # weight has to be read. Only the rest is checked (float16 without a bound, or absurd rates).
-        wide, narrow = torch.finfo(arithmetic), torch.finfo(weights)
-        safe = lr * reach <= narrow.max * narrow.eps / 8 and lr * decay <= 2 and group["eps"] >= wide.tiny
-        return Rates(lr, decay, max_update, checked=not safe)
+        max_update = group["max_update"] if bounded else None
+        rates = float(group["lr"]), group["weight_decay"], max_update
+        return _rates(*rates, group["betas"][0], group["eps"], weights, arithmetic)
 
 
-def _reach(arithmetic: torch.dtype, group: Mapping[str, Any]) -> float:
-    """Return an upper bound on |U / D|. ``guards`` rejects gradients whose squares could overflow in a sum."""
-    return 2 / (1 - group["betas"][0]) * torch.finfo(arithmetic).max ** 0.5 / min(1.0, group["eps"])
+@lru_cache
+def _rates(
+    lr: float,
+    decay: float,
+    max_update: float | None,
+    beta1: float,
+    eps: float,
+    weights: torch.dtype,
+    arithmetic: torch.dtype,
+) -> Rates:
+    wide, narrow = torch.finfo(arithmetic), torch.finfo(weights)
+    # |U / D| at most. `guards` rejects gradients whose squares could overflow in a sum.
+    reach = max_update if max_update is not None else 2 / (1 - beta1) * wide.max**0.5 / min(1.0, eps)
+    # A finite weight stays finite if the update is less than half of its last bit: rounding absorbs it, even at the
+    # largest number. This holds for float32 and bfloat16 with every kind, and for float16 under a bound. So no weight
+    # has to be read. Only the rest is checked (float16 without a bound, or absurd rates).
+    safe = lr * reach <= narrow.max * narrow.eps / 8 and lr * decay <= 2 and eps >= wide.tiny
+    return Rates(lr, decay, max_update, checked=not safe)
 
 
 @dataclass
@@ -103,9 +114,8 @@ class Watch:
             )
 
 
-def limited(update: Tensor, scale: float, divisor: Tensor, bound: float, watch: Watch) -> Tensor:
-    """Return a chunk of U / D with ``|scale · U / D|`` clamped to the bound. It may reuse the memory of D."""
-    quotient = torch.div(update, divisor, out=divisor if divisor.shape == update.shape else None)
+def limit_(quotient: Tensor, scale: float, bound: float, watch: Watch) -> Tensor:
+    """Clamp a chunk of U / D in place, so that ``|scale · U / D|`` is within the bound."""
     limit = bound / abs(scale) if scale else math.inf
     if watch.counting:
         watch.hits.append((quotient.abs() > limit).sum())

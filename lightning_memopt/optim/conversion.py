@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.batch import chunks
+from lightning_memopt.kinds.batch import Scratch, chunks
 from lightning_memopt.kinds.momentum import Momentum
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
@@ -84,8 +84,9 @@ def _limited(
     denominator = denominator_of(old, state, group)
     value = kind.to_dense(source, layout)
     bound = group["max_update"] * (1 - group["betas"][0] ** max(1, int(state["step"].item())))
+    scratch = Scratch(value, layout.dtype)
     for index in chunks(value):
-        limit = denominator.at(index, layout.dtype, value.shape[-1])
+        limit = denominator.at(index, scratch, value.shape[-1])
         assert limit is not None
         value[index] = value[index].clamp(-bound * limit, bound * limit)
     return kind.from_dense(value, layout)

@@ -51,8 +51,8 @@ def take_step(
 class Step:
     """The updates of one step, in waves. All blocks of a wave share their collectives; those that are alike, a task.
 
-    Gathered tensors stay alive until the end of their wave. A wave gathers at most one payload of a collective, which
-    bounds memory for models of any size. Up to that size, the whole model is one wave.
+    Gathered tensors and stacked gradients stay alive until the end of their wave. A wave has at most one payload of a
+    collective of them, which bounds memory for models of any size. Up to that size, the whole model is one wave.
     """
 
     def __init__(self, updates: Iterable[Update]) -> None:
@@ -61,12 +61,18 @@ class Step:
         Blocks without elements are left out: means over nothing would write NaN into their state.
         """
         wanted = [(update, update.gather_requests()) for update in updates if not update.block.layout.empty]
-        self._waves = list(packed(wanted, lambda entry: sum(request.nbytes for request in entry[1])))
+        self._waves = list(packed(wanted, _held))
 
     def run(self, watch: Watch) -> None:
         """Update all blocks. ``watch`` records what happens to the weights."""
         for wave in self._waves:
             run_tasks(_tasks(wave, gather([request for _, requests in wave for request in requests]), watch))
+
+
+def _held(entry: tuple[Update, list[Gather]]) -> int:
+    """Return the bytes that a block holds during its wave: what it gathers, and what a batch stacks if it is small."""
+    each, requests = entry
+    return sum(request.nbytes for request in requests) + (each.block.stacked_bytes if each.block.small else 0)
 
 
 def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterator[Task]:

@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.batch import Batch, Large, chunks
+from lightning_memopt.kinds.batch import Batch, Large, Scratch, chunks
 from lightning_memopt.kinds.linalg import store_chunk_
-from lightning_memopt.kinds.momentum import DenseMomentum, Direction
-from lightning_memopt.kinds.second_moment import Denominator, DenseSecondMoment
+from lightning_memopt.kinds.momentum import Direction
+from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
-from lightning_memopt.optim.bounds import Rates, Watch, limited
+from lightning_memopt.optim.bounds import Rates, Watch, limit_
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.state import ELEMENTWISE
 from lightning_memopt.sharding.tensors import local_tensor
-
-_ADAM = (DenseMomentum(), DenseSecondMoment())
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Update:
     group: Mapping[str, Any]
     step: int
 
-    @property
+    @cached_property
     def grad(self) -> Tensor:
         """The parameter's gradient."""
         assert self.param.grad is not None
@@ -63,16 +61,12 @@ class Update:
     def is_adamw(self) -> bool:
         """Whether torch's fused AdamW makes this very update. Ranks may differ: neither way needs a collective."""
         block, layout = self.block, self.block.layout
+        if not block.is_adam or layout.local_slot is not None or layout.state_dtype != layout.dtype:
+            return False
+        if layout.device.type not in ("cpu", "cuda") or self.group["betas"][1] == 1 or self.rates.checked:
+            return False
         tensors = [local_tensor(tensor) for tensor in (self.param, self.grad)]
-        return (
-            block.kinds == _ADAM
-            and layout.local_slot is None
-            and layout.device.type in ("cpu", "cuda")
-            and self.group["betas"][1] < 1
-            and not self.rates.checked
-            and layout.state_dtype == layout.dtype
-            and all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)
-        )
+        return all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)
 
     def alike(self) -> Hashable:
         """Return what updates must share to be made together."""
@@ -82,13 +76,17 @@ class Update:
         shared = (rates, self.step, group["betas"], group["eps"], group["maximize"])
         if self.is_adamw:
             return block.layout.dtype, block.layout.device, shared
-        tick = Tick(self.step, block.key, block.index)
-        phases = [kind.phase(tick) for kind in block.kinds]
-        return block.layout, block.recipe, self.param.dtype, self.grad.dtype, tuple(phases), shared
+        phases: tuple[Hashable, ...] = ()
+        if block.recurring:
+            tick = Tick(self.step, block.key, block.index)
+            phases = tuple(kind.phase(tick) for kind in block.recurring)
+        return block.family, self.param.dtype, self.grad.dtype, phases, shared
 
     def gather_requests(self) -> list[Gather]:
         """Return the gathers that the update needs. They are the same on all ranks."""
         block = self.block
+        if not block.cuts and not block.work.gathered:
+            return []
         wanted = block.requests_for(self.state, tuple(block.cuts))
         if block.work.gathered:
             size = torch.Size(block.layout.matrix).numel() * self.grad.element_size()
@@ -116,7 +114,7 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         grads = [tensors[-1] for tensors in gathered]
     else:
         grads = [one.block.layout.take(one.grad) for one in updates]
-    gradient = _gradient(grads, negated=group["maximize"])
+    gradient = _together(grads, stacked=block.small, negated=group["maximize"])
     state = {key: _state(updates, gathered, kind, key, layout) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
@@ -152,28 +150,29 @@ def adamw_(updates: Sequence[Update]) -> None:
     )
 
 
-def _gradient(grads: list[Tensor], *, negated: bool) -> Large:
-    if len(grads) > 1:
-        return Batch(grads, negated=negated)
-    return grads[0].neg() if negated else grads[0]
+def _together(tensors: list[Tensor], *, stacked: bool, negated: bool = False) -> Large:
+    """Return the tensors of a batch as the kinds see them: copied to a stack, or in place."""
+    if len(tensors) == 1:
+        return tensors[0].neg() if negated else tensors[0]
+    if stacked:
+        return torch.stack(tensors).neg_() if negated else torch.stack(tensors)
+    return Batch(tensors, negated=negated)
 
 
 def _state(
     updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], kind: Any, key: str, layout: Layout
 ) -> Large:
-    """Return a state tensor as the kinds see it: that of one block, or those of all blocks, stacked."""
+    """Return a state tensor as the kinds see it: that of one block, or those of all blocks."""
     block = updates[0].block
     if key in block.cuts:
         position = list(block.cuts).index(key)
         parts = [tensors[position] for tensors in gathered]
     else:
         parts = [local_tensor(one.state[one.block.prefix + key]) for one in updates]
-    if len(parts) == 1:
-        return parts[0]
-    if kind.sizes(block.work)[key] == ELEMENTWISE:
-        local = block.work.local
-        return Batch([part if part.shape == local else part.view(local) for part in parts])
-    return torch.stack(parts)
+    elementwise = kind.sizes(block.work)[key] == ELEMENTWISE
+    if elementwise and len(parts) > 1:
+        parts = [part.view(block.work.local) for part in parts]
+    return _together(parts, stacked=block.small or not elementwise)
 
 
 def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
@@ -185,8 +184,10 @@ def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
         if cut is None and (isinstance(value, Batch) or len(updates) == 1):
             continue  # not a copy
         for one, part in zip(updates, _by_block(value, len(updates)), strict=True):
-            targets.append(local_tensor(one.state[one.block.prefix + key]))
-            values.append(part if cut is None else cut.mine(part))
+            target = local_tensor(one.state[one.block.prefix + key])
+            targets.append(target)
+            part = part if cut is None else cut.mine(part)
+            values.append(part if part.shape == target.shape else part.view(target.shape))
     if targets:
         torch._foreach_copy_(targets, values)
 
@@ -223,8 +224,10 @@ def apply(
         targets = [part.new_zeros(block.work.local) for part in mine]
         parts = [cut.mine(whole) for whole in targets]
         torch._foreach_copy_(parts, mine)
-    weights = targets[0] if len(targets) == 1 else Batch(targets)
+    weights = _together(targets, stacked=block.small)
     lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
+    if len(targets) > 1 and isinstance(weights, Tensor):
+        torch._foreach_copy_(targets, weights.unbind())
     if block.work.gathered:
         torch._foreach_copy_(mine, parts)
     if lost is not None:
@@ -245,14 +248,17 @@ def apply_(
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
     lost = torch.zeros((), device=weights.device) if rates.checked else None
+    scratch = Scratch(weights, dtype)
     for index in chunks(weights):
-        part = weights[index].to(dtype, copy=rates.checked)
+        old = weights[index]
+        part = scratch.take("weights", old.shape).copy_(old) if rates.checked else scratch.cast("weights", old)
         if rates.weight_decay:
             part.mul_(1 - rates.lr * rates.weight_decay)
-        update, scale = direction.at(index, dtype)
-        divisor = denominator.at(index, dtype, weights.shape[-1])
+        update, scale = direction.at(index, scratch)
+        divisor = denominator.at(index, scratch, weights.shape[-1])
         if divisor is not None and rates.max_update is not None:
-            update, divisor = limited(update, scale, divisor, rates.max_update, watch), None
+            quotient = torch.div(update, divisor, out=scratch.take("update", part.shape))
+            update, divisor = limit_(quotient, scale, rates.max_update, watch), None
         if divisor is None:
             part.add_(update, alpha=-rates.lr * scale)
         else:
@@ -260,6 +266,6 @@ def apply_(
         if lost is not None:
             fits = part.abs() <= torch.finfo(weights.dtype).max
             lost += fits.logical_not().sum()
-            part = part.where(fits, weights[index].to(dtype))
+            part = part.where(fits, old.to(dtype))
         store_chunk_(weights, index, part)
     return lost

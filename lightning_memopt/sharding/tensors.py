@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_dtensor(tensor: Any) -> bool:
     """Return whether a tensor is a DTensor. Does not import the class, which takes a second."""
+    if type(tensor) is Tensor or type(tensor) is Parameter:  # the usual answer, asked several times per block and step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))
 

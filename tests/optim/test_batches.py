@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_memopt as lm
 from lightning_memopt.kinds import batch
-from lightning_memopt.kinds.batch import Batch, chunks, whole_parts
-from lightning_memopt.optim import guards, stepping, update
+from lightning_memopt.kinds.batch import Batch, chunks, parts
+from lightning_memopt.optim import block as blocks
+from lightning_memopt.optim import guards, stepping
 from lightning_memopt.optim.block import Block
 from tests._compare import assert_equal, relative_error
 from tests.kinds.contract.cases import gradient
@@ -62,7 +63,7 @@ OPTIONS = [
 def test_together_equals_one_by_one(options, dtype):
     together, one_by_one = optimizer_of(dtype=dtype, **options), optimizer_of(dtype=dtype, **options)
     take_steps(together, 5)
-    with mock.patch.object(Block, "batched", False), mock.patch.object(update, "_ADAM", None):
+    with mock.patch.object(Block, "batched", False), mock.patch.object(Block, "is_adam", False):
         take_steps(one_by_one, 5)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for (_, param, block), (_, other, _) in zip(together.blocks(), one_by_one.blocks(), strict=True):
@@ -122,25 +123,39 @@ def test_a_step_reads_nothing_from_a_gpu_but_the_verdict(recipe, monkeypatch):
         optimizer.step()
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_large_blocks_equal_small_ones(options, monkeypatch):
+    """Small blocks are stacked, large ones updated where they are."""
+    stacked, in_place = optimizer_of(**options), optimizer_of(**options)
+    take_steps(stacked, 3)
+    monkeypatch.setattr(blocks, "SMALL", 0)
+    monkeypatch.setattr(guards, "SMALL", 0)
+    take_steps(in_place, 3)
+    for (_, param, one), (_, other, _) in zip(stacked.blocks(), in_place.blocks(), strict=True):
+        assert relative_error(param, other) < 1e-5, one.name
+        for key, value in stacked.state[param].items():
+            assert relative_error(value, in_place.state[other][key]) < 1e-4, f"{one.name} {key}"
+
+
 @pytest.mark.parametrize("limit", [1, 40, 100, 1 << 19])
 @pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5), (0, 4), (1, 1)], ids=str)
 def test_chunks_of_a_batch_cover_it(shape, limit, monkeypatch):
     monkeypatch.setattr(batch, "CPU_CHUNK", limit)
-    parts = [gradient(shape, number) for number in range(5)]
+    tensors = [gradient(shape, number) for number in range(5)]
     for negated in (False, True):
-        seen = Batch(parts, negated=negated)
-        expected = -torch.stack(parts) if negated else torch.stack(parts)
-        for split in (chunks, whole_parts):
-            out = Batch([torch.zeros(shape) for _ in parts])
+        seen = Batch(tensors, negated=negated)
+        expected = -torch.stack(tensors) if negated else torch.stack(tensors)
+        for split in (chunks, parts):
+            out = torch.zeros(expected.shape)
             for index in split(seen):
-                out.write(index, seen[index])
-            assert_equal(torch.stack(out.parts), expected)
+                out[index] = seen[index]
+            assert_equal(out, expected)
         assert seen.shape == expected.shape
         assert seen.numel() == expected.numel()
 
 
 def test_the_gradients_of_a_batch_are_not_copied():
-    parts = [gradient((2000, 300), number) for number in range(2)]
-    seen = Batch(parts)
+    tensors = [gradient((2000, 300), number) for number in range(2)]
+    seen = Batch(tensors)
     for index in chunks(seen):
-        assert seen[index].untyped_storage().data_ptr() in {part.untyped_storage().data_ptr() for part in parts}
+        assert seen[index].untyped_storage().data_ptr() in {each.untyped_storage().data_ptr() for each in tensors}

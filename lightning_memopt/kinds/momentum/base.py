@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.batch import Index, Large, take, take_stack
+from lightning_memopt.kinds.batch import Index, Large, Scratch, take, take_stack
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
 
@@ -32,17 +32,14 @@ class Direction:
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def at(self, index: Index, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """Return one chunk of the direction, and the factor that it still needs."""
-        base = self.base[index].to(dtype)
+    def at(self, index: Index, scratch: Scratch) -> tuple[Tensor, float]:
+        """Return one chunk of the direction, and the factor that it still needs. Only the scratch may be modified."""
+        base = scratch.cast("base", self.base[index])
         if self.left is None or self.right is None:
             return base, self.scale
-        left, right = take(self.left, index), take_stack(self.right, index)
-        if base.ndim == 2:
-            return torch.addmm(base, left, right, beta=self.scale), 1.0
-        if base.ndim == 3:
-            return torch.baddbmm(base, left, right, beta=self.scale), 1.0
-        return torch.matmul(left, right).add_(base, alpha=self.scale), 1.0
+        product = scratch.take("update", base.shape)
+        torch.matmul(take(self.left, index), take_stack(self.right, index), out=product)
+        return product.add_(base, alpha=self.scale), 1.0
 
 
 @dataclass(frozen=True)

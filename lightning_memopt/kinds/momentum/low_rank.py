@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.batch import Large
-from lightning_memopt.kinds.linalg import gram, leading_triplets, matmul, orthonormalize, rmatmul, store_
+from lightning_memopt.kinds.linalg import (
+    addmm_,
+    gram,
+    leading_triplets,
+    matmul,
+    orthonormalize,
+    rmatmul,
+    row_square_sums,
+    store_,
+)
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.noise import Noise
@@ -65,10 +74,8 @@ class LowRankMomentum(Momentum):
         """Take one power iteration on the new momentum: three products with the gradient, 8·m·n·r operations."""
         q_old, r_old = (state[key].to(layout.dtype) for key in self.keys)
         sketch = yield from self._sketch(r_old, layout, tick)
-        y, coupling = yield from request(
-            Sum(matmul(grad, sketch.mT).mul_(1 - beta1), layout, -1), Sum(r_old @ sketch.mT, layout, -1)
-        )
-        y = y.add_(q_old @ coupling, alpha=beta1)
+        y, coupling = yield from request(Sum(matmul(grad, sketch.mT), layout, -1), Sum(r_old @ sketch.mT, layout, -1))
+        addmm_(y, q_old, coupling, beta=1 - beta1, alpha=beta1)
         (square,) = yield from request(Sum(gram(y), layout, -2))
         q = orthonormalize(y, square)
         projected, overlap = yield from request(Sum(rmatmul(q, grad), layout, -2), Sum(q.mT @ q_old, layout, -2))
@@ -77,7 +84,8 @@ class LowRankMomentum(Momentum):
         # U with M written out, sorted so that the large coefficient β₁ / (1−β₁) meets only what Q lost of Q₋:
         # G + β₁/(1−β₁) (Q₋ − Q QᵀQ₋) R₋ + Q (β₁/(1−β₁ᵗ) QᵀQ₋R₋ − (1 − (1−β₁)/(1−β₁ᵗ)) QᵀG).
         correction = 1 - beta1**tick.step
-        left = torch.cat((q_old - q @ overlap, q), dim=-1)
+        left = torch.cat((q_old, q), dim=-1)
+        addmm_(left[..., : q.shape[-1]], q, overlap, alpha=-1)
         inside = turned.mul_(beta1 / correction).sub_(projected, alpha=1 - (1 - beta1) / correction)
         right = torch.cat((r_old * (beta1 / (1 - beta1)), inside), dim=-2)
         store_(state["low_rank_q"], q, self.rounding(layout, tick, "low_rank_q"))
@@ -90,14 +98,13 @@ class LowRankMomentum(Momentum):
         M Sᵀ spans the same space as M R₋ᵀ, but its columns scale with the singular values instead of their squares.
         So tiny and huge gradients stay in the range of float32.
         """
-        wide = r_old.double()
-        (squares,) = yield from request(Sum(wide.square().sum(-1, keepdim=True), layout, -1))
-        norms = squares.sqrt()
+        (squares,) = yield from request(Sum(row_square_sums(r_old, torch.float64), layout, -1))
+        norms = squares.sqrt().to(r_old.dtype)
         alive = norms > 0
-        if wide.device.type == "cpu" and bool(alive.all()):  # on other devices, the host would wait for the answer
-            return (wide / norms).to(r_old.dtype)
-        draw = Noise.like(layout, (r_old.shape[-2], -1), tick).normal(wide.shape, wide.device)
-        return torch.where(alive, wide / torch.where(alive, norms, 1.0), draw).to(r_old.dtype)
+        if r_old.device.type == "cpu" and bool(alive.all()):  # on other devices, the host would wait for the answer
+            return r_old / norms
+        draw = Noise.like(layout, (r_old.shape[-2], -1), tick).normal(r_old.shape, r_old.device)
+        return torch.where(alive, r_old / torch.where(alive, norms, 1.0), draw.to(r_old.dtype))
 
     def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return Q and R."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.batch import Index, Large, take
+from lightning_memopt.kinds.batch import Batch, Index, Large, Scratch, take
 from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -38,16 +39,31 @@ class Denominator:
         assert self.run is None
         return replace(self, squares=tuple(layout.part(square) for square in self.squares))  # type: ignore[arg-type]
 
-    def at(self, index: Index, dtype: torch.dtype, columns: int) -> Tensor | None:
-        """Return a tensor that broadcasts against one chunk of the block, or None if the denominator is 1."""
+    def at(self, index: Index, scratch: Scratch, columns: int) -> Tensor | None:
+        """Return a tensor that broadcasts against one chunk of the block, or None if the denominator is 1.
+
+        Only the scratch may be modified.
+        """
         if not self.squares:
             return None
-        first, *rest = (take(square, index).to(dtype).sqrt() for square in self.squares)
-        if self.correction != 1.0:
-            first.div_(self.correction**0.5)
-        if self.run is not None:
-            first = first.repeat_interleave(self.run, dim=-1)[..., :columns]
-        return (first * rest[0] if rest else first).add_(self.eps)
+        if not self._vectors:
+            square = scratch.cast("divisor", take(self.squares[0], index))
+            root = torch.sqrt(square, out=scratch.take("divisor", square.shape))
+            return root.div_(self.correction**0.5).add_(self.eps)
+        first, *rest = (take(vector, index) for vector in self._vectors)
+        if rest:
+            shape = torch.broadcast_shapes(first.shape, rest[0].shape)
+            return torch.mul(first, rest[0], out=scratch.take("divisor", shape)).add_(self.eps)
+        return first if self.run is None else first.repeat_interleave(self.run, dim=-1)[..., :columns]
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, ...]:
+        """The roots of squares that many elements share, computed once for all chunks. None for elementwise squares."""
+        if any(isinstance(each, Batch) or (self.run is None and min(each.shape[-2:]) > 1) for each in self.squares):
+            return ()
+        first, *rest = (square.sqrt() for square in self.squares)  # type: ignore[union-attr]
+        first.div_(self.correction**0.5)
+        return (first, *rest) if rest else (first.add_(self.eps),)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.linalg import chunks
+from lightning_memopt.kinds.batch import Scratch, chunks
 from lightning_memopt.kinds.momentum import Direction, Momentum
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
@@ -60,11 +60,12 @@ def task_of(kind: Kind, grad: Tensor, state: State, layout: Layout, tick: Tick, 
 def dense(result: Direction | Denominator, layout: Layout) -> Tensor:
     """Write a direction or a denominator out as ``[..., m, n]``, chunk by chunk as the optimizer does."""
     out = torch.ones(layout.local, dtype=layout.dtype)
+    scratch = Scratch(out, layout.dtype)
     for index in chunks(out):
         if isinstance(result, Direction):
-            part, scale = result.at(index, layout.dtype)
+            part, scale = result.at(index, scratch)
             out[index] = part * scale
-        elif (part := result.at(index, layout.dtype, layout.local[-1])) is not None:
+        elif (part := result.at(index, scratch, layout.local[-1])) is not None:
             out[index] = part
     return out
 
