@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import runpy
@@ -43,7 +42,6 @@ def run_python(*command: str, timeout: float = 240.0) -> subprocess.CompletedPro
 
 
 def _python(command: list[str], folder: str, place: str, environment: dict[str, str]) -> None:
-    gc.freeze()  # as ranks do
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)
