@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +9,9 @@ from torch import Tensor
 
 from lightning_memopt.sharding.layout import Cut, Layout, pieces
 
-
-@dataclass(frozen=True)
-class Whole:
-    """As many as dimension ``dim`` of the block. Stored sharded like it, but every rank works on all of them."""
-
-    dim: int
-
-
 # The last two sizes of a state tensor. ``-2`` or ``-1`` means "as many as that dimension of the block", and every rank
-# works on its part. With `Whole` or a number, every rank works on all.
-Sizes = tuple[int | Whole, ...]
+# works on its part. With a number, every rank works on all.
+Sizes = tuple[int, ...]
 # The sizes of a state tensor with one number per element, in the shape of the block.
 ELEMENTWISE: Sizes = ()
 
@@ -55,25 +46,22 @@ def shape_of(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
     """Return the global shape of a state tensor."""
     if sizes == ELEMENTWISE:
         return layout.shape
-    dims = [size.dim if isinstance(size, Whole) else size for size in sizes]
-    return (*layout.matrix[:-2], *(layout.matrix[size] if size < 0 else size for size in dims))
+    return (*layout.matrix[:-2], *(layout.matrix[size] if size < 0 else size for size in sizes))
 
 
 def origin(layout: Layout, sizes: Sizes) -> tuple[int, ...]:
     """Return where this rank's part starts in the whole state tensor, seen as ``[..., m, n]``."""
     if sizes == ELEMENTWISE:
         return layout.offset
-    parts = [0 if isinstance(size, Whole) or size >= 0 else layout.offset[size] for size in sizes]
+    parts = [layout.offset[size] if size < 0 else 0 for size in sizes]
     return (*layout.offset[:-2], *parts)
 
 
 def cut_of(layout: Layout, sizes: Sizes) -> Cut | None:
     """Return how a state tensor is cut if ranks need it whole; None if each rank works on its part."""
     for position in layout.shards():
-        placement, follows = _placements(layout, sizes)[position], _follows(layout, sizes, position)
-        last = None if follows is None or sizes == ELEMENTWISE else follows - len(layout.matrix) + 2
-        seen_whole = follows is None or (last is not None and last >= 0 and isinstance(sizes[last], Whole))
-        if placement.is_shard() and seen_whole:
+        placement = _placements(layout, sizes)[position]
+        if placement.is_shard() and _follows(layout, sizes, position) is None:
             lengths = pieces(shape_of(layout, sizes)[placement.dim], layout.mesh.size(position))
             return layout.cut(position, placement.dim, lengths)
     return None
@@ -89,7 +77,7 @@ def _follows(layout: Layout, sizes: Sizes, position: int) -> int | None:
         return layout.placements[position].dim
     if dim < -2:
         return dim + len(layout.matrix)
-    return next((stack + place for place, size in enumerate(sizes) if size in (dim, Whole(dim))), None)
+    return next((stack + place for place, size in enumerate(sizes) if size == dim), None)
 
 
 def _placements(layout: Layout, sizes: Sizes) -> tuple[Any, ...]:

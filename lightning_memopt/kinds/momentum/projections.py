@@ -28,7 +28,6 @@ from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.layout import Layout
-from lightning_memopt.sharding.state import Whole
 
 Basis = Generator[Any, Any, Tensor]
 PROJECTIONS: Registry[Callable[..., Basis]] = Registry("projection")
@@ -38,18 +37,14 @@ NEED_SHORT_SIDE_WHOLE = ("svd", "topk")
 
 
 def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
-    noise = Noise.like(layout, (Whole(short), basis.shape[-1]), tick)
+    noise = Noise.like(layout, (short, basis.shape[-1]), tick)
     return noise.normal(basis.shape, basis.device).to(basis.dtype)
 
 
 @PROJECTIONS.register("power")
 def power(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Take one block power iteration from the previous basis, or from random columns where it is zero."""
-    alive = basis.ne(0).any(-2, keepdim=True)
-    if basis.device.type != "cpu" or not bool(alive.all()):  # elsewhere, the host would wait for the answer
-        basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
-    basis = layout.along(basis, at=-2, dim=short)
-    (image,) = yield from request(Sum(matmul(grad, basis), layout, short))
+    image = yield from _image(grad, basis, layout, short, tick)
     # Orthonormalize in between. GᵀG P squares the spread of the singular values and would lose columns below 1/300
     # of the largest.
     (square,) = yield from request(Sum(gram(image), layout, long))
@@ -57,6 +52,22 @@ def power(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tic
     back = back.mT
     (square,) = yield from request(Sum(gram(back), layout, short))
     return orthonormalize(back, square)
+
+
+def _image(grad: Large, basis: Tensor, layout: Layout, short: int, tick: Tick) -> Basis:
+    """Return G P, with random columns in place of the zero columns of P."""
+    alive = basis.ne(0).any(-2, keepdim=True)
+    if layout.group(short) is None:
+        if basis.device.type != "cpu" or not bool(alive.all()):  # elsewhere, the host would wait for the answer
+            basis = torch.where(alive, basis, _draw(basis, layout, short, tick))
+        return matmul(grad, basis)
+    # A column may be zero on this rank only. To ask first would cost a collective, so both products are summed.
+    image, drawn, alive = yield from request(
+        Sum(matmul(grad, basis), layout, short),
+        Sum(matmul(grad, _draw(basis, layout, short, tick)), layout, short),
+        Sum(alive.to(basis.dtype), layout, short),
+    )
+    return torch.where(alive > 0, image, drawn)
 
 
 @PROJECTIONS.register("svd")
@@ -72,7 +83,7 @@ def svd(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick:
 @PROJECTIONS.register("random")
 def random(grad: Large, basis: Tensor, layout: Layout, long: int, short: int, tick: Tick) -> Basis:
     """Draw a uniformly distributed subspace."""
-    draw = layout.along(_draw(basis, layout, short, tick), at=-2, dim=short)
+    draw = _draw(basis, layout, short, tick)
     (square,) = yield from request(Sum(gram(draw), layout, short))
     return orthonormalize(draw, square)
 

@@ -16,7 +16,7 @@ from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, interleave, request
 from lightning_memopt.sharding.layout import Layout
-from lightning_memopt.sharding.state import Sizes, Whole
+from lightning_memopt.sharding.state import Sizes
 
 
 @MOMENTA.register("subspace")
@@ -66,9 +66,9 @@ class SubspaceMomentum(Momentum):
         return replace(self, rank=resolve_rank(self.rank, layout))
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return the basis, which every rank needs whole, and the coordinates of the momentum in it."""
+        """Return the basis, and the coordinates of the momentum in it."""
         rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
-        return {"subspace_p": (Whole(short), rank), "subspace_x": (long, rank)}
+        return {"subspace_p": (short, rank), "subspace_x": (long, rank)}
 
     def needs_whole(self, layout: Layout) -> bool:
         """Return whether the projection compares parts of the short side that different ranks hold."""
@@ -85,30 +85,21 @@ class SubspaceMomentum(Momentum):
         long, short = _sides(layout)
         tall = grad if long == -2 else grad.mT
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
-        old = mine = layout.along(basis, at=-2, dim=short)
-        due = tick.due(self.gap)
+        old, due = basis, tick.due(self.gap)
         if due:
-            mine = yield from PROJECTIONS.get(self.projection)(tall, basis, layout, long, short, tick)
+            basis = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
         (projected,), momentum = yield from interleave(
-            request(Sum(matmul(tall, mine), layout, short)),
-            HANDOVERS.get(self.handover if due else "keep")(momentum, old, mine, layout, short),
+            request(Sum(matmul(tall, basis), layout, short)),
+            HANDOVERS.get(self.handover if due else "keep")(momentum, old, basis, layout, short),
         )
         if due:
-            self._store_basis(state, mine, layout, short, tick)
+            store_(state["subspace_p"], basis, self.rounding(layout, tick, "subspace_p"))
         momentum = momentum.lerp(projected, 1 - beta1)
         store_(state["subspace_x"], momentum, self.rounding(layout, tick, "subspace_x"))
         inside = 1 / (1 - beta1**tick.step) if self.bias_correction else 1.0
         outside = inside if self.correct_complement else 1.0
-        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), mine.mT
+        left, right = momentum.mul_(inside).sub_(projected, alpha=outside), basis.mT
         return Direction(grad, outside, left, right) if long == -2 else Direction(grad, outside, right.mT, left.mT)
-
-    def _store_basis(self, state: Mapping[str, Any], basis: Tensor, layout: Layout, short: int, tick: Tick) -> None:
-        target = layout.along(state["subspace_p"], at=-2, dim=short)
-        noise = self.rounding(layout, tick, "subspace_p")
-        if noise is not None:
-            start = layout.offset[short]
-            noise = noise.part((*[slice(0, None)] * (basis.ndim - 2), slice(start, None)))
-        store_(target, basis, noise)
 
     def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return X and Pᵀ, or P and Xᵀ for a wide block."""
