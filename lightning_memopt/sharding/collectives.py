@@ -60,6 +60,7 @@ class Pending:
     def __init__(self, asked: Sum, group: Any) -> None:
         """Store the request. ``group`` is the process group that divides the dimension."""
         self.value, self.group, self.answered = asked.value, group, False
+        self.layout = asked.layout
 
     @property
     def flight(self) -> Flight:
@@ -117,9 +118,10 @@ def run_tasks(tasks: Iterable[Task]) -> None:
     waiting: list[tuple[Task, Requests]] = []
     for task in tasks:
         _advance(task, waiting)
+    turns = Turns()
     while waiting:
         asked = [requests for _, requests in waiting]
-        flight = _next_flight(asked)
+        flight = turns.next(asked)
         _sum([pending for requests in asked for pending in requests if pending.flight == flight])
         previous, waiting = waiting, []
         for task, requests in previous:
@@ -135,17 +137,43 @@ def _advance(task: Task, waiting: list[tuple[Task, Requests]]) -> None:
         waiting.append((task, requests))
 
 
-def _next_flight(asked: list[Requests]) -> Flight:
-    """Return the key of the next collective.
+class Turns:
+    """Whose sums go next: process groups take turns, in the order of the mesh, and float64 goes before float32.
 
-    Sums of different dtypes cannot share a collective. Kinds request "float32, float64, float32" or a part of this
-    sequence. float32 goes first only if a task waits for nothing else, so all blocks together need no more collectives
-    than this sequence.
+    Sums of different groups or dtypes cannot share a collective. With A and B as the groups, one of which divides rows
+    and the other one columns, the turns are A32 B64 B32 A64, and again. Whatever a kind asks is a part of the first
+    seven: low rank B64 B32 A64 A32, a new subspace A32 B64 B32 A64 A32, or either with A and B exchanged. So blocks of
+    all kinds together need at most three collectives of A and four of B.
     """
-    flights = dict.fromkeys(pending.flight for requests in asked for pending in requests)
-    stuck = {requests[0].flight for requests in asked if len({pending.flight for pending in requests}) == 1}
-    small_first = sorted((flight for flight in flights if flight in stuck), key=lambda flight: flight[1].itemsize)
-    return small_first[0] if small_first else max(flights, key=lambda flight: flight[1].itemsize)
+
+    def __init__(self) -> None:
+        self._lanes: list[tuple[Any, torch.device]] = []
+        self._turn: int | None = None
+
+    def next(self, asked: list[Requests]) -> Flight:
+        """Return the group, dtype and device of the next collective, and end its turn."""
+        flights = {}
+        for pending in (pending for requests in asked for pending in requests):
+            flights[self._turn_of(pending)] = pending.flight
+        if self._turn is None:
+            # The first turn is only worth a collective if a block waits for nothing that comes later.
+            alone = [requests for requests in asked if all(_is_narrow(pending.flight) for pending in requests)]
+            self._turn = 1 if any(self._turn_of(pending) == 1 for requests in alone for pending in requests) else 2
+        begin, count = self._turn, 2 * len(self._lanes)
+        turn = min(flights, key=lambda turn: (turn - begin) % count)
+        self._turn = turn + 1
+        return flights[turn]
+
+    def _turn_of(self, pending: Pending) -> int:
+        lane = (pending.group, pending.value.device)
+        if lane not in self._lanes:
+            lanes = [(group, pending.value.device) for group in pending.layout.matrix_groups()]
+            self._lanes += [each for each in dict.fromkeys((*lanes, lane)) if each not in self._lanes]
+        return 2 * self._lanes.index(lane) + _is_narrow(pending.flight)
+
+
+def _is_narrow(flight: Flight) -> bool:
+    return flight[1].itemsize < torch.float64.itemsize
 
 
 def _sum(flight: Sequence[Pending]) -> None:

@@ -168,6 +168,11 @@ class Layout:
         assert len(positions) < 2, "two mesh dimensions shard one dimension, which _check refuses"
         return self.mesh.get_group(positions[0]) if positions else None
 
+    def matrix_groups(self) -> list[Any]:
+        """Return the process groups that divide the work on rows and columns, in the order of the mesh."""
+        positions = [] if self.gathered else sorted((*self.shards(-2), *self.shards(-1)))
+        return [self.mesh.get_group(position) for position in positions]
+
     def mesh_groups(self) -> list[Any]:
         """Return the process groups of all mesh dimensions, including those that replicate the block."""
         count = self.mesh.ndim if self.mesh is not None else 0

@@ -22,6 +22,9 @@ class FakeLayout:
     def group(self, dim):
         return next((group for over, group in self.sharded if over == dim), None)
 
+    def matrix_groups(self):
+        return [group for _, group in self.sharded]
+
 
 WHOLE, ROWS, COLUMNS = FakeLayout(), FakeLayout(((-2, "A"),)), FakeLayout(((-1, "B"),))
 BOTH = FakeLayout(((-2, "A"), (-1, "B")))
@@ -128,6 +131,37 @@ def test_one_collective_per_group_and_dtype(flights):
         ("A", torch.float64, 16),
         ("B", torch.float32, 12),
     ]
+
+
+WIDE, NARROW = torch.float64, torch.float32
+LOW_RANK = [("B", WIDE), ("B", NARROW), ("A", WIDE), ("A", NARROW)]
+NEW_SUBSPACE = [("A", NARROW), ("B", WIDE), ("B", NARROW), ("A", WIDE), ("A", NARROW)]
+
+
+def exchanged(sums):
+    return [("AB"[group == "A"], dtype) for group, dtype in sums]
+
+
+@pytest.mark.parametrize(
+    ("chains", "expected"),
+    [
+        ([LOW_RANK], "B64 B32 A64 A32"),
+        ([NEW_SUBSPACE], "A32 B64 B32 A64 A32"),
+        ([LOW_RANK, exchanged(LOW_RANK)], "B64 B32 A64 A32 B64 B32"),
+        ([LOW_RANK, NEW_SUBSPACE], "A32 B64 B32 A64 A32"),
+        ([NEW_SUBSPACE, exchanged(NEW_SUBSPACE)], "A32 B64 B32 A64 A32 B64 B32"),
+        ([*map(exchanged, (LOW_RANK, NEW_SUBSPACE)), LOW_RANK, NEW_SUBSPACE], "A32 B64 B32 A64 A32 B64 B32"),
+        ([[("A", WIDE), ("A", NARROW)], [("A", NARROW), ("A", WIDE), ("A", NARROW)]], "A32 A64 A32"),
+        ([[("A", NARROW)] * 3], "A32 A32 A32"),
+    ],
+)
+def test_groups_and_dtypes_take_turns(flights, chains, expected):
+    def asks(chain):
+        for group, dtype in chain:
+            yield from request(Sum(torch.ones(1, dtype=dtype), BOTH, {"A": -2, "B": -1}[group]))
+
+    run_tasks(asks(chain) for chain in chains)
+    assert " ".join(f"{group}{8 * dtype.itemsize}" for group, dtype, _ in flights) == expected
 
 
 def test_only_the_groups_of_that_dimension_are_asked(flights):
