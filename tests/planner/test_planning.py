@@ -115,6 +115,17 @@ def test_a_model_of_70_billion_parameters_needs_little_memory():
     assert peak < 2 << 20
 
 
+def test_state_is_divided_as_evenly_as_weights():
+    """Of GPT-2's 1,600 rows, 800 of 1,024 ranks hold two and the others none."""
+    recipes = ["adapm_lean", "adapm", "adam_snsm", "adafactor"]
+    whole, part = (lm.plan_memory("gpt2-xl", recipes, world_size=ranks) for ranks in (1, 1024))
+    weights = part.parameter_bytes * 1024 / whole.parameter_bytes
+    assert 1.21 < weights < 1.22
+    for recipe in recipes:
+        excess = part.row(recipe).state_bytes * 1024 / whole.row(recipe).state_bytes
+        assert 1.1 < excess < 1.01 * weights, f"{recipe}: {excess:.3f}"
+
+
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
