@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -214,16 +215,24 @@ def _gather(wanted: list[Gather]) -> list[Tensor]:
         buffer = torch.empty(theirs.shape, dtype=torch.uint8, device=device)
         _all_gather(buffer.view(-1), mine, group=first.cut.group)
         theirs.copy_(buffer)
-    found, start = [], 0
-    for entry, span in zip(wanted, spans, strict=True):
-        pieces = []
-        for rank, size in enumerate(entry.cut.sizes):
-            shape = [size if dim == entry.cut.dim else length for dim, length in enumerate(entry.value.shape)]
-            used = torch.Size(shape).numel() * entry.value.element_size()
-            pieces.append(received[rank, start : start + used].view(entry.value.dtype).view(shape))
-        found.append(torch.cat(pieces, dim=entry.cut.dim))
-        start += span
-    return found
+    return [_assembled(entry, part) for entry, part in zip(wanted, received.split(spans, dim=1), strict=True)]
+
+
+def _assembled(entry: Gather, received: Tensor) -> Tensor:
+    """Return the whole tensor from the bytes of every rank: ``[ranks, bytes]``.
+
+    Pieces of one length are copied together. One by one, they would take thousands of operations on many ranks.
+    """
+    dim, value = entry.cut.dim, entry.value
+    whole = value.new_empty((*value.shape[:dim], sum(entry.cut.sizes), *value.shape[dim + 1 :]))
+    rank = start = 0
+    for size, alike in itertools.groupby(entry.cut.sizes):
+        count = len(list(alike))
+        target = whole.narrow(dim, start, count * size).unflatten(dim, (count, size)).movedim(dim, 0)
+        sent = received[rank : rank + count, : target.nbytes // count].view(value.dtype)
+        target.copy_(sent.view(target.shape))
+        rank, start = rank + count, start + count * size
+    return whole
 
 
 def _padded(entry: Gather) -> torch.Size:
