@@ -92,7 +92,7 @@ def measure(build: Build, model: nn.Module, gradients: step_time.Gradients, roun
 def models(sizes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, step_time.Gradients]]:
     """Yield one size after the other; the previous one is freed if the caller drops its references."""
     for size in sizes:
-        model = step_time.build_model(size, DEVICE, torch.float32)
+        model = step_time.build_model(step_time.SIZES[size], DEVICE, torch.float32)
         yield size, model, step_time.Gradients(model, DEVICE)
         del model
         _free()

@@ -21,6 +21,8 @@ def peers() -> Iterator[tuple[str, str, Build]]:
     yield "apollo", "apollo-torch", _apollo
     yield "apollo_mini", "apollo-torch", _apollo_mini
     yield "adam_mini_authors", "adam-mini", _adam_mini
+    yield "adamw_8bit", "torchao", _adamw_8bit
+    yield "torch_muon", "torch", _muon
 
 
 def installed(package: str) -> bool:
@@ -68,3 +70,30 @@ def _adam_mini(model: nn.Module) -> torch.optim.Optimizer:
     build = importlib.import_module("adam_mini").Adam_mini
     heads = {"dim": model.config.hidden_size, "n_heads": model.config.num_attention_heads}
     return build(list(model.named_parameters()), lr=1e-3, verbose=False, **heads)
+
+
+def _adamw_8bit(model: nn.Module) -> torch.optim.Optimizer:
+    return importlib.import_module("torchao.optim").AdamW8bit(model.parameters(), lr=1e-3)
+
+
+class _Both(torch.optim.Optimizer):
+    """Two optimizers that step together."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        self.parts = (first, second)
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict[str, object]]:  # type: ignore[override]
+        return {**self.parts[0].state, **self.parts[1].state}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def _muon(model: nn.Module) -> torch.optim.Optimizer:
+    # Muon is for hidden matrices; its authors leave all other parameters to AdamW.
+    named = list(model.named_parameters())
+    hidden = [param for name, param in named if any(part in name for part in _ADAPTED)]
+    rest = [param for name, param in named if not any(part in name for part in _ADAPTED)]
+    return _Both(torch.optim.Muon(hidden, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, fused=True))

@@ -8,7 +8,10 @@ Each round times one step of fused AdamW and one of the candidate on the same pa
 order. The ratio is the median over rounds, so a machine that throttles slows both. Other work on the same cores does
 not cancel, because threads that wait for each other suffer most: use a quiet machine. The page states the load.
 Gradients are new normal numbers every round, drawn outside the timed part. The first steps are not timed; their peak of
-temporary memory is recorded. galore-torch, apollo-torch and adam-mini are compared if installed.
+temporary memory is recorded. Optimizers of other packages are compared if they are installed: `pip install ".[bench]"`.
+
+Two more tables need a minute: the time that Python takes, from a model as deep with matrices of eight columns, and 400
+matrices of 64 x 64, where most optimizers spend their time on calls.
 """
 
 from __future__ import annotations
@@ -17,25 +20,17 @@ import argparse
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from _host import host_times, small_matrices
 from _memory import PeakMemory, self_check, state_bytes
 from _peers import Build, installed, peers
 from _report import OUTPUT, markdown, provenance, show
+from _step_models import SIZES, Gradients, build_model, timed
 from torch import nn
 
-# hidden, intermediate, layers, heads, vocabulary
-SIZES = {
-    "1b": (2048, 5461, 24, 32, 32000),
-    "130m": (768, 2048, 12, 12, 32000),
-    "60m": (512, 1376, 8, 8, 32000),
-    "tiny": (64, 172, 2, 4, 512),
-}
 RECORDED = 12  # steps recorded for memory: the first, which may allocate state, and a full gap of SNSM after it
 HEAD = [
     "optimizer",
@@ -46,6 +41,9 @@ HEAD = [
     "temporaries / largest block",
     "state",
 ]
+
+
+Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -64,62 +62,6 @@ class Result:
         """Format as a row of the table."""
         numbers = [f"{self.ratio:.2f}", f"{self.median * 1e3:.1f}", f"{self.longest / self.median:.2f}"]
         return [self.name, *numbers, f"{self.first / self.median:.1f}", f"{self.temporaries:.2f}", f"{self.state:.1%}"]
-
-
-def llama_shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, layers, _, vocabulary = SIZES[size]
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{prefix}.self_attn.{name}.weight", (hidden, hidden)
-        for name in ("gate_proj", "up_proj"):
-            yield f"{prefix}.mlp.{name}.weight", (inner, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}.{name}.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocabulary, hidden)
-
-
-def build_model(size: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Return a module with only a LLaMA's parameters, under transformers' names."""
-    hidden, inner, layers, heads, vocabulary = SIZES[size]
-    model = nn.Module()
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    heads_of = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": hidden // heads}
-    model.config = SimpleNamespace(model_type="llama", **sizes, **heads_of)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, shape in llama_shapes(size):
-        *path, leaf = name.split(".")
-        parent = model
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
-        weight = torch.randn(shape, generator=generator, device=device) * 0.02
-        parent.register_parameter(leaf, nn.Parameter(weight.to(dtype)))
-    return model
-
-
-class Gradients:
-    """Give every parameter a new normal gradient, copied from a pool of noise, which is faster than drawing it."""
-
-    def __init__(self, model: nn.Module, device: str) -> None:
-        self.params = list(model.parameters())
-        self.spare = 1_000_003
-        length = max(param.numel() for param in self.params) + self.spare
-        self.pool = torch.randn(length, generator=torch.Generator(device).manual_seed(1), device=device) * 1e-3
-        self.pool = self.pool.to(self.params[0].dtype)
-        self.offsets = torch.Generator().manual_seed(2)
-
-    def renew(self) -> None:
-        """Write the next gradients."""
-        for param in self.params:
-            start = int(torch.randint(self.spare, (1,), generator=self.offsets))
-            if param.grad is None:
-                param.grad = torch.empty_like(param)
-            param.grad.view(-1).copy_(self.pool[start : start + param.numel()])
 
 
 def _recipe(name: str) -> Build:
@@ -159,17 +101,6 @@ def candidates() -> dict[str, Build]:
     return found
 
 
-def timed(optimizer: torch.optim.Optimizer, device: str) -> float:
-    """Return the seconds of one step."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    optimizer.step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(name: str, build: Build, model: nn.Module, gradients: Gradients, args: argparse.Namespace) -> Result:
     """Compare one optimizer with fused AdamW."""
     baseline = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -202,7 +133,7 @@ def measure(name: str, build: Build, model: nn.Module, gradients: Gradients, arg
     )
 
 
-def report(results: list[Result], args: argparse.Namespace) -> str:
+def report(results: list[Result], host: Table, small: Table, args: argparse.Namespace) -> str:
     """Return the markdown page."""
     hidden, inner, layers, _, vocabulary = SIZES[args.size]
     shapes = f"hidden {hidden}, intermediate {inner}, {layers} layers, vocabulary {vocabulary}, untied head"
@@ -216,6 +147,14 @@ it, as a multiple of the largest block. "state" is a share of AdamW's two averag
 the noise.
 
 {markdown(HEAD, [result.row() for result in results])}
+
+{markdown(*host)}
+
+The time of Python and of calls: a step of models with matrices of 8 to 16 rows and columns, of 12 and of 48 layers.
+
+{markdown(*small)}
+
+A step of 400 matrices of 64 x 64, as a ratio to `torch.optim.AdamW(foreach=True)`.
 
 {provenance(args.device, args.threads)}
 - load of the machine before the run: {args.load:.2f}
@@ -248,17 +187,22 @@ def main() -> None:
     chosen = args.recipes or list(available)
     if unknown := sorted(set(chosen) - set(available)):
         raise SystemExit(f"unknown or not installed: {', '.join(unknown)}; available: {', '.join(available)}")
-    model = build_model(args.size, args.device, getattr(torch, args.dtype))
+    model = build_model(SIZES[args.size], args.device, getattr(torch, args.dtype))
     gradients = Gradients(model, args.device)
     results = []
     for name in chosen:
         results.append(measure(name, available[name], model, gradients, args))
         print(dict(zip(HEAD, results[-1].row(), strict=True)), flush=True)
     results.sort(key=lambda result: result.ratio)
+    ours = [name for name in chosen if name not in {peer for peer, _, _ in peers()}]
+    host = host_times({name: available[name] for name in ours}, args.device)
+    small = small_matrices({name: available[name] for name in ours}, args.device)
     show(f"optimizer step, LLaMA {args.size} shapes", HEAD, [result.row() for result in results])
+    show("time of Python", *host)
+    show("400 matrices of 64 x 64", *small)
     args.output.mkdir(parents=True, exist_ok=True)
     name = "step_time.md" if args.device == "cpu" else f"step_time_{args.device.split(':')[0]}.md"
-    (args.output / name).write_text(report(results, args))
+    (args.output / name).write_text(report(results, host, small, args))
 
 
 if __name__ == "__main__":
