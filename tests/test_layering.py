@@ -21,7 +21,7 @@ parsed = functools.cache(lambda path: ast.parse(path.read_text()))
 # Whoever lives on a floor imports from the floors below it, and never from a neighbour.
 FLOORS: list[set[str]] = [
     {"_registry"},
-    {"memory", "sharding"},
+    {"memory", "sharding", "kernels"},
     {"kinds"},
     {"plans"},
     {"optim", "metrics"},
@@ -39,10 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     DTENSOR: {"sharding", "planner", "strategy"},
     DISTRIBUTED: {"sharding", "planner", "strategy", "callbacks"},
     **dict.fromkeys(LIGHTNING, {"strategy", "callbacks", "cli", "_registration"}),
+    "triton": {"kernels"},
 }
-ONLY_TORCH = {"_registry", "memory", "sharding", "kinds", "plans", "optim", "planner"}
+TRITON = "kernels.jit_"  # files that import it; all others do without
+ONLY_TORCH = {"_registry", "memory", "sharding", "kernels", "kinds", "plans", "optim", "planner"}
 OPTIONAL = ("lightning", "pytorch_lightning", "torchmetrics", "omegaconf", "jsonargparse", "rich", "transformers")
-OPTIONAL += ("tokenizers", "tensorboard", "matplotlib", "yaml", "numpy")
+OPTIONAL += ("tokenizers", "tensorboard", "matplotlib", "yaml", "numpy", "triton")
 
 
 def floor_of(room: str) -> int:
@@ -155,6 +157,7 @@ def test_optimizers_need_nothing_but_torch():
         for entry in all_imports()
         if entry.room in ONLY_TORCH
         and not entry.deferred
+        and not (entry.module.startswith(TRITON) and entry.name.split(".")[0] == "triton")
         and entry.name.split(".")[0] not in ("torch", "typing_extensions", PACKAGE, *sys.stdlib_module_names)
     ]
     assert not wrong, "\n".join(wrong)
@@ -163,6 +166,7 @@ def test_optimizers_need_nothing_but_torch():
 def test_imports_with_torch_alone():
     """With everything optional missing, the package and all rooms up to the planner can be imported."""
     modules = [module.removesuffix(".__init__") for room, module, _ in files() if room in ONLY_TORCH]
+    modules = [module for module in modules if not module.startswith(TRITON)]
     program = f"""
 import importlib, importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
