@@ -40,7 +40,7 @@ except ImportError as error:
 
 PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
 # Arguments of optimizers that do not affect the size of their state.
-RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "nonfinite", "seed")
+RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
 
 
 class BindNames(Callback):

@@ -55,11 +55,17 @@ def usable(device: torch.device, fused: bool | None) -> bool:
 
 def missing(device: torch.device) -> str | None:
     """Return what kernels lack to run on a device, or None."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (`pip install triton`)"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "they run on CUDA devices only"
+    if not installed():
+        return "Triton is not installed (`pip install triton`)"
     return None
+
+
+@cache
+def installed() -> bool:
+    """Return whether Triton can be imported. Does not import it."""
+    return find_spec("triton") is not None
 
 
 @cache

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_memopt.kernels.stack import Stack
+
 Index = tuple[int | slice, ...]
 
 # Elements per chunk. On a CPU, small enough for the cache and large enough for efficient matrix products. The limit
@@ -29,11 +31,14 @@ class Batch:
         parts: One tensor per block.
         negated: Whether the elements are those of the parts with the opposite sign.
         transposed: Whether the matrices are those of the parts, transposed.
+        fused: Whether to use kernels, which read the parts where they are. There may be a single part then.
     """
 
-    def __init__(self, parts: Sequence[Tensor], *, negated: bool = False, transposed: bool = False) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor], *, negated: bool = False, transposed: bool = False, fused: bool = False
+    ) -> None:
         """Combine tensors of the same shape, dtype and device."""
-        self.parts, self.negated, self.transposed = tuple(parts), negated, transposed
+        self.parts, self.negated, self.transposed, self.fused = tuple(parts), negated, transposed, fused
 
     def part(self, position: int) -> Tensor:
         """Return the tensor of one block, as a view, with the sign of the parts."""
@@ -63,7 +68,7 @@ class Batch:
     @property
     def mT(self) -> Batch:
         """The transposed matrices."""
-        return Batch(self.parts, negated=self.negated, transposed=not self.transposed)
+        return Batch(self.parts, negated=self.negated, transposed=not self.transposed, fused=self.fused)
 
     def numel(self) -> int:
         """Return the number of all elements."""
@@ -81,7 +86,8 @@ class Batch:
         """Return the batch with another shape ``[b, ...]``."""
         if tuple(shape) == self.shape:
             return self
-        return Batch([self.part(position).view(tuple(shape[1:])) for position in range(len(self.parts))])
+        parts = [self.part(position).view(tuple(shape[1:])) for position in range(len(self.parts))]
+        return Batch(parts, fused=self.fused)
 
     def __getitem__(self, index: Index) -> Tensor:
         """Return one chunk, whose index starts with the position of a part: a view, or a copy if negated."""
@@ -150,6 +156,14 @@ class Scratch:
     def cast(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor in the dtype of the results: itself, or a copy."""
         return tensor if tensor.dtype == self.dtype else self.take(name, tensor.shape).copy_(tensor)
+
+
+def stack_of(tensor: Large, dtype: torch.dtype) -> Stack | None:
+    """Return the matrices as kernels read them, or None if no kernel computes with them in ``dtype``."""
+    if not isinstance(tensor, Batch) or not tensor.fused or dtype != torch.float32 or not Stack.fits(tensor.parts):
+        return None
+    stack = Stack.of(tensor.parts, negated=tensor.negated)
+    return stack.mT if tensor.transposed else stack
 
 
 def take(tensor: Large, index: Index) -> Tensor:

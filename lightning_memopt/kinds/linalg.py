@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.batch import Index, Large, Scratch, chunks, limit, parts, take_stack
+from lightning_memopt.kernels.project import project
+from lightning_memopt.kernels.project import rmatmul as fused_rmatmul
+from lightning_memopt.kinds.batch import Index, Large, Scratch, chunks, limit, parts, stack_of, take_stack
 from lightning_memopt.kinds.noise import Noise
 
 # Squared singular values below this count as zero, relative to the largest after equilibration. A float64 Gram matrix
@@ -18,6 +22,9 @@ def matmul(matrix: Large, right: Tensor) -> Tensor:
 
     Shapes: ``[..., m, n]``, ``[..., n, r]`` → ``[..., m, r]``.
     """
+    stack = stack_of(matrix, right.dtype)
+    if stack is not None:
+        return _like(project(stack, right.flatten(0, -3)).product, (*matrix.shape[:-1], right.shape[-1]))
     out = right.new_empty((*matrix.shape[:-1], right.shape[-1]))
     scratch = Scratch(matrix, right.dtype)
     for index in parts(matrix) if matrix.dtype == right.dtype else chunks(matrix):
@@ -42,6 +49,9 @@ def rmatmul(left: Tensor, matrix: Large) -> Tensor:
 
     Shapes: ``[..., m, r]``, ``[..., m, n]`` → ``[..., r, n]``.
     """
+    stack = stack_of(matrix, left.dtype)
+    if stack is not None:
+        return _like(fused_rmatmul(left.flatten(0, -3), stack), (*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
     if matrix.dtype == left.dtype:
         # A quarter faster than leftᵀ @ matrix, whose result is short and wide.
         out = left.new_empty((*matrix.shape[:-2], matrix.shape[-1], left.shape[-1]))
@@ -62,6 +72,9 @@ def row_square_sums(matrix: Large, dtype: torch.dtype, run: int | None = None) -
     """
     n = matrix.shape[-1]
     if run is None or run >= n:
+        stack = stack_of(matrix, dtype)
+        if stack is not None:
+            return _like(project(stack, rows=True).rows, (*matrix.shape[:-1], 1))
         out = matrix.new_empty((*matrix.shape[:-1], 1), dtype=dtype)
         for index in parts(matrix):
             torch.linalg.vector_norm(matrix[index], dim=-1, keepdim=True, dtype=dtype, out=out[index])
@@ -82,6 +95,9 @@ def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
     Panels of rows are accumulated in one panel that stays in the cache, so the squares never go to memory.
     """
     *stack, _, n = matrix.shape
+    matrices = stack_of(matrix, dtype)
+    if matrices is not None:
+        return _like(project(matrices, columns=True).columns, (*stack, 1, n))
     out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
     scratch = Scratch(matrix, dtype)
     for index in parts(matrix):
@@ -97,6 +113,12 @@ def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
         if total is not None:
             torch.sum(total, -2, keepdim=True, out=out[index])
     return out
+
+
+def _like(found: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """Return what a kernel found ``[b, ., .]`` in the shape of a result, ``[..., ., .]``."""
+    assert found is not None
+    return found.unflatten(0, tuple(shape[:-2]))
 
 
 def gram(matrix: Large) -> Tensor:

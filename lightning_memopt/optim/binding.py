@@ -36,7 +36,10 @@ class Binding:
         plans: Parameter → the plan of its group.
         blocks: Parameter → its blocks; empty until names are known.
         reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
+        fused: Whether to use kernels; None for where they are available.
     """
+
+    fused: bool | None = None  # of what an earlier version has pickled, too
 
     def __init__(
         self,

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memopt._registry import listed
+from lightning_memopt.kernels.check import usable as has_kernels
 from lightning_memopt.optim.binding import Binding, params_of
+from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.optim.guards import Judged, verdict
 from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
@@ -29,7 +31,8 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
 
     Raises:
         ValueError: If names are not known, or a gradient is sparse or complex.
-        RuntimeError: If ranks disagree about which parameters have a gradient, or another rank raised.
+        RuntimeError: If ranks disagree about which parameters have a gradient, or another rank raised. Also if kernels
+            are asked for and not available.
     """
     active, refusal = [], None
     try:
@@ -85,7 +88,14 @@ def _active(optimizer: Optimizer, binding: Binding) -> Active:
             raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
         if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
             follow(param, optimizer, binding)
+    for device in {param.device for _, param in active if binding.fused or any(map(_mixes, binding.blocks[param]))}:
+        has_kernels(device, binding.fused)  # raises or warns before anything changes
     return active
+
+
+def _mixes(block: Block) -> bool:
+    """Return whether a kind mixes elements. If none does, torch's own fused functions may be all that a step needs."""
+    return not (block.recipe.momentum.elementwise and block.recipe.second_moment.elementwise)
 
 
 def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:

@@ -23,7 +23,7 @@ NAMES = "param_names"  # torch's key, since 2.6, for the names of a group's para
 # Options of torch's AdamW that have no effect here.
 TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
 # Options of the whole optimizer, which a group cannot have, and other names for options that a group can have.
-OF_THE_OPTIMIZER = ("head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
+OF_THE_OPTIMIZER = ("fused", "head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
 _OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
 _CLOSE = 0.7
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -212,11 +212,11 @@ def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor,
     return found
 
 
-def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any) -> None:
+def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any, fused: Any) -> None:
     """Check the options of the whole optimizer.
 
     Raises:
-        TypeError: If the seed is not an integer.
+        TypeError: If the seed is not an integer, or ``fused`` not one of its three values.
         ValueError: If a value is not valid, or an option is unknown.
     """
     if nonfinite not in NONFINITE:
@@ -225,6 +225,8 @@ def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head
         raise TypeError(f"`seed` must be an integer, got {seed!r}.")
     if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1):
         raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {head_dim!r}.")
+    if fused is not None and not isinstance(fused, bool):
+        raise TypeError(f"`fused` must be True, False or None (where kernels are available), got {fused!r}.")
     known = [*HYPERPARAMETERS, *OF_THE_OPTIMIZER, *known_options()]
     for key in options:
         if key not in known_options():

@@ -49,6 +49,8 @@ class MemOpt(torch.optim.Optimizer):
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
             Unused where the betas bound U / D (dense second moment, momentum dense or none), or with no second moment.
+        fused: Whether kernels (in Triton, for CUDA) read gradients and write weights. None: where they are available
+            and pass a check; True: otherwise a step is an error. Checkpoints do not hold it: it belongs to the machine.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
         seed: Seed of all random draws, which do not use torch's generator.
@@ -78,6 +80,7 @@ class MemOpt(torch.optim.Optimizer):
         overrides: Mapping[str, Any] | None = None,
         maximize: bool = False,
         max_update: float | None = parsing.MAX_UPDATE,
+        fused: bool | None = None,
         nonfinite: str = "raise",
         state_dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -91,13 +94,14 @@ class MemOpt(torch.optim.Optimizer):
     ) -> None:
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
-        parsing.check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim)
+        parsing.check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
         plan = load_plan(recipe).updated(overrides=overrides, options=options)
         parsing.check_head_dim_is_used(head_dim, plan)
         dtype = parsing.state_dtype(state_dtype)
         self._binding = Binding(
             plan, overrides=overrides, options=options, betas=betas, state_dtype=dtype, seed=seed, head_dim=head_dim
         )
+        self._binding.fused = fused
         # Like what Binding holds, changed only in place.
         self._nonfinite, self._counts = nonfinite, {"skipped": 0}
         self._tally = Tally()
@@ -163,7 +167,8 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If names are not known yet, or a gradient is sparse or complex. Nothing has changed then.
-            RuntimeError: If ranks disagree about which sharded parameters have a gradient. Nothing has changed then.
+            RuntimeError: If ranks disagree about which sharded parameters have a gradient, or there are no kernels and
+                ``fused`` is True. Nothing has changed then.
             FloatingPointError: If gradients are not finite with ``nonfinite="raise"``, or weights before their first
                 step. Nothing has changed then. Also if a weight would become infinite: that weight keeps its value.
         """
@@ -184,7 +189,7 @@ class MemOpt(torch.optim.Optimizer):
         for _, param in active:
             if not self.state.get(param):  # frozen when the optimizer was created
                 self.state[param] = initial_state(self._binding.blocks[param])
-        take_step(active, self._binding.blocks, self.state, self._tally)
+        take_step(active, self._binding.blocks, self.state, self._tally, fused=self._binding.fused)
         return loss
 
     def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:

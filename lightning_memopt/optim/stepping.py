@@ -20,6 +20,8 @@ def take_step(
     blocks: Mapping[Tensor, Sequence[Block]],
     states: Mapping[Tensor, dict[str, Tensor]],
     tally: Tally,
+    *,
+    fused: bool | None = None,
 ) -> None:
     """Update all parameters whose gradients have been checked.
 
@@ -28,6 +30,7 @@ def take_step(
         blocks: Parameter → its blocks.
         states: Parameter → its state.
         tally: Counts the elements that the bound changes.
+        fused: Whether to use kernels; None for where they are available.
 
     Raises:
         FloatingPointError: If a weight would become infinite or NaN. It keeps its value.
@@ -35,7 +38,7 @@ def take_step(
     counters = [states[param]["step"] for _, param in active]
     numbers = [int(number) + 1 for number in torch.stack(counters).tolist()] if counters else []
     step = Step(
-        Update(block, param, states[param], group, number)
+        Update(block, param, states[param], group, number, fused)
         for (group, param), number in zip(active, numbers, strict=True)
         for block in blocks[param]
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.kernels.check import usable
 from lightning_memopt.kinds.batch import Batch, Large, Scratch, chunks
 from lightning_memopt.kinds.linalg import store_chunk_
 from lightning_memopt.kinds.momentum import Direction
@@ -17,6 +18,7 @@ from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch, limit_
+from lightning_memopt.optim.fused import apply_fused_, for_kernel
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.state import ELEMENTWISE
@@ -33,6 +35,7 @@ class Update:
         state: The parameter's state.
         group: The parameter's group.
         step: The current step, counted from 1.
+        kernels: Whether to use kernels; None for where they are available.
     """
 
     block: Block
@@ -40,6 +43,7 @@ class Update:
     state: dict[str, Tensor]
     group: Mapping[str, Any]
     step: int
+    kernels: bool | None = False
 
     @cached_property
     def grad(self) -> Tensor:
@@ -68,6 +72,13 @@ class Update:
         tensors = [local_tensor(tensor) for tensor in (self.param, self.grad)]
         return all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)
 
+    @cached_property
+    def fused(self) -> bool:
+        """Whether kernels make the update. Ranks may differ: a kernel needs no collective."""
+        layout = self.block.layout
+        able = self.block.batched and layout.dtype == torch.float32
+        return able and usable(layout.device, self.kernels)
+
     def alike(self) -> Hashable:
         """Return what updates must share to be made together."""
         block, group, rates = self.block, self.group, self.rates
@@ -80,7 +91,7 @@ class Update:
         if block.recurring:
             tick = Tick(self.step, block.key, block.index)
             phases = tuple(kind.phase(tick) for kind in block.recurring)
-        return block.family, self.param.dtype, self.grad.dtype, phases, shared
+        return block.family, self.param.dtype, self.grad.dtype, phases, shared, self.fused
 
     def gather_requests(self) -> list[Gather]:
         """Return the gathers that the update needs. They are the same on all ranks."""
@@ -108,13 +119,15 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         return
     block, group = first.block, first.group
     momentum, second_moment = block.kinds
-    layout = block.work if count == 1 else block.work.batched(count)
-    tick = Tick(first.step, block.key if count == 1 else tuple(one.block.key for one in updates), block.index)
+    together = count > 1 or first.fused  # kernels read batches only
+    layout = block.work.batched(count) if together else block.work
+    tick = Tick(first.step, tuple(one.block.key for one in updates) if together else block.key, block.index)
     if block.work.gathered:
         grads = [tensors[-1] for tensors in gathered]
     else:
         grads = [one.block.layout.take(one.grad) for one in updates]
-    gradient = _together(grads, stacked=block.small, negated=group["maximize"])
+    stacked = block.small and not first.fused
+    gradient = _together(grads, stacked=stacked, fused=first.fused, negated=group["maximize"])
     state = {key: _state(updates, gathered, kind, key, layout) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
@@ -125,7 +138,8 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         ),
     )
     _keep(updates, state)
-    apply([one.block for one in updates], [one.param for one in updates], direction, denominator, first.rates, watch)
+    blocks, params = [one.block for one in updates], [one.param for one in updates]
+    apply(blocks, params, direction, denominator, first.rates, watch, fused=first.fused)
 
 
 def adamw_(updates: Sequence[Update]) -> None:
@@ -150,13 +164,13 @@ def adamw_(updates: Sequence[Update]) -> None:
     )
 
 
-def _together(tensors: list[Tensor], *, stacked: bool, negated: bool = False) -> Large:
+def _together(tensors: list[Tensor], *, stacked: bool, fused: bool, negated: bool = False) -> Large:
     """Return the tensors of a batch as the kinds see them: copied to a stack, or in place."""
-    if len(tensors) == 1:
-        return tensors[0].neg() if negated else tensors[0]
-    if stacked:
+    if len(tensors) > 1 and stacked:
         return torch.stack(tensors).neg_() if negated else torch.stack(tensors)
-    return Batch(tensors, negated=negated)
+    if len(tensors) > 1 or fused:
+        return Batch(tensors, negated=negated, fused=fused)
+    return tensors[0].neg() if negated else tensors[0]
 
 
 def _state(
@@ -169,10 +183,12 @@ def _state(
         parts = [tensors[position] for tensors in gathered]
     else:
         parts = [local_tensor(one.state[one.block.prefix + key]) for one in updates]
-    elementwise = kind.sizes(block.work)[key] == ELEMENTWISE
-    if elementwise and len(parts) > 1:
+    fused = updates[0].fused
+    if kind.sizes(block.work)[key] != ELEMENTWISE:
+        return torch.stack(parts) if len(parts) > 1 or fused else parts[0]
+    if len(parts) > 1 or fused:
         parts = [part.view(block.work.local) for part in parts]
-    return _together(parts, stacked=block.small or not elementwise)
+    return _together(parts, stacked=block.small and not fused, fused=fused)
 
 
 def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
@@ -181,9 +197,10 @@ def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
     targets, values = [], []
     for key, value in state.items():
         cut = block.cuts.get(key)
-        if cut is None and (isinstance(value, Batch) or len(updates) == 1):
+        together = len(updates) > 1 or updates[0].fused
+        if cut is None and (isinstance(value, Batch) or not together):
             continue  # not a copy
-        for one, part in zip(updates, _by_block(value, len(updates)), strict=True):
+        for one, part in zip(updates, _by_block(value, together=together), strict=True):
             target = local_tensor(one.state[one.block.prefix + key])
             targets.append(target)
             part = part if cut is None else cut.mine(part)
@@ -192,10 +209,10 @@ def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
         torch._foreach_copy_(targets, values)
 
 
-def _by_block(value: Large, count: int) -> Sequence[Tensor]:
+def _by_block(value: Large, *, together: bool) -> Sequence[Tensor]:
     if isinstance(value, Batch):
         return value.parts
-    return value.unbind() if count > 1 else (value,)
+    return value.unbind() if together else (value,)
 
 
 def apply(
@@ -205,6 +222,8 @@ def apply(
     denominator: Denominator,
     rates: Rates,
     watch: Watch,
+    *,
+    fused: bool = False,
 ) -> None:
     """Update the local weights.
 
@@ -215,6 +234,7 @@ def apply(
         denominator: D.
         rates: The factors in the update, and its limits.
         watch: Records what happens to the weights.
+        fused: Whether to use kernels. U and D are then those of a batch, even of a single block.
     """
     block = blocks[0]
     mine = [each.layout.take(param) for each, param in zip(blocks, params, strict=True)]
@@ -224,7 +244,7 @@ def apply(
         targets = [part.new_zeros(block.work.local) for part in mine]
         parts = [cut.mine(whole) for whole in targets]
         torch._foreach_copy_(parts, mine)
-    weights = _together(targets, stacked=block.small)
+    weights = _together(targets, stacked=block.small and not fused, fused=fused)
     lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
     if len(targets) > 1 and isinstance(weights, Tensor):
         torch._foreach_copy_(targets, weights.unbind())
@@ -247,6 +267,9 @@ def apply_(
     The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
+    arguments = for_kernel(weights, direction, denominator, dtype)
+    if arguments is not None:
+        return apply_fused_(arguments, rates, watch)
     lost = torch.zeros((), device=weights.device) if rates.checked else None
     scratch = Scratch(weights, dtype)
     for index in chunks(weights):

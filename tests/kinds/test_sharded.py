@@ -168,7 +168,7 @@ def on_a_rank(rank: int, world: int, expected: bytes) -> dict[str, Outcome]:
 RESULTS: dict[str, Any] = {}
 
 
-def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: Any) -> None:
+def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: Any, fused: bool) -> None:
     """Keep direction and denominator instead of updating weights, by block."""
     work, count = blocks[0].work, len(blocks)
     for position, block in enumerate(blocks):

@@ -21,4 +21,4 @@ def options_of(cls):
 def test_the_command_line_shows_every_option(cls):
     expected = {name for name in options_of(lm.MemOpt) if not name.startswith("recipe")}
     assert options_of(cls) - {"paper"} == expected
-    assert {"rank", "max_update", "overrides", "head_dim"} <= expected
+    assert {"rank", "max_update", "fused", "overrides", "head_dim"} <= expected

@@ -1,0 +1,50 @@
+"""The update of weights by one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_memopt.kernels import apply as kernel
+from lightning_memopt.kernels.stack import Stack
+from lightning_memopt.kinds.batch import Large, stack_of
+from lightning_memopt.kinds.momentum import Direction
+from lightning_memopt.kinds.second_moment import Denominator
+from lightning_memopt.optim.bounds import Rates, Watch
+
+Fused = tuple[Stack, kernel.Direction, kernel.Denominator]
+
+
+def for_kernel(weights: Large, direction: Direction, denominator: Denominator, dtype: torch.dtype) -> Fused | None:
+    """Return the arguments of the kernel for an update in ``dtype``, or None if it has to be made without a kernel."""
+    stack, base = stack_of(weights, dtype), stack_of(direction.base, dtype)
+    if stack is None or base is None:
+        return None
+    squares = [_square(square, weights.shape[:-2], dtype) for square in denominator.squares]
+    if any(square is None for square in squares):
+        return None
+    left, right = (each if each is None else each.flatten(0, -3) for each in (direction.left, direction.right))
+    return (
+        stack,
+        kernel.Direction(base, direction.scale, left, right),
+        kernel.Denominator(squares, denominator.correction, denominator.eps, denominator.run),  # type: ignore[arg-type]
+    )
+
+
+def apply_fused_(arguments: Fused, rates: Rates, watch: Watch) -> Tensor | None:
+    """Update the weights as :func:`~lightning_memopt.optim.update.apply_` does."""
+    weights = arguments[0]
+    limits = kernel.Rates(rates.lr, rates.weight_decay, rates.max_update, rates.checked, counted=watch.counting)
+    hits, lost = kernel.apply_(*arguments, limits)
+    if hits is not None:
+        watch.hits.append(hits)
+        watch.elements += len(weights.addresses) * weights.m * weights.n
+    return None if lost is None else lost.float()
+
+
+def _square(square: Large, stack: torch.Size, dtype: torch.dtype) -> Stack | Tensor | None:
+    if isinstance(square, Tensor):
+        if square.dtype != dtype or square.ndim != len(stack) + 2:
+            return None
+        return square.expand(*stack, -1, -1).flatten(0, -3)
+    return stack_of(square, dtype)
