@@ -100,13 +100,15 @@ def run(case: Case) -> None:
 SHAPES = [(1, 1), (3, 17), (33, 5), (1, 65), (65, 1), (66, 131), (3, 5, 7)]
 CASES = [
     *(Case(b=1, shape=shape) for shape in SHAPES),
-    *(Case(b=2, shape=shape, q=2) for shape in SHAPES),
-    *(Case(b=5, shape=(3, 5), q=q) for q in (1, 6, 24, 48, 66)),
+    *(Case(b=2, shape=shape, q=2) for shape in SHAPES[1::2]),
+    *(Case(b=5, shape=(3, 5), q=q) for q in (1, 6, 66)),
+    *(Case(b=1, shape=(3, 5), q=q) for q in (24, 48)),
     *(Case(squares=squares, q=q) for squares in ("", "row", "column", "full") for q in (0, 8)),
     *(Case(squares="run", run=run, q=q) for run, q in ((1, 0), (5, 0), (5, 8), (40, 0))),
     *(Case(squares=squares, bound=None) for squares in ("", "row column", "full")),
     *(Case(weights=dtype, base=dtype, layout=layout) for dtype in (F32, BF16) for layout in LAYOUTS),
-    *(Case(weights=dtype, base=dtype, layout=layout, q=6) for dtype in (BF16, F16) for layout in LAYOUTS[1:3]),
+    Case(weights=BF16, base=BF16, layout="transposed", q=6),
+    Case(weights=F16, base=F16, layout="strided", q=6),
     Case(squares="full", square=BF16, layout="strided"),
     Case(squares="full row"),
     Case(weights=BF16, base=F32, q=3),

@@ -19,7 +19,6 @@ SIZES = [(1, 1, 1, 1), (5, 3, 17, 3), (2, 17, 33, 4), (1, 65, 33, 24), (2, 33, 6
 CASES = [
     *((size, F32, "plain") for size in SIZES),
     *(((2, 17, 33, 4), dtype, layout) for dtype in (F32, BF16) for layout in LAYOUTS),
-    ((1, 65, 33, 24), BF16, "plain"),
     ((2, 33, 17, 3), F16, "transposed"),
 ]
 
@@ -87,7 +86,7 @@ def test_rank_zero():
 
 
 def test_equal_inputs_give_equal_bits():
-    stack, right = Stack.of(matrices(2, (65, 150), F32)), gradient((2, 150, 3), 1)
+    stack, right = Stack.of(matrices(2, (17, 70), F32)), gradient((2, 70, 3), 1)
     one, two = (project(stack, right, rows=True, columns=True) for _ in range(2))
     for name, value in vars(one).items():
         assert_equal(value, vars(two)[name])

@@ -42,11 +42,13 @@ class Broken:
 
 
 def test_kernels_that_are_right_are_used_without_a_warning():
+    before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert usable(CPU, None)
         assert usable(CPU, True)
         assert not usable(CPU, False)
+    assert torch.equal(torch.get_rng_state(), before), "a training's random numbers are left alone"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +70,3 @@ def test_a_broken_kernel_is_not_used(monkeypatch, module, name, place, factor, t
         assert not usable(CPU, None), "one warning"
     with pytest.raises(RuntimeError, match=rf"`fused=True` needs kernels on cpu, but {text}.*Nothing has changed"):
         usable(CPU, True)
-
-
-def test_the_check_leaves_random_numbers_alone():
-    before = torch.get_rng_state()
-    usable(CPU, None)
-    assert torch.equal(torch.get_rng_state(), before)
