@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-import sys
+from types import SimpleNamespace
 from typing import Any
 
-import triton
-import triton.language as tl
+import torch
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from lightning_memopt.kernels import tiles
-from lightning_memopt.kernels.jit_apply import apply_kernel
-from lightning_memopt.kernels.jit_project import project_kernel
+from lightning_memopt.kernels.apply import Denominator, Direction, Rates, Rounding, apply_
+from lightning_memopt.kernels.project import project, rmatmul
+from lightning_memopt.kernels.stack import Stack
 
-HOPPER = GPUTarget("cuda", 90, 32)
-FLOATS = ("keep", "scale", "step", "limit", "correction", "eps", "largest")
-TABLES = ("table", "weights", "base", "bases", "hits", "lost")
-VALUES = ("right", "product", "row_sums", "column_sums", "left", "first", "second")
-PROJECT = {"ALIGNED": True, "PRODUCT": True, "ROWS": True, "COLUMNS": True, "PRECISION": "ieee"}
-APPLY: dict[str, Any] = {"ALIGNED": True, "FACTORS": True, "BOUNDED": True, "COUNTED": True, "CHECKED": False}
-APPLY |= {"NOISY": False, "PRECISION": "ieee", "FIRST": tl.float32, "SECOND": tl.float32}
+B, M, N, R = 2, 1024, 512, 64
+compiled: list[str] = []  # the assembly of every kernel
 
 
-def compiled(kernel: Any, constants: dict[str, Any], tile: tiles.Tile, tables: tuple[str, ...] = ()) -> Any:
-    """Compile for contiguous matrices whose sizes are multiples of 16."""
-    names = kernel.arg_names
-    types = dict.fromkeys(names, "i32") | dict.fromkeys(FLOATS, "fp32")
-    types |= dict.fromkeys((*TABLES, *tables), "*i64")
-    types |= dict.fromkeys((name for name in VALUES if name not in tables), "*fp32")
-    inner = constants | {"BLOCK_M": tile.m, "BLOCK_N": tile.n}
-    inner |= dict.fromkeys(("stride_n", "right_r", "weight_n", "base_n", "left_q", "right_n"), 1)
-    inner |= {"BLOCK_R": tile.inner} if kernel is project_kernel else {"BLOCK_Q": tile.inner}
-    inner = {name: value for name, value in inner.items() if name in names}
-    signature = {name: "constexpr" if name in inner else types[name] for name in names}
-    sixteen = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if signature[name] == "i32" or signature[name].startswith("*")
-    }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in inner.items()}, sixteen)
-    return triton.compile(source, target=HOPPER, options={"num_warps": tile.warps, "num_stages": tile.stages})
+def compile_only(kernel: Any, grid: tuple[int, ...]) -> Any:
+    """Return what takes the place of a launch."""
+    return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
+
+
+def parts(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(M, N, dtype=dtype) for _ in range(B)]
 
 
 def main() -> None:
-    """Compile one kernel of every sort, and require wide loads and copies that run ahead."""
-    half = tl.bfloat16
-    project = compiled(project_kernel, PROJECT | {"ELEMENT": half}, tiles.of_project(4096, 64))
-    alone = compiled(project_kernel, PROJECT | {"ELEMENT": half, "PRODUCT": False}, tiles.of_project(4096, 0))
-    assert "cp.async" in project.asm["ptx"]
-    weights = APPLY | {"WEIGHT": half, "BASE": half}
-    factored = weights | {"FIRST_HOW": "row", "SECOND_HOW": "column"}
-    update = compiled(apply_kernel, factored, tiles.of_apply(4096, 4096, 64))
-    dense = weights | {"FIRST_HOW": "full", "SECOND_HOW": "none", "FACTORS": False, "CHECKED": True, "NOISY": True}
-    noisy = compiled(apply_kernel, dense, tiles.of_apply(4096, 4096, 0), tables=("first",))
-    runs = weights | {"FIRST_HOW": "run", "SECOND_HOW": "none", "FACTORS": False, "WEIGHT": tl.float16}
-    compiled(apply_kernel, runs, tiles.of_apply(4096, 4096, 0))
-    for kernel in (alone, update, noisy):
-        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+    """Compile what a launch on an H100 would, and require loads that are wide, and copies that run ahead."""
+    half, single = Stack.of(parts(torch.bfloat16)), Stack.of(parts(torch.float32))
+    rows, columns = torch.empty(B, M, 1), torch.empty(B, 1, N)
+    left, right = torch.empty(B, M, 2 * R), torch.empty(B, 2 * R, N)
+    project(half, torch.empty(B, R, N).mT, rows=True, columns=True)
+    rmatmul(torch.empty(B, M, R), single)
+    assert all("cp.async" in assembly for assembly in compiled)
+    project(half, torch.empty(B, N, 8 * R), precision="tf32")
+    assert "mma" in compiled[-1]
+    apply_(half, Direction(single, 1.0, left, right), Denominator((rows, columns)), Rates(1.0, 0.1, 1.0, counted=True))
+    rounding = Rounding.of((1, 2), 0, (N, 1), ())
+    apply_(half, Direction(half), Denominator((single,)), Rates(1.0, checked=True), rounding=rounding)
+    assert all("ld.global.v4.b32" in assembly for assembly in compiled[-2:])
+    apply_(single, Direction(half), Denominator((torch.empty(B, M, 8),), run=N // 8), Rates(1.0))
+    assert len(compiled) == 6
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    target = GPUTarget("cuda", 90, 32)
+    device = {"get_current_device": lambda: 0, "get_current_stream": lambda device: 0}
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target, **device))
+    JITFunction.__getitem__ = compile_only
+    main()
