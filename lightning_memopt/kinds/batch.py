@@ -168,7 +168,13 @@ def stack_of(tensor: Large, dtype: torch.dtype) -> Stack | None:
 
 def take(tensor: Large, index: Index) -> Tensor:
     """Return the part of ``tensor`` that belongs to a chunk. ``tensor`` broadcasts against the chunked tensor."""
-    return tensor[tuple(slice(None) if size == 1 else part for size, part in zip(tensor.shape, index, strict=False))]
+    return tensor[tuple(map(_within, tensor.shape, index))]
+
+
+def _within(size: int, part: int | slice) -> int | slice:
+    if size > 1:
+        return part
+    return 0 if isinstance(part, int) else slice(None)
 
 
 def take_stack(tensor: Tensor, index: Index) -> Tensor:

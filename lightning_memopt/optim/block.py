@@ -111,10 +111,10 @@ class Block:
     @cached_property
     def small(self) -> bool:
         """Whether a batch stacks all tensors of such blocks. All ranks agree, even if their shares differ."""
-        return self._share <= SMALL
+        return self.share <= SMALL
 
     @cached_property
-    def _share(self) -> int:
+    def share(self) -> int:
         """Number of the block's elements that a rank works on, if all ranks have equally many."""
         divided = [] if self.work.gathered else self.layout.shards()
         return -(-math.prod(self.layout.matrix) // math.prod(self.layout.mesh.size(each) for each in divided))
@@ -128,7 +128,7 @@ class Block:
             for sizes in kind.sizes(self.layout).values()
             if sizes != ELEMENTWISE
         ]
-        elements = sum(math.prod(shape) for shape in shapes) + (self._share if self.small else 0)
+        elements = sum(math.prod(shape) for shape in shapes) + (self.share if self.small else 0)
         return elements * self.layout.dtype.itemsize
 
     @cached_property

@@ -73,9 +73,10 @@ class Step:
 
 
 def _held(entry: tuple[Update, list[Gather]]) -> int:
-    """Return the bytes that a block holds during its wave: what it gathers, and what a batch stacks if it is small."""
-    each, requests = entry
-    return sum(request.nbytes for request in requests) + (each.block.stacked_bytes if each.block.small else 0)
+    """Return the bytes that a block holds during its wave: what it gathers, and its gradient if that is stacked."""
+    block, requests = entry[0].block, entry[1]
+    gradient = block.share * block.layout.dtype.itemsize if block.small else 0
+    return sum(request.nbytes for request in requests) + gradient
 
 
 def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterator[Task]:

@@ -47,9 +47,12 @@ class Denominator:
         if not self.squares:
             return None
         if not self._vectors:
-            square = scratch.cast("divisor", take(self.squares[0], index))
-            root = torch.sqrt(square, out=scratch.take("divisor", square.shape))
-            return root.div_(self.correction**0.5).add_(self.eps)
+            first, *rest = (take(square, index) for square in self.squares)
+            shape = torch.broadcast_shapes(first.shape, *(square.shape for square in rest))
+            root = scratch.take("divisor", shape).copy_(first).sqrt_().div_(self.correction**0.5)
+            for square in rest:
+                root.mul_(square.to(root.dtype).sqrt())
+            return root.add_(self.eps)
         first, *rest = (take(vector, index) for vector in self._vectors)
         if rest:
             shape = torch.broadcast_shapes(first.shape, rest[0].shape)
@@ -59,11 +62,16 @@ class Denominator:
     @cached_property
     def _vectors(self) -> tuple[Tensor, ...]:
         """The roots of squares that many elements share, computed once for all chunks. None for elementwise squares."""
-        if any(isinstance(each, Batch) or (self.run is None and min(each.shape[-2:]) > 1) for each in self.squares):
+        if any(_is_elementwise(square) for square in self.squares) and self.run is None:
             return ()
         first, *rest = (square.sqrt() for square in self.squares)  # type: ignore[union-attr]
         first.div_(self.correction**0.5)
         return (first, *rest) if rest else (first.add_(self.eps),)
+
+
+def _is_elementwise(square: Large) -> bool:
+    # That of a vector may be stored in bfloat16. Shared squares are in the dtype of the arithmetic.
+    return isinstance(square, Batch) or min(square.shape[-2:]) > 1 or square.dtype.itemsize < 4
 
 
 @dataclass(frozen=True)
