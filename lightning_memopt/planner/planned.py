@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_memopt.sharding.tensors import local_part
+
 
 @dataclass(frozen=True)
 class PlannedMesh:
@@ -56,10 +58,9 @@ def sharded_parameter(param: Tensor, dtype: torch.dtype, *, dim: int, mesh: Plan
     """Return a DTensor parameter of the same shape on the meta device, with the local part of the mesh's rank."""
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements = (Shard(dim),)
-    mine, _ = compute_local_shape_and_global_offset(param.shape, mesh, placements)  # type: ignore[arg-type]
+    mine, _ = local_part(param.shape, mesh, placements)
     whole = torch.empty(param.shape, dtype=dtype, device="meta")
     meta = TensorMeta(whole.shape, whole.stride(), dtype)
     spec = DTensorSpec(mesh, placements, tensor_meta=meta)  # type: ignore[arg-type]

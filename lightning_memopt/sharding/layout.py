@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, local_tensor
+from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, local_part, local_tensor
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,9 @@ class Layout:
         mesh, local, offset, straddles, local_slot = None, matrix, (0,) * len(matrix), False, slot
         placements: tuple[Any, ...] = ()
         if is_dtensor(param):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
             mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
             _check(param, flattened=len(matrix) < param.ndim)
-            mine, start = map(list, compute_local_shape_and_global_offset(param.shape, mesh, placements))
+            mine, start = map(list, local_part(param.shape, mesh, placements))
             if slot is not None:
                 straddles = any(p.is_shard(slot.dim) and mesh.size(i) > 1 for i, p in enumerate(placements))
                 local_slot = _overlap(slot, start[slot.dim], mine[slot.dim])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.sharding.layout import Cut, Layout, pieces
+from lightning_memopt.sharding.tensors import local_part
 
 # The last two sizes of a state tensor. ``-2`` or ``-1`` means "as many as that dimension of the block", and every rank
 # works on its part. With a number, every rank works on all.
@@ -32,10 +33,9 @@ def allocate(layout: Layout, sizes: Sizes) -> Tensor:
         return torch.zeros(whole, dtype=layout.state_dtype, device=layout.device)
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements = _placements(layout, sizes)
-    mine, _ = compute_local_shape_and_global_offset(torch.Size(whole), layout.mesh, placements)
+    mine, _ = local_part(whole, layout.mesh, placements)
     local = torch.zeros(mine, dtype=layout.state_dtype, device=layout.device)
     meta = TensorMeta(torch.Size(whole), torch.empty(whole, device="meta").stride(), layout.state_dtype)
     # Not from_local, which would move the state of offloaded parameters to the mesh's device.

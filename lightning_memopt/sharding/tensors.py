@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,13 +55,30 @@ def fill_(target: Tensor, value: Tensor) -> None:
     if same and value.placements == target.placements and value.shape == target.shape:  # type: ignore[attr-defined]
         target.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
         return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    sizes, offset = local_part(target.shape, target.device_mesh, target.placements)  # type: ignore[attr-defined]
     part = full_tensor(value).view(target.shape)
     for dim, (start, length) in enumerate(zip(offset, sizes, strict=True)):
         part = part.narrow(dim, min(start, part.shape[dim]), length)
     target.to_local().copy_(part)  # type: ignore[attr-defined]
+
+
+_PARTS: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+
+def local_part(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of this rank's part of a DTensor, and where it starts.
+
+    Remembered, because torch enumerates the indices of every sharded dimension to find its first one.
+    """
+    coordinate = mesh.get_coordinate()
+    where = None if coordinate is None else tuple(coordinate)
+    key = tuple(shape), tuple(mesh.shape), where, tuple(placements)
+    if key not in _PARTS:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sizes, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, key[-1])
+        _PARTS[key] = tuple(sizes), tuple(offset)
+    return _PARTS[key]
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:
