@@ -31,7 +31,6 @@ PRELOADED = [
     "torch.distributed.algorithms.ddp_comm_hooks",
     "pytest",
     "tests._models",
-    "tests._frozen",
 ]
 multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 

@@ -192,8 +192,7 @@ def old_state_is_gone(mesh: DeviceMesh) -> None:
         old = [weakref.ref(t) for key in keys for v in [optimizer.state[param][key]] for t in (v, v._local_tensor)]
         optimizer.reformat({WEIGHT: MOMENTA[after]})
         if any(ref() is not None for ref in old):
-            gc.unfreeze()  # DTensor's own dispatch leaves a circle now and then, also through what was imported
-            gc.collect()
+            gc.collect()  # DTensor's own dispatch leaves a circle now and then
         assert not any(ref() is not None for ref in old), f"{before} to {after}"
         held = 0
         for key, value in optimizer.state[param].items():
