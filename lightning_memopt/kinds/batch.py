@@ -32,6 +32,8 @@ class Batch:
         negated: Whether the elements are those of the parts with the opposite sign.
         transposed: Whether the matrices are those of the parts, transposed.
         fused: Whether to use kernels, which read the parts where they are. There may be a single part then.
+        asked: The sums of squares (``rows``, ``columns``) that a kernel finds in the pass for another result.
+        found: Those that it found.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Batch:
     ) -> None:
         """Combine tensors of the same shape, dtype and device."""
         self.parts, self.negated, self.transposed, self.fused = tuple(parts), negated, transposed, fused
+        self.asked: tuple[str, ...] = ()
+        self.found: dict[str, Tensor] = {}
 
     def part(self, position: int) -> Tensor:
         """Return the tensor of one block, as a view, with the sign of the parts."""

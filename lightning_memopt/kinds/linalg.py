@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from lightning_memopt.kernels.project import project
 from lightning_memopt.kernels.project import rmatmul as fused_rmatmul
-from lightning_memopt.kinds.batch import Index, Large, Scratch, chunks, limit, parts, stack_of, take_stack
+from lightning_memopt.kernels.stack import Stack
+from lightning_memopt.kinds.batch import Batch, Index, Large, Scratch, chunks, limit, parts, stack_of, take_stack
 from lightning_memopt.kinds.noise import Noise
 
 # Squared singular values below this count as zero, relative to the largest after equilibration. A float64 Gram matrix
@@ -22,9 +21,10 @@ def matmul(matrix: Large, right: Tensor) -> Tensor:
 
     Shapes: ``[..., m, n]``, ``[..., n, r]`` → ``[..., m, r]``.
     """
-    stack = stack_of(matrix, right.dtype)
-    if stack is not None:
-        return _like(project(stack, right.flatten(0, -3)).product, (*matrix.shape[:-1], right.shape[-1]))
+    if isinstance(matrix, Batch) and (stack := stack_of(matrix, right.dtype)) is not None:
+        product = _project(matrix, stack, right.flatten(0, -3))
+        assert product is not None
+        return product
     out = right.new_empty((*matrix.shape[:-1], right.shape[-1]))
     scratch = Scratch(matrix, right.dtype)
     for index in parts(matrix) if matrix.dtype == right.dtype else chunks(matrix):
@@ -51,7 +51,7 @@ def rmatmul(left: Tensor, matrix: Large) -> Tensor:
     """
     stack = stack_of(matrix, left.dtype)
     if stack is not None:
-        return _like(fused_rmatmul(left.flatten(0, -3), stack), (*matrix.shape[:-2], left.shape[-1], matrix.shape[-1]))
+        return fused_rmatmul(left.flatten(0, -3), stack).unflatten(0, matrix.shape[:-2])
     if matrix.dtype == left.dtype:
         # A quarter faster than leftᵀ @ matrix, whose result is short and wide.
         out = left.new_empty((*matrix.shape[:-2], matrix.shape[-1], left.shape[-1]))
@@ -72,9 +72,8 @@ def row_square_sums(matrix: Large, dtype: torch.dtype, run: int | None = None) -
     """
     n = matrix.shape[-1]
     if run is None or run >= n:
-        stack = stack_of(matrix, dtype)
-        if stack is not None:
-            return _like(project(stack, rows=True).rows, (*matrix.shape[:-1], 1))
+        if isinstance(matrix, Batch) and (stack := stack_of(matrix, dtype)) is not None:
+            return _found(matrix, stack, "rows")
         out = matrix.new_empty((*matrix.shape[:-1], 1), dtype=dtype)
         for index in parts(matrix):
             torch.linalg.vector_norm(matrix[index], dim=-1, keepdim=True, dtype=dtype, out=out[index])
@@ -95,9 +94,8 @@ def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
     Panels of rows are accumulated in one panel that stays in the cache, so the squares never go to memory.
     """
     *stack, _, n = matrix.shape
-    matrices = stack_of(matrix, dtype)
-    if matrices is not None:
-        return _like(project(matrices, columns=True).columns, (*stack, 1, n))
+    if isinstance(matrix, Batch) and (matrices := stack_of(matrix, dtype)) is not None:
+        return _found(matrix, matrices, "columns")
     out = matrix.new_zeros((*stack, 1, n), dtype=dtype)
     scratch = Scratch(matrix, dtype)
     for index in parts(matrix):
@@ -115,10 +113,20 @@ def column_square_sums(matrix: Large, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _like(found: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Return what a kernel found ``[b, ., .]`` in the shape of a result, ``[..., ., .]``."""
-    assert found is not None
-    return found.unflatten(0, tuple(shape[:-2]))
+def _found(matrix: Batch, stack: Stack, name: str) -> Tensor:
+    """Return sums of squares that an earlier pass of a kernel found, or that this one finds."""
+    if name not in matrix.found:
+        _project(matrix, stack, None, name)
+    return matrix.found.pop(name)
+
+
+def _project(matrix: Batch, stack: Stack, right: Tensor | None, *names: str) -> Tensor | None:
+    """Return the product in one pass of a kernel, which also finds these sums of squares and those asked for."""
+    wanted, matrix.asked = {*names, *matrix.asked}, ()
+    found = project(stack, right, rows="rows" in wanted, columns="columns" in wanted)
+    for name in wanted:
+        matrix.found[name] = getattr(found, name).unflatten(0, matrix.shape[:-2])
+    return None if found.product is None else found.product.unflatten(0, matrix.shape[:-2])
 
 
 def gram(matrix: Large) -> Tensor:

@@ -128,6 +128,8 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         grads = [one.block.layout.take(one.grad) for one in updates]
     stacked = block.small and not first.fused
     gradient = _together(grads, stacked=stacked, fused=first.fused, negated=group["maximize"])
+    if isinstance(gradient, Batch):
+        gradient.asked = second_moment.sums(block.work)
     state = {key: _state(updates, gathered, kind, key, layout) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}

@@ -104,6 +104,13 @@ class SecondMoment(Kind):
         """
         raise NotImplementedError
 
+    def sums(self, layout: Layout) -> tuple[str, ...]:
+        """Return which sums of squares of the gradient :meth:`update` takes: of ``rows``, of ``columns``, or of both.
+
+        A kernel then finds them in the pass that it makes for the momentum.
+        """
+        return ()
+
     def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
         """Return the denominator of the last step again.
 

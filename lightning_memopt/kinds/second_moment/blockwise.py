@@ -61,6 +61,10 @@ class BlockwiseSecondMoment(SecondMoment):
         """Return whether shards may split heads: there are heads, and their outputs are sharded."""
         return self._run(layout) > 1 and layout.divides(layout.output_dim)
 
+    def sums(self, layout: Layout) -> tuple[str, ...]:
+        """Return those of the outputs."""
+        return ("rows",) if layout.output_dim == -2 else ("columns",)
+
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:

@@ -37,6 +37,10 @@ class FactoredSecondMoment(SecondMoment):
         """Return both means."""
         return {"factored_row": (-2, 1), "factored_col": (1, -1)}
 
+    def sums(self, layout: Layout) -> tuple[str, ...]:
+        """Return both."""
+        return "rows", "columns"
+
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:

@@ -62,6 +62,13 @@ class SubsetNormSecondMoment(SecondMoment):
         """Return whether shards may split runs: there are runs, and rows are sharded along their length."""
         return self.subset_size is not None and layout.divides(-1)
 
+    def sums(self, layout: Layout) -> tuple[str, ...]:
+        """Return those of the subsets, unless they are runs."""
+        m, n = layout.matrix[-2:]
+        if self.subset_size is not None:
+            return ()
+        return ("rows",) if m >= n else ("columns",)
+
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:
