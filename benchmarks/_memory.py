@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _MARK = "memopt_step"
 
@@ -75,7 +76,9 @@ def state_bytes(state: Any) -> int:
         if id(item) in seen or isinstance(item, type):
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if is_traceable_wrapper_subclass(item):
+            stack.extend(getattr(item, name) for name in item.__tensor_flatten__()[0])
+        elif isinstance(item, torch.Tensor):
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(item, dict):

@@ -3,7 +3,7 @@
     python benchmarks/training.py                                      # two CPU processes, about 12 minutes
     python benchmarks/training.py --size tiny --steps 3 --rounds 1 --output /tmp
 
-Each run is one Trainer with two processes: forward, backward, clipping and the optimizer's step on random tokens. Runs
+Each run is one Trainer with two processes: forward, backward and the optimizer's step on random tokens. Runs
 take turns for several rounds, the baseline first in each. The table has the median over rounds of the ratio of median
 steps in the same round. The first two steps of a run do not count.
 """

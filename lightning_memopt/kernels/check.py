@@ -90,6 +90,8 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, Callable[[], tuple[
     for dtype in (torch.float32, torch.bfloat16):
         yield f"products and sums of {dtype}", partial(_project, draw, dtype)
         yield f"transposed products of {dtype}", partial(_rmatmul, draw, dtype)
+    for rows, columns in ((True, True), (True, False), (False, True)):
+        yield "sums of squares", partial(_sums, draw, rows=rows, columns=columns)
     for place, (rank, kinds) in enumerate(UPDATES):
         dtype = (torch.bfloat16, torch.float32)[place % 2]  # every pair would take twice as long to compile
         yield (
@@ -102,10 +104,10 @@ class _Draw:
     """Random numbers that do not touch the generators of a training."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._generator = device, torch.Generator().manual_seed(0)
+        self._device, self._generator = device, torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float32).to(self._device)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu").to(self._device)
 
 
 def _project(draw: _Draw, dtype: torch.dtype) -> tuple[float, float]:
@@ -117,6 +119,13 @@ def _project(draw: _Draw, dtype: torch.dtype) -> tuple[float, float]:
         _error(found.rows, exact.square().sum(-1, keepdim=True)),
         _error(found.columns, exact.square().sum(-2, keepdim=True)),
     )
+
+
+def _sums(draw: _Draw, *, rows: bool, columns: bool) -> tuple[float, float]:
+    parts = [draw(37, 53), draw(37, 53)]
+    found, square = project(Stack.of(parts), rows=rows, columns=columns), torch.stack(parts).double().square()
+    errors = [_error(found.rows, square.sum(-1, keepdim=True))] if rows else []
+    return max([*errors, *([_error(found.columns, square.sum(-2, keepdim=True))] if columns else [])])
 
 
 def _rmatmul(draw: _Draw, dtype: torch.dtype) -> tuple[float, float]:

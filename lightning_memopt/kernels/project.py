@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_memopt.kernels.stack import Stack
 
 # "ieee" multiplies in float32. Tensor cores are faster: "tf32x3" keeps 22 bits of every factor, "tf32" 11 bits.
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+SCRATCH = 64 << 20  # bytes of partial sums of columns: larger stacks take several launches
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ def project(
     """
     b, m, n, r = len(stack.addresses), stack.m, stack.n, 0 if right is None else right.shape[-1]
     tile = tiles.of_project(n, r)
+    most = max(1, SCRATCH // max(1, 4 * tiles.ceil(m, tile.m) * n)) if columns else max(1, b)
+    if b > most:
+        runs = [slice(start, start + most) for start in range(0, b, most)]
+        options: dict[str, Any] = {"rows": rows, "columns": columns, "precision": precision}
+        pieces = [project(stack.run(run), right if right is None else right[run], **options) for run in runs]
+        product, row_sums, column_sums = (
+            None if each[0] is None else torch.cat(each) for each in zip(*map(_fields, pieces), strict=True)
+        )
+        return Projection(product, row_sums, column_sums)
     blocks, panels = max(1, tiles.ceil(r, tile.inner)), tiles.ceil(m, tile.m)
     steps = max(1, tiles.ceil(n, tile.n))
     per_split = tiles.ceil(steps, tiles.splits(panels * blocks * b, n, tile.n)) * tile.n
@@ -71,6 +82,10 @@ def project(
     if stack.negated and sums[0] is not None:
         sums[0].neg_()
     return Projection(*sums)
+
+
+def _fields(found: Projection) -> tuple[Any, Any, Any]:
+    return found.product, found.rows, found.columns
 
 
 def rmatmul(left: Tensor, stack: Stack, *, precision: str = "ieee") -> Tensor:

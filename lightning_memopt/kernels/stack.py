@@ -58,6 +58,10 @@ class Stack:
         *_, down, along = _strides(first)
         return Stack(tuple(parts), addresses, m, n, (down, along), first.dtype, first.device, negated)
 
+    def run(self, run: slice) -> Stack:
+        """Return a run of the matrices."""
+        return replace(self, addresses=self.addresses[run])
+
     @property
     def mT(self) -> Stack:
         """The transposed matrices."""
@@ -84,7 +88,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride if size != 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def numbers_on(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Return integers on a device, as int64.
 

@@ -91,7 +91,7 @@ class Batch:
         if tuple(shape) == self.shape:
             return self
         parts = [self.part(position).view(tuple(shape[1:])) for position in range(len(self.parts))]
-        return Batch(parts, fused=self.fused)
+        return Batch(parts, negated=self.negated, fused=self.fused)
 
     def __getitem__(self, index: Index) -> Tensor:
         """Return one chunk, whose index starts with the position of a part: a view, or a copy if negated."""

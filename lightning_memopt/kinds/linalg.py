@@ -168,11 +168,12 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
     # Column lengths differ widely (singular values enter squared). Without equilibration the cut-off drops short ones.
     scale = torch.where(alive, diagonal, 1.0).rsqrt()
     unit = scale.unsqueeze(-1) * gram * scale.unsqueeze(-2)
-    # A row of the inverse combines columns to an orthonormal one. If it is long, the columns cancel, and what is left
-    # is mostly rounding errors. This column would rotate those after it: factor again without it.
-    weights = _inverse_cholesky(unit, alive, GRAM_CUTOFF)
-    alive = alive & (weights.square().sum(-1) < 0.25 / GRAM_CUTOFF)
-    transform = scale.unsqueeze(-1) * _inverse_cholesky(unit, alive, 0.0).mT * alive.unsqueeze(-2)
+    kept = _independent(unit, alive)
+    # A column that leans on a dependent one only seemed to depend, too: those that the kept ones do not span come back.
+    basis = _inverse_cholesky(unit, kept, 0.0) * kept.unsqueeze(-1)
+    outside = 1 - (basis @ unit).square().sum(-2)
+    kept = _independent(unit, kept | (alive & (outside > 100 * GRAM_CUTOFF)))
+    transform = scale.unsqueeze(-1) * _inverse_cholesky(unit, kept, 0.0).mT * kept.unsqueeze(-2)
     out = torch.empty_like(matrix)
     scratch = Scratch(matrix, torch.float64)
     for index in chunks(matrix):
@@ -180,6 +181,16 @@ def orthonormalize(matrix: Tensor, gram: Tensor) -> Tensor:
         turned = torch.matmul(wide, take_stack(transform, index), out=scratch.take("turned", wide.shape))
         out[index].copy_(turned)
     return out
+
+
+def _independent(unit: Tensor, alive: Tensor) -> Tensor:
+    """Return which columns do not depend on earlier ones, given the Gram matrix of unit columns.
+
+    A row of the inverse factor combines columns to an orthonormal one. If it is long, the columns cancel, and what is
+    left is mostly rounding errors. Such a column would rotate those after it.
+    """
+    lengths = _inverse_cholesky(unit, alive, GRAM_CUTOFF).square().sum(-1)
+    return alive & (lengths < 0.25 / GRAM_CUTOFF)
 
 
 def _inverse_cholesky(unit: Tensor, alive: Tensor, shift: float) -> Tensor:

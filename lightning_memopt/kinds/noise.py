@@ -66,6 +66,10 @@ class Noise:
         second = (mixed & 0x7FFFFFFF).double().mul_(2.0**-31)
         return first.log_().mul_(-2).sqrt_().mul_(second.mul_(2 * math.pi).cos_())
 
+    def _seeds(self, device: torch.device) -> Tensor:
+        # A tensor made on a GPU from numbers would wait for the GPU.
+        return torch.tensor(self.seed, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
     def _mixed(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return a hash of each position: the finalizer of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64."""
         batched = isinstance(self.seed, tuple)
@@ -76,7 +80,7 @@ class Noise:
             position = position + steps.view(-1, *[1] * (len(sizes) - 1 - dim))
         mixed = position * _signed(0x9E3779B97F4A7C15)
         if isinstance(self.seed, tuple):
-            mixed = mixed + torch.tensor(self.seed, device=device).view(-1, *[1] * len(sizes))
+            mixed = mixed + self._seeds(device).view(-1, *[1] * len(sizes))
         else:
             mixed = mixed + self.seed
         mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
@@ -63,6 +63,10 @@ class Block:
                     f"{kind.name!r} needs a matrix, but {self.name!r} has shape {self.layout.shape}; "
                     "choose 'dense' or 'none' for it."
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is computed from the fields: a copy of the family would be another one."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def check(self) -> None:
         """Raise if a kind does not fit the block's shape or its sharding."""

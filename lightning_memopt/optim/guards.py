@@ -189,7 +189,7 @@ def _magnitudes(tensors: Sequence[Tensor]) -> Tensor:
                 found.append(torch.maximum(low.neg(), high).double().view(1))
             else:
                 together = torch.stack([tensors[position] for position in run])
-                found.append(together.abs_().view(len(run), -1).amax(1).double())
+                found.append(together.abs_().flatten(1).amax(1).double())
     return torch.cat(found)[torch.tensor(order, device="cpu").argsort()]
 
 

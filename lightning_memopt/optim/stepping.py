@@ -36,14 +36,19 @@ def take_step(
         FloatingPointError: If a weight would become infinite or NaN. It keeps its value.
     """
     counters = [states[param]["step"] for _, param in active]
+    if len({counter.device for counter in counters}) > 1:
+        counters = [counter.cpu() for counter in counters]
     numbers = [int(number) + 1 for number in torch.stack(counters).tolist()] if counters else []
+    # A learning rate may be a tensor, which is read once.
+    groups = {id(group): group for group, _ in active}
+    groups = {key: {**group, "lr": float(group["lr"])} for key, group in groups.items()}
     step = Step(
-        Update(block, param, states[param], group, number, fused)
+        Update(block, param, states[param], groups[id(group)], number, fused)
         for (group, param), number in zip(active, numbers, strict=True)
         for block in blocks[param]
     )
-    if counters:
-        torch._foreach_add_(counters, 1)
+    if active:
+        torch._foreach_add_([states[param]["step"] for _, param in active], 1)
     watch = tally.watch(max(numbers, default=0))
     with exact_arithmetic({param.device.type for _, param in active}):
         step.run(watch)
@@ -73,9 +78,12 @@ class Step:
 
 
 def _held(entry: tuple[Update, list[Gather]]) -> int:
-    """Return the bytes that a block holds during its wave: what it gathers, and its gradient if that is stacked."""
+    """Return the bytes that a block holds during its wave: what it gathers, and its gradient if that is stacked.
+
+    Ranks may have other blocks that are not sharded. These are finished one batch after the other.
+    """
     block, requests = entry[0].block, entry[1]
-    gradient = block.share * block.layout.dtype.itemsize if block.small else 0
+    gradient = block.share * block.layout.dtype.itemsize if block.small and block.layout.sharded else 0
     return sum(request.nbytes for request in requests) + gradient
 
 

@@ -21,7 +21,7 @@ from lightning_memopt.optim.bounds import Rates, Watch, limit_
 from lightning_memopt.optim.fused import apply_fused_, for_kernel
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
 from lightning_memopt.sharding.layout import Layout
-from lightning_memopt.sharding.state import ELEMENTWISE
+from lightning_memopt.sharding.state import ELEMENTWISE, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
 
 
@@ -82,9 +82,10 @@ class Update:
     def alike(self) -> Hashable:
         """Return what updates must share to be made together."""
         block, group, rates = self.block, self.group, self.rates
-        if not block.batched or rates.checked:  # checks count weights by block
+        # Checks count weights by block. What has no view as a matrix is copied for the step.
+        if not block.batched or rates.checked or (not block.small and self._is_copied):
             return block.name
-        shared = (rates, self.step, group["betas"], group["eps"], group["maximize"])
+        shared = (rates, self.step, tuple(group["betas"]), group["eps"], group["maximize"])
         if self.is_adamw:
             return block.layout.dtype, block.layout.device, shared
         phases: tuple[Hashable, ...] = ()
@@ -92,6 +93,13 @@ class Update:
             tick = Tick(self.step, block.key, block.index)
             phases = tuple(kind.phase(tick) for kind in block.recurring)
         return block.family, self.param.dtype, self.grad.dtype, phases, shared, self.fused
+
+    @property
+    def _is_copied(self) -> bool:
+        layout = self.block.layout
+        if len(layout.shape) < 3 or len(layout.shape) == len(layout.matrix) or layout.sharded:
+            return False  # ranks must combine the same blocks, and parts of a tensor may differ in their strides
+        return not all(local_tensor(tensor).is_contiguous() for tensor in (self.param, self.grad))
 
     def gather_requests(self) -> list[Gather]:
         """Return the gathers that the update needs. They are the same on all ranks."""
@@ -196,6 +204,7 @@ def _state(
 def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
     """Write what kinds did to copies of the state back to where it is stored."""
     block = updates[0].block
+    sizes = {key: each for kind in block.kinds for key, each in kind.sizes(block.work).items()} if block.cuts else {}
     targets, values = [], []
     for key, value in state.items():
         cut = block.cuts.get(key)
@@ -205,7 +214,7 @@ def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
         for one, part in zip(updates, _by_block(value, together=together), strict=True):
             target = local_tensor(one.state[one.block.prefix + key])
             targets.append(target)
-            part = part if cut is None else cut.mine(part)
+            part = part if cut is None else cut.mine(part.view(shape_of(block.work, sizes[key])))
             values.append(part if part.shape == target.shape else part.view(target.shape))
     if targets:
         torch._foreach_copy_(targets, values)

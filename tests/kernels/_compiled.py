@@ -39,11 +39,14 @@ def main() -> None:
     project(half, torch.empty(B, N, 8 * R), precision="tf32")
     assert "mma" in compiled[-1]
     apply_(half, Direction(single, 1.0, left, right), Denominator((rows, columns)), Rates(1.0, 0.1, 1.0, counted=True))
+    for rows_too, columns_too in ((True, True), (True, False), (False, True)):
+        project(single, rows=rows_too, columns=columns_too)
+    assert all("ld.global.v4.b32" in assembly for assembly in compiled[-3:])
     rounding = Rounding.of((1, 2), 0, (N, 1), ())
     apply_(half, Direction(half), Denominator((single,)), Rates(1.0, checked=True), rounding=rounding)
     assert all("ld.global.v4.b32" in assembly for assembly in compiled[-2:])
     apply_(single, Direction(half), Denominator((torch.empty(B, M, 8),), run=N // 8), Rates(1.0))
-    assert len(compiled) == 6
+    assert len(compiled) == 9
 
 
 if __name__ == "__main__":

@@ -45,6 +45,16 @@ def test_equals_the_functions_of_linalg(size, dtype, layout):
     check(parts, Stack.of(parts), r, Batch(parts))
 
 
+def test_large_stacks_take_several_launches(monkeypatch):
+    """What columns need for partial sums stays bounded."""
+    parts, right = matrices(5, (70, 9), F32), gradient((5, 9, 2), 1)
+    expected = project(Stack.of(parts), right, rows=True, columns=True)
+    monkeypatch.setattr("lightning_memopt.kernels.project.SCRATCH", 2 * 2 * 4 * 70)
+    found = project(Stack.of(parts), right, rows=True, columns=True)
+    for name in ("product", "rows", "columns"):
+        assert_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_of_stacks_of_matrices():
     parts = matrices(2, (3, 5, 7), F32)
     check(parts, Stack.of(parts), 2, Batch(parts))

@@ -191,6 +191,15 @@ def test_orthonormalize_nearly_parallel_columns(angle):
     assert identity_error(orth(matrix)) < 1e-6
 
 
+@pytest.mark.parametrize("angle", [6e-6, 1e-5, 2e-5, 3e-5])
+def test_orthonormalize_a_column_that_leans_on_a_dependent_one(angle):
+    """The second column hardly differs from the first; what it adds is the third, which must not be lost with it."""
+    one, other = torch.linalg.qr(gradient((50, 2), 1, torch.float64)).Q.T
+    q = orth(torch.stack((one, one + angle * other, other), -1).float()).double()
+    assert identity_error(q[:, q.ne(0).any(0)]) < 1e-5
+    assert (q @ (q.T @ other)).norm() > 1 - 1e-6
+
+
 def test_orthonormalize_adds_over_ranks():
     """The Gram matrix of all rows is all that is needed to orthonormalise a part of them."""
     matrix = gradient((12, 3), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from unittest import mock
 
@@ -97,6 +98,16 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Reading(TorchDispatchMode):
+    """Counts the numbers that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("recipe", lm.recipe_names())
 def test_depth_adds_no_operations(recipe):
     counts = []
@@ -107,6 +118,54 @@ def test_depth_adds_no_operations(recipe):
             optimizer.step()
         counts.append(mode.count)
     assert counts[0] == counts[1]
+
+
+def test_betas_may_be_a_list():
+    optimizer = optimizer_of(betas=[0.9, 0.95])
+    optimizer.param_groups[0]["betas"] = [0.8, 0.95]
+    take_steps(optimizer, 1)
+
+
+def test_a_learning_rate_in_a_tensor_is_read_once():
+    counts = []
+    for depth in (2, 9):
+        optimizer = optimizer_of(depth, recipe="adapm_lean")
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-2)
+        with Reading() as mode:
+            take_steps(optimizer, 1)
+        counts.append(mode.count)
+    assert counts[0] == counts[1]
+
+
+def test_copies_of_a_block_stay_alike():
+    blocks = [block for *_, block in optimizer_of(recipe="adapm_lean").blocks()]
+    assert all(copied.family is block.family for block, copied in zip(blocks, copy.deepcopy(blocks), strict=True))
+
+
+def test_large_channels_last_convolutions_are_copied_one_by_one(monkeypatch):
+    """They have no view as a matrix. Copies of all of them at once would take as much memory as the weights."""
+    monkeypatch.setattr(blocks, "SMALL", 0)
+    counted = []
+    monkeypatch.setattr(stepping, "update", lambda updates, *rest: counted.append(len(updates)) or iter(()))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        params = [nn.Parameter(gradient((8, 4, 3, 3), place).to(memory_format=layout)) for place in range(3)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        counted.clear()
+        lm.MemOpt([(f"conv{place}.weight", param) for place, param in enumerate(params)], "adafactor", lr=0.1).step()
+        assert counted == ([3] if layout is torch.contiguous_format else [1, 1, 1])
+
+
+def test_vectors_with_state_of_a_smaller_dtype_keep_the_arithmetic():
+    """Numbers are the same as a vector and as a matrix."""
+    values, grads = gradient((1, 9), 1, torch.float64), gradient((1, 9), 2, torch.float64)
+    found = []
+    for shape in ((9,), (1, 9)):
+        param = nn.Parameter(values.view(shape).clone())
+        param.grad = grads.view(shape)
+        lm.MemOpt([("a.weight", param)], "adamw", lr=1.0, state_dtype="float32").step()
+        found.append(param.detach().view(-1))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("recipe", lm.recipe_names())

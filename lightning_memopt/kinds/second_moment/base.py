@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.batch import Batch, Index, Large, Scratch, take
+from lightning_memopt.kinds.batch import Index, Large, Scratch, take
 from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -46,7 +46,7 @@ class Denominator:
         """
         if not self.squares:
             return None
-        if not self._vectors:
+        if not self._vectors or self._vectors[0].dtype != scratch.dtype:
             first, *rest = (take(square, index) for square in self.squares)
             shape = torch.broadcast_shapes(first.shape, *(square.shape for square in rest))
             root = scratch.take("divisor", shape).copy_(first).sqrt_().div_(self.correction**0.5)
@@ -62,16 +62,12 @@ class Denominator:
     @cached_property
     def _vectors(self) -> tuple[Tensor, ...]:
         """The roots of squares that many elements share, computed once for all chunks. None for elementwise squares."""
-        if any(_is_elementwise(square) for square in self.squares) and self.run is None:
+        shared = [isinstance(each, Tensor) and (self.run or min(each.shape[-2:]) <= 1) for each in self.squares]
+        if not all(shared):
             return ()
         first, *rest = (square.sqrt() for square in self.squares)  # type: ignore[union-attr]
         first.div_(self.correction**0.5)
         return (first, *rest) if rest else (first.add_(self.eps),)
-
-
-def _is_elementwise(square: Large) -> bool:
-    # That of a vector may be stored in bfloat16. Shared squares are in the dtype of the arithmetic.
-    return isinstance(square, Batch) or min(square.shape[-2:]) > 1 or square.dtype.itemsize < 4
 
 
 @dataclass(frozen=True)
