@@ -11,9 +11,15 @@ T = TypeVar("T")
 
 def unknown(what: str, name: object, known: list[str]) -> str:
     """Return the message for a name that is not in ``known``, with the closest one suggested."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    plain = {_plain(each): each for each in known}
+    close = difflib.get_close_matches(_plain(str(name)), list(plain), n=1)
+    hint = f" Did you mean {plain[close[0]]!r}?" if close else ""
     return f"Unknown {what} {name!r}.{hint} Available: {listed(known, 30)}."
+
+
+def _plain(name: str) -> str:
+    """Return a name without what classes, options and recipes spell differently, as in ``AdaPMLean``."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -109,6 +109,7 @@ NAN = float("nan")
     ("options", "error", "match"),
     [
         ({"recipe": "adapm_leen"}, ValueError, r"Unknown recipe 'adapm_leen'\. Did you mean 'adapm_lean'\?"),
+        ({"recipe": "AdaPMLean"}, ValueError, r"Unknown recipe 'AdaPMLean'\. Did you mean 'adapm_lean'\?"),
         ({"recipe": 3}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got 3"),
         ({"recipe": "missing.yaml"}, FileNotFoundError, "There is no recipe file 'missing.yaml'"),
         ({"rank": 0}, ValueError, "`rank` must be an integer of at least 1 .* got 0.*'none'"),
