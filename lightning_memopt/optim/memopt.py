@@ -49,8 +49,7 @@ class MemOpt(torch.optim.Optimizer):
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
             Unused where the betas bound U / D (dense second moment, momentum dense or none), or with no second moment.
-        fused: Whether kernels (in Triton, for CUDA) read gradients and write weights. None: where they are available
-            and pass a check; True: otherwise a step is an error. Checkpoints do not hold it: it belongs to the machine.
+        fused: Whether to use Triton kernels on CUDA. None: where they pass a check; True: always. Not saved.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
         seed: Seed of all random draws, which do not use torch's generator.
@@ -97,14 +96,11 @@ class MemOpt(torch.optim.Optimizer):
         parsing.check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
         plan = load_plan(recipe).updated(overrides=overrides, options=options)
         parsing.check_head_dim_is_used(head_dim, plan)
-        dtype = parsing.state_dtype(state_dtype)
-        self._binding = Binding(
-            plan, overrides=overrides, options=options, betas=betas, state_dtype=dtype, seed=seed, head_dim=head_dim
-        )
+        given: dict[str, Any] = {"betas": betas, "state_dtype": parsing.state_dtype(state_dtype), "seed": seed}
+        self._binding = Binding(plan, overrides=overrides, options=options, head_dim=head_dim, **given)
         self._binding.fused = fused
         # Like what Binding holds, changed only in place.
-        self._nonfinite, self._counts = nonfinite, {"skipped": 0}
-        self._tally = Tally()
+        self._nonfinite, self._counts, self._tally = nonfinite, {"skipped": 0}, Tally()
         self._trusted: set[Tensor] = set()  # parameters whose weights were finite in an earlier step
         groups, names = parsing.split_names(params)
         self._binding.learn(names)
@@ -167,8 +163,8 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If names are not known yet, or a gradient is sparse or complex. Nothing has changed then.
-            RuntimeError: If ranks disagree about which sharded parameters have a gradient, or there are no kernels and
-                ``fused`` is True. Nothing has changed then.
+            RuntimeError: If ranks disagree about which parameters have a gradient, or required kernels are missing.
+                Nothing has changed then.
             FloatingPointError: If gradients are not finite with ``nonfinite="raise"``, or weights before their first
                 step. Nothing has changed then. Also if a weight would become infinite: that weight keeps its value.
         """
@@ -298,7 +294,6 @@ class MemOpt(torch.optim.Optimizer):
     def allocate_state_dict(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state dict like ``saved``, with zeros that a reader of sharded checkpoints fills.
 
-        Args:
-            saved: A state dict in this optimizer's order; only global shapes and dtypes are used.
+        Only global shapes and dtypes of ``saved`` are used. It has this optimizer's order.
         """
         return load.allocate_state_dict(self, self._binding, saved)
