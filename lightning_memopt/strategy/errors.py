@@ -46,7 +46,7 @@ def outermost_units(model: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from outermost_units(child, f"{prefix}{name}.")
 
 
-PATIENCE = 2.0  # seconds that a rank waits for another rank's report
+PATIENCE = 5.0  # seconds that a rank waits for another rank's report
 LONGEST = 500  # characters in a report
 
 _numbers = itertools.count()  # all ranks create these objects together, so their counts agree
