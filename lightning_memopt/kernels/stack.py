@@ -95,4 +95,4 @@ def numbers_on(numbers: tuple[int, ...], device: torch.device, stream: int) -> T
     Weights stay where they are, and gradients often return there: most steps copy nothing to the device. A copy is
     complete only for work on the stream that made it, so each stream has its own.
     """
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

@@ -118,7 +118,7 @@ def _ask(params: Sequence[Judged], flags: Sequence[Mapping[str, Tensor]], *, ref
         if heard is None:
             worst = [torch.stack([none, *each.values()]).amax() for each in seen]
             heard = torch.stack([*worst, none + refused]) * (rank() + 1)
-        present = torch.tensor([entry.param.grad is not None for entry in mine], dtype=torch.float32)
+        present = torch.tensor([entry.param.grad is not None for entry in mine], dtype=torch.float32, device="cpu")
         present = present.to(device, non_blocking=True)  # the host waits only for the answers
         unusable = [torch.stack([each.get(entry.name, none) for entry in mine]) for each in seen]
         rows = torch.stack([1 - present, present, *unusable]) * (rank() + 1)
