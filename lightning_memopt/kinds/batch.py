@@ -55,11 +55,6 @@ class Batch:
         return torch.Size((len(self.parts), *stack, *((n, m) if self.transposed else (m, n))))
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions, including the batch."""
-        return self.parts[0].ndim + 1
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of all parts."""
         return self.parts[0].dtype
@@ -73,10 +68,6 @@ class Batch:
     def mT(self) -> Batch:
         """The transposed matrices."""
         return Batch(self.parts, negated=self.negated, transposed=not self.transposed, fused=self.fused)
-
-    def numel(self) -> int:
-        """Return the number of all elements."""
-        return len(self.parts) * self.parts[0].numel()
 
     def new_empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Return an uninitialized tensor on the device of the parts, as ``Tensor.new_empty`` does."""

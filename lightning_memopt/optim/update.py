@@ -20,7 +20,6 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch, limit_
 from lightning_memopt.optim.fused import apply_fused_, for_kernel
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
-from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
 
@@ -134,11 +133,10 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         grads = [tensors[-1] for tensors in gathered]
     else:
         grads = [one.block.layout.take(one.grad) for one in updates]
-    stacked = block.small and not first.fused
-    gradient = _together(grads, stacked=stacked, fused=first.fused, negated=group["maximize"])
+    gradient = _together(grads, block, fused=first.fused, negated=group["maximize"])
     if isinstance(gradient, Batch):
         gradient.asked = second_moment.sums(block.work)
-    state = {key: _state(updates, gathered, kind, key, layout) for kind in block.kinds for key in kind.keys}
+    state = {key: _state(updates, gathered, kind, key) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
     direction, denominator = yield from interleave(
@@ -174,18 +172,16 @@ def adamw_(updates: Sequence[Update]) -> None:
     )
 
 
-def _together(tensors: list[Tensor], *, stacked: bool, fused: bool, negated: bool = False) -> Large:
-    """Return the tensors of a batch as the kinds see them: copied to a stack, or in place."""
-    if len(tensors) > 1 and stacked:
+def _together(tensors: list[Tensor], block: Block, *, fused: bool, negated: bool = False) -> Large:
+    """Return the tensors of a batch of such blocks as the kinds see them: copied to a stack, or in place."""
+    if len(tensors) > 1 and block.small and not fused:
         return torch.stack(tensors).neg_() if negated else torch.stack(tensors)
     if len(tensors) > 1 or fused:
         return Batch(tensors, negated=negated, fused=fused)
     return tensors[0].neg() if negated else tensors[0]
 
 
-def _state(
-    updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], kind: Any, key: str, layout: Layout
-) -> Large:
+def _state(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], kind: Any, key: str) -> Large:
     """Return a state tensor as the kinds see it: that of one block, or those of all blocks."""
     block = updates[0].block
     if key in block.cuts:
@@ -198,7 +194,7 @@ def _state(
         return torch.stack(parts) if len(parts) > 1 or fused else parts[0]
     if len(parts) > 1 or fused:
         parts = [part.view(block.work.local) for part in parts]
-    return _together(parts, stacked=block.small and not fused, fused=fused)
+    return _together(parts, block, fused=fused)
 
 
 def _keep(updates: Sequence[Update], state: Mapping[str, Large]) -> None:
@@ -255,7 +251,7 @@ def apply(
         targets = [part.new_zeros(block.work.local) for part in mine]
         parts = [cut.mine(whole) for whole in targets]
         torch._foreach_copy_(parts, mine)
-    weights = _together(targets, stacked=block.small and not fused, fused=fused)
+    weights = _together(targets, block, fused=fused)
     lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
     if len(targets) > 1 and isinstance(weights, Tensor):
         torch._foreach_copy_(targets, weights.unbind())
