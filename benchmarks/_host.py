@@ -29,22 +29,18 @@ def host_times(builds: Mapping[str, Build], device: str) -> Table:
 
 def small_matrices(builds: Mapping[str, Build], device: str) -> Table:
     """Time steps of 400 matrices of 64 x 64, as a ratio to torch's ``foreach`` AdamW."""
-    model = nn.Module()
-    for layer in range(400):
-        parent = nn.Module()
-        parent.up_proj = nn.Linear(64, 64, bias=False, device=device)
-        mlp = nn.Module()
-        mlp.mlp = parent
-        model.add_module(f"layers_{layer}", mlp)
+    model = nn.ModuleDict({f"layer{number}": _layer(device) for number in range(400)})
     gradients = Gradients(model, device)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
     rows = []
     for name, build in builds.items():
-        both = zip(_times(base, gradients, device), _times(build(model), gradients, device), strict=True)
-        pairs = [(theirs, mine) for theirs, mine in both]
-        ratio = statistics.median(mine for _, mine in pairs) / statistics.median(theirs for theirs, _ in pairs)
-        rows.append([name, f"{ratio:.2f}", f"{statistics.median(mine for _, mine in pairs) * 1e3:.1f}"])
+        theirs, mine = (statistics.median(_times(optimizer, gradients, device)) for optimizer in (base, build(model)))
+        rows.append([name, f"{mine / theirs:.2f}", f"{mine * 1e3:.1f}"])
     return ["optimizer", "x foreach AdamW", "ms"], rows
+
+
+def _layer(device: str) -> nn.Module:
+    return nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(64, 64, bias=False, device=device)})})
 
 
 def _times(optimizer: torch.optim.Optimizer, gradients: Gradients, device: str) -> list[float]:

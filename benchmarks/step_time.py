@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _host import host_times, small_matrices
+from _host import Table, host_times, small_matrices
 from _memory import PeakMemory, self_check, state_bytes
 from _peers import Build, installed, peers
 from _report import OUTPUT, markdown, provenance, show
@@ -41,9 +41,6 @@ HEAD = [
     "temporaries / largest block",
     "state",
 ]
-
-
-Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
