@@ -169,6 +169,7 @@ def main() -> None:
         'collectives of that size, so that buffers stay bounded. "× ideal" is the state on rank 0, which holds the '
         f"most, over the total divided by the number of ranks.\n\n{markdown(HEAD, rows)}\n\n{provenance()}\n"
     )
+    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "communication.md").write_text(text)
 
 

@@ -196,6 +196,7 @@ def main() -> None:
         repeats=options.repeats,
         provenance=provenance(threads=torch.get_num_threads()),
     )
+    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "reliability.md").write_text(page)
     if any(line[-1] != "0" for line in rows):
         sys.exit("Something was not as promised.")

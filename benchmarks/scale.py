@@ -234,8 +234,8 @@ holds. It grows where the long side of a weight is not divisible by the number o
 at most {worst:.0f} MB here, because chunks, batches and waves have a fixed size.
 
 Checked in other ways: torch's profiler finds the same scratch, within 12 bytes, in a real step of llama-60m on one
-process (with a GPU's chunks). At commit c5472e9, a process group whose other ranks do not exist
-found the same 39 collectives for a LLaMA 7B with `adapm_lean` on 1,024 ranks ([communication.md](communication.md)).
+process (with a GPU's chunks). A process group whose other ranks do not exist finds the same 31
+collectives for a LLaMA 7B with `adapm_lean` on 1,024 ranks ([communication.md](communication.md)).
 
 {texts}
 
