@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Case:
         inputs: Returns the arguments of ``forward``.
         proof: What is proven about fused attention: ``all``; ``values`` where queries and keys meet more than each
             other; ``order`` adds to ``all`` that the gradient of one output position tells queries from keys.
-        unproven: Patterns of matrices whose orientation no input or output of a module shows.
+        unproven: A pattern of matrices whose orientation no input or output of a module shows.
         train: Whether the model is trained with every recipe. Others have the same structure as one that is.
     """
 
@@ -56,7 +57,7 @@ def hf(
     """Return the case of a class of transformers, which is found when the model is built."""
 
     def make() -> nn.Module:
-        kind = getattr(transformers, cls)
+        kind = attrgetter(cls)(transformers)
         return kind._from_config(kind.config_class(**config), attn_implementation="eager")
 
     return Case(name, make, truth, inputs or tokens, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.roles._cases import VOCAB, Case, hf
+from tests.roles._cases import VOCAB, Case, hf, tokens
 
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCAB, "n_positions": 16}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -26,8 +26,8 @@ TOKENS_AND_HEAD = """
 model.embed_tokens.weight  embedding
 lm_head.weight             head
 """
-TIED = "model.embed_tokens.weight  embedding"
-GATED = "*.{mlp,feed_forward,mlp_block}.{gate,up,down}_proj.weight  mlp"
+TIED = "model.embed_tokens.weight  embedding\n"
+GATED = "*.{mlp,feed_forward,mlp_block}.{gate,up,down}_proj.weight  mlp\n"
 LLAMA = TOKENS_AND_HEAD + ATTENTION + GATED
 WIDE_LLAMA = TOKENS_AND_HEAD + WIDE_ATTENTION + GATED
 
@@ -36,7 +36,7 @@ GPT2_BLOCK = """
 *.h.0.attn.c_proj.weight      attention_output T
 *.h.0.mlp.{c_fc,c_proj}.weight mlp T
 """
-GPT2_EMBEDDINGS = "*.{wte,wpe}.weight  embedding"
+GPT2_EMBEDDINGS = "*.{wte,wpe}.weight  embedding\n"
 FALCON = """
 *.word_embeddings.weight             embedding
 *.self_attention.dense.weight        attention_output
@@ -52,8 +52,26 @@ def _trajectory() -> dict[str, Any]:
     return {**drawn, "timesteps": torch.arange(4).expand(2, 4), "attention_mask": torch.ones(2, 4)}
 
 
+def _conditioned() -> dict[str, Any]:
+    return {**tokens(), "encoder_hidden_states": torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))}
+
+
 CASES: list[Case] = [
     hf("gpt2", "GPT2LMHeadModel", GPT2, GPT2_EMBEDDINGS + GPT2_BLOCK),
+    hf(  # keys and values of another sequence
+        "gpt2_cross",
+        "GPT2LMHeadModel",
+        {**GPT2, "add_cross_attention": True},
+        GPT2_EMBEDDINGS
+        + GPT2_BLOCK
+        + """
+        *.crossattention.c_attn.weight   key/8@0:32 value@32:32 T
+        *.crossattention.q_attn.weight   query/8 T
+        *.crossattention.c_proj.weight   attention_output T
+        """,
+        _conditioned,
+        proof="values",
+    ),
     hf("gpt1", "OpenAIGPTLMHeadModel", GPT2, "*.{tokens,positions}_embed.weight  embedding" + GPT2_BLOCK),
     hf(
         "imagegpt",
@@ -213,7 +231,7 @@ CASES: list[Case] = [
         *.self_attn.dense.weight         attention_output
         *.mlp.fc{1,2}.weight             mlp
         """
-        + "\n".join(ATTENTION.strip().splitlines()[:3]),
+        + ATTENTION,
     ),
     hf(
         "phi3",
@@ -250,7 +268,22 @@ CASES: list[Case] = [
         "cohere",
         "CohereForCausalLM",
         {**GROUPED, "use_qk_norm": True, "pad_token_id": 0},
-        TIED + ATTENTION + GATED + "\n*.{q,k}_norm.weight  vector",
+        TIED + ATTENTION + GATED + "*.{q,k}_norm.weight  vector",
+    ),
+    hf(  # Conv1D in its MLP alone
+        "clvp_decoder",
+        "ClvpForCausalLM",
+        {**PLAIN, "max_position_embeddings": 16, "max_text_tokens": 16, "n_inner": 80, "num_mel_attn_blocks": 1},
+        """
+        *.{input,position}_embeds_layer.weight  embedding
+        lm_head.weight                          head
+        *.attn.q_proj.weight                    query/8
+        *.attn.k_proj.weight                    key/8
+        *.attn.v_proj.weight                    value
+        *.attn.out_proj.weight                  attention_output
+        *.mlp.{c_fc,c_proj}.weight              mlp T
+        """,
+        train=False,
     ),
     hf(
         "opt",

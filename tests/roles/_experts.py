@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.roles._cases import VOCAB, Case, hf
+from tests.roles._cases import VOCAB, Case, hf, tokens
 from tests.roles._decoders import ATTENTION, GATED, GROUPED, LLAMA, TOKENS_AND_HEAD, WIDE, WIDE_ATTENTION
 
 TOP2 = {"num_experts_per_tok": 2}
@@ -76,20 +76,20 @@ CASES: list[Case] = [
         "llama4",
         "Llama4ForCausalLM",
         {**WIDE, **FEW, "interleave_moe_layer_step": 1, "pad_token_id": 0},
-        TOKENS_AND_HEAD + WIDE_ATTENTION + ROUTER + TRANSPOSED + SHARED.split("vector")[1],
+        TOKENS_AND_HEAD + WIDE_ATTENTION + ROUTER + TRANSPOSED + SHARED,
     ),
     hf(
         "aria",
         "AriaTextForCausalLM",
         {**GROUPED, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "pad_token_id": 0},
-        TOKENS_AND_HEAD + ATTENTION + ROUTER + TRANSPOSED + SHARED.split("vector")[1],
+        TOKENS_AND_HEAD + ATTENTION + ROUTER + TRANSPOSED + SHARED,
         train=False,
     ),
     hf(
         "deepseek_v2_lite",
         "DeepseekV2ForCausalLM",
         {**LATENT, "q_lora_rank": None},
-        TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED.split("vector")[1],
+        TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED,
         proof="values",
     ),
     *[
@@ -97,7 +97,7 @@ CASES: list[Case] = [
             name,
             cls,
             {**LATENT, "q_lora_rank": 20},
-            TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED.split("vector")[1],
+            TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED,
             proof="values",
         )
         for name, cls in [("deepseek_v2", "DeepseekV2ForCausalLM"), ("deepseek_v3", "DeepseekV3ForCausalLM")]
@@ -148,6 +148,7 @@ CASES: list[Case] = [
         """
         + ROUTER
         + STACKED,
+        unproven="*.dt_proj.weight",
     ),
     hf(
         "nemotron_h",
@@ -211,6 +212,7 @@ CASES: list[Case] = [
         *.mixer.conv1d.weight                   convolution flat
         *.mixer.{in,out,x,dt}_proj.weight       linear
         """,
+        unproven="*.dt_proj.weight",
     ),
     hf(
         "mamba2",
@@ -239,5 +241,6 @@ CASES: list[Case] = [
         *.attention.output.weight               attention_output
         *.feed_forward.{key,value,receptance}.weight  mlp
         """,
+        lambda: {**tokens(), "use_cache": False},
     ),
 ]

@@ -6,7 +6,7 @@ A line names weights and says what is in them::
     *.mlp.{gate,up}_proj.weight  mlp
     *.cls_token               vector or embedding
 
-``*`` is any text, and ``{a,b}`` a choice. ``/8`` is the head size of queries and keys. ``@32:16`` is the part of the
+``*`` is any text, ``*.`` at the start also none, and ``{a,b}`` a choice. ``/8`` is the head size of queries and keys. ``@32:16`` is the part of the
 outputs that starts at 32 and has 16 entries, and ``@8:8%24`` the entries 8 to 15 of every 24. ``T`` says that the last
 dimension indexes the outputs, ``flat`` that a weight of three dimensions is one matrix. Where more than one answer is
 right, ``or`` separates them. The first line that matches decides. Weights of one dimension are vectors without a line.
@@ -56,16 +56,17 @@ class Answer:
 class Line:
     """The weights that a line is about, and what is right about them."""
 
-    pattern: str
+    names: str
     answers: tuple[Answer, ...]
 
     def matches(self, name: str) -> bool:
-        return _regex(self.pattern).fullmatch(name) is not None
+        return pattern(self.names).fullmatch(name) is not None
 
 
 @cache
-def _regex(pattern: str) -> re.Pattern[str]:
-    text = re.escape(pattern).replace(r"\*", ".*")
+def pattern(written: str) -> re.Pattern[str]:
+    text = re.escape(written).replace(r"\*", ".*")
+    text = re.sub(r"^\.\*\\\.", r"(.*\\.)?", text)
     return re.compile(re.sub(r"\\{(.*?)\\}", lambda found: f"({found[1].replace(',', '|')})", text))
 
 
@@ -75,8 +76,8 @@ def parse(text: str) -> tuple[Line, ...]:
 
 
 def _line(text: str) -> Line:
-    pattern, rest = text.split(maxsplit=1)
-    return Line(pattern, tuple(_answer(answer.split()) for answer in rest.split(" or ")))
+    names, rest = text.split(maxsplit=1)
+    return Line(names, tuple(_answer(answer.split()) for answer in rest.split(" or ")))
 
 
 def _answer(words: Sequence[str]) -> Answer:
@@ -152,9 +153,3 @@ def line_of(lines: Sequence[Line], name: str, shape: Sequence[int]) -> Line:
     if len(shape) < 2:
         return Line(name, (Answer((Fact("vector"),)),))
     raise LookupError(f"No line says what {name} {list(shape)} is.")
-
-
-def unused(lines: Sequence[Line], names: Sequence[str]) -> list[str]:
-    """Return the patterns that decide about no weight."""
-    used = {id(next((line for line in lines if line.matches(name)), None)) for name in names}
-    return [line.pattern for line in lines if id(line) not in used]
