@@ -70,7 +70,6 @@ CASES: list[Case] = [
         *.crossattention.c_proj.weight   attention_output T
         """,
         _conditioned,
-        proof="values",
     ),
     hf("gpt1", "OpenAIGPTLMHeadModel", GPT2, "*.{tokens,positions}_embed.weight  embedding" + GPT2_BLOCK),
     hf(

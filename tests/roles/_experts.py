@@ -64,7 +64,6 @@ CASES: list[Case] = [
         *.mlp.{input,output}_linear.weight             mlp
         """
         + ROUTER,
-        proof="values",
     ),
     hf(
         "gpt_oss",
@@ -90,7 +89,6 @@ CASES: list[Case] = [
         "DeepseekV2ForCausalLM",
         {**LATENT, "q_lora_rank": None},
         TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED,
-        proof="values",
     ),
     *[
         hf(
@@ -98,8 +96,7 @@ CASES: list[Case] = [
             cls,
             {**LATENT, "q_lora_rank": 20},
             TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED,
-            proof="values",
-        )
+            )
         for name, cls in [("deepseek_v2", "DeepseekV2ForCausalLM"), ("deepseek_v3", "DeepseekV3ForCausalLM")]
     ],
     hf(  # a layer of softmax attention below one of linear attention

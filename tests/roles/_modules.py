@@ -175,5 +175,5 @@ CASES: list[Case] = [
         """,
         tokens,
     ),
-    Case("torch_transformer", _translator, TORCH, _source_and_target, proof="values"),
+    Case("torch_transformer", _translator, TORCH, _source_and_target, proof="all"),
 ]
