@@ -104,7 +104,7 @@ def forward(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, transformers.utils.ModelOutput):
+    elif hasattr(output, "to_tuple"):
         yield from _tensors(output.to_tuple())
     elif isinstance(output, tuple | list):
         for entry in output:

@@ -254,7 +254,13 @@ CASES: list[Case] = [
         ]
     ],
     hf("qwen3", "Qwen3ForCausalLM", WIDE, WIDE_LLAMA),
-    hf("glm4", "Glm4ForCausalLM", WIDE | {"pad_token_id": 0}, WIDE_LLAMA + "*.mlp.gate_up_proj.weight  mlp", train=False),
+    hf(
+        "glm4",
+        "Glm4ForCausalLM",
+        WIDE | {"pad_token_id": 0},
+        WIDE_LLAMA + "*.mlp.gate_up_proj.weight  mlp",
+        train=False,
+    ),
     *[
         hf(name, cls, WIDE, TIED + WIDE_ATTENTION + GATED, train=name == "gemma3")
         for name, cls in [

@@ -33,7 +33,12 @@ LATENT_ATTENTION = """
 CASES: list[Case] = [
     hf("mixtral", "MixtralForCausalLM", MOE, MIXTURE),
     hf("qwen2_moe", "Qwen2MoeForCausalLM", MOE, MIXTURE + SHARED),
-    hf("qwen3_moe", "Qwen3MoeForCausalLM", WIDE | MOE | {"head_dim": 16}, TOKENS_AND_HEAD + WIDE_ATTENTION + ROUTER + STACKED),
+    hf(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        WIDE | MOE | {"head_dim": 16},
+        TOKENS_AND_HEAD + WIDE_ATTENTION + ROUTER + STACKED,
+    ),
     hf("olmoe", "OlmoeForCausalLM", MOE, MIXTURE, train=False),
     hf("granite_moe", "GraniteMoeForCausalLM", MOE, MIXTURE, train=False),
     hf(
@@ -96,7 +101,7 @@ CASES: list[Case] = [
             cls,
             {**LATENT, "q_lora_rank": 20},
             TOKENS_AND_HEAD + LATENT_ATTENTION + ROUTER + STACKED + SHARED,
-            )
+        )
         for name, cls in [("deepseek_v2", "DeepseekV2ForCausalLM"), ("deepseek_v3", "DeepseekV3ForCausalLM")]
     ],
     hf(  # a layer of softmax attention below one of linear attention

@@ -2,14 +2,15 @@
 
 A line names weights and says what is in them::
 
-    *.attn.c_attn.weight      query/8@0:32 key/8@32:32 value@64:32 T
+    *.attn.c_attn.weight         query/8@0:32 key/8@32:32 value@64:32 T
     *.mlp.{gate,up}_proj.weight  mlp
-    *.cls_token               vector or embedding
+    *.cls_token                  vector or embedding
 
-``*`` is any text, ``*.`` at the start also none, and ``{a,b}`` a choice. ``/8`` is the head size of queries and keys. ``@32:16`` is the part of the
-outputs that starts at 32 and has 16 entries, and ``@8:8%24`` the entries 8 to 15 of every 24. ``T`` says that the last
-dimension indexes the outputs, ``flat`` that a weight of three dimensions is one matrix. Where more than one answer is
-right, ``or`` separates them. The first line that matches decides. Weights of one dimension are vectors without a line.
+``*`` is any text, ``*.`` at the start also none, and ``{a,b}`` a choice. ``/8`` is the head size of queries and keys.
+``@32:16`` is the part of the outputs that starts at 32 and has 16 entries, and ``@8:8%24`` the entries 8 to 15 of every
+24. ``T`` says that the last dimension indexes the outputs, ``flat`` that a weight of three dimensions is one matrix.
+Where more than one answer is right, ``or`` separates them. The first line that matches decides. Weights of one
+dimension are vectors without a line.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _answer(words: Sequence[str]) -> Answer:
 
 def _fact(word: str) -> Fact:
     found = _PART.match(word)
-    assert found and found["role"] in KNOWN, f"{word!r} is not a part"
+    assert found, f"{word!r} is not a part"
+    assert found["role"] in KNOWN, f"{word!r} has an unknown role"
     numbers = {key: int(value) for key, value in found.groupdict().items() if value is not None and key != "role"}
     slot = (numbers["start"], numbers["length"], numbers.get("period")) if "start" in numbers else None
     return Fact(found["role"], numbers.get("head"), slot)

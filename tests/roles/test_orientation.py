@@ -107,8 +107,7 @@ def shown(matrix: Tensor, output_dim: int, number: int) -> bool:
     return not (at_input.any() and at_output.any())
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_outputs_are_where_they_are_said_to_be(case):
+def check_orientation(case: Case) -> None:
     model = case.build()
     params = {
         param: name
@@ -130,3 +129,8 @@ def test_outputs_are_where_they_are_said_to_be(case):
         if not shown(matrix, part.output_dim, numbers[name]):
             wrong.append(f"{name} {list(grad.shape)}: not dimension {part.output_dim}")
     assert not wrong, f"{len(wrong)} of {len(trained)} weights have other outputs:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_outputs_are_where_they_are_said_to_be(case):
+    check_orientation(case)

@@ -33,7 +33,9 @@ def test_every_recipe_trains(case):
             trained |= {name for name, param in model.named_parameters() if has_gradient(param)}
             optimizer.step()
         assert trained
-        still = [name for name, param in model.named_parameters() if name in trained and bool((param == start[name]).all())]
+        still = [
+            name for name, param in model.named_parameters() if name in trained and bool((param == start[name]).all())
+        ]
         assert not still, f"{recipe} leaves {still}"
 
 
