@@ -63,25 +63,25 @@ def hf(
     return Case(name, make, truth, inputs or tokens, **options)
 
 
-def _ids(length: int = TOKENS) -> Tensor:
+def ids(length: int = TOKENS) -> Tensor:
     # No two positions alike, and none is a padding or end token of a usual config.
     return torch.stack([torch.arange(4, 4 + length), torch.arange(60, 60 - length, -1)])
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def tokens() -> dict[str, Any]:
-    return {"input_ids": _ids()}
+    return {"input_ids": ids()}
 
 
 def encoder_decoder() -> dict[str, Any]:
-    return {"input_ids": _ids(), "decoder_input_ids": _ids()}
+    return {"input_ids": ids(), "decoder_input_ids": ids()}
 
 
 def pixels() -> dict[str, Any]:
-    return {"pixel_values": _noise(2, 3, 16, 16)}
+    return {"pixel_values": noise(2, 3, 16, 16)}
 
 
 def pairs() -> dict[str, Any]:
@@ -89,11 +89,11 @@ def pairs() -> dict[str, Any]:
 
 
 def waves() -> dict[str, Any]:
-    return {"input_values": _noise(2, 200)}
+    return {"input_values": noise(2, 200)}
 
 
 def hidden_states() -> dict[str, Any]:
-    return {"x": _noise(2, TOKENS, 32)}
+    return {"x": noise(2, TOKENS, 32)}
 
 
 def forward(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -113,4 +113,4 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def loss_of(outputs: list[Tensor]) -> Tensor:
     """Return a loss that depends on every output, differently on each of its entries."""
-    return torch.stack([(tensor.float() - _noise(*tensor.shape)).square().mean() for tensor in outputs]).sum()
+    return torch.stack([(tensor.float() - noise(*tensor.shape)).square().mean() for tensor in outputs]).sum()

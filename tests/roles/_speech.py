@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.roles._cases import Case, _ids, _noise, hf, waves
+from tests.roles._cases import Case, hf, ids, noise, waves
 from tests.roles._decoders import PLAIN
 from tests.roles._encoders import BART, BART_LAYERS, PROJECTIONS
 
@@ -22,15 +22,15 @@ FEATURES = """
 
 
 def _spectrogram() -> dict[str, Any]:
-    return {"input_features": _noise(2, 8, 16), "decoder_input_ids": _ids()}
+    return {"input_features": noise(2, 8, 16), "decoder_input_ids": ids()}
 
 
 def _spoken() -> dict[str, Any]:
-    return {"input_values": _noise(2, 2000), "decoder_input_ids": _ids()}
+    return {"input_values": noise(2, 2000), "decoder_input_ids": ids()}
 
 
 def _mel() -> dict[str, Any]:
-    return {"hidden_states": _noise(2, 8, 16)}
+    return {"hidden_states": noise(2, 8, 16)}
 
 
 CASES: list[Case] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from tests._models import tiny_gpt2, tiny_llama
-from tests.roles._cases import VOCAB, Case, _ids, _noise
+from tests.roles._cases import VOCAB, Case, ids, noise
 from tests.roles._decoders import ATTENTION, GPT2_EMBEDDINGS
 from tests.roles.test_layouts import check_order, check_parts
 from tests.roles.test_orientation import check_orientation
@@ -108,28 +109,23 @@ def diffusion_transformer() -> nn.Module:
     return DiTTransformer2DModel(**sizes, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=8)
 
 
-def timm_model(module: str, cls: str, **options: Any) -> nn.Module:
-    import importlib
+def timm_case(name: str, module: str, cls: str, truth: str, size: int = 16, unproven: str = "", **options: Any) -> Case:
+    def make() -> nn.Module:
+        return getattr(import_module(f"timm.models.{module}"), cls)(**options)
 
-    return getattr(importlib.import_module(f"timm.models.{module}"), cls)(**options)
-
-
-def timm_case(name: str, module: str, cls: str, truth: str, size: int = 16, **options: Any) -> Case:
-    return Case(
-        name, lambda: timm_model(module, cls, **options), truth, lambda: {"x": _noise(2, 3, size, size)}, proof="all"
-    )
+    return Case(name, make, truth, lambda: {"x": noise(2, 3, size, size)}, proof="all", unproven=unproven)
 
 
 def _latents() -> dict[str, Any]:
     return {
-        "sample": _noise(2, 4, 8, 8),
+        "sample": noise(2, 4, 8, 8),
         "timestep": torch.tensor([3, 5]),
-        "encoder_hidden_states": _noise(2, 5, 24),
+        "encoder_hidden_states": noise(2, 5, 24),
     }
 
 
 def _tokens() -> dict[str, Any]:
-    return {"idx": _ids()}
+    return {"idx": ids()}
 
 
 PEFT = [
@@ -217,7 +213,7 @@ PLAIN = [
         """
         + DIFFUSION_BLOCK,
         lambda: {
-            "hidden_states": _noise(2, 4, 8, 8),
+            "hidden_states": noise(2, 4, 8, 8),
             "timestep": torch.tensor([3, 5]),
             "class_labels": torch.tensor([1, 2]),
         },
@@ -249,6 +245,7 @@ PLAIN = [
         depths=(1, 1, 1, 1),
         dims=(8, 16, 16, 16),
         num_classes=5,
+        unproven="*.mlp.*",  # its features are not in the last dimension
         conv_mlp=True,
     ),
 ]

@@ -1,10 +1,10 @@
 """Queries, keys and values of fused weights are where they are said to be: attention itself shows it.
 
 A score is a product of a query and a key, so where all queries are zero, the gradient of the keys is zero, and the
-other way around. Where all values are zero, every weight of attention gives the same output, so the gradients of queries
-and keys are zero. These zeros are exact, for any rows that are really all queries, keys or values. And the loss of a
-single position depends on the query of that position alone. What tells keys from values in linear attention, which has no
-softmax, is the source of the model.
+other way around. Where all values are zero, every weight of attention gives the same output, so the gradients of
+queries and keys are zero. These zeros are exact, for any rows that are really all queries, keys or values. And the loss
+of a single position depends on the query of that position alone. In linear attention, which has no softmax, only the
+source of the model tells keys from values.
 """
 
 from __future__ import annotations
