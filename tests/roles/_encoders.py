@@ -296,4 +296,32 @@ CASES: list[Case] = [
         """,
         train=False,
     ),
+    hf(  # its router is called a classifier
+        "switch_transformers",
+        "SwitchTransformersForConditionalGeneration",
+        {**T5, "num_decoder_layers": 1, "num_experts": 4, "num_sparse_encoder_layers": 1}
+        | {"num_sparse_decoder_layers": 1},
+        T5_LINES + "*.router.classifier.weight  router\n*.{wi,wo}.weight  mlp",
+        encoder_decoder,
+        train=False,
+    ),
+    hf(
+        "funnel",
+        "FunnelForMaskedLM",
+        {"vocab_size": VOCAB, "block_sizes": [1], "num_decoder_layers": 1, "d_model": 32, "n_head": 4, "d_head": 8}
+        | {"d_inner": 80},
+        """
+        *.word_embeddings.weight           embedding
+        *.attention.q_head.weight          query/8
+        *.attention.k_head.weight          key/8
+        *.attention.v_head.weight          value
+        *.attention.post_proj.weight       attention_output
+        *.attention.r_kernel               key/8 T flat or other
+        *.attention.r_{w,r,s}_bias         vector
+        *.attention.seg_embed              other or embedding or vector
+        *.ffn.linear_{1,2}.weight          mlp
+        """,
+        unproven="*.r_kernel",
+        train=False,
+    ),
 ]

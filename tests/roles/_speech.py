@@ -100,4 +100,17 @@ CASES: list[Case] = [
         proof="values",
         train=False,
     ),
+    hf(  # a head for every codebook
+        "musicgen_decoder",
+        "MusicgenForCausalLM",
+        {"hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 80, "num_attention_heads": 4, "vocab_size": 64}
+        | {"num_codebooks": 2, "max_position_embeddings": 16},
+        """
+        model.decoder.embed_tokens.{0,1}.weight      embedding
+        lm_heads.{0,1}.weight                        head
+        """
+        + BART_LAYERS,
+        lambda: {"input_ids": ids().repeat_interleave(2, dim=0)},
+        train=False,
+    ),
 ]

@@ -310,4 +310,24 @@ CASES: list[Case] = [
         pixels,
         train=False,
     ),
+    hf(  # its head is called an output
+        "git",
+        "GitForCausalLM",
+        {**BERT, "vision_config": VIT},
+        BERT_EMBEDDINGS
+        + """
+        *.{patch,position}_embedding.weight         embedding
+        *.visual_projection.0.weight                linear
+        *.attention.self.query.weight               query/8
+        *.attention.self.key.weight                 key/8
+        *.attention.self.value.weight               value
+        *.attention.output.dense.weight             attention_output
+        *.{intermediate,output}.dense.weight        mlp
+        output.weight                               head
+        """
+        + PROJECTIONS
+        + MLP,
+        pairs,
+        train=False,
+    ),
 ]

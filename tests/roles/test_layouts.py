@@ -18,6 +18,8 @@ from tests.roles._cases import Case, forward, loss_of
 from tests.roles._models import CASES
 from tests.roles._truth import Line
 
+pytestmark = pytest.mark.slow
+
 FUSED = {"query", "key", "value"}
 
 

@@ -22,6 +22,8 @@ from tests.roles._cases import Case, forward, loss_of
 from tests.roles._models import CASES
 from tests.roles._truth import line_of, pattern
 
+pytestmark = pytest.mark.slow
+
 # An embedding has no input features, and the others no orientation that matters.
 LEFT_OUT = {"embedding", "vector", "convolution", "other"}
 
