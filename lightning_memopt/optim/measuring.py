@@ -254,7 +254,7 @@ def _blocks(
     for position, part in enumerate(parts):
         shape = list(param.shape)
         if part.slot is not None:
-            shape[part.slot.dim] = part.slot.length
+            shape[part.slot.dim] = part.slot.count(shape[part.slot.dim])
         yield BlockFacts(
             name=f"{name}:{part.role}" if count > 1 else name,
             role=part.role,

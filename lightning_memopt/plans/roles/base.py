@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lightning_memopt._registry import Registry, unknown
-from lightning_memopt.sharding.layout import Slot
+from lightning_memopt.sharding.slot import Slot
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "vector", "other")
 # A three-dimensional weight of unknown role is a 1-D convolution if its last dimension is below this, else a stack.
