@@ -186,6 +186,7 @@ class Binding:
                     "bind(model) would change names or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
+            self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
 
     def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
@@ -282,6 +283,7 @@ class Binding:
             index=index,
             itemsize=param.element_size(),
             plan=plan,
+            why=part.why,
         )
 
 

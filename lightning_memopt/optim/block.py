@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
@@ -44,6 +44,7 @@ class Block:
         index: Its position in the optimizer.
         itemsize: Bytes per element of the parameter.
         plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
+        why: What decided its role, in a few words.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Block:
     index: int
     itemsize: int
     plan: Plan
+    why: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

@@ -25,6 +25,12 @@ class Slot:
     length: int
     period: int | None = None
 
+    def text(self, ndim: int) -> str:
+        """Return a description such as ``rows 8–15 of every 24``, for a parameter with ``ndim`` dimensions."""
+        what = "columns" if self.dim % ndim == ndim - 1 else "rows"
+        repeated = "" if self.period is None else f" of every {self.period}"
+        return f"{what} {self.start}–{self.start + self.length - 1}{repeated}"
+
     def count(self, size: int) -> int:
         """Return the number of entries among the first ``size`` of the dimension."""
         if self.period is None:
