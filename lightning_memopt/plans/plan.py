@@ -174,8 +174,7 @@ class Plan:
             if isinstance(change, Recipe):
                 new = change
             else:
-                change = self._with_templates(change, recipe)
-                new = recipe.changed(_kinds_only(change)).with_options(self.options).with_options(change)
+                new = recipe.changed(self._new_kinds(change, recipe)).with_options(change)
             if role != "vector" or pattern == "vector" or not new.needs_matrix:
                 recipe = new
         return recipe
@@ -197,21 +196,18 @@ class Plan:
         own = getattr(self.recipe(name_of_block, role), axis)
         if own.name == name:
             return own
-        kind = self._elsewhere(axis, name) or _AXES[axis].get(name)()
+        return self._elsewhere(axis, name)
+
+    def _elsewhere(self, axis: str, name: str) -> Any:
+        """Return the kind of this name from the first role that has it, or its defaults; with the plan's options."""
+        kinds = (getattr(entry, axis) for entry in self.roles.values())
+        kind = next((kind for kind in kinds if kind.name == name), None) or _AXES[axis].get(name)()
         return replace(kind, **{key: value for key, value in self.options.items() if key in kind.options()})
 
-    def _elsewhere(self, axis: str, name: str | None) -> Any:
-        """Return the kind of this name from the first role that has it."""
-        kinds = (getattr(entry, axis) for entry in self.roles.values())
-        return next((kind for kind in kinds if kind.name == name), None)
-
-    def _with_templates(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
-        """Replace the name of a kind that ``recipe`` does not have by that kind as used elsewhere in the plan."""
-        found = dict(change)
-        for axis in _AXES:
-            if change.get(axis) != getattr(recipe, axis).name:
-                found[axis] = self._elsewhere(axis, change.get(axis)) or change.get(axis)
-        return {key: value for key, value in found.items() if value is not None}
+    def _new_kinds(self, change: Mapping[str, Any], recipe: Recipe) -> Mapping[str, Any]:
+        """Return the kinds of a change that ``recipe`` does not have. A name means the kind as used elsewhere."""
+        wanted = {axis: change[axis] for axis in _AXES if change.get(axis) not in (None, getattr(recipe, axis).name)}
+        return {axis: kind if isinstance(kind, Kind) else self._elsewhere(axis, kind) for axis, kind in wanted.items()}
 
     def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]]) -> None:
         """Refuse overrides that change nothing.

@@ -96,6 +96,14 @@ def test_a_kind_that_an_override_brings_is_the_plans():
     assert {block.rank for block in blocks if block.role != "vector"} == {8}  # 1/64, not the kind's own 1/32
 
 
+def test_options_of_the_call_reach_new_kinds_and_undo_no_override():
+    mine, name = {"value": {"rank": 2}}, "model.layers.0.self_attn.v_proj.weight"
+    found = kinds(rank=6, overrides={**mine, "*.layers.0.*": {"second_moment": "dense"}})
+    assert found[name] == ("low_rank", 2, "dense")
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 6, "dense")
+    assert kinds(rank=6, overrides={"value": {"momentum": LowRankMomentum(rank=3)}})[name][1] == 3
+
+
 def test_an_override_can_bring_a_kind_and_the_options_reach_it():
     found = kinds("adamw", overrides={"mlp": {"momentum": "low_rank"}}, rank=3)
     assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 3, "dense")
