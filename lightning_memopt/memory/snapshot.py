@@ -46,6 +46,8 @@ class BlockFacts:
         local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
         max_update: Bound on every element of an update, in units of the learning rate; None if it is unbounded.
         pending: Whether the optimizer has not created its state yet, so that its saving is unknown.
+        lr_multiplier: Its learning rate in units of that of its parameter group.
+        weight_decay: Its weight decay; None if it is that of its parameter group.
     """
 
     name: str
@@ -61,6 +63,15 @@ class BlockFacts:
     local_adamw_bytes: int
     max_update: float | None = None
     pending: bool = False
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+    @property
+    def rates(self) -> str:
+        """How its rates differ from those of its parameter group, in words; empty if they do not."""
+        lr = f"lr × {self.lr_multiplier:g}" if self.lr_multiplier != 1 else ""
+        decay = f"decay {self.weight_decay:g}" if self.weight_decay is not None else ""
+        return ", ".join(filter(None, (lr, decay)))
 
     @property
     def momentum_bytes(self) -> int:
@@ -155,8 +166,9 @@ class Snapshot:
         return 1 - self.state_bytes / adamw if adamw else 0.0
 
     def table(self) -> str:
-        """Return a plain-text table of all blocks, with totals."""
-        header = ("block", "role", "shape", "momentum", "second moment", "bound", "bytes", "AdamW bytes")
+        """Return a plain-text table of all blocks, with totals. Rates are a column if a block has rates of its own."""
+        own = ("rates",) if any(block.rates for block in self.blocks) else ()
+        header = ("block", "role", "shape", "momentum", "second moment", "bound", *own, "bytes", "AdamW bytes")
         rows = [
             (
                 block.name,
@@ -165,12 +177,13 @@ class Snapshot:
                 block.momentum if block.rank is None else f"{block.momentum} r={block.rank}",
                 block.second_moment,
                 "" if block.max_update is None else f"{block.max_update:g}",
+                *([block.rates] if own else []),
                 f"{block.state.total:,}",
                 f"{block.adamw_bytes:,}",
             )
             for block in self.blocks
         ]
-        total = (f"{len(rows)} blocks", "", "", "", f"saved {self.saved:.1%}", "")
+        total = (f"{len(rows)} blocks", "", "", "", f"saved {self.saved:.1%}", "", *([""] if own else []))
         return _align([header, *rows, (*total, f"{self.state_bytes:,}", f"{self.adamw_bytes:,}")])
 
 

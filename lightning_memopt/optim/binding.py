@@ -282,6 +282,7 @@ class Binding:
             index=index,
             itemsize=param.element_size(),
             plan=plan,
+            rates=plan.rates(full_name, part.role),
         )
 
 

@@ -17,6 +17,7 @@ from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
 from lightning_memopt.plans.plan import Plan, Recipe, check_change
+from lightning_memopt.plans.rates import BlockRates
 from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
@@ -44,6 +45,7 @@ class Block:
         index: Its position in the optimizer.
         itemsize: Bytes per element of the parameter.
         plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
+        rates: How its rates differ from those of its parameter group.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Block:
     index: int
     itemsize: int
     plan: Plan
+    rates: BlockRates = BlockRates()  # a default for what an earlier version has pickled, too
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

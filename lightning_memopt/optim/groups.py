@@ -168,6 +168,11 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
                 f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
                 "come from its `recipe`."
             )
+        if key == "lr_multiplier":
+            raise ValueError(
+                f"In {where}: Unknown key 'lr_multiplier': give the group its own `lr`, or set the multiplier by role "
+                "or name in the optimizer's `overrides`."
+            )
         meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
         if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):
             raise ValueError(

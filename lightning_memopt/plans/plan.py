@@ -1,4 +1,4 @@
-"""Recipe (the kinds of one block) and Plan (the recipe of every block)."""
+"""Recipe (the kinds of one block) and Plan (the recipe and the rates of every block)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA, Momentum
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
+from lightning_memopt.plans.rates import RATES, BlockRates, check_rate
 from lightning_memopt.plans.roles import ROLES
 from lightning_memopt.sharding.layout import Layout
 
@@ -88,28 +89,25 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as strings and numbers, for :meth:`from_dict`."""
-        return {axis: {"kind": getattr(self, axis).name, **asdict(getattr(self, axis))} for axis in _AXES}
+        return {axis: _to_dict(getattr(self, axis)) for axis in _AXES}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
         """Build a recipe from the result of :meth:`to_dict`."""
-        kinds = {}
-        for axis, registry in _AXES.items():
-            options = dict(data[axis])
-            kinds[axis] = registry.get(options.pop("kind"))(**options)
-        return Recipe(**kinds)
+        return Recipe(**{axis: _from_dict(axis, data[axis]) for axis in _AXES})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The recipe of every block.
+    """The recipe of every block, and its rates.
 
     Attributes:
         name: A name for messages and checkpoints.
         roles: The recipe of every role.
         betas: The default decay rates.
-        overrides: Changes by role or by name pattern, applied in order. Patterns use ``*`` and ``?`` as in a shell and
-            match the name of a block or of its parameter.
+        overrides: Changes by role or by name pattern, applied in order, so that later ones take precedence: a recipe,
+            or kinds, options and rates (``lr_multiplier``, ``weight_decay``) by name. Patterns use ``*`` and ``?`` as
+            in a shell and match the name of a block or of its parameter.
         options: Options for every kind that has them. Overrides take precedence.
     """
 
@@ -127,9 +125,9 @@ class Plan:
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
             raise ValueError(f"The plan {self.name!r} has no recipe for: {', '.join(missing)}.")
-        for change in self.overrides.values():
+        for pattern, change in self.overrides.items():
             if not isinstance(change, Recipe):
-                check_change(change)
+                check_change(change, f"the override {pattern!r}")
         self._check_options()
 
     def _check_options(self) -> None:
@@ -155,11 +153,17 @@ class Plan:
             recipe.with_options(self.options)
 
     def updated(self, *, overrides: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None) -> Plan:
-        """Return the plan with more overrides and options."""
+        """Return the plan with more overrides and options.
+
+        An override replaces the kinds and options of one with the same pattern if it has any, and each rate it has.
+        """
         if overrides is not None and not isinstance(overrides, Mapping):
             raise TypeError(f"`overrides` must map roles or name patterns to changes, got {overrides!r}.")
         given = {key: value for key, value in (options or {}).items() if value is not None}
-        return replace(self, overrides={**self.overrides, **(overrides or {})}, options={**self.options, **given})
+        merged = dict(self.overrides)
+        for pattern, change in (overrides or {}).items():
+            merged[pattern] = _merged(merged[pattern], change) if pattern in merged else change
+        return replace(self, overrides=merged, options={**self.options, **given})
 
     def recipe(self, name: str, role: str) -> Recipe:
         """Return the recipe of one block, before fractional ranks are resolved.
@@ -178,6 +182,14 @@ class Plan:
             if role != "vector" or pattern == "vector" or not new.needs_matrix:
                 recipe = new
         return recipe
+
+    def rates(self, name: str, role: str) -> BlockRates:
+        """Return how the rates of one block differ from those of its parameter group. Vectors take them, too."""
+        rates = BlockRates()
+        for pattern, change in self.overrides.items():
+            if not isinstance(change, Recipe) and applies(pattern, name, role):
+                rates = rates.changed(change)
+        return rates
 
     def has(self, axis: str, name: str) -> bool:
         """Return whether a role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
@@ -220,8 +232,9 @@ class Plan:
         """
         blocks = list(blocks)
         for pattern, change in self.overrides.items():
-            matched = [recipe for name, role, recipe in blocks if applies(pattern, name, role)]
-            if not matched:
+            found = [block for block in blocks if applies(pattern, *block[:2])]
+            matched = [recipe for *_, recipe in found]
+            if not found:
                 names = [name for name, _, _ in blocks]
                 raise ValueError(
                     f"The override {pattern!r} matches nothing. Roles here: "
@@ -236,8 +249,16 @@ class Plan:
                         f"The override {pattern!r} requests {axis} {wanted!r}, but none of the blocks it matches gets "
                         "it: all are vectors, on which it is undefined, or a later override takes precedence."
                     )
-            options = [] if isinstance(change, Recipe) else [key for key in change if key not in _AXES]
-            for key in options:
+            given = {} if isinstance(change, Recipe) else change
+            for key in RATES:
+                if key in given and not any(
+                    getattr(self.rates(name, role), key) == float(given[key]) for name, role, _ in found
+                ):
+                    raise ValueError(
+                        f"The override {pattern!r} sets {key!r} to {given[key]!r}, which none of the blocks it matches "
+                        "gets: a later override takes precedence. Put it after that one, or leave it out."
+                    )
+            for key in [key for key in given if key not in (*_AXES, *RATES)]:
                 if not any(key in recipe.options() for recipe in matched):
                     kinds = sorted({f"{recipe.momentum.name} × {recipe.second_moment.name}" for recipe in matched})
                     raise ValueError(
@@ -248,7 +269,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as mappings, strings and numbers, for :meth:`from_dict`."""
         overrides = {
-            pattern: change.to_dict() if isinstance(change, Recipe) else dict(change)
+            pattern: {
+                key: _to_dict(value) if isinstance(value, Kind) else value for key, value in _keys(change).items()
+            }
             for pattern, change in self.overrides.items()
         }
         return {
@@ -262,10 +285,11 @@ class Plan:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
         """Build a plan from the result of :meth:`to_dict`."""
-        overrides = {
-            pattern: Recipe.from_dict(change) if isinstance(change.get("momentum"), Mapping) else change
-            for pattern, change in data.get("overrides", {}).items()
-        }
+        overrides: dict[str, Any] = {}
+        for pattern, change in data.get("overrides", {}).items():
+            kinds = {axis: _from_dict(axis, change[axis]) for axis in _AXES if isinstance(change.get(axis), Mapping)}
+            whole = kinds.keys() == change.keys() == _AXES.keys()
+            overrides[pattern] = Recipe(**kinds) if whole else {**change, **kinds}
         first, second = data["betas"]
         return Plan(
             name=data["name"],
@@ -289,12 +313,16 @@ def known_options() -> list[str]:
     return sorted(options)
 
 
-def check_change(change: Any) -> None:
-    """Check that a change names only known kinds and options.
+def check_change(change: Any, override: str | None = None) -> None:
+    """Check that a change names only known kinds and options, and an override also valid rates.
+
+    Args:
+        change: The change.
+        override: The override that it belongs to, for messages; None for a change of a recipe, which has no rates.
 
     Raises:
-        TypeError: If it is not a mapping.
-        ValueError: If a name is unknown. The message lists those that exist.
+        TypeError: If it is not a mapping, or a rate is not a number.
+        ValueError: If a name is unknown, or a rate out of range. The message lists the names that exist.
     """
     if not isinstance(change, Mapping):
         raise TypeError(
@@ -303,8 +331,40 @@ def check_change(change: Any) -> None:
     for key, value in change.items():
         if key in _AXES:
             _kind(key, value)
+        elif key in RATES:
+            if override is None:
+                raise ValueError(
+                    f"{key!r} is a rate of blocks, not a part of a recipe: set it in `overrides`, as in "
+                    f"overrides={{'vector': {{{key!r}: {value!r}}}}}."
+                )
+            check_rate(key, value, override)
         elif key not in known_options():
-            raise ValueError(unknown("option", key, [*_AXES, *known_options()]))
+            rates = RATES if override is not None else ()
+            raise ValueError(unknown("option", key, [*_AXES, *rates, *known_options()]))
+
+
+def _merged(old: Recipe | Mapping[str, Any], new: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any]:
+    """Return an override after another one of the same pattern."""
+    if not isinstance(new, Mapping | Recipe):
+        return new  # refused later
+    theirs, mine = _keys(old), _keys(new)
+    rates = {key: value for key, value in {**theirs, **mine}.items() if key in RATES}
+    kinds = {key: value for key, value in mine.items() if key not in RATES}
+    return {**(kinds or {key: value for key, value in theirs.items() if key not in RATES}), **rates} if rates else new
+
+
+def _keys(change: Recipe | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a change as a mapping."""
+    return {axis: getattr(change, axis) for axis in _AXES} if isinstance(change, Recipe) else change
+
+
+def _to_dict(kind: Any) -> dict[str, Any]:
+    return {"kind": kind.name, **asdict(kind)}
+
+
+def _from_dict(axis: str, data: Mapping[str, Any]) -> Any:
+    options = dict(data)
+    return _AXES[axis].get(options.pop("kind"))(**options)
 
 
 def _wanted(change: Recipe | Mapping[str, Any], axis: str) -> str | None:
