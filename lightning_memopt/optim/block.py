@@ -16,8 +16,9 @@ from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
-from lightning_memopt.plans.plan import Plan, Recipe, check_change
+from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.rates import BlockRates
+from lightning_memopt.plans.recipe import Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of

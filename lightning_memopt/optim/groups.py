@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.ranges import check_betas, check_number
 from lightning_memopt.optim.checkpoint.values import described
-from lightning_memopt.plans.plan import Plan, known_options
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 MAX_UPDATE = 10.0

@@ -19,7 +19,8 @@ from lightning_memopt.optim.checkpoint.values import Share
 from lightning_memopt.optim.facts import snapshot_of
 from lightning_memopt.optim.gradients import refuse, usable
 from lightning_memopt.optim.stepping import take_step
-from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.recipes import load_plan
 
 _PICKLED = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")

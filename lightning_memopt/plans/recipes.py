@@ -13,7 +13,8 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
-from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.roles import ROLES
 
 PLANS: Registry[Plan] = Registry("recipe")

@@ -15,8 +15,8 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.optim import bounds
-from lightning_memopt.plans.plan import Recipe
 from lightning_memopt.plans.rates import BlockRates
+from lightning_memopt.plans.recipe import Recipe
 from tests._compare import assert_equal, relative_error
 from tests._models import fill_grads, tiny_llama, train
 from tests.kinds.contract.against_reference import gradients, reference_of

@@ -156,6 +156,7 @@ def test_overrides_of_one_pattern_keep_each_others_kinds_and_rates():
             },
         }
     )
+    assert plan.updated(overrides={"mlp": {}}) == plan
     kind = LowRankMomentum(rank=3)
     given = {
         "mlp": {"momentum": "dense", "weight_decay": 0.1},  # the rank goes with its kind
