@@ -49,6 +49,8 @@ class BlockFacts:
         why: What decided its role, in a few words.
         max_update: Bound on every element of an update, in units of the learning rate; None if it is unbounded.
         pending: Whether the optimizer has not created its state yet, so that its saving is unknown.
+        lr_multiplier: Its learning rate in units of that of its parameter group.
+        weight_decay: Its weight decay; None if it is that of its parameter group.
     """
 
     name: str
@@ -67,6 +69,15 @@ class BlockFacts:
     why: str = ""
     max_update: float | None = None
     pending: bool = False
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+    @property
+    def rates(self) -> str:
+        """How its rates differ from those of its parameter group, in words; empty if they do not."""
+        lr = f"lr × {self.lr_multiplier:g}" if self.lr_multiplier != 1 else ""
+        decay = f"decay {self.weight_decay:g}" if self.weight_decay is not None else ""
+        return ", ".join(filter(None, (lr, decay)))
 
     @property
     def momentum_bytes(self) -> int:
@@ -161,7 +172,7 @@ class Snapshot:
         return 1 - self.state_bytes / adamw if adamw else 0.0
 
     def table(self) -> str:
-        """Return a plain-text table of all blocks, with totals."""
+        """Return a plain-text table of all blocks, with totals. What no block has is left out."""
         columns = {
             "block": [block.name for block in self.blocks],
             "role": [block.role for block in self.blocks],
@@ -174,10 +185,11 @@ class Snapshot:
             ],
             "second moment": [block.second_moment for block in self.blocks],
             "bound": ["" if block.max_update is None else f"{block.max_update:g}" for block in self.blocks],
+            "rates": [block.rates for block in self.blocks],
             "bytes": [f"{block.state.total:,}" for block in self.blocks],
             "AdamW bytes": [f"{block.adamw_bytes:,}" for block in self.blocks],
         }
-        for column in ("why", "part", "head size"):
+        for column in ("why", "part", "head size", "rates"):
             if not any(columns[column]):
                 del columns[column]
         totals = {"block": f"{len(self.blocks)} blocks", "bound": f"saved {self.saved:.1%}"}

@@ -16,7 +16,9 @@ from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
-from lightning_memopt.plans.plan import Plan, Recipe, check_change
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.rates import BlockRates
+from lightning_memopt.plans.recipe import Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
@@ -45,6 +47,7 @@ class Block:
         itemsize: Bytes per element of the parameter.
         plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
         why: What decided its role, in a few words.
+        rates: How its rates differ from those of its parameter group.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Block:
     itemsize: int
     plan: Plan
     why: str = field(default="", compare=False)
+    rates: BlockRates = BlockRates()  # a default for what an earlier version has pickled, too
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

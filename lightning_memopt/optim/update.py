@@ -55,6 +55,7 @@ class Update:
         """The factors in the update, and its limits."""
         return Rates.of(
             self.group,
+            self.block.rates,
             weights=self.param.dtype,
             arithmetic=self.block.layout.dtype,
             bounded=self.block.recipe.bounded,

@@ -27,7 +27,7 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.stepping import Step
 from lightning_memopt.optim.update import Update
-from lightning_memopt.plans.plan import Recipe
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.slot import Slot
 from tests._compare import assert_equal, relative_error
