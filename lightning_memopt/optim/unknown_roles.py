@@ -41,12 +41,13 @@ def _of_roles(blocks: list[Block]) -> str | None:
         return None
     unknown.sort(key=_numel, reverse=True)
     recipes = " and ".join(repr(name) for name in dict.fromkeys(block.plan.name for block in unknown))
+    first = unknown[0].name
     return (
         f"{share:.0%} of the parameters that train have no known role in the model: "
         f"{listed([block.name for block in unknown])}. The recipe {recipes} gives every role its own kinds, and these "
         "weights those of 'linear' or 'other'. `optimizer.bind(model)` finds more than names alone do. Otherwise "
-        f"choose their kinds with `overrides={{{unknown[0].name!r}: {{'momentum': 'low_rank'}}}}`, or name their roles with "
-        "`register_naming_scheme`. `lightning-memopt roles` and `plan_table()` show all roles."
+        f"choose their kinds with `overrides={{{first!r}: {{'momentum': 'low_rank'}}}}`, or name their roles "
+        "with `register_naming_scheme`. `lightning-memopt roles` and `plan_table()` show all roles."
     )
 
 
