@@ -132,8 +132,8 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     curve: list[tuple[int, float]] = []
     finite = True
     for step, starts in enumerate(batches(tokens, run.seed, settings)):
-        for group, multiplier in zip(optimizer.param_groups, VARIANTS[run.variant].multipliers, strict=True):
-            group["lr"] = run.lr * lr_factor(step, settings) * multiplier
+        for group in optimizer.param_groups:
+            group["lr"] = run.lr * lr_factor(step, settings)
         loss_of(model, tokens[starts[:, None] + window].long()).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         finite = bool(torch.isfinite(norm))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 # Sums over a subset of 128 elements instead of means shrink the update by sqrt(128).
 _SUM = 11.3
+_RATIO = {"overrides": {"embedding": {"lr_multiplier": _SUM}, "vector": {"lr_multiplier": _SUM}}}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class Variant:
         betas: The optimizer's betas.
         lr_multiplier: Factor on the grid of learning rates.
         options: Other arguments of the recipe's class.
-        rest_lr: Factor on the learning rate of everything except linear weights, in a separate group.
     """
 
     name: str
@@ -31,34 +32,19 @@ class Variant:
     betas: tuple[float, float] = (0.9, 0.95)
     lr_multiplier: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
-    rest_lr: float = 1.0
-
-    @property
-    def multipliers(self) -> tuple[float, ...]:
-        """Return the factor on the learning rate of each parameter group."""
-        return (1.0,) if self.rest_lr == 1.0 else (1.0, self.rest_lr)
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the named parameters in groups, linear weights first if the rest has a different learning rate."""
-        named = list(model.named_parameters())
-        if self.rest_lr == 1.0:
-            return [{"params": named}]
-        rest = [(name, param) for name, param in named if param.ndim < 2 or "embed" in name]
-        linear = [(name, param) for name, param in named if not (param.ndim < 2 or "embed" in name)]
-        return [{"params": linear}, {"params": rest}]
 
     def build(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Return the optimizer of all parameters of a model."""
         shared: dict[str, Any] = {"lr": lr, "betas": self.betas, "weight_decay": weight_decay}
         if self.recipe == "torch":
-            return torch.optim.AdamW(self.groups(model), **shared, fused=True)
+            return torch.optim.AdamW(model.parameters(), **shared, fused=True)
         import lightning_memopt
 
         if self.options.get("paper"):
             build: Callable[..., Any] = lightning_memopt.AdamSNSM
-            optimizer = build(model.named_parameters(), **shared, **self.options)
         else:
-            optimizer = lightning_memopt.MemOpt(self.groups(model), recipe=self.recipe, **shared, **self.options)
+            build = partial(lightning_memopt.MemOpt, recipe=self.recipe)
+        optimizer = build(model.named_parameters(), **shared, **self.options)
         optimizer.bind(model)
         return optimizer
 
@@ -82,8 +68,8 @@ VARIANTS = {
         Variant("adafactor", "adafactor"),
         # The variants that sum over subsets have larger rates for embeddings and norms than for linear weights. Two
         # other variants get the same ratio, so that the ratio's effect is not taken for the method's.
-        Variant("AdamW ratio 11.3", "torch", rest_lr=_SUM),
-        Variant("adapm_lean ratio 11.3", "adapm_lean", rest_lr=_SUM),
+        Variant("AdamW ratio 11.3", "adamw", options=_RATIO),
+        Variant("adapm_lean ratio 11.3", "adapm_lean", options=_RATIO),
         # Runs only on request: equal to the control, as the tests show.
         Variant("adamw", "adamw"),
     )

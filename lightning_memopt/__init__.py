@@ -21,8 +21,10 @@ from lightning_memopt.optim.classes import (
 )
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.unknown_roles import RoleWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
-from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.recipes import load_plan, recipe_names
 from lightning_memopt.plans.roles import NamingScheme, Rule, classify, register_naming_scheme
 
@@ -75,6 +77,7 @@ __all__ = [
     "RMSPropSN",
     "Recipe",
     "ResumeWarning",
+    "RoleWarning",
     "Rule",
     "SecondMoment",
     "Snapshot",

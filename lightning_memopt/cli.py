@@ -1,7 +1,8 @@
 """The command line: a LightningCLI that binds this package's optimizers to parameter names.
 
 ``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
-``lightning-memopt plan`` plans the memory of a run; see :mod:`lightning_memopt.planner.command`.
+``lightning-memopt plan`` plans the memory of a run, see :mod:`lightning_memopt.planner.plan_command`;
+``lightning-memopt roles`` shows what a recipe knows of its weights, see :mod:`lightning_memopt.planner.roles_command`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.planner import command as plan_command
-from lightning_memopt.planner.command import Configured
+from lightning_memopt.planner import plan_command, roles_command
+from lightning_memopt.planner.arguments import Configured
 from lightning_memopt.planner.planning import Candidate
 from lightning_memopt.sharding.wrapping import resolve_policy
 
@@ -243,7 +244,11 @@ def main() -> None:
     """Run the command line. Modules in the working directory can be imported, as with ``python -m``."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    if sys.argv[1:2] == ["plan"]:
-        sys.exit(plan_command.main(sys.argv[2:], _configured))
-    epilog = "lightning-memopt plan shows the memory that a run needs on every rank: see lightning-memopt plan --help."
+    commands = {"plan": plan_command.main, "roles": roles_command.main}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        sys.exit(commands[sys.argv[1]](sys.argv[2:], _configured))
+    epilog = (
+        "lightning-memopt plan shows the memory that a run needs on every rank, and lightning-memopt roles the role of "
+        "every weight: see --help of each."
+    )
     MemOptCLI(parser_kwargs={"prog": "lightning-memopt", "epilog": epilog})

@@ -119,7 +119,10 @@ def test_a_config_file_with_overrides_by_pattern():
                         "recipe": "adapm_lean",
                         "lr": 0.01,
                         "betas": [0.8, 0.9],
-                        "overrides": {"*q_proj*": {"momentum": "dense"}, "head": {"rank": 3}},
+                        "overrides": {
+                            "*q_proj*": {"momentum": "dense", "lr_multiplier": 10},
+                            "head": {"rank": 3, "weight_decay": 0.5},
+                        },
                     },
                 }
             }
@@ -128,8 +131,18 @@ def test_a_config_file_with_overrides_by_pattern():
     (optimizer,) = fit("--config=x.yaml").trainer.optimizers
     blocks = {block.name: block for block in optimizer.snapshot().blocks}
     assert blocks["self_attn.q_proj.weight"].momentum == "dense"
-    assert blocks["lm_head.weight"].rank == 3
+    assert blocks["self_attn.q_proj.weight"].lr_multiplier == 10
+    assert (blocks["lm_head.weight"].rank, blocks["lm_head.weight"].weight_decay) == (3, 0.5)
     assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("number", ["10", "1e1", "1.0e+1"])
+def test_rates_on_the_command_line(number):
+    overrides = f"--optimizer.overrides={{head: {{lr_multiplier: {number}}}, '*q_proj*': {{weight_decay: 1e-2}}}}"
+    args = ["--optimizer=lightning_memopt.AdaPMLean", overrides, "--trainer.limit_train_batches=1"]
+    blocks = {block.name: block for block in fit(*args).trainer.optimizers[0].snapshot().blocks}
+    assert blocks["lm_head.weight"].lr_multiplier == 10
+    assert blocks["self_attn.q_proj.weight"].weight_decay == 0.01
 
 
 @pytest.mark.parametrize("name", ["AdaPM", "AdaPMMini", "AdamSN", "AdamSNSM", "AdaGradSNSM", "RMSPropSN", "AdamMini"])

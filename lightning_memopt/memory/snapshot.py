@@ -44,8 +44,13 @@ class BlockFacts:
         local: Bytes of the storages that hold this rank's part of the state, each counted once.
         adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for it, in the dtype of the parameter.
         local_adamw_bytes: Bytes that ``torch.optim.AdamW`` would keep for this rank's part of it.
+        head_dim: Outputs per attention head, for queries and keys, if known.
+        split: Which rows or columns of a fused parameter it is, as text; empty for a whole parameter.
+        why: What decided its role, in a few words.
         max_update: Bound on every element of an update, in units of the learning rate; None if it is unbounded.
         pending: Whether the optimizer has not created its state yet, so that its saving is unknown.
+        lr_multiplier: Its learning rate in units of that of its parameter group.
+        weight_decay: Its weight decay; None if it is that of its parameter group.
     """
 
     name: str
@@ -59,8 +64,20 @@ class BlockFacts:
     local: PartBytes
     adamw_bytes: int
     local_adamw_bytes: int
+    head_dim: int | None = None
+    split: str = ""
+    why: str = ""
     max_update: float | None = None
     pending: bool = False
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+    @property
+    def rates(self) -> str:
+        """How its rates differ from those of its parameter group, in words; empty if they do not."""
+        lr = f"lr × {self.lr_multiplier:g}" if self.lr_multiplier != 1 else ""
+        decay = f"decay {self.weight_decay:g}" if self.weight_decay is not None else ""
+        return ", ".join(filter(None, (lr, decay)))
 
     @property
     def momentum_bytes(self) -> int:
@@ -155,23 +172,30 @@ class Snapshot:
         return 1 - self.state_bytes / adamw if adamw else 0.0
 
     def table(self) -> str:
-        """Return a plain-text table of all blocks, with totals."""
-        header = ("block", "role", "shape", "momentum", "second moment", "bound", "bytes", "AdamW bytes")
-        rows = [
-            (
-                block.name,
-                block.role,
-                "×".join(map(str, block.shape)) or "1",
-                block.momentum if block.rank is None else f"{block.momentum} r={block.rank}",
-                block.second_moment,
-                "" if block.max_update is None else f"{block.max_update:g}",
-                f"{block.state.total:,}",
-                f"{block.adamw_bytes:,}",
-            )
-            for block in self.blocks
-        ]
-        total = (f"{len(rows)} blocks", "", "", "", f"saved {self.saved:.1%}", "")
-        return _align([header, *rows, (*total, f"{self.state_bytes:,}", f"{self.adamw_bytes:,}")])
+        """Return a plain-text table of all blocks, with totals. What no block has is left out."""
+        columns = {
+            "block": [block.name for block in self.blocks],
+            "role": [block.role for block in self.blocks],
+            "why": [block.why for block in self.blocks],
+            "shape": ["×".join(map(str, block.shape)) or "1" for block in self.blocks],
+            "part": [block.split for block in self.blocks],
+            "head size": ["" if block.head_dim is None else str(block.head_dim) for block in self.blocks],
+            "momentum": [
+                block.momentum if block.rank is None else f"{block.momentum} r={block.rank}" for block in self.blocks
+            ],
+            "second moment": [block.second_moment for block in self.blocks],
+            "bound": ["" if block.max_update is None else f"{block.max_update:g}" for block in self.blocks],
+            "rates": [block.rates for block in self.blocks],
+            "bytes": [f"{block.state.total:,}" for block in self.blocks],
+            "AdamW bytes": [f"{block.adamw_bytes:,}" for block in self.blocks],
+        }
+        for column in ("why", "part", "head size", "rates"):
+            if not any(columns[column]):
+                del columns[column]
+        totals = {"block": f"{len(self.blocks)} blocks", "bound": f"saved {self.saved:.1%}"}
+        totals |= {"bytes": f"{self.state_bytes:,}", "AdamW bytes": f"{self.adamw_bytes:,}"}
+        rows = zip(*columns.values(), strict=True)
+        return _align([tuple(columns), *rows, tuple(totals.get(column, "") for column in columns)])
 
 
 def _align(rows: Iterable[tuple[str, ...]]) -> str:

@@ -15,7 +15,8 @@ from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.saved_state import relocated
-from lightning_memopt.plans.plan import Plan, Recipe, known_options
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe, known_options
 from lightning_memopt.plans.recipes import load_plan
 from lightning_memopt.plans.roles import Part, canonical_names, classify
 from lightning_memopt.sharding.layout import Layout
@@ -186,6 +187,7 @@ class Binding:
                     "bind(model) would change names or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
+            self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
 
     def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
@@ -282,6 +284,8 @@ class Binding:
             index=index,
             itemsize=param.element_size(),
             plan=plan,
+            why=part.why,
+            rates=plan.rates(full_name, part.role),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,7 +16,9 @@ from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
-from lightning_memopt.plans.plan import Plan, Recipe, check_change
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.rates import BlockRates
+from lightning_memopt.plans.recipe import Recipe, check_change
 from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
@@ -44,6 +46,8 @@ class Block:
         index: Its position in the optimizer.
         itemsize: Bytes per element of the parameter.
         plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
+        why: What decided its role, in a few words.
+        rates: How its rates differ from those of its parameter group.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Block:
     index: int
     itemsize: int
     plan: Plan
+    why: str = field(default="", compare=False)
+    rates: BlockRates = BlockRates()  # a default for what an earlier version has pickled, too
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

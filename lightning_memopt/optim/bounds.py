@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import listed
 from lightning_memopt.optim.guards import agreed
+from lightning_memopt.plans.rates import BlockRates
 from lightning_memopt.sharding.consensus import rank
 from lightning_memopt.sharding.layout import Layout
 
@@ -41,17 +42,21 @@ class Rates:
     checked: bool = False
 
     @staticmethod
-    def of(group: Mapping[str, Any], *, weights: torch.dtype, arithmetic: torch.dtype, bounded: bool) -> Rates:
+    def of(
+        group: Mapping[str, Any], own: BlockRates, *, weights: torch.dtype, arithmetic: torch.dtype, bounded: bool
+    ) -> Rates:
         """Return the rates of a block.
 
         Args:
             group: The parameter group of the block.
+            own: How the block differs from it.
             weights: The dtype of its weights.
             arithmetic: The dtype of its arithmetic.
             bounded: Whether the bound applies to the block.
         """
         max_update = group["max_update"] if bounded else None
-        rates = float(group["lr"]), group["weight_decay"], max_update
+        decay = group["weight_decay"] if own.weight_decay is None else own.weight_decay
+        rates = float(group["lr"]) * own.lr_multiplier, decay, max_update
         return _rates(*rates, group["betas"][0], group["eps"], weights, arithmetic)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def snapshot_of(optimizer: Optimizer, binding: Binding, skipped: int) -> Snapsho
     storages = Storages()
     return Snapshot(
         blocks=tuple(
-            facts_of(block, optimizer.state.get(param, {}), storages, group["max_update"])
+            facts_of(block, optimizer.state.get(param, {}), storages, group)
             for group, param, block in binding.entries(optimizer)
             if param.requires_grad or optimizer.state.get(param)
         ),
@@ -33,14 +34,14 @@ def snapshot_of(optimizer: Optimizer, binding: Binding, skipped: int) -> Snapsho
     )
 
 
-def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, max_update: float | None) -> BlockFacts:
+def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, group: Mapping[str, Any]) -> BlockFacts:
     """Return the facts about one block.
 
     Args:
         block: The block.
         state: Its parameter's state.
         storages: The storages counted so far.
-        max_update: The bound of its parameter group.
+        group: Its parameter group.
     """
     momentum, second_moment = block.kinds
     projections = momentum.projection_keys
@@ -64,7 +65,12 @@ def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, max_
         momentum=momentum.name,
         rank=getattr(momentum, "rank", None),
         second_moment=second_moment.name,
-        max_update=max_update if block.recipe.bounded else None,
+        head_dim=layout.head_dim,
+        split="" if layout.slot is None else layout.slot.text(len(layout.shape)),
+        why=block.why,
+        max_update=group["max_update"] if block.recipe.bounded else None,
+        lr_multiplier=block.rates.lr_multiplier,
+        weight_decay=None if block.rates.weight_decay == group["weight_decay"] else block.rates.weight_decay,
         state=parts({key: torch.Size(shape).numel() * size for key, shape in shapes.items()}),
         local=parts({key: storages.count([state[block.prefix + key]]) for key in keys}),
         adamw_bytes=2 * torch.Size(layout.shape).numel() * block.itemsize,

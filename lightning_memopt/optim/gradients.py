@@ -16,6 +16,7 @@ from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.optim.guards import Judged, verdict
+from lightning_memopt.optim.unknown_roles import warn_of_unknown_roles
 from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
 
 Active = list[tuple[dict[str, Any], Tensor]]
@@ -37,6 +38,8 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
     active, refusal = [], None
     try:
         active = _active(optimizer, binding)
+        if active and not trusted:  # before the first step
+            warn_of_unknown_roles((param, block) for _, param, block in binding.entries(optimizer))
     except Exception as error:  # of any type: the other ranks must know
         refusal = error
     judged = [

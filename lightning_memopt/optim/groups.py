@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.ranges import check_betas, check_number
 from lightning_memopt.optim.checkpoint.values import described
-from lightning_memopt.plans.plan import Plan, known_options
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import known_options
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 MAX_UPDATE = 10.0
@@ -167,6 +168,11 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(
                 f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
                 "come from its `recipe`."
+            )
+        if key == "lr_multiplier":
+            raise ValueError(
+                f"In {where}: Unknown key 'lr_multiplier': give the group its own `lr`, or set the multiplier by role "
+                "or name in the optimizer's `overrides`."
             )
         meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
         if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):

@@ -254,11 +254,14 @@ def _blocks(
     for position, part in enumerate(parts):
         shape = list(param.shape)
         if part.slot is not None:
-            shape[part.slot.dim] = part.slot.length
+            shape[part.slot.dim] = part.slot.count(shape[part.slot.dim])
         yield BlockFacts(
             name=f"{name}:{part.role}" if count > 1 else name,
             role=part.role,
             shape=tuple(shape),
+            split="" if part.slot is None else part.slot.text(len(shape)),
+            why=part.why,
+            head_dim=part.head_dim,
             full_rank=min(as_matrix(tuple(shape), part.flatten)[-2:]),
             momentum=momentum,
             rank=None,

@@ -19,7 +19,8 @@ from lightning_memopt.optim.checkpoint.values import Share
 from lightning_memopt.optim.facts import snapshot_of
 from lightning_memopt.optim.gradients import refuse, usable
 from lightning_memopt.optim.stepping import take_step
-from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.recipes import load_plan
 
 _PICKLED = ("_binding", "_nonfinite", "_counts", "_tally", "_trusted", "_complete")
@@ -29,7 +30,8 @@ ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, A
 class MemOpt(torch.optim.Optimizer):
     """Optimizer with compressed state: every role has a momentum kind × a second-moment kind.
 
-    With U the direction of the momentum kind, D the denominator of the second-moment kind and c = ``max_update``::
+    With U the direction of the momentum kind, D the denominator of the second-moment kind and c = ``max_update``, and
+    with the ``lr`` and ``weight_decay`` of the group unless ``overrides`` change them::
 
         W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
@@ -45,6 +47,8 @@ class MemOpt(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay.
         rank: Rank of compressed momentum: an integer, or a fraction of each block's short side.
         overrides: Changes by role or pattern: ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``.
+            Also of rates: ``{"embedding": {"lr_multiplier": 10}, "vector": {"weight_decay": 0}}``. A multiplier (above
+            0) applies to the group's current ``lr``; a weight decay replaces the group's (``docs/groups.md``).
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
@@ -224,7 +228,10 @@ class MemOpt(torch.optim.Optimizer):
         return snapshot_of(self, self._binding, self.skipped)
 
     def plan_table(self) -> str:
-        """Return a table of all blocks: name, role, shape, kinds, rank, bytes, bytes under AdamW."""
+        """Return a table of all blocks: name, role, shape, kinds, rank, bound, bytes, bytes under AdamW.
+
+        If rates of a block differ from those of its group, they are a column, too.
+        """
         return self.snapshot().table()
 
     def __repr__(self) -> str:

@@ -30,8 +30,8 @@ def release(
 
         W ← W − lr · β₁ / (1 − β₁) · ΔM / D
 
-    with the denominator of the last step. Low-rank momentum (AdaPM, arXiv 2510.09103) releases what its factors drop
-    by the same rule.
+    with the block's learning rate and the denominator of the last step. Low-rank momentum (AdaPM, arXiv 2510.09103)
+    releases what its factors drop by the same rule.
     """
 
     def on_loss(before: State, after: State) -> None:
@@ -44,9 +44,8 @@ def release(
         with exact_arithmetic({param.device.type}):
             # Bounded like an update: the lost momentum mixes elements, whatever its kind.
             bounded = old.recipe.second_moment.normalizes
-            rates = Rates.of(
-                {**group, "weight_decay": 0.0}, weights=param.dtype, arithmetic=old.layout.dtype, bounded=bounded
-            )
+            own = replace(old.rates, weight_decay=0.0)
+            rates = Rates.of(group, own, weights=param.dtype, arithmetic=old.layout.dtype, bounded=bounded)
             apply([old], [param], lost, denominator, rates, watch)
 
     return on_loss

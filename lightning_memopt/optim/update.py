@@ -55,6 +55,7 @@ class Update:
         """The factors in the update, and its limits."""
         return Rates.of(
             self.group,
+            self.block.rates,
             weights=self.param.dtype,
             arithmetic=self.block.layout.dtype,
             bounded=self.block.recipe.bounded,
@@ -64,7 +65,7 @@ class Update:
     def is_adamw(self) -> bool:
         """Whether torch's fused AdamW makes this very update. Ranks may differ: neither way needs a collective."""
         block, layout = self.block, self.block.layout
-        if not block.is_adam or layout.local_slot is not None or layout.state_dtype != layout.dtype:
+        if not block.is_adam or layout.slot is not None or layout.state_dtype != layout.dtype:
             return False
         if layout.device.type not in ("cpu", "cuda") or self.group["betas"][1] == 1 or self.rates.checked:
             return False
@@ -96,6 +97,8 @@ class Update:
     @property
     def _is_copied(self) -> bool:
         layout = self.block.layout
+        if layout.slot is not None and layout.slot.period is not None:
+            return True
         if len(layout.shape) < 3 or len(layout.shape) == len(layout.matrix) or layout.sharded:
             return False  # ranks must combine the same blocks, and parts of a tensor may differ in their strides
         return not all(local_tensor(tensor).is_contiguous() for tensor in (self.param, self.grad))
@@ -259,11 +262,8 @@ def apply(
         torch._foreach_copy_(mine, parts)
     if lost is not None:
         watch.lost[block.name] = (block.layout, lost)
-    for part, param in zip(mine, params, strict=True):
-        target = local_tensor(param)
-        if part.untyped_storage().data_ptr() != target.untyped_storage().data_ptr():
-            # No view of the weights is a matrix (channels-last convolutions), so a copy was updated.
-            target.copy_(part.view(target.shape))
+    for each, part, param in zip(blocks, mine, params, strict=True):
+        each.layout.put(param, part)
 
 
 def apply_(

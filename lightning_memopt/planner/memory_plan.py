@@ -31,6 +31,7 @@ class RecipeMemory:
         saved: Fraction of AdamW's state that the recipe saves.
         remaining: Device memory left for activations; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
+        rates: How rates of blocks differ from those of their parameter groups, in words.
     """
 
     recipe: str
@@ -39,6 +40,7 @@ class RecipeMemory:
     saved: float
     remaining: int | None = None
     fits: bool | None = None
+    rates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ class MemoryPlan:
         ]
 
     def note(self) -> str:
-        """Return the footnote of the asterisk; empty if there is none."""
-        if not self.unknown:
-            return ""
-        return f"* {len(self.unknown)} of {self.matrices} matrices have no known role and count as 'other'."
+        """Return the footnote of the asterisk, and the rates of blocks, one recipe a line; empty if there are none."""
+        count = len(self.unknown)
+        mark = [f"* {count} of {self.matrices} matrices have no known role and count as 'other'."] if count else []
+        return "\n".join([*mark, *(f"{row.recipe}: {', '.join(row.rates)}." for row in self.rows if row.rates)])
 
     def table(self) -> str:
         """Return a plain-text table."""

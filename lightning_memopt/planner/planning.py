@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.memory.sizes import parse_bytes
+from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
@@ -157,11 +159,12 @@ def plan_module(
         2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
     )
 
-    def row(label: str, state: int) -> RecipeMemory:
+    def row(label: str, state: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
         left = None if capacity is None else capacity - fixed - state
         saved = 1 - state / adamw if adamw else 0.0
-        return RecipeMemory(label, state, fixed + state, saved, left, None if left is None else left > 0)
+        return RecipeMemory(label, state, fixed + state, saved, left, None if left is None else left > 0, rates)
 
+    snapshots = [(entry.label, _snapshot(copy, entry)) for entry in optimizers]
     return MemoryPlan(
         model=name,
         parameters=sum(param.numel() for param in params),
@@ -175,7 +178,10 @@ def plan_module(
         largest_unit=largest.name if largest is not None else None,
         matrices=sum(param.ndim > 1 for param in params),
         unknown=tuple(names_without_role(module)),
-        rows=(row(ADAMW, adamw), *(row(entry.label, _state_bytes(copy, entry)) for entry in optimizers)),
+        rows=(
+            row(ADAMW, adamw),
+            *(row(label, snapshot.local_bytes, _rates(snapshot)) for label, snapshot in snapshots),
+        ),
     )
 
 
@@ -266,11 +272,17 @@ def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) ->
     ]
 
 
-def _state_bytes(copy: nn.Module, candidate: Candidate) -> int:
-    """Return the bytes of an optimizer's state. Names and heads are bound first, so that state is created once."""
+def _snapshot(copy: nn.Module, candidate: Candidate) -> Snapshot:
+    """Return the facts about an optimizer. Names and heads are bound first, so that state is created once."""
     optimizer = candidate.build(list(copy.parameters()))
     optimizer.bind(copy)
-    return optimizer.snapshot().local_bytes
+    return optimizer.snapshot()
+
+
+def _rates(snapshot: Snapshot) -> tuple[str, ...]:
+    """Return in words how the rates of blocks differ from those of their parameter groups."""
+    counts = Counter((block.rates, block.role) for block in snapshot.blocks if block.rates)
+    return tuple(f"{rates} in {count} {role} block{'s' * (count > 1)}" for (rates, role), count in counts.items())
 
 
 def _precision(precision: str | int | None) -> str:

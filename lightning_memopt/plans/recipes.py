@@ -13,7 +13,8 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
-from lightning_memopt.plans.plan import Plan, Recipe
+from lightning_memopt.plans.plan import Plan
+from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.roles import ROLES
 
 PLANS: Registry[Plan] = Registry("recipe")
@@ -69,8 +70,9 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     """Return the plan for a recipe's name, the path of a recipe file (YAML), the content of one, or a plan.
 
     A recipe file has the keys ``name``, ``base`` (the recipe it starts from; default ``adamw``), ``betas``, ``roles``
-    (role → kinds and options) and ``overrides`` (role or name pattern → kinds and options). A value may refer to
-    another one (``${roles.mlp.rank}``), but may not call a resolver (``${oc.env:HOME}``).
+    (role → kinds and options) and ``overrides`` (role or name pattern → kinds, options and rates, see
+    :class:`Plan`). A value may refer to another one (``${roles.mlp.rank}``), but may not call a resolver
+    (``${oc.env:HOME}``).
 
     Raises:
         TypeError: If ``recipe`` has another type, or an entry of a file has the wrong type.

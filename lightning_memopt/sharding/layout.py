@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,16 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.sharding.slot import Slot
 from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, local_part, local_tensor
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The part of a parameter that a block covers: ``length`` entries of dimension ``dim``, starting at ``start``."""
-
-    dim: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Layout:
         local: Sizes of the part of ``matrix`` that this rank works on.
         offset: Where that part starts in ``matrix``.
         slot: The part of the parameter that the block covers, or None for the whole parameter.
-        local_slot: Where that part is in this rank's local part of the parameter.
+        local_slots: Where that part is in this rank's local part of the parameter; empty for the whole parameter.
         param_shape: Global shape of the parameter.
         straddles_shards: Whether shard boundaries of a fused parameter are inside its blocks, so that a rank may hold
             any part of this block.
@@ -82,7 +75,7 @@ class Layout:
     local: tuple[int, ...] = ()
     offset: tuple[int, ...] = ()
     slot: Slot | None = None
-    local_slot: Slot | None = None
+    local_slots: tuple[Slot, ...] = ()
     param_shape: tuple[int, ...] = ()
     straddles_shards: bool = False
     gathered: bool = False
@@ -119,10 +112,11 @@ class Layout:
             )
         shape = list(param.shape)
         if slot is not None:
-            shape[slot.dim] = slot.length
+            shape[slot.dim] = slot.count(shape[slot.dim])
         dtype = arithmetic_dtype(param)
         matrix = as_matrix(tuple(shape), flatten)
-        mesh, local, offset, straddles, local_slot = None, matrix, (0,) * len(matrix), False, slot
+        mesh, local, offset, straddles = None, matrix, (0,) * len(matrix), False
+        local_slots: tuple[Slot, ...] = () if slot is None else (slot,)
         placements: tuple[Any, ...] = ()
         if is_dtensor(param):
             mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
@@ -130,8 +124,10 @@ class Layout:
             mine, start = map(list, local_part(param.shape, mesh, placements))
             if slot is not None:
                 straddles = any(p.is_shard(slot.dim) and mesh.size(i) > 1 for i, p in enumerate(placements))
-                local_slot = _overlap(slot, start[slot.dim], mine[slot.dim])
-                mine[slot.dim], start[slot.dim] = local_slot.length, max(0, start[slot.dim] - slot.start)
+                first, size = start[slot.dim], mine[slot.dim]
+                local_slots = slot.within(first, size)
+                start[slot.dim] = slot.count(first)
+                mine[slot.dim] = slot.count(first + size) - start[slot.dim]
             local = as_matrix(tuple(mine), flatten)
             if len(shape) > 0:
                 offset = (
@@ -150,7 +146,7 @@ class Layout:
             local=local,
             offset=offset,
             slot=slot,
-            local_slot=local_slot,
+            local_slots=local_slots,
             param_shape=tuple(param.shape),
             straddles_shards=straddles,
         )
@@ -235,8 +231,8 @@ class Layout:
         count = self.mesh.size(position)
         lengths = pieces(self.param_shape[dim], count)
         if self.slot is not None and self.slot.dim == dim:
-            starts = [sum(lengths[:rank]) for rank in range(count)]
-            lengths = [_overlap(self.slot, start, size).length for start, size in zip(starts, lengths, strict=True)]
+            ends = [0, *itertools.accumulate(lengths)]
+            lengths = [self.slot.count(end) - self.slot.count(start) for start, end in itertools.pairwise(ends)]
         return self.cut(position, self.matrix_dim(dim) + len(self.matrix), lengths)
 
     def cut(self, position: int, dim: int, lengths: list[int]) -> Cut:
@@ -246,11 +242,28 @@ class Layout:
     # ------------------------------------------------------------------ parts of the block
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return the local part of the block from its parameter or gradient, as ``[..., m, n]``."""
+        """Return the local part of the block from its parameter or gradient, as ``[..., m, n]``.
+
+        It is a view where that is possible. A channels-last kernel and a part that lies in several runs are copied.
+        """
         tensor = local_tensor(tensor)
-        if self.local_slot is not None:
-            tensor = tensor.narrow(self.local_slot.dim, self.local_slot.start, self.local_slot.length)
+        views = [slot.view(tensor) for slot in self.local_slots] or [tensor]
+        tensor = views[0] if len(views) == 1 else torch.cat(views, self.local_slots[0].dim)
         return tensor if tensor.shape == self.local else tensor.reshape(self.local)
+
+    def put(self, tensor: Tensor, part: Tensor) -> None:
+        """Write what :meth:`take` returned, changed since, to the block's parameter. A view of it needs nothing."""
+        tensor = local_tensor(tensor)
+        if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            return
+        views = [slot.view(tensor) for slot in self.local_slots] or [tensor]
+        if len(views) == 1:
+            views[0].copy_(part.view(views[0].shape))
+            return
+        dim, sizes = self.local_slots[0].dim, [slot.length for slot in self.local_slots]
+        shape = [*tensor.shape]
+        shape[dim] = sum(sizes)
+        torch._foreach_copy_(views, part.view(shape).split(sizes, dim))
 
     def part_of(self, tensor: Tensor, *, at: int, dim: int) -> Tensor:
         """Return the local part of a global tensor whose dimension ``at`` matches dimension ``dim`` of the block.
@@ -301,13 +314,6 @@ def pieces(length: int, count: int) -> list[int]:
     """Return the lengths of the pieces of a dimension that is sharded over ``count`` ranks."""
     size = -(-length // count)
     return [max(0, min(size, length - rank * size)) for rank in range(count)]
-
-
-def _overlap(slot: Slot, start: int, length: int) -> Slot:
-    """Return the position of a slot in the piece of a parameter that starts at ``start``."""
-    low = min(max(0, slot.start - start), length)
-    high = min(max(0, slot.start + slot.length - start), length)
-    return Slot(slot.dim, low, high - low)
 
 
 def as_matrix(shape: tuple[int, ...], flatten: bool = False) -> tuple[int, ...]:

@@ -27,8 +27,9 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.stepping import Step
 from lightning_memopt.optim.update import Update
-from lightning_memopt.plans.plan import Recipe
-from lightning_memopt.sharding.layout import Layout, Slot
+from lightning_memopt.plans.recipe import Recipe
+from lightning_memopt.sharding.layout import Layout
+from lightning_memopt.sharding.slot import Slot
 from tests._compare import assert_equal, relative_error
 from tests._ranks import run_ranks
 from tests.kinds.contract.cases import (
@@ -264,30 +265,37 @@ def part_of(full: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def fused_blocks_are_whole(mesh: Any) -> None:
-    """A fused weight that is cut across its columns: each block's view is this rank's part of that block."""
-    weight = gradient((9, 8), 1)
+    """A fused weight that is cut across its columns: each block's part is this rank's part of that block."""
+    weight = gradient((12, 8), 1)
     sharded = distribute_tensor(weight, mesh, [Shard(1)], src_data_rank=None)
-    for number in range(3):
-        slot = Slot(dim=0, start=3 * number, length=3)
-        layout = Layout.of(sharded, slot=slot)
-        assert (layout.shape, layout.local) == ((3, 8), (3, 4))
-        assert_equal(layout.take(sharded), part_of(weight[3 * number : 3 * number + 3], layout))
+    for start in (0, 2, 4):
+        for slot, rows in ((Slot(0, 2 * start, 4), slice(2 * start, 2 * start + 4)), (Slot(0, start, 2, period=6),
+                            [start, start + 1, start + 6, start + 7])):  # fmt: skip
+            layout = Layout.of(sharded, slot=slot)
+            assert (layout.shape, layout.local) == ((4, 8), (4, 4))
+            assert_equal(layout.take(sharded), part_of(weight[rows], layout))
 
 
 def torn_fused_blocks(mesh: Any) -> None:
-    """A fused weight that is cut across its blocks: each block is gathered, and every rank updates its rows."""
-    for size, lengths in ((9, (3, 3, 3)), (10, (6, 2, 2)), (7, (1, 5, 1))):
-        starts = [sum(lengths[:place]) for place in range(len(lengths))]
+    """A fused weight that is cut across its blocks: each block is gathered, and every rank updates its rows.
+
+    In rows of 12 with a period of 6, two ranks hold whole periods, three do not.
+    """
+    for size, period, lengths in (
+        (9, None, (3, 3, 3)), (10, None, (6, 2, 2)), (7, None, (1, 5, 1)),
+        (12, 6, (2, 2, 2)), (12, 3, (1, 1, 1)), (10, 5, (3, 1, 1)), (8, 4, (1, 3)),
+    ):  # fmt: skip
+        slots = [Slot(0, sum(lengths[:place]), length, period) for place, length in enumerate(lengths)]
         for kind in filter(is_basic, KINDS):
             recipe = probe(kind, layout_of((1, 8))).recipe
             weights = [torch.zeros(size, 8), distribute_tensor(torch.zeros(size, 8), mesh, [Shard(0)])]
             params = [torch.nn.Parameter(weight) for weight in weights]
             blocks = [[], []]
             for found, param in zip(blocks, params, strict=True):
-                for start, length in zip(starts, lengths, strict=True):
-                    layout = Layout.of(param, slot=Slot(0, start, length))
+                for slot in slots:
+                    layout, name = Layout.of(param, slot=slot), f"{slot.start}"
                     plan = lm.load_plan("adamw")
-                    found.append(Block(f"{start}", "other", recipe.resolve(layout), layout, f"{start}.", 7, 0, 4, plan))
+                    found.append(Block(name, "other", recipe.resolve(layout), layout, f"{name}.", 7, 0, 4, plan))
             states = [{key: value for block in found for key, value in block.init().items()} for found in blocks]
             for number in range(1, 7):
                 grad = gradient((size, 8), number)
@@ -299,7 +307,7 @@ def torn_fused_blocks(mesh: Any) -> None:
                             Watch()
                         )
             error = relative_error(params[1].full_tensor().detach(), params[0].detach())
-            assert error <= TOLERANCE, f"{label(kind)} on {lengths}: {error:.1e}"
+            assert error <= TOLERANCE, f"{label(kind)} on {slots}: {error:.1e}"
 
 
 def optimizers_on(mesh: Any, shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> list[Any]:

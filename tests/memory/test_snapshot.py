@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.memory.snapshot import BlockFacts
+from tests._models import tiny_gpt2
 from tests.optim._measured import Network, by_name, numel, stepped
 
 
@@ -59,6 +60,21 @@ def test_the_table_of_a_foreign_optimizer_adds_up(model):
     assert set(rule) == {"─"}
     assert f"{8 * numel(model):,}" in last
     assert "saved 0.0%" in last
+
+
+def test_the_table_shows_what_is_known_of_roles():
+    module = tiny_gpt2()
+    optimizer = lm.AdaPM(module.named_parameters())
+    header = optimizer.plan_table().splitlines()[0]
+    assert "part" in header
+    assert "head size" not in header, "names do not tell it"
+    optimizer.bind(module)
+    header, _, *lines = optimizer.plan_table().splitlines()
+    line = next(line for line in lines if line.startswith("transformer.h.0.attn.c_attn.weight:key"))
+    start = header.index("head size")
+    assert line[start : start + len("head size")].strip() == "8"
+    start = header.index("part")
+    assert line[start:].startswith("columns 32–63")
 
 
 def test_blocks_as_facts_have_what_the_metrics_read():

@@ -15,7 +15,8 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.optim import bounds
-from lightning_memopt.plans.plan import Recipe
+from lightning_memopt.plans.rates import BlockRates
+from lightning_memopt.plans.recipe import Recipe
 from tests._compare import assert_equal, relative_error
 from tests._models import fill_grads, tiny_llama, train
 from tests.kinds.contract.against_reference import gradients, reference_of
@@ -316,7 +317,7 @@ def test_the_largest_weights_stay_finite_without_a_check(dtype):
     param.detach().fill_(torch.finfo(dtype).max)
     group = optimizer.param_groups[0]
     arithmetic = block_of(optimizer).layout.dtype
-    assert not bounds.Rates.of(group, weights=dtype, arithmetic=arithmetic, bounded=True).checked
+    assert not bounds.Rates.of(group, BlockRates(), weights=dtype, arithmetic=arithmetic, bounded=True).checked
     for _ in range(5):
         param.grad = torch.full_like(param, -1.0)
         optimizer.step()

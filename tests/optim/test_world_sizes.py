@@ -42,12 +42,18 @@ RECIPES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     name: functools.partial(lm.MemOpt, recipe=name, lr=1e-2, weight_decay=0.1, **(GAP if "snsm" in name else {}))
     for name in lm.recipe_names()
 }
+RATES: dict[str, dict[str, float]] = {
+    "vector": {"weight_decay": 0},
+    "query": {"lr_multiplier": 0.3},  # one part of a fused weight, too
+    "*.layers.*": {"lr_multiplier": 3},
+}
 VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamSNSM(paper=True)": lambda named: lm.AdamSNSM(named, lr=1e-3, paper=True, **GAP),
     "rotate, gap 3": lambda named: lm.AdamSNSM(named, lr=1e-2, handover="rotate", **GAP),
     "subset_size": lambda named: lm.AdamSN(named, lr=1e-2, subset_size=5),
     "heads": lambda named: lm.AdamMini(named, lr=1e-2, head_dim=2),
     "maximize": lambda named: lm.AdaPMLean(named, lr=1e-2, maximize=True),
+    "rates": lambda named: lm.AdaPMLean(named, lr=1e-2, weight_decay=0.1, overrides=RATES),
 }
 
 

@@ -29,8 +29,8 @@ def _clean(monkeypatch, tmp_path):
 def run(monkeypatch, capsys):
     """Return a function that runs the command and returns its exit status, output and errors."""
 
-    def call(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lightning-memopt", "plan", *args])
+    def call(*args: str, command: str = "plan") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lightning-memopt", command, *args])
         capsys.readouterr()
         with pytest.raises(SystemExit) as raised:
             cli_module.main()

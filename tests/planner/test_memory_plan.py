@@ -32,6 +32,17 @@ def test_the_first_that_fits_keeps_the_most_state():
     assert lm.plan_memory("llama-60m", recipes).first_fit is None
 
 
+def test_rates_of_a_recipe_are_a_line_below_the_table():
+    overrides = {"embedding": {"lr_multiplier": 10}, "*norm.weight": {"weight_decay": 0.01}}
+    mine = {"name": "mine", "base": "adapm_lean", "overrides": overrides}
+    plan = lm.plan_memory("llama-60m", [mine, "adapm_lean"], world_size=2)
+    rates = ("lr × 10 in 1 embedding block", "decay 0.01 in 17 vector blocks")
+    assert [row.rates for row in plan.rows] == [(), rates, ()]
+    assert plan.table().splitlines()[-1] == f"mine: {', '.join(rates)}."
+    assert plan.row("mine").state_bytes == plan.row("adapm_lean").state_bytes
+    assert lm.plan_memory("llama-60m", "adapm_lean").note() == ""
+
+
 def test_to_dict_is_json_and_the_table_has_every_number():
     plan = lm.plan_memory("llama-60m", "adapm_lean", world_size=2, gpu_memory="1GiB")
     data = json.loads(json.dumps(plan.to_dict()))

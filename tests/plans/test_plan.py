@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -38,10 +39,14 @@ def test_plans_survive_a_dict(name):
 
 def test_plans_with_overrides_survive_a_dict():
     plan = lm.load_plan("adapm").updated(
-        overrides={"head": lm.Recipe("dense", "factored"), "*.0.*": {"momentum": "low_rank", "rank": 3}},
+        overrides={
+            "head": lm.Recipe("dense", "factored"),
+            "*.0.*": {"momentum": "low_rank", "rank": 3, "lr_multiplier": 2.5},
+            "*.1.*": {"momentum": LowRankMomentum(rank=2), "weight_decay": 0},
+        },
         options={"rank": 5},
     )
-    assert lm.Plan.from_dict(plan.to_dict()) == plan
+    assert lm.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_rank_is_an_integer_or_a_fraction_of_the_short_side():
@@ -96,10 +101,124 @@ def test_a_kind_that_an_override_brings_is_the_plans():
     assert {block.rank for block in blocks if block.role != "vector"} == {8}  # 1/64, not the kind's own 1/32
 
 
+def test_options_of_the_call_reach_new_kinds_and_undo_no_override():
+    mine, name = {"value": {"rank": 2}}, "model.layers.0.self_attn.v_proj.weight"
+    found = kinds(rank=6, overrides={**mine, "*.layers.0.*": {"second_moment": "dense"}})
+    assert found[name] == ("low_rank", 2, "dense")
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 6, "dense")
+    assert kinds(rank=6, overrides={"value": {"momentum": LowRankMomentum(rank=3)}})[name][1] == 3
+
+
 def test_an_override_can_bring_a_kind_and_the_options_reach_it():
     found = kinds("adamw", overrides={"mlp": {"momentum": "low_rank"}}, rank=3)
     assert found["model.layers.0.mlp.up_proj.weight"] == ("low_rank", 3, "dense")
     assert found["lm_head.weight"] == ("dense", None, "dense")
+
+
+def rates(**options):
+    optimizer = lm.MemOpt(tiny_llama().named_parameters(), **{"recipe": "adapm", "weight_decay": 0.5, **options})
+    return {block.name: (block.lr_multiplier, block.weight_decay) for block in optimizer.snapshot().blocks}
+
+
+def test_rates_by_role_and_by_pattern_in_order_key_by_key():
+    found = rates(
+        overrides={
+            "*": {"lr_multiplier": 3, "weight_decay": 0.2},
+            "*.layers.1.*": {"lr_multiplier": 0.5},
+            "vector": {"weight_decay": 0},
+            "lm_head.weight": lm.Recipe("dense", "factored"),  # kinds alone
+        }
+    )
+    assert found["model.layers.0.mlp.up_proj.weight"] == (3.0, 0.2)
+    assert found["model.layers.1.mlp.up_proj.weight"] == (0.5, 0.2)
+    assert found["model.layers.1.input_layernorm.weight"] == (0.5, 0.0)
+    assert found["lm_head.weight"] == (3.0, 0.2)
+
+
+def test_one_change_has_kinds_options_and_rates():
+    """Where a kind is undefined on vectors, they take the rates alone."""
+    overrides = {"*.layers.1.*": {"momentum": "low_rank", "rank": 3, "lr_multiplier": 3}}
+    optimizer = lm.MemOpt(tiny_llama().named_parameters(), "adamw", overrides=overrides)
+    found = {block.name: (block.momentum, block.rank, block.rates) for block in optimizer.snapshot().blocks}
+    assert found["model.layers.1.mlp.up_proj.weight"] == ("low_rank", 3, "lr × 3")
+    assert found["model.layers.1.input_layernorm.weight"] == ("dense", None, "lr × 3")
+    assert found["model.layers.0.mlp.up_proj.weight"] == ("dense", None, "")
+
+
+def test_overrides_of_one_pattern_keep_each_others_kinds_and_rates():
+    plan = lm.load_plan(
+        {
+            "base": "adapm_lean",
+            "overrides": {
+                "mlp": {"momentum": "low_rank", "rank": 3, "lr_multiplier": 2},
+                "head": {"weight_decay": 0},
+                "vector": {"lr_multiplier": 2},
+            },
+        }
+    )
+    assert plan.updated(overrides={"mlp": {}}) == plan
+    kind = LowRankMomentum(rank=3)
+    given = {
+        "mlp": {"momentum": "dense", "weight_decay": 0.1},  # the rank goes with its kind
+        "head": lm.Recipe(kind, "dense"),
+        "vector": {"lr_multiplier": 5},
+        "value": {"rank": 2},
+    }
+    merged = plan.updated(overrides=given)
+    assert merged.overrides == {
+        "mlp": {"momentum": "dense", "lr_multiplier": 2, "weight_decay": 0.1},
+        "head": {"momentum": kind, "second_moment": lm.Recipe("dense", "dense").second_moment, "weight_decay": 0},
+        "vector": {"lr_multiplier": 5},
+        "value": {"rank": 2},
+    }
+    assert merged.updated(overrides={"head": {"lr_multiplier": 4}}).recipe("h", "head") == given["head"]
+
+
+@pytest.mark.parametrize("number", ["10", "1e1", "10.0", "+10"])
+def test_rates_in_a_recipe_file(tmp_path, number):
+    text = f"""
+        base: adapm
+        overrides:
+          embedding: {{lr_multiplier: {number}, momentum: dense}}
+          vector: {{weight_decay: 0}}
+        """
+    found = rates(recipe=write(tmp_path / "r.yaml", text), overrides={"query": {"lr_multiplier": 2}})
+    assert found["model.embed_tokens.weight"] == (10.0, None)
+    assert found["model.norm.weight"] == (1.0, 0.0)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (2.0, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "match"),
+    [
+        ({"mlp": {"lr_multiplier": 0}}, ValueError, r"In the override 'mlp': `lr_multiplier` must be above 0, got 0: .*"
+         r"Freeze the parameters instead \(requires_grad_\(False\)\)"),
+        ({"mlp": {"lr_multiplier": -2}}, ValueError, "the override 'mlp': `lr_multiplier` must be finite, .* got -2"),
+        ({"mlp": {"lr_multiplier": math.inf}}, ValueError, "`lr_multiplier` must be finite, .* got inf"),
+        ({"mlp": {"lr_multiplier": math.nan}}, ValueError, "`lr_multiplier` must be finite, .* got nan"),
+        ({"mlp": {"lr_multiplier": "1e1"}}, TypeError, "`lr_multiplier` must be a number, got '1e1'"),
+        ({"mlp": {"lr_multiplier": True}}, TypeError, "`lr_multiplier` must be a number, got True"),
+        ({"*norm*": {"weight_decay": -1}}, ValueError, r"In the override '\*norm\*': `weight_decay` must be finite"),
+        ({"mlp": {"weight_decay": None}}, TypeError, "`weight_decay` must be a number, got None"),
+        ({"mlp": {"lr_mulitplier": 2}}, ValueError, "Unknown option 'lr_mulitplier'. Did you mean 'lr_multiplier'?"),
+        ({"mlp": {"lr": 2}}, ValueError, "Unknown option 'lr'.* lr_multiplier, weight_decay, .*rank"),
+        ({"*.nothing": {"lr_multiplier": 2}}, ValueError, r"The override '\*.nothing' matches nothing"),
+        ({"mlp": {"lr_multiplier": 2}, "*": {"lr_multiplier": 3}}, ValueError,
+         "The override 'mlp' sets 'lr_multiplier' to 2, which none of the blocks it matches gets: a later override"),
+    ],
+)  # fmt: skip
+def test_bad_rates_name_the_override_and_the_way_out(overrides, error, match):
+    with pytest.raises(error, match=match):
+        lm.MemOpt(tiny_llama().named_parameters(), overrides=overrides)
+
+
+def test_a_recipe_has_no_rates():
+    match = r"'weight_decay' is a rate of blocks, not a part of a recipe: set it in `overrides`, .*{'weight_decay': 0}"
+    with pytest.raises(ValueError, match=match):
+        lm.load_plan({"roles": {"mlp": {"weight_decay": 0}}})
+    optimizer = lm.MemOpt(tiny_llama().named_parameters())
+    with pytest.raises(ValueError, match="'lr_multiplier' is a rate of blocks"):
+        optimizer.reformat({"lm_head.weight": {"lr_multiplier": 2}})
 
 
 NAN = float("nan")
@@ -184,6 +303,11 @@ def weight():
         ([{"lr": 1.0}], TypeError, "must be a dict such as .*, got a dict with 'lr'"),
         ([{"params": [("a", weight())], "momentum": 0.9}], ValueError, "In parameter group 0: Unknown key 'momentum'"),
         ([{"params": [("a", weight())], "lr": -1}], ValueError, "In parameter group 0: `lr` must be"),
+        (
+            [{"params": [("a", weight())], "lr_multiplier": 2}],
+            ValueError,
+            "Unknown key 'lr_multiplier': give the group its own `lr`, or set the multiplier by role or name in",
+        ),
         ([{"params": [("a", weight())], "rank": 0}], ValueError, "`rank` must be"),
         ([{"params": [("a", weight())], "recipe": "x"}], ValueError, "Unknown recipe 'x'"),
     ],

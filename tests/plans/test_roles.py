@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.plans.roles import NAMING_SCHEMES, Part, canonical_names
-from lightning_memopt.sharding.layout import Slot
+from lightning_memopt.sharding.slot import Slot
 from tests._models import tiny_gpt2, tiny_llama
 
 

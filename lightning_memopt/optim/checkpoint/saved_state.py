@@ -194,7 +194,7 @@ def _split(blocks: Blocks, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         for block in blocks:
             slot = block.layout.slot
             assert slot is not None
-            split[block.prefix + key] = value.narrow(slot.dim, slot.start, slot.length)
+            split[block.prefix + key] = slot.view(value).reshape(block.layout.shape)
     return split
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from lightning_memopt._registry import Registry, unknown
-from lightning_memopt.sharding.layout import Slot
+from lightning_memopt.sharding.slot import Slot
 
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "vector", "other")
 # A three-dimensional weight of unknown role is a 1-D convolution if its last dimension is below this, else a stack.
@@ -78,6 +78,7 @@ class Part:
         output_dim: As in :class:`Rule`.
         head_dim: Outputs per attention head, for queries and keys, if known.
         flatten: Whether a three-dimensional parameter is a convolution kernel (one matrix) instead of a stack.
+        why: What decided, in a few words.
     """
 
     role: str
@@ -85,6 +86,7 @@ class Part:
     output_dim: int = -2
     head_dim: int | None = None
     flatten: bool = False
+    why: str = field(default="", compare=False)
 
 
 NAMING_SCHEMES: Registry[NamingScheme] = Registry("naming scheme")

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import lightning_memopt as lm
 from lightning_memopt import cli as cli_module
-from lightning_memopt.planner import command as plan_command
+from lightning_memopt.planner import plan_command
 from lightning_memopt.planner.skeletons import ALIASES, MODELS
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def test_the_command_says_what_fits(run):
 def test_nothing_is_cut_in_a_narrow_terminal(run, monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr(plan_command, "_console", lambda: Console(width=80))
+    monkeypatch.setattr(plan_command, "console", lambda: Console(width=80))
     plan = lm.plan_memory("llama-7b", "adam_mini", world_size=8, gpu_memory="24GiB")
     _, out, _ = run("--model", "llama-7b", "--recipe", "adam_mini", "--world-size", "8", "--gpu-memory", "24GiB")
     for cells in plan.cells():

@@ -1,0 +1,93 @@
+"""Arguments that the commands on a model share: which model, and how its config is read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch import nn
+
+from lightning_memopt.planner.architectures import find_model
+from lightning_memopt.planner.planning import Candidate
+from lightning_memopt.planner.skeletons import model_names
+from lightning_memopt.sharding.wrapping import Policy
+
+EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, argparse.ArgumentError)
+EPILOG = (
+    "With --config, further arguments are those of `lightning-memopt fit`, such as --model.init_args.hidden_size=512."
+)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """The settings of a run's config that determine its memory.
+
+    Attributes:
+        module: The LightningModule, on the meta device.
+        optimizer: The optimizer, if it is one of this package.
+        precision: The trainer's precision.
+        ranks: The trainer's number of devices, if the config gives a number.
+        wrap: The modules that the strategy gathers as units.
+        warning: A warning about strategy settings that are not planned; empty if there are none.
+    """
+
+    module: nn.Module
+    optimizer: Candidate | None
+    precision: str | int | None = None
+    ranks: int | None = None
+    wrap: Policy | None = None
+    warning: str = ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that prints errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``, ``--config`` and ``--parser_mode``."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model",
+        metavar="NAME|PATH",
+        help=f"{', '.join(model_names())}; or a transformers config file, or the folder that holds config.json.",
+    )
+    model.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="A config of `lightning-memopt fit`. Its model is created on the meta device. Several configs are merged.",
+    )
+    parser.add_argument(
+        "--parser_mode", metavar="MODE", help="How config files are read, as in `lightning-memopt --parser_mode`."
+    )
+
+
+def parse(parser: Parser, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the arguments that are left for the run of a config."""
+    options, others = parser.parse_known_args(args)
+    if others and not options.config:
+        parser.error(f"unrecognized arguments: {' '.join(others)}. Settings of a run need --config.")
+    return options, others
+
+
+def read_model(
+    options: argparse.Namespace, others: list[str], configured: Callable[[list[str]], Configured]
+) -> tuple[str, Configured]:
+    """Return the model's name, and the settings of the run."""
+    # A module may print while it is created, but scripts read the output.
+    with redirect_stdout(sys.stderr):
+        if not options.config:
+            name, module = find_model(options.model)
+            return name, Configured(module, None)
+        mode = [f"--parser_mode={options.parser_mode}"] if options.parser_mode else []
+        files = [f"--config={path}" for path in options.config]
+        found = configured([*mode, "fit", *files, *others])
+    return type(found.module).__name__, found

@@ -1,0 +1,47 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+# Width for a file or a pipe, which has none.
+WIDTH = 160
+
+
+def console() -> Any:
+    """Return a console for standard output."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def table(
+    console: Any,
+    title: str,
+    columns: Sequence[str],
+    *,
+    numbers: Container[str],
+    breaks: Mapping[str, str] | None = None,
+) -> Any:
+    """Return an empty table.
+
+    Args:
+        console: Where it will be printed.
+        title: The line above it.
+        columns: Headers.
+        numbers: The columns that are aligned to the right.
+        breaks: Headers with line breaks, which keep a table narrow.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    gap = 1 if console.width >= 100 else 0
+    made = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
+    for column in columns:
+        # A narrow terminal folds text and truncates nothing.
+        justify: Any = "right" if column in numbers else "left"
+        made.add_column((breaks or {}).get(column, column), justify=justify, overflow="fold")
+    return made

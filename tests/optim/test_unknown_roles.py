@@ -1,0 +1,79 @@
+"""The warning about weights whose role is unknown."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_memopt as lm
+from tests._models import tiny_gpt2, tiny_llama
+
+
+def messages(optimizer: torch.optim.Optimizer, steps: int = 2) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.ones_like(param) if param.requires_grad else None
+            optimizer.step()
+    return [str(each.message) for each in caught if isinstance(each.message, lm.RoleWarning)]
+
+
+def params(*shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"layers.{place}.strange.weight", nn.Parameter(torch.ones(shape))) for place, shape in enumerate(shapes)]
+
+
+def test_unknown_weights_are_named_once_with_two_ways_out():
+    known = [("layers.0.mlp.up_proj.weight", nn.Parameter(torch.ones(20, 20)))]
+    (text,) = messages(lm.AdaPM([*known, *params((4, 5), (30, 6))]))
+    assert "33% of the parameters that train have no known role" in text
+    assert "layers.1.strange.weight, layers.0.strange.weight. The recipe 'adapm'" in text, "the largest first"
+    assert "overrides={'layers.1.strange.weight': {'momentum': 'low_rank'}}" in text
+    assert "register_naming_scheme" in text
+
+
+def test_the_override_of_the_message_works():
+    optimizer = lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"momentum": "low_rank"}})
+    assert optimizer.snapshot().blocks[0].momentum == "low_rank"
+
+
+def test_little_is_no_reason_to_warn():
+    known = [("layers.0.mlp.up_proj.weight", nn.Parameter(torch.ones(20, 20)))]
+    assert messages(lm.AdaPM([*known, *params((4, 5))])) == []
+    frozen = params((40, 50))
+    frozen[0][1].requires_grad_(False)
+    assert messages(lm.AdaPM([*known, *frozen])) == []
+    assert messages(lm.AdaPM(tiny_llama().named_parameters())) == []
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "adapm_lean", "adafactor"])
+def test_recipes_that_treat_all_matrices_alike_need_no_roles(recipe):
+    assert messages(lm.MemOpt(params((8, 6)), recipe)) == []
+
+
+def test_unknown_heads_matter_to_blockwise_second_moments():
+    model = tiny_gpt2()
+    (text,) = messages(lm.AdaPMMini(model.named_parameters()))
+    assert "size of a head is unknown" in text
+    assert "transformer.h.0.attn.c_attn.weight:query" in text
+    assert "`optimizer.bind(model)`, or pass `head_dim`" in text
+    bound = lm.AdaPMMini(model.named_parameters())
+    bound.bind(model)
+    assert messages(bound) == []
+    assert messages(lm.AdaPMMini(model.named_parameters(), head_dim=8)) == []
+    assert messages(lm.AdaPM(model.named_parameters())) == []
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    entries = params((8, 6))
+    optimizer = lm.AdaPM(entries)
+    entries[0][1].grad = torch.ones(8, 6)
+    with warnings.catch_warnings(), pytest.raises(lm.RoleWarning):  # noqa: PT012
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert float(optimizer.state[entries[0][1]]["step"]) == 0
+    assert bool((entries[0][1] == 1).all())
