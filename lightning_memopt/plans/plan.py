@@ -15,6 +15,8 @@ from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
 from lightning_memopt.plans.roles import ROLES
 from lightning_memopt.sharding.layout import Layout
 
+# Roles that a plan need not have: earlier versions called them `other`.
+_FORMERLY_OTHER = ("linear", "convolution", "router", "lora")
 _AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECOND_MOMENTS}
 
 
@@ -106,7 +108,8 @@ class Plan:
 
     Attributes:
         name: A name for messages and checkpoints.
-        roles: The recipe of every role.
+        roles: The recipe of every role. Without one, ``linear``, ``convolution``, ``router`` and ``lora`` get that of
+            ``other``.
         betas: The default decay rates.
         overrides: Changes by role or by name pattern, applied in order. Patterns use ``*`` and ``?`` as in a shell and
             match the name of a block or of its parameter.
@@ -124,6 +127,9 @@ class Plan:
         for role in self.roles:
             if role not in ROLES:
                 raise ValueError(unknown("role", role, list(ROLES)))
+        if "other" in self.roles:
+            spare = dict.fromkeys(_FORMERLY_OTHER, self.roles["other"])
+            object.__setattr__(self, "roles", {**spare, **self.roles})
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
             raise ValueError(f"The plan {self.name!r} has no recipe for: {', '.join(missing)}.")

@@ -14,11 +14,28 @@ from lightning_memopt.sharding.tensors import arithmetic_dtype, is_dtensor, loca
 
 @dataclass(frozen=True)
 class Slot:
-    """The part of a parameter that a block covers: ``length`` entries of dimension ``dim``, starting at ``start``."""
+    """The part of a parameter that a block covers: entries of one dimension.
+
+    Attributes:
+        dim: The dimension.
+        start: Its first entry.
+        length: Number of entries, of every run if there are several.
+        period: If it repeats, the number of entries from one run to the next: ``Slot(0, 8, 8, period=24)`` covers the
+            rows 8 to 15, 32 to 39, and so on, the keys of heads of size 8 where every head holds query, key and value.
+            None for one run.
+    """
 
     dim: int
     start: int
     length: int
+    period: int | None = None
+
+    def count(self, size: int) -> int:
+        """Return the number of entries among the first ``size`` of the dimension."""
+        if self.period is None:
+            return max(0, min(size, self.start + self.length) - self.start)
+        runs, rest = divmod(size, self.period)
+        return runs * self.length + max(0, min(rest, self.start + self.length) - self.start)
 
 
 @dataclass(frozen=True)

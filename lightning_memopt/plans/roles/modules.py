@@ -1,0 +1,116 @@
+"""What a model says about its weights: the sort of module that holds each, and the numbers of its attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from lightning_memopt.plans.roles.names import canonical_names
+
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_query_groups", "n_kv_heads", "kv_n_heads")
+_QUERIES_PER_KEY = ("num_key_value_groups", "n_rep")
+# Where only a part of a query is rotated, `head_dim` may be the size of that part.
+_SIZES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head")
+_CONFIG_SIZES = ("qk_head_dim", "head_size", "head_dim")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "all_head_size")
+_LATENT = ("qk_nope_head_dim", "v_head_dim")
+
+Numbers = Mapping[str, int]
+
+
+class Facts(NamedTuple):
+    """What a model says about one weight.
+
+    Attributes:
+        module: The class of the module that holds it.
+        sort: ``embedding``, ``norm``, ``convolution``, ``transposed`` or ``linear``, or nothing of these.
+        modules: The classes of all modules around it, with those they derive from.
+        numbers: Those of :data:`~lightning_memopt.plans.roles.schemes.NUMBERS` that are known.
+    """
+
+    module: str = ""
+    sort: str = ""
+    modules: tuple[str, ...] = ()
+    numbers: tuple[tuple[str, int], ...] = ()
+
+
+NOTHING = Facts()
+
+
+def facts_of(model: Any) -> dict[str, Facts]:
+    """Return what a model says about every parameter, by canonical name."""
+    inside: dict[str, Facts] = {}
+    configs: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        above = prefix.rpartition(".")[0] if prefix else None
+        outer, own = inside.get(above, NOTHING) if above is not None else NOTHING, vars(module)
+        numbers, config = dict(outer.numbers), configs.get(above)
+        if own.get("config") is not None and own["config"] is not config:
+            config = own["config"]
+            numbers = _of_config(config) or numbers
+        configs[prefix] = config
+        classes, sort = _class(type(module))
+        inside[prefix] = Facts(classes[0], sort, outer.modules + classes, tuple(_of_module(own, numbers).items()))
+    raw = [name for name, _ in model.named_parameters()]
+    return {name: inside.get(_holder(full), NOTHING) for name, full in zip(canonical_names(raw), raw, strict=True)}
+
+
+def _holder(name: str) -> str:
+    """Return the name of the module that holds a parameter, around torch's parametrizations of it."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+
+
+@lru_cache(maxsize=1024)
+def _class(cls: type) -> tuple[tuple[str, ...], str]:
+    """Return the names of a class and of those it derives from, and the sort of module. Names need no import."""
+    names = tuple(each.__name__ for each in cls.__mro__ if each.__name__ not in ("Module", "object")) or ("Module",)
+    if "Embedding" in names or "EmbeddingBag" in names:
+        return names, "embedding"
+    if "_ConvNd" in names:
+        return names, "convolution"
+    if "Conv1D" in names:
+        return names, "transposed"
+    if any(name.endswith("Linear") for name in names):
+        return names, "linear"
+    return names, "norm" if any("Norm" in name for name in names) else ""
+
+
+def _of_config(config: Any) -> dict[str, int]:
+    """Return the numbers that a configuration gives, or nothing if it counts no heads."""
+
+    def first(names: Iterable[str]) -> int | None:
+        return next((found for name in names if _is_size(found := getattr(config, name, None))), None)
+
+    heads = first(_HEADS)
+    if heads is None:
+        return {}
+    found = {"heads": heads, "kv_heads": first(_KV_HEADS) or heads}
+    width, size = first(_WIDTHS), first(_CONFIG_SIZES)
+    if size is None and width is not None and width % heads == 0:
+        size = width // heads
+    latent = {name: getattr(config, name, None) for name in _LATENT}
+    return found | {name: each for name, each in {"head_dim": size, **latent}.items() if _is_size(each)}
+
+
+def _of_module(own: Mapping[str, Any], known: dict[str, int]) -> dict[str, int]:
+    """Return the numbers inside a module with the attributes ``own``. What it does not give itself stays ``known``."""
+
+    def first(names: Iterable[str]) -> int | None:
+        return next((own[name] for name in names if name in own and _is_size(own[name])), None)
+
+    heads, size, width = first(_HEADS), first(_SIZES), first(_WIDTHS)
+    if heads is not None and heads != known.get("heads"):
+        known = {"heads": heads, "kv_heads": heads}  # the configuration's are those of other layers
+    if heads is not None and "head_dim" not in known and width is not None and width % heads == 0:
+        known["head_dim"] = width // heads
+    ratio, heads = first(_QUERIES_PER_KEY), known.get("heads")
+    kv_heads = first(_KV_HEADS) or (heads // ratio if heads and ratio else None)
+    latent = {name: own.get(name) for name in _LATENT}
+    new = {"kv_heads": kv_heads, "head_dim": size, **latent}
+    return known | {name: each for name, each in new.items() if _is_size(each)}
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
