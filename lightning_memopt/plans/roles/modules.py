@@ -81,7 +81,7 @@ def _of_config(config: Any) -> dict[str, int]:
     """Return the numbers that a configuration gives, or nothing if it counts no heads."""
 
     def first(names: Iterable[str]) -> int | None:
-        return next((found for name in names if _is_size(found := getattr(config, name, None))), None)
+        return next((found for name in names if _is_size(found := _read(config, name))), None)
 
     heads = first(_HEADS)
     if heads is None:
@@ -90,7 +90,7 @@ def _of_config(config: Any) -> dict[str, int]:
     width, size = first(_WIDTHS), first(_CONFIG_SIZES)
     if size is None and width is not None and width % heads == 0:
         size = width // heads
-    latent = {name: getattr(config, name, None) for name in _LATENT}
+    latent = {name: _read(config, name) for name in _LATENT}
     return found | {name: each for name, each in {"head_dim": size, **latent}.items() if _is_size(each)}
 
 
@@ -110,6 +110,13 @@ def _of_module(own: Mapping[str, Any], known: dict[str, int]) -> dict[str, int]:
     latent = {name: own.get(name) for name in _LATENT}
     new = {"kv_heads": kv_heads, "head_dim": size, **latent}
     return known | {name: each for name, each in new.items() if _is_size(each)}
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers refuses to give one number where layers differ
+        return None
 
 
 def _is_size(number: Any) -> bool:
