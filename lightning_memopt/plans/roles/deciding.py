@@ -11,7 +11,7 @@ from lightning_memopt.plans.roles.names import Place, canonical_names, place
 from lightning_memopt.plans.roles.orientation import Outlook, outlook
 from lightning_memopt.plans.roles.part import Part
 from lightning_memopt.plans.roles.schemes import NAMING_SCHEMES, NamingScheme, first_fit, outputs, with_heads
-from lightning_memopt.plans.roles.words import EXCEPTIONS, FUSED, role_of
+from lightning_memopt.plans.roles.words import EXCEPTIONS, FUSED, is_learned, role_of
 
 # A three-dimensional weight of unknown role and module is a 1-D convolution if its last dimension is below this.
 MAX_KERNEL = 16
@@ -110,11 +110,14 @@ def _by_module(role: str, at: Place, shape: Shape, facts: Facts, convolution: bo
         return "vector", f"module {facts.module}"
     if convolution:
         pointwise = all(size == 1 for size in shape[2:])
-        if role == "embedding" or (role == "mlp" and pointwise):
+        if role == "embedding" or (role == "mlp" and at.container == "mlp" and pointwise):
             return role, f"word {at.word}"
         return "convolution", f"module {facts.module}" if facts.module else "shape"
-    if at.vector and facts.sort == "" and role != "embedding":
-        return "vector", f"word {at.word}"
+    if facts.sort == "" and role != "embedding":
+        if at.vector:
+            return "vector", f"word {at.word}"
+        if at.raw and not role and is_learned(at):
+            return "embedding", f"word {at.word}"
     return None
 
 

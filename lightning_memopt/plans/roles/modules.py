@@ -14,7 +14,7 @@ _QUERIES_PER_KEY = ("num_key_value_groups", "n_rep")
 # Where only a part of a query is rotated, `head_dim` may be the size of that part.
 _SIZES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head")
 _CONFIG_SIZES = ("qk_head_dim", "head_size", "head_dim")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "all_head_size")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "all_head_size", "dim_out")
 _LATENT = ("qk_nope_head_dim", "v_head_dim")
 
 Numbers = Mapping[str, int]
@@ -72,7 +72,7 @@ def _class(cls: type) -> tuple[tuple[str, ...], str]:
         return names, "convolution"
     if "Conv1D" in names:
         return names, "transposed"
-    if any(name.endswith("Linear") for name in names):
+    if "RNNBase" in names or any(name.endswith("Linear") for name in names):
         return names, "linear"
     return names, "norm" if any("Norm" in name for name in names) else ""
 

@@ -12,11 +12,12 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _AROUND_WEIGHTS = {"base_layer", "original_module", "parametrizations"}
 _WEIGHTS = {"weight", "weight_v", "weight_g", "original", "original0", "original1"}
 _LORA = re.compile(r"^lora_(A|B|embedding_A|embedding_B)$")
-_VECTOR = re.compile(r"(^|_)bias$|norm\d*$|^ln(_|\d|$)")
+_VECTOR = re.compile(r"(^|_)bias(_[uv])?$|norm\d*$|^ln(_|\d|$)")
 _CONTAINERS = (
+    ("linear", re.compile(r"^(indexer|compressor)$")),  # which choose keys, and have their own queries
     ("router", re.compile(r"^(\w*router|gate|gating)$")),
-    ("mlp", re.compile(r"^(\w*mlp\w*|ffn?|ff_\w+|feed_?forward|\w*experts?|densereludense|intermediate"
-                       r"|block_sparse_moe|moe)$")),
+    ("mlp", re.compile(r"^(\w*mlp\w*|ffn?|ff_\w+|feed_?forward|\w*experts?|densereludense"
+                       r"|(\w+_)?inter(mediate)?(_query)?|block_sparse_moe|moe)$")),
     ("attention", re.compile(r"att(n|ention)|^mha$|^self$")),
 )  # fmt: skip
 
@@ -39,11 +40,13 @@ class Place:
     Attributes:
         word: The last segment that says anything: neither ``weight`` nor a number.
         parent: The segment before it.
-        container: ``attention``, ``mlp`` or ``router``: what the nearest segment before it that says so stands for.
+        container: ``attention``, ``mlp``, ``router`` or ``linear``: what the nearest segment before it stands for that
+            stands for any.
         in_layer: Whether a numbered layer contains it.
         numbered: Whether a number follows the word.
         adapter: The segment that marks a low-rank adapter, or nothing.
         vector: Whether the name is that of a bias or norm, whatever its shape.
+        raw: Whether it is no layer's weight, but a parameter of its own.
         path: The segments without ``weight`` and what wrappers add.
     """
 
@@ -54,6 +57,7 @@ class Place:
     numbered: bool
     adapter: str
     vector: bool
+    raw: bool
     path: tuple[str, ...]
 
 
@@ -74,12 +78,12 @@ def place(name: str) -> Place:
     vector = bool(_VECTOR.search(word.lower()) or _VECTOR.search(raw.lower()))
     parent = above[-1] if above else ""
     in_layer, numbered = any(map(str.isdigit, above)), len(segments) < len(path)
-    return Place(word, parent, container, in_layer, numbered, adapter, vector, path)
+    return Place(word, parent, container, in_layer, numbered, adapter, vector, raw not in _WEIGHTS, path)
 
 
 @lru_cache(maxsize=4096)
 def container_of(segment: str) -> str:
-    """Return what a segment of a name contains: ``attention``, ``mlp``, ``router``, or nothing of these."""
+    """Return what a segment of a name contains: ``attention``, ``mlp``, ``router``, ``linear``, or nothing."""
     segment = segment.lower()
     return next((name for name, pattern in _CONTAINERS if pattern.search(segment)), "")
 
