@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from lightning_memopt.plans.roles.fused import EXCEPTIONS, FUSED
 from lightning_memopt.plans.roles.modules import NOTHING, Facts, facts_of
 from lightning_memopt.plans.roles.names import Place, canonical_names, place
 from lightning_memopt.plans.roles.orientation import Outlook, outlook
 from lightning_memopt.plans.roles.part import Part
 from lightning_memopt.plans.roles.schemes import NAMING_SCHEMES, NamingScheme, first_fit, outputs, with_heads
-from lightning_memopt.plans.roles.words import EXCEPTIONS, FUSED, is_learned, role_of
+from lightning_memopt.plans.roles.words import is_learned, role_of
 
 # A three-dimensional weight of unknown role and module is a 1-D convolution if its last dimension is below this.
 MAX_KERNEL = 16
@@ -67,8 +68,8 @@ def _classified(
 
 def _by_coverage(entries: Iterable[tuple[str, Shape, Facts]], schemes: Iterable[NamingScheme]) -> list[NamingScheme]:
     """Sort the schemes by the number of matrices that each one matches. Registration order breaks ties."""
-    matrices = [(name, facts.modules) for name, shape, facts in entries if len(shape) > 1]
-    return sorted(schemes, key=lambda scheme: -sum(scheme.matches(*matrix) for matrix in matrices))
+    matrices = [(name, shape, facts.modules, dict(facts.numbers)) for name, shape, facts in entries if len(shape) > 1]
+    return sorted(schemes, key=lambda scheme: -sum(isinstance(scheme.parts(*matrix), tuple) for matrix in matrices))
 
 
 def _parts(
@@ -82,22 +83,33 @@ def _parts(
     if at.adapter:
         return (Part("lora", flatten=flatten, why=f"word {at.adapter}"),)
     numbers = _numbers(shape, facts, head_dim)
-    found = next(
-        filter(None, (scheme.parts(name, shape, facts.modules, numbers) for scheme in schemes)), None
-    ) or first_fit(EXCEPTIONS, ".".join(at.path), shape, facts.modules, numbers)
+    bare = ".".join(at.path)
+    found = _by_schemes(schemes, name, shape, facts, numbers) or first_fit(
+        EXCEPTIONS, bare, shape, facts.modules, numbers
+    )
     role, why = role_of(at)
     if found is None:
         decided = _by_module(role, at, shape, facts, convolution)
         if decided is not None:
-            return (Part(*decided[:1], flatten=flatten, why=decided[1]),)
-        found = first_fit(FUSED, ".".join(at.path), shape, facts.modules, numbers, f"word {at.word}")
+            return (Part(decided[0], flatten=flatten, why=decided[1]),)
+        found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
     if isinstance(found, tuple):
         return found
     if found is not None or not role:
-        role = "linear" if facts.sort in ("linear", "transposed") and len(shape) == 2 else "other"
-        why = found or (f"module {facts.module}" if role == "linear" else f"unknown word {at.word}")
+        linear = facts.sort in ("linear", "transposed") and len(shape) == 2
+        role, why = ("linear", f"module {facts.module}") if linear else ("other", f"unknown word {at.word}")
+        why = found or why
     output_dim = view.output_dim(name, at, shape, facts.sort)
     return (with_heads(Part(role, output_dim=output_dim, why=why), shape, numbers, numbers.get("head_dim")),)
+
+
+def _by_schemes(
+    schemes: Iterable[NamingScheme], name: str, shape: Shape, facts: Facts, numbers: Mapping[str, int]
+) -> tuple[Part, ...] | str | None:
+    """Return the parts by the first scheme that fits, or else why a weight cannot be split, or None."""
+    found = [scheme.parts(name, shape, facts.modules, numbers) for scheme in schemes]
+    fits = (each for each in found if isinstance(each, tuple))
+    return next(fits, None) or next(filter(None, found), None)
 
 
 def _by_module(role: str, at: Place, shape: Shape, facts: Facts, convolution: bool) -> tuple[str, str] | None:
@@ -125,8 +137,9 @@ def _is_convolution(at: Place, shape: Shape, facts: Facts) -> bool:
     """Return whether a weight is a kernel: by its module, or by its name and shape where no module is known."""
     if facts.module:
         return facts.sort == "convolution"
-    kernel = len(shape) == 3 and (shape[-1] < MAX_KERNEL or "conv" in at.word.lower())
-    return len(shape) > 3 or (kernel and not role_of(at)[0])
+    named = "conv" in at.word.lower()
+    kernel = len(shape) == 3 and (named or shape[-1] < MAX_KERNEL)
+    return len(shape) > 3 or (kernel and (named or shape[-1] == 1 or not role_of(at)[0]))
 
 
 def _numbers(shape: Shape, facts: Facts, head_dim: int | None) -> Mapping[str, int]:

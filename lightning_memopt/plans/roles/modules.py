@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from lightning_memopt.plans.roles.names import canonical_names
 
@@ -12,12 +12,11 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhe
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_query_groups", "n_kv_heads", "kv_n_heads")
 _QUERIES_PER_KEY = ("num_key_value_groups", "n_rep")
 # Where only a part of a query is rotated, `head_dim` may be the size of that part.
-_SIZES = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head")
+_SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head")
 _CONFIG_SIZES = ("qk_head_dim", "head_size", "head_dim")
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "all_head_size", "dim_out")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_out")
+_INNER_WIDTHS = ("internal_dim", "inner_dim", "all_head_size")  # of all heads together
 _LATENT = ("qk_nope_head_dim", "v_head_dim")
-
-Numbers = Mapping[str, int]
 
 
 class Facts(NamedTuple):
@@ -44,14 +43,14 @@ def facts_of(model: Any) -> dict[str, Facts]:
     inside: dict[str, Facts] = {}
     configs: dict[str, Any] = {}
     for prefix, module in model.named_modules():
-        above = prefix.rpartition(".")[0] if prefix else None
-        outer, own = inside.get(above, NOTHING) if above is not None else NOTHING, vars(module)
+        above, own = prefix.rpartition(".")[0], vars(module)
+        outer = inside.get(above, NOTHING) if prefix else NOTHING
         numbers, config = dict(outer.numbers), configs.get(above)
         if own.get("config") is not None and own["config"] is not config:
             config = own["config"]
             numbers = _of_config(config) or numbers
         configs[prefix] = config
-        classes, sort = _class(type(module))
+        classes, sort = _class(type(module))  # type: ignore[arg-type]
         inside[prefix] = Facts(classes[0], sort, outer.modules + classes, tuple(_of_module(own, numbers).items()))
     raw = [name for name, _ in model.named_parameters()]
     return {name: inside.get(_holder(full), NOTHING) for name, full in zip(canonical_names(raw), raw, strict=True)}
@@ -90,8 +89,7 @@ def _of_config(config: Any) -> dict[str, int]:
     width, size = first(_WIDTHS), first(_CONFIG_SIZES)
     if size is None and width is not None and width % heads == 0:
         size = width // heads
-    latent = {name: _read(config, name) for name in _LATENT}
-    return found | {name: each for name, each in {"head_dim": size, **latent}.items() if _is_size(each)}
+    return found | _sizes({"head_dim": size, **{name: _read(config, name) for name in _LATENT}})
 
 
 def _of_module(own: Mapping[str, Any], known: dict[str, int]) -> dict[str, int]:
@@ -100,16 +98,16 @@ def _of_module(own: Mapping[str, Any], known: dict[str, int]) -> dict[str, int]:
     def first(names: Iterable[str]) -> int | None:
         return next((own[name] for name in names if name in own and _is_size(own[name])), None)
 
-    heads, size, width = first(_HEADS), first(_SIZES), first(_WIDTHS)
+    heads, size, inner = first(_HEADS), first(_SIZES), first(_INNER_WIDTHS)
     if heads is not None and heads != known.get("heads"):
         known = {"heads": heads, "kv_heads": heads}  # the configuration's are those of other layers
-    if heads is not None and "head_dim" not in known and width is not None and width % heads == 0:
-        known["head_dim"] = width // heads
+    width = inner or (None if "head_dim" in known else first(_WIDTHS))
+    if size is None and heads is not None and width is not None and width % heads == 0:
+        size = width // heads
     ratio, heads = first(_QUERIES_PER_KEY), known.get("heads")
     kv_heads = first(_KV_HEADS) or (heads // ratio if heads and ratio else None)
     latent = {name: own.get(name) for name in _LATENT}
-    new = {"kv_heads": kv_heads, "head_dim": size, **latent}
-    return known | {name: each for name, each in new.items() if _is_size(each)}
+    return known | _sizes({"kv_heads": kv_heads, "head_dim": size, **latent})
 
 
 def _read(config: Any, name: str) -> Any:
@@ -119,5 +117,9 @@ def _read(config: Any, name: str) -> Any:
         return None
 
 
-def _is_size(number: Any) -> bool:
+def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    return {name: number for name, number in values.items() if _is_size(number)}
+
+
+def _is_size(number: Any) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool) and number > 0

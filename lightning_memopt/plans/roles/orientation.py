@@ -6,8 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_memopt.plans.roles.names import Place, place
-from lightning_memopt.plans.roles.words import EXPERTS, TOKENS, TRANSPOSED
 
+# What transformers' ``Conv1D``, of shape [inputs, outputs], and ``torch.nn.Linear`` are both called.
+TRANSPOSED = ("c_attn", "c_fc", "c_proj")
+TOKENS = (
+    "wte",
+    "embed_tokens",
+    "tok_embeddings",
+    "word_embeddings",
+    "token_embedding",
+    "embed_in",
+    "shared",
+    "tok_emb",
+)
+# Weights of experts in one stack: before the activation → after it.
+EXPERTS = {"gate_up_proj": "down_proj", "fc1": "fc2", "up_proj": "down_proj", "gate_proj": "down_proj"}
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -128,10 +128,6 @@ class NamingScheme:
     def __hash__(self) -> int:
         return hash(self.name)  # rules may be a list
 
-    def matches(self, name: str, modules: tuple[str, ...] = ()) -> bool:
-        """Return whether a rule is for this parameter."""
-        return any(rule.matches(name, modules) for rule in self.rules)
-
     def parts(
         self, name: str, shape: tuple[int, ...], modules: tuple[str, ...], numbers: Numbers
     ) -> tuple[Part, ...] | str | None:
@@ -159,15 +155,15 @@ def first_fit(
     numbers: Numbers,
     why: str | None = None,
 ) -> tuple[Part, ...] | str | None:
-    """Return the parts by the first rule that fits, or else the first reason against a split."""
-    refusal = None
+    """Return the parts by the first rule that fits, or else why the weight cannot be split, or None without a rule."""
+    refusals = []
     for rule in rules:
         if rule.matches(name, modules):
             found = rule.parts(shape, numbers, why or _why(rule, name, modules))
             if not isinstance(found, str):
                 return found
-            refusal = refusal or found
-    return refusal
+            refusals.append(found)
+    return min(refusals, key=lambda reason: reason.endswith("unknown"), default=None)  # numbers tell more
 
 
 def with_heads(part: Part, shape: tuple[int, ...], numbers: Numbers, size: int | None) -> Part:
@@ -231,8 +227,8 @@ def _check(rule: Rule, where: str) -> None:
     if rule.sizes is not None and len(rule.sizes) != len(rule.roles):
         raise ValueError(f"{fused} and {len(rule.sizes)} sizes; give one size for each role.")
     for size in (rule.repeat, rule.head_dim, *(rule.sizes or ())):
-        if isinstance(size, str) and not _SIZE.match(size):
+        if not _SIZE.match(str(size)) or size == 0:
             raise ValueError(
-                f"{where}the rule {rule.pattern!r} has the size {size!r}: give a number, or a product or quotient of "
-                f"{', '.join(NUMBERS)}."
+                f"{where}the rule {rule.pattern!r} has the size {size!r}: give a positive number, or a product or "
+                f"quotient of {', '.join(NUMBERS)}."
             )

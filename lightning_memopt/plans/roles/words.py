@@ -1,7 +1,6 @@
 """The words that models name their weights with. A word is the last segment of a name, its container an earlier one.
 
-A weight with a word that no model had used before is one more word here. A class whose fused weights are laid out like
-no others is one more rule.
+A model whose words are missing is one more word here.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import re
 from collections.abc import Mapping
 
 from lightning_memopt.plans.roles.names import Place, container_of, place
-from lightning_memopt.plans.roles.schemes import Rule
 
 
 def _table(**roles: str) -> Mapping[str, str]:
@@ -33,8 +31,8 @@ ANYWHERE = _table(
     mlp="gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc wi wi_0 wi_1 dense_h_to_4h dense_4h_to_h"
     " lin1 lin2 linear1 linear2 intermediate_dense output_dense pwconv1 pwconv2 pointwise_conv1 pointwise_conv2 ffn"
     " ffn_output ffw_layer_1 ffw_layer_2",
-    head="lm_head lm_heads audio_lm_head embed_out score classifier dense_prediction class_embed qa_outputs logits_dense"
-    " predictions.decoder lm_head.decoder",
+    head="lm_head lm_heads audio_lm_head embed_out score classifier dense_prediction class_embed qa_outputs"
+    " logits_dense predictions.decoder lm_head.decoder",
     linear="q_a_proj kv_a_proj_with_mqa in_proj x_proj dt_proj in_proj_qkvz in_proj_ba pooler.dense"
     " transform.dense classifier.dense lm_head.dense embed.out gateway.gate",
     router="router gate shared_expert_gate",
@@ -54,9 +52,9 @@ INSIDE: Mapping[str, Mapping[str, str]] = {
         " proj_down in_proj out_proj input_linear output_linear intermediate output w_0 w_1 w_out",
     ),
 }
-# In a numbered layer, or at the end of an encoder, these are something else.
-ON_TOP = {"head", "output", "out", "fc", "class_labels_classifier", "decoder_pred", "output_projection", "head.fc"}
-ON_TOP |= {"classifier.out_proj"}
+# Heads, unless in a numbered layer or at the end of an encoder.
+ON_TOP = _table(head="output out fc class_labels_classifier decoder_pred output_projection head.fc classifier.out_proj")
+_HEAD = re.compile(r"^(\w+_)?head$")
 # With what it is for: of positions, of one of several inputs. `relative_k_proj` projects no keys.
 _PREFIXED = re.compile(r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_global)?(?:_proj)?$")
 _LONG = {"q": "query", "k": "key", "v": "value"}
@@ -76,7 +74,7 @@ def role_of(at: Place) -> tuple[str, str]:
     for word in (f"{at.parent}.{at.word}", at.word):
         if word in ANYWHERE:
             return ANYWHERE[word], f"word {word}"
-        if (word in ON_TOP or word.endswith("_head")) and not at.in_layer and not at.parent.endswith("encoder"):
+        if (word in ON_TOP or _HEAD.match(word)) and not at.in_layer and not at.parent.endswith("encoder"):
             return "head", f"word {word} at the top"
     prefixed = _PREFIXED.match(at.word) if at.container == "attention" else None
     if prefixed:
@@ -93,65 +91,3 @@ def role_of(at: Place) -> tuple[str, str]:
 def is_learned(at: Place) -> bool:
     """Return whether a parameter of its own, outside any layer, is named as an embedding or token."""
     return _LEARNED.search(at.word) is not None
-
-
-QKV, KV = ("query", "key", "value"), ("key", "value")
-_HEAD = "head_dim"
-_PER_GROUP = ("heads / kv_heads * head_dim", _HEAD, _HEAD)
-# What two classes do differently, or what no word says. Patterns are searched in names without ``.weight``.
-EXCEPTIONS = (
-    Rule(r"\.c_attn$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="GPTBigCodeAttention"),
-    Rule(r"\.query_key_value$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="FalconAttention"),
-    Rule(r"\.qkv_proj$", QKV, 0, sizes=(_HEAD,) * 3, repeat="heads", module="MiniMaxLightningAttention"),
-    Rule(r"\.qkv_proj$", ("query", "value", "key"), 0, repeat=4, module="CodeGenAttention"),
-    # The second half of every head is a gate on its output.
-    Rule(
-        r"\.q_proj$", ("query", "linear"), 0, sizes=(_HEAD, _HEAD), repeat="heads", module=r"Qwen3(Next|_5\w*)Attention"
-    ),
-    Rule(r"(^|\.)rel_attn\.q$", ("query",), output_dim=-1, flatten=True),  # XLNet: [inputs, heads, head_dim]
-    Rule(r"(^|\.)rel_attn\.k$", ("key",), output_dim=-1, flatten=True),
-    Rule(r"(^|\.)rel_attn\.v$", ("value",), output_dim=-1, flatten=True),
-    Rule(r"(^|\.)rel_attn\.r$", ("linear",), output_dim=-1, flatten=True),  # of positions
-    Rule(r"(^|\.)rel_attn\.o$", ("attention_output",), flatten=True),
-    Rule(r"(^|\.)self_attention\.experts\.input_linear$", ("query",)),  # JetMoe
-    Rule(r"(^|\.)self_attention\.experts\.output_linear$", ("attention_output",)),
-    Rule(r"(^|\.)experts\.mlp\.w2$", ("mlp",), output_dim=-1),  # DBRX
-)
-# The first rule whose sizes add up decides.
-FUSED = (
-    Rule(r"(^|\.)crossattention\.c_attn$", KV, 1, output_dim=-1),
-    Rule(r"(^|\.)c_attn$", QKV, 1, output_dim=-1),
-    Rule(
-        r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj)$",
-        QKV,
-        0,
-        sizes=("heads * head_dim", "kv_heads * head_dim", "kv_heads * head_dim"),
-    ),
-    Rule(r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj)$", QKV, 0),
-    Rule(r"(^|\.)query_key_value$", QKV, 0, sizes=(_HEAD,) * 3, repeat="heads"),
-    Rule(r"(^|\.)attn\.attn$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads"),  # litgpt before 0.5
-    Rule(r"(^|\.)(kv_proj|to_kv|kv)$", KV, 0, sizes=("kv_heads * head_dim",) * 2),
-    Rule(r"(^|\.)(kv_proj|to_kv|kv)$", KV, 0),
-    Rule(
-        r"(^|\.)kv_b_proj$",
-        KV,
-        0,
-        sizes=("qk_nope_head_dim", "v_head_dim"),
-        repeat="heads",
-        head_dim="qk_nope_head_dim",
-    ),
-)
-# What transformers' ``Conv1D``, of shape [inputs, outputs], and ``torch.nn.Linear`` are both called.
-TRANSPOSED = ("c_attn", "c_fc", "c_proj")
-TOKENS = (
-    "wte",
-    "embed_tokens",
-    "tok_embeddings",
-    "word_embeddings",
-    "token_embedding",
-    "embed_in",
-    "shared",
-    "tok_emb",
-)
-# Weights of experts in one stack: before the activation → after it.
-EXPERTS = {"gate_up_proj": "down_proj", "fc1": "fc2", "up_proj": "down_proj", "gate_proj": "down_proj"}
