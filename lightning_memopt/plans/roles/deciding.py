@@ -91,7 +91,7 @@ def _parts(
     if found is None:
         decided = _by_module(role, at, shape, facts, convolution)
         if decided is not None:
-            return (Part(decided[0], flatten=flatten, why=decided[1]),)
+            return (Part(decided[0], flatten=flatten and decided[0] != "vector", why=decided[1]),)
         found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
     if isinstance(found, tuple):
         return found
@@ -107,9 +107,13 @@ def _by_schemes(
     schemes: Iterable[NamingScheme], name: str, shape: Shape, facts: Facts, numbers: Mapping[str, int]
 ) -> tuple[Part, ...] | str | None:
     """Return the parts by the first scheme that fits, or else why a weight cannot be split, or None."""
-    found = [scheme.parts(name, shape, facts.modules, numbers) for scheme in schemes]
-    fits = (each for each in found if isinstance(each, tuple))
-    return next(fits, None) or next(filter(None, found), None)
+    refusal = None
+    for scheme in schemes:
+        found = scheme.parts(name, shape, facts.modules, numbers)
+        if isinstance(found, tuple):
+            return found
+        refusal = refusal or found
+    return refusal
 
 
 def _by_module(role: str, at: Place, shape: Shape, facts: Facts, convolution: bool) -> tuple[str, str] | None:
@@ -137,9 +141,11 @@ def _is_convolution(at: Place, shape: Shape, facts: Facts) -> bool:
     """Return whether a weight is a kernel: by its module, or by its name and shape where no module is known."""
     if facts.module:
         return facts.sort == "convolution"
+    if at.raw or len(shape) < 3:
+        return False
     named = "conv" in at.word.lower()
-    kernel = len(shape) == 3 and (named or shape[-1] < MAX_KERNEL)
-    return len(shape) > 3 or (kernel and (named or shape[-1] == 1 or not role_of(at)[0]))
+    known = bool(role_of(at)[0]) and shape[-1] > 1
+    return len(shape) > 3 or named or (shape[-1] < MAX_KERNEL and not known)
 
 
 def _numbers(shape: Shape, facts: Facts, head_dim: int | None) -> Mapping[str, int]:

@@ -15,8 +15,8 @@ _LORA = re.compile(r"^lora_(A|B|embedding_A|embedding_B)$")
 _VECTOR = re.compile(r"(^|_)bias(_[uv])?$|norm\d*$|^ln(_|\d|$)")
 _CONTAINERS = (
     ("linear", re.compile(r"^(indexer|compressor)$")),  # which choose keys, and have their own queries
-    ("router", re.compile(r"^(\w*router|gate|gating)$")),
-    ("mlp", re.compile(r"^(\w*mlp\w*|ffn?|ff_\w+|feed_?forward|\w*experts?|densereludense"
+    ("router", re.compile(r"^(\w*router\w*|gate|gating)$")),
+    ("mlp", re.compile(r"^(?!.*bias)(\w*mlp\w*|ffn?|ff_\w+|feed_?forward|\w*experts?|densereludense"
                        r"|(\w+_)?inter(mediate)?(_query)?|block_sparse_moe|moe)$")),
     ("attention", re.compile(r"att(n|ention)|^mha$|^self$")),
 )  # fmt: skip

@@ -76,6 +76,6 @@ def outlook(shapes: Shapes) -> Outlook:
     """Return what the shapes of all weights, by canonical name, say."""
     matrices = [(place(name).word, shape) for name, shape in shapes.items() if len(shape) == 2]
     width = next((shape[1] for word, shape in matrices if word in TOKENS), None)
-    wide = [(word, shape) for word, shape in matrices if word in TRANSPOSED and shape[0] < shape[1]]
-    transposed = any(shape[0] == width or (word == "c_attn" and shape[1] == 3 * shape[0]) for word, shape in wide)
+    growing = [shape for word, shape in matrices if word in ("c_attn", "c_fc") and shape[0] < shape[1]]
+    transposed = any(width in (None, shape[0]) for shape in growing)
     return Outlook(shapes, width, transposed)
