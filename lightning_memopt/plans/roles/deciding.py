@@ -89,7 +89,7 @@ def _parts(
     )
     role, why = role_of(at)
     if found is None:
-        decided = _by_module(role, at, shape, facts, convolution)
+        decided = _by_module(role, why, at, shape, facts, convolution)
         if decided is not None:
             return (Part(decided[0], flatten=flatten and decided[0] != "vector", why=decided[1]),)
         found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
@@ -116,8 +116,8 @@ def _by_schemes(
     return refusal
 
 
-def _by_module(role: str, at: Place, shape: Shape, facts: Facts, convolution: bool) -> tuple[str, str] | None:
-    """Return the role that the module or the shape decides, and why; None if the name decides."""
+def _by_module(role: str, why: str, at: Place, shape: Shape, facts: Facts, convolution: bool) -> tuple[str, str] | None:
+    """Return the role that the module or the shape decides, and why; None if the role of the name does."""
     if facts.sort == "embedding":
         return "embedding", f"module {facts.module}"
     if sum(size > 1 for size in shape) < 2 and role not in ("embedding", "head"):
@@ -127,7 +127,7 @@ def _by_module(role: str, at: Place, shape: Shape, facts: Facts, convolution: bo
     if convolution:
         pointwise = all(size == 1 for size in shape[2:])
         if role == "embedding" or (role == "mlp" and at.container == "mlp" and pointwise):
-            return role, f"word {at.word}"
+            return role, why
         return "convolution", f"module {facts.module}" if facts.module else "shape"
     if facts.sort == "" and role != "embedding":
         if at.vector:
