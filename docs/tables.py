@@ -11,17 +11,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lightning_memopt as lm  # noqa: E402
 from lightning_memopt.optim.groups import MAX_UPDATE  # noqa: E402
 from lightning_memopt.planner.skeletons import skeleton  # noqa: E402
+from lightning_memopt.plans.roles import ROLES  # noqa: E402
 
-ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head", "other", "vector")
 INTRO = """# Recipes and the size of their state
 
 `python docs/tables.py` generates this page; a test checks that it is up to date.
 
 ## What each role gets
 
-Each cell is momentum × second moment. Ranks are fractions of a matrix's short side, at least 4. `vector` covers
-everything with fewer than two dimensions, `other` covers matrices whose part in the model is unknown.
+Each cell is momentum × second moment. Ranks are fractions of a matrix's short side, at least 4.
 """
+COVERED = {
+    "linear": (
+        "Linear layers of unknown part: Mamba's projections, latent projections, poolers, projectors.",
+        "`adapm*`: as `mlp`, since most are projections in and out of a layer. `adam_sn*`, `adagrad_snsm`,"
+        " `rmsprop_sn`: as all linear layers, which is how the papers choose.",
+    ),
+    "convolution": (
+        "Kernels of convolutions, but for patch embeddings.",
+        "As `other`: the papers' models have none, and they are a small part of most models.",
+    ),
+    "router": (
+        "Routers of a mixture of experts.",
+        "As `other`: they are small, and every expert's training depends on them.",
+    ),
+    "lora": (
+        "Both factors of low-rank adapters.",
+        "As `other`: their short side is their rank, so a low rank saves little.",
+    ),
+    "vector": (
+        "Everything with at most one size above 1, norms, and biases of any shape.",
+        "Adam's kinds: vectors take little memory.",
+    ),
+    "other": (
+        "Matrices whose part in the model is unknown.",
+        "`adapm*`: dense momentum. `adam_sn*`: Adam's kinds, since nothing says that they are linear layers.",
+    ),
+}
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
     "GPT-2 1.5B": "gpt2-1.5b"
 }
@@ -81,6 +107,11 @@ def recipe_table() -> str:
     return table(["recipe", "betas", *ROLES], rows)
 
 
+def covered_table() -> str:
+    """Return the table of the roles whose names do not tell everything."""
+    return table(["role", "covers", "what recipes do, and why"], ([f"`{role}`", *COVERED[role]] for role in COVERED))
+
+
 def size_tables() -> tuple[str, str]:
     """Return the tables of each recipe's share of AdamW's state and of its momentum, per architecture."""
     models = {label: skeleton(name) for label, name in MODELS.items()}
@@ -102,7 +133,8 @@ def size_tables() -> tuple[str, str]:
 def page() -> str:
     """Return the whole page."""
     whole, momentum = size_tables()
-    return f"{INTRO}\n{recipe_table()}\n{BOUND}\n{SIZES.lstrip()}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
+    roles = f"{recipe_table()}\n\n{covered_table()}"
+    return f"{INTRO}\n{roles}\n{BOUND}\n{SIZES.lstrip()}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from lightning_memopt.plans.rates import RATES, BlockRates
 from lightning_memopt.plans.recipe import AXES, Recipe, check_change, kind_from_dict, kind_to_dict, known_options
 from lightning_memopt.plans.roles import ROLES
 
+# Roles that a plan need not have: earlier versions called them `other`.
+_FORMERLY_OTHER = ("linear", "convolution", "router", "lora")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -21,7 +24,8 @@ class Plan:
 
     Attributes:
         name: A name for messages and checkpoints.
-        roles: The recipe of every role.
+        roles: The recipe of every role. Without one, ``linear``, ``convolution``, ``router`` and ``lora`` get that of
+            ``other``.
         betas: The default decay rates.
         overrides: Changes by role or by name pattern, applied in order, so that later ones take precedence: a recipe,
             or kinds, options and rates (``lr_multiplier``, ``weight_decay``) by name. Patterns use ``*`` and ``?`` as
@@ -40,6 +44,9 @@ class Plan:
         for role in self.roles:
             if role not in ROLES:
                 raise ValueError(unknown("role", role, list(ROLES)))
+        if "other" in self.roles:
+            spare = dict.fromkeys(_FORMERLY_OTHER, self.roles["other"])
+            object.__setattr__(self, "roles", {**spare, **self.roles})
         missing = [role for role in ROLES if role not in self.roles]
         if missing:
             raise ValueError(f"The plan {self.name!r} has no recipe for: {', '.join(missing)}.")

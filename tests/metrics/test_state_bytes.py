@@ -19,7 +19,8 @@ from lightning_memopt.metrics import (
 )
 from tests.metrics._measured import MODEL, SNAPSHOTS, computed, ours, tensors
 
-ROLES = ["embedding", "query", "key", "value", "attention_output", "mlp", "head", "vector", "other"]
+ROLES = ["embedding", "query", "key", "value", "attention_output", "mlp", "head", "linear", "convolution", "router"]
+ROLES += ["lora", "vector", "other"]
 PARTS = ["momentum", "projections", "second_moment", "other"]
 DOCUMENTED = ["total", *PARTS, "counters"]
 

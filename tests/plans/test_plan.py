@@ -37,6 +37,26 @@ def test_plans_survive_a_dict(name):
     assert set(plan.roles) == set(ROLES)
 
 
+@pytest.mark.parametrize("role", ["linear", "convolution", "router", "lora"])
+def test_plans_from_before_a_role_treat_it_as_other(role):
+    plan = lm.load_plan("adapm_mini")
+    data = plan.to_dict()
+    del data["roles"][role]
+    assert lm.Plan.from_dict(data).roles[role] == plan.roles["other"]
+    with pytest.raises(ValueError, match="The plan 'short' has no recipe for: .*linear, .*other"):
+        lm.Plan("short", {"query": lm.Recipe("dense", "dense")})
+
+
+def test_new_roles_in_recipes():
+    roles = lm.load_plan("adapm").roles
+    assert roles["linear"] == roles["mlp"] != roles["other"]
+    assert roles["convolution"] == roles["router"] == roles["lora"] == roles["other"]
+    for name in ("adam_sn", "adam_snsm", "adagrad_snsm", "rmsprop_sn"):
+        roles = lm.load_plan(name).roles
+        assert roles["linear"] == roles["mlp"] != roles["other"]
+        assert roles["convolution"] == roles["router"] == roles["lora"] == roles["other"]
+
+
 def test_plans_with_overrides_survive_a_dict():
     plan = lm.load_plan("adapm").updated(
         overrides={

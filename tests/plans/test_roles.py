@@ -1,4 +1,4 @@
-"""Roles of every supported family, by name and by model."""
+"""Roles by name, module and shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
-from lightning_memopt.plans.roles import NAMING_SCHEMES, Part, canonical_names
+from lightning_memopt.plans.roles import Part, canonical_names, names_without_role
 from lightning_memopt.sharding.slot import Slot
 from tests._models import tiny_gpt2, tiny_llama
 
@@ -65,7 +65,7 @@ def test_meta_names():
     ]
 
 
-def test_mixture_of_experts_is_mlp_and_its_router_is_other():
+def test_mixture_of_experts_is_mlp_beside_a_router():
     shapes = {
         "model.layers.0.self_attn.q_proj.weight": (4, 4),
         "model.layers.0.mlp.experts.gate_up_proj": (2, 16, 4),
@@ -73,7 +73,7 @@ def test_mixture_of_experts_is_mlp_and_its_router_is_other():
         "model.layers.0.mlp.experts.3.w1.weight": (4, 8),
         "model.layers.0.mlp.gate.weight": (2, 4),
     }
-    assert list(roles(shapes.items()).values()) == [("query",), ("mlp",), ("mlp",), ("mlp",), ("other",)]
+    assert list(roles(shapes.items()).values()) == [("query",), ("mlp",), ("mlp",), ("mlp",), ("router",)]
 
 
 def test_gpt2_is_transposed_and_fused():
@@ -106,7 +106,7 @@ def test_bert_from_transformers():
         "cls.predictions.transform.dense.weight": (4, 4),
     }
     expected = ["embedding", "embedding", "query", "key", "value", "attention_output", "mlp", "mlp", "vector", "head"]
-    assert list(roles(shapes.items()).values()) == [(role,) for role in (*expected, "other")]
+    assert list(roles(shapes.items()).values()) == [(role,) for role in (*expected, "linear")]
 
 
 def test_vit_from_transformers():
@@ -168,10 +168,137 @@ def test_torch_multihead_attention():
     assert [cross[f"attn.{name}_proj_weight"][0].role for name in "qkv"] == ["query", "key", "value"]
 
 
-def test_an_unknown_architecture_is_other():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 4))
-    assert roles(model)["0.weight"] == ("other",)
-    assert roles(model)["1.weight"] == ("other",)
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.ones(4, 4))
+        self.level_embed = nn.Parameter(torch.ones(3, 4))
+        self.scale = nn.Parameter(torch.ones(1, 4, 1))
+
+
+class HeadNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 4))
+
+
+def found(model):
+    """Return role and reason of every parameter but biases."""
+    parts = lm.classify(model)
+    return {name: (parts[0].role, parts[0].why) for name, parts in parts.items() if not name.endswith("bias")}
+
+
+def test_modules_decide_before_words():
+    model = nn.ModuleDict(
+        {
+            "q_proj": nn.Embedding(8, 4),
+            "fc1": nn.Conv1d(4, 8, 31),
+            "mlp": nn.ModuleDict({"fc1": nn.Conv2d(4, 8, 1), "dwconv": nn.Conv2d(8, 8, 3, groups=8)}),
+            "patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2)}),
+            "k_proj": HeadNorm(),
+            "up": nn.ConvTranspose1d(4, 8, 20),
+            "rnn": nn.LSTM(4, 8),
+            "anything": nn.Linear(4, 8),
+            "gated": Gated(),
+        }
+    )
+    assert found(model) == {
+        "q_proj.weight": ("embedding", "module Embedding"),
+        "fc1.weight": ("convolution", "module Conv1d"),
+        "mlp.fc1.weight": ("mlp", "word fc1"),
+        "mlp.dwconv.weight": ("convolution", "module Conv2d"),
+        "patch_embed.proj.weight": ("embedding", "word patch_embed.proj"),
+        "k_proj.weight": ("vector", "module HeadNorm"),
+        "up.weight": ("convolution", "module ConvTranspose1d"),
+        "rnn.weight_ih_l0": ("linear", "module LSTM"),
+        "rnn.weight_hh_l0": ("linear", "module LSTM"),
+        "rnn.bias_ih_l0": ("vector", "one dimension"),
+        "rnn.bias_hh_l0": ("vector", "one dimension"),
+        "anything.weight": ("linear", "module Linear"),
+        "gated.strength": ("other", "unknown word strength"),
+        "gated.level_embed": ("embedding", "word level_embed"),
+        "gated.scale": ("vector", "shape"),
+    }
+    parts = lm.classify(model)
+    flat = {name for name, (part,) in parts.items() if part.flatten}
+    assert flat == {"fc1.weight", "up.weight"}  # more dimensions are flattened anyway
+    assert names_without_role(model) == ["gated.strength"]
+
+
+def test_reasons_do_not_distinguish_parts():
+    assert Part("mlp", why="word fc1") == Part("mlp", why="scheme mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "role"),
+    [
+        ("encoder.layers.0.attention.output.weight", (4, 4), "attention_output"),
+        ("encoder.layers.0.feed_forward.output.weight", (4, 8), "mlp"),
+        ("output.weight", (8, 4), "head"),
+        ("model.classifier.out_proj.weight", (2, 4), "head"),
+        ("layers.0.mixer.out_proj.weight", (4, 8), "other"),
+        ("rwkv.blocks.0.attention.key.weight", (4, 4), "key"),
+        ("rwkv.blocks.0.feed_forward.key.weight", (8, 4), "mlp"),
+        ("layers.0.self_attn.gate_proj.weight", (4, 4), "linear"),
+        ("layers.0.mlp.gate_proj.weight", (4, 4), "mlp"),
+        ("layers.0.mlp.router.classifier.weight", (4, 8), "router"),
+        ("classifier.weight", (4, 8), "head"),
+        ("blocks.0.ff.net.0.proj.weight", (8, 4), "mlp"),
+        ("blocks.0.ff.net.2.weight", (4, 8), "mlp"),
+        ("blocks.0.mlp.0.weight", (4, 8), "mlp"),
+        ("merger.mlp.0.weight", (4, 8), "other"),
+        ("blocks.0.attn.to_out.0.weight", (4, 4), "attention_output"),
+        ("layers.0.cross_attn.q_content_proj.weight", (4, 4), "query"),
+        ("layers.0.self_attn.sa_kpos_proj.weight", (4, 4), "other"),
+        ("layers.0.self_attn.relative_k_proj.weight", (4, 4), "other"),
+        ("layers.0.self_attn.indexer.wk.weight", (4, 4), "linear"),
+        ("layers.0.self_attn.q_proj.linear.weight", (4, 4), "query"),
+        ("layers.0.output_query.dense.weight", (4, 8), "mlp"),
+        ("layers.0.continuous_position_bias_mlp.0.weight", (8, 2), "other"),
+        ("layers.0.self_attn.q_norm.weight", (4, 8), "vector"),
+        ("layers.0.mlp.experts.gate_up_proj_bias", (2, 8), "vector"),
+        ("lm_head.weight", (1, 8), "head"),
+        ("layers.0.shared_expert_gate.weight", (1, 8), "vector"),
+        ("vit.embeddings.cls_token", (1, 1, 8), "embedding"),
+        ("vae.conv.weight", (8, 4, 3, 3), "convolution"),
+        ("encoder.conv_pos.weight", (8, 4, 128), "convolution"),
+        ("encoder.stem.weight", (8, 4, 9), "convolution"),
+        ("encoder.stem.weight", (8, 4, 16), "other"),
+    ],
+)
+def test_words_and_containers(name, shape, role):
+    assert roles({name: shape}.items()) == {name: (role,)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.self_attn.q_proj.base_layer.weight",
+        "layers.0.self_attn.q_proj.modules_to_save.default.weight",
+        "layers.0.self_attn.q_proj.original_module.weight",
+        "layers.0.self_attn.q_proj.parametrizations.weight.original1",
+        "layers.0.self_attn.q_proj.weight_v",
+    ],
+)
+def test_wrappers_of_a_layer_hide_no_word_and_stay_in_the_name(name):
+    assert roles({name: (4, 4)}.items()) == {name: ("query",)}
+
+
+@pytest.mark.parametrize("factor", ["lora_A.default.weight", "lora_B.default.weight", "lora_embedding_A.default"])
+def test_adapters_are_lora_whatever_they_adapt(factor):
+    name = f"base_model.model.layers.0.self_attn.q_proj.{factor}"
+    assert lm.classify({name: (8, 64)}.items())[name][0].why == f"word {factor.partition('.')[0]}"
+    assert roles({name: (8, 64)}.items()) == {name: ("lora",)}
+
+
+def test_a_weight_normed_kernel_is_found_through_its_parametrization():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 31), dim=2)
+    parts = lm.classify(nn.ModuleDict({"pos_conv_embed": conv}))
+    assert [(part.role, part.flatten) for (part,) in parts.values()] == [
+        ("vector", False),
+        ("vector", False),
+        ("convolution", True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,32 +319,6 @@ def test_compiled_and_wrapped_models_classify_alike():
     wrapped = {f"module._orig_mod.{name}": param.shape for name, param in model.named_parameters()}
     plain = {name: param.shape for name, param in model.named_parameters()}
     assert lm.classify(wrapped.items()) == lm.classify(plain.items())
-
-
-def test_a_new_family_is_one_registration():
-    scheme = lm.NamingScheme("toy", (lm.Rule(r"\.wqkv$", ("query", "key", "value"), fused_dim=0),))
-    lm.register_naming_scheme(scheme)
-    try:
-        found = roles({"a.wqkv": (6, 2), "b.wqkv": (5, 2)}.items())
-        assert found == {"a.wqkv": ("query", "key", "value"), "b.wqkv": ("other",)}
-        with pytest.raises(ValueError, match="naming scheme 'toy' is registered already"):
-            lm.register_naming_scheme(scheme)
-    finally:
-        NAMING_SCHEMES._entries.pop("toy")
-
-
-def test_bad_schemes_are_refused():
-    with pytest.raises(ValueError, match="Unknown role 'queri'. Did you mean 'query'"):
-        lm.NamingScheme("bad", (lm.Rule("x", ("queri",)),))
-    with pytest.raises(ValueError, match="has 2 roles and `fused_dim` None"):
-        lm.NamingScheme("bad", (lm.Rule("x", ("query", "key")),))
-
-
-@pytest.mark.parametrize("name", NAMING_SCHEMES.names())
-def test_every_scheme_is_data_only(name):
-    scheme = NAMING_SCHEMES.get(name)
-    assert scheme.rules
-    assert all(isinstance(rule.pattern, str) for rule in scheme.rules)
 
 
 def test_slots_cover_fused_weights_exactly():

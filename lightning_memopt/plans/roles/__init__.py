@@ -1,17 +1,9 @@
-"""Roles of weights; importing this package registers the built-in model families."""
+"""Roles of weights: one table of words, and the naming schemes that users register."""
 
-from lightning_memopt.plans.roles import bert, gpt2, llama, nanogpt, torch_attention, vit
-from lightning_memopt.plans.roles.base import (
-    NAMING_SCHEMES,
-    ROLES,
-    NamingScheme,
-    Part,
-    Rule,
-    canonical_names,
-    classify,
-    names_without_role,
-    register_naming_scheme,
-)
+from lightning_memopt.plans.roles.deciding import classify, names_without_role
+from lightning_memopt.plans.roles.names import canonical_names
+from lightning_memopt.plans.roles.part import ROLES, Part
+from lightning_memopt.plans.roles.schemes import NAMING_SCHEMES, NamingScheme, Rule, register_naming_scheme
 
 __all__ = [
     "NAMING_SCHEMES",
@@ -19,14 +11,8 @@ __all__ = [
     "NamingScheme",
     "Part",
     "Rule",
-    "bert",
     "canonical_names",
     "classify",
-    "gpt2",
-    "llama",
     "names_without_role",
-    "nanogpt",
     "register_naming_scheme",
-    "torch_attention",
-    "vit",
 ]
