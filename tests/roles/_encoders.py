@@ -212,7 +212,7 @@ CASES: list[Case] = [
         *.rel_attn.q                        query/8 T flat
         *.rel_attn.k                        key/8 T flat
         *.rel_attn.v                        value T flat
-        *.rel_attn.r                        key/8 T flat or other
+        *.rel_attn.r                        key/8 T flat or linear T flat
         *.rel_attn.o                        attention_output flat
         *.rel_attn.r_{r,s,w}_bias           vector
         *.rel_attn.seg_embed                other or embedding or vector

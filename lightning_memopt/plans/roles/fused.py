@@ -19,6 +19,7 @@ EXCEPTIONS = (
     Rule(r"\.c_attn$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="GPTBigCodeAttention"),
     Rule(r"\.query_key_value$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="FalconAttention"),
     Rule(r"\.qkv_proj$", QKV, 0, sizes=_PER_HEAD, repeat="heads", module="MiniMaxLightningAttention"),
+    Rule(r"\.in_proj$", QKV, 0, sizes=_PER_HEAD, repeat="heads", module="DisentangledSelfAttention"),  # DeBERTa
     Rule(r"\.qkv_proj$", ("query", "value", "key"), 0, repeat=4, module="CodeGenAttention"),
     Rule(r"\.q_proj$", ("query", "linear"), 0, sizes=(_HEAD, _HEAD), repeat="heads", module=_GATED),
     Rule(r"\.q_proj$", ("query",), module=_GATED),

@@ -20,7 +20,8 @@ ANYWHERE = _table(
     embedding="wte wpe embed_tokens embed_in embed_positions tok_embeddings token_embedding word_embedding"
     " word_embeddings position_embedding position_embeddings pos_embed decoder_pos_embed token_type_embeddings shared"
     " embeddings embedding embed tok_emb pos_emb patch_embedding patch_embeddings patch_embed patch_projection"
-    " patch_embed.proj patch_embedder.proj patch_embeddings.projection vision_embed_tokens rel_embeddings"
+    " patch_embed.proj patch_embedder.proj patch_embed.projection patch_embeddings.proj patch_embeddings.projection"
+    " embeddings.projection pos_embed.proj vision_embed_tokens rel_embeddings"
     " query_position_embeddings relative_attention_bias relative_position_bias_table attention_biases embedding_table"
     " cls_token mask_token distillation_token rel_pos_h rel_pos_w latents projector.query multi_modal_projector.query",
     query="q_proj query wq to_q q_lin query_proj q_b_proj wq_b q_attn c_q add_q_proj q_proj_weight linear_q q_linear"
@@ -53,10 +54,12 @@ INSIDE: Mapping[str, Mapping[str, str]] = {
     ),
 }
 # Heads, unless in a numbered layer or at the end of an encoder.
-ON_TOP = _table(head="output out fc class_labels_classifier decoder_pred output_projection head.fc classifier.out_proj")
-_HEAD = re.compile(r"^(\w+_)?head$")
+ON_TOP = _table(head="output out fc decoder_pred output_projection head.fc classifier.out_proj")
+_HEAD = re.compile(r"^(\w+_)?(head|classifier)$")
 # With what it is for: of positions, of one of several inputs. `relative_k_proj` projects no keys.
-_PREFIXED = re.compile(r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_global)?(?:_proj)?$")
+_PREFIXED = re.compile(
+    r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_pos_sine|_global)?(?:_proj)?$"
+)
 _LONG = {"q": "query", "k": "key", "v": "value"}
 # Raw parameters such as `register_tokens` or `level_embed`.
 _LEARNED = re.compile(r"(^|_)(embed|embeds|emb|embedding|embeddings|encoding|token|tokens)$")
