@@ -40,7 +40,7 @@ COVERED = {
         "As `other`: their short side is their rank, so a low rank saves little.",
     ),
     "vector": (
-        "Everything with at most one size above 1, norms, and biases of any shape.",
+        "Everything whose sizes are 1 but for one, norms, and biases of any shape.",
         "Adam's kinds: vectors take little memory.",
     ),
     "other": (

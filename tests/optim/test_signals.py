@@ -354,7 +354,7 @@ SHARDED: dict[str, tuple[int, ...]] = {
     "model.layers.0.mlp.experts.weight": (5, 10, 18),
     "model.layers.1.mlp.up_proj.weight": (12, 30),
     "model.layers.1.mlp.down_proj.weight": (24, 24),
-    "model.layers.1.row.weight": (1, 30),
+    "model.layers.1.score.weight": (1, 30),
     "model.layers.1.short.weight": (2, 30),
     "conv.weight": (7, 3, 4, 4),
     "attention.in_proj_weight": (66, 22),
