@@ -12,13 +12,14 @@ _HEAD = "head_dim"
 _KEYS = "kv_heads * head_dim"
 _PER_HEAD = (_HEAD, _HEAD, _HEAD)
 _PER_GROUP = ("heads / kv_heads * head_dim", _HEAD, _HEAD)
-_STACKED = r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj)$"
+_STACKED = r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj|att_proj)$"
 _GATED = r"Qwen3(Next|_5\w*)Attention"  # the second half of every head of queries is a gate on its output
 
 EXCEPTIONS = (
     Rule(r"\.c_attn$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="GPTBigCodeAttention"),
     Rule(r"\.query_key_value$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads", module="FalconAttention"),
     Rule(r"\.qkv_proj$", QKV, 0, sizes=_PER_HEAD, repeat="heads", module="MiniMaxLightningAttention"),
+    Rule(r"\.in_proj$", QKV, 0, sizes=_PER_HEAD, repeat="heads", module="DisentangledSelfAttention"),
     Rule(r"\.qkv_proj$", ("query", "value", "key"), 0, repeat=4, module="CodeGenAttention"),
     Rule(r"\.q_proj$", ("query", "linear"), 0, sizes=(_HEAD, _HEAD), repeat="heads", module=_GATED),
     Rule(r"\.q_proj$", ("query",), module=_GATED),
