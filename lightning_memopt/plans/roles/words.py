@@ -58,8 +58,8 @@ _HEAD = re.compile(r"^(\w+_)?head$")
 # With what it is for: of positions, of one of several inputs. `relative_k_proj` projects no keys.
 _PREFIXED = re.compile(r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_global)?(?:_proj)?$")
 _LONG = {"q": "query", "k": "key", "v": "value"}
-# Raw parameters such as `register_tokens` or `level_embed`.
-_LEARNED = re.compile(r"(^|_)(embed|embeds|emb|embedding|embeddings|encoding|token|tokens)$")
+# Parameters of their own such as `register_tokens` or `level_embed`.
+_LEARNED = re.compile(r"(^|_)(embed|embeds|emb|embedding|embeddings|encoding|token|tokens)(_|$)")
 # What follows an `intermediate` in BERT's relatives: `output`, `output_query`, `layout_output`.
 _OUTPUT = re.compile(r"^(\w+_)?output(_query)?$")
 
