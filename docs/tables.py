@@ -37,10 +37,11 @@ COVERED = {
     ),
     "lora": (
         "Both factors of low-rank adapters.",
-        "As `other`: their short side is their rank, so a low rank saves little.",
+        "As linear layers: with r=16, low rank and subspace momentum did better than AdamW"
+        " ([benchmarks/lora.md](benchmarks/lora.md)).",
     ),
     "vector": (
-        "Everything with at most one size above 1, norms, and biases of any shape.",
+        "Everything whose sizes are 1 but for one, norms, and biases of any shape.",
         "Adam's kinds: vectors take little memory.",
     ),
     "other": (

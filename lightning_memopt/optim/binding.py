@@ -179,16 +179,28 @@ class Binding:
         with self.undone_on_error(optimizer):
             self.names.update({param: name for param, name in theirs.items() if param not in self.names})
             self._classify()
-            self.parts.update({self.names[param]: parts[name] for param, name in theirs.items()})
+            told = {self.names[param]: parts[name] for param, name in theirs.items()}
+            # A model tells more roles than names do. What has taken steps without one keeps its kinds and its state.
+            kept = {name for name in self._stepped(optimizer) if self._is_other(name) and len(told.get(name, ())) == 1}
+            self.parts.update({name: each for name, each in told.items() if name not in kept})
             blocks, before = self._all_blocks(optimizer), _identity(self.blocks)
             changed = [param for param, identity in _identity(blocks).items() if before.get(param) != identity]
-            if any(float(optimizer.state[param]["step"]) > 0 for param in changed if optimizer.state.get(param)):
+            if {self.names.get(param) for param in changed} & set(self._stepped(optimizer)):
                 raise ValueError(
-                    "bind(model) would change names or head sizes of blocks that have taken steps already; "
+                    "bind(model) would change names, splits or head sizes of blocks that have taken steps already; "
                     "call it before the first step."
                 )
             self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
+
+    def _stepped(self, optimizer: Optimizer) -> list[str]:
+        """Return the names of parameters that have taken steps."""
+        stepped = (param for param, state in optimizer.state.items() if state and float(state["step"]) > 0)
+        return [self.names[param] for param in stepped if param in self.names]
+
+    def _is_other(self, name: str) -> bool:
+        """Return whether the parameter's role is unknown."""
+        return [part.role for part in self.parts.get(name, ())] == ["other"]
 
     def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
         """Replace parameters by others that hold the same weights; see :meth:`MemOpt.rebind`."""

@@ -64,7 +64,7 @@ class MemoryPlan:
         unsharded_bytes: Parameters of the largest unit, gathered in its compute dtype; 0 on one rank.
         largest_unit: Name of the largest unit; None on one rank.
         matrices: Number of parameters with two or more dimensions.
-        unknown: Names of the matrices that match no naming scheme. Their role is ``other``.
+        unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
     """
 

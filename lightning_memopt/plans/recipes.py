@@ -22,7 +22,7 @@ PLANS: Registry[Plan] = Registry("recipe")
 _ADAM = Recipe("dense", "dense")
 _FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
 # A linear layer is one whatever its part: what the papers do to those of a transformer, they do to all.
-_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head", "linear")
+_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head", "linear", "lora")
 
 
 def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999), **roles: Recipe) -> Plan:
@@ -35,16 +35,16 @@ def _adapm(name: str, second_moment: str) -> Plan:
     """Register AdaPM's roles: no momentum (embedding, attention output), dense (value, other), else low rank."""
     low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
     roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
+    roles["lora"] = low  # no worse than AdamW's in docs/benchmarks/lora.md
     roles["linear"] = low  # unknown parts of a layer are mostly projections in and out, as an MLP's
     roles["convolution"] = roles["router"] = dense  # the paper has none; they are small, and a router decides much
-    roles["lora"] = dense  # factors of rank 16 have no lower rank that saves much
     return _named(name, low, (0.9, 0.95), **roles)
 
 
 def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, float], **roles: Recipe) -> Plan:
     """Register a plan with a different recipe for linear weights.
 
-    Convolutions and routers get the default, since the papers leave all but linear layers to Adam; adapters, too.
+    Convolutions and routers get the default, since the papers leave all but linear layers to Adam.
     """
     return _named(name, default, betas, **dict.fromkeys(_LINEAR, linear), **roles)
 

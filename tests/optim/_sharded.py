@@ -28,7 +28,7 @@ SHAPES: list[tuple[str, tuple[int, ...]]] = [
     ("model.layers.0.input_layernorm.weight", (24,)),
     ("model.layers.0.experts.weight", (5, 10, 18)),
     ("model.layers.1.short.weight", (2, 30)),
-    ("model.layers.1.row.weight", (1, 30)),
+    ("model.layers.1.score.weight", (1, 30)),
     ("model.layers.1.bias", (3,)),
     ("model.layers.1.none.weight", (0, 30)),
     ("model.layers.1.nothing.weight", (6, 0)),

@@ -61,6 +61,29 @@ def test_bind_keeps_given_names_and_brings_head_sizes():
     assert (block.name, block.recipe.momentum.name) == ("model.layers.0.self_attn.q_proj.weight", "none")
 
 
+def test_bind_after_steps_leaves_blocks_of_unknown_role_alone():
+    model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)})
+    optimizer = lm.AdaPM([*model["one"].named_parameters("one")])
+    fill_grads(list(model.parameters()), 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [("two.weight", model["two"].weight)]})
+    optimizer.bind(model)
+    roles = {block.name: (block.role, block.momentum) for block in optimizer.snapshot().blocks}
+    assert roles["one.weight"] == ("other", "dense")
+    assert roles["two.weight"] == ("linear", "low_rank")
+
+
+def test_bind_after_steps_refuses_to_split():
+    attention = nn.Module()
+    attention.num_heads, attention.head_dim, attention.query_key_value = 2, 4, nn.Linear(8, 24, bias=False)
+    model = nn.ModuleDict({"attn": attention})
+    optimizer = lm.AdaPM(model.named_parameters())
+    fill_grads(list(model.parameters()), 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="would change names, splits or head sizes of blocks that have taken steps"):
+        optimizer.bind(model)
+
+
 def test_bind_after_a_reformat_changes_nothing():
     model = tiny_llama()
     optimizer = lm.AdaPMLean(model.parameters())

@@ -306,8 +306,8 @@ def test_plan_table_and_print():
     table = optimizer.plan_table()
     line = next(line for line in table.splitlines() if "h.0.attn.c_attn.weight:query" in line)
     assert line.split() == [
-        "transformer.h.0.attn.c_attn.weight:query", "query", "32×32", "columns", "0–31", "low_rank", "r=4", "dense",
-        "10", "5,120", "8,192",
+        "transformer.h.0.attn.c_attn.weight:query", "query", "word", "c_attn", "32×32", "columns", "0–31",
+        "low_rank", "r=4", "dense", "10", "5,120", "8,192",
     ]  # fmt: skip
     assert "saved" in table.splitlines()[-1]
     assert repr(optimizer).startswith("AdaPM(recipe='adapm', lr=0.002, betas=(0.9, 0.95)")

@@ -58,6 +58,7 @@ ONE_KEY = [("query", 0, 32, None), ("key", 32, 8, None), ("value", 40, 8, None)]
         ("GPTBigCodeAttention", "c_attn", 96, HEAD | {"kv_heads": 4}, PER_HEAD),
         ("GPTBigCodeAttention", "c_attn", 48, HEAD | {"kv_heads": 1}, ONE_KEY),
         ("MiniMaxLightningAttention", "qkv_proj", 96, HEAD, PER_HEAD),
+        ("DisentangledSelfAttention", "in_proj", 96, HEAD, PER_HEAD),
         ("CodeGenAttention", "qkv_proj", 96, {}, [("query", 0, 8, 24), ("value", 8, 8, 24), ("key", 16, 8, 24)]),
         ("Attention", "to_kv", 64, {}, [("key", 0, 32, None), ("value", 32, 32, None)]),
         ("Attention", "kv_proj", 32, HEAD | {"kv_heads": 2}, [("key", 0, 16, None), ("value", 16, 16, None)]),

@@ -49,12 +49,12 @@ def test_plans_from_before_a_role_treat_it_as_other(role):
 
 def test_new_roles_in_recipes():
     roles = lm.load_plan("adapm").roles
-    assert roles["linear"] == roles["mlp"] != roles["other"]
-    assert roles["convolution"] == roles["router"] == roles["lora"] == roles["other"]
+    assert roles["linear"] == roles["lora"] == roles["mlp"] != roles["other"]
+    assert roles["convolution"] == roles["router"] == roles["other"]
     for name in ("adam_sn", "adam_snsm", "adagrad_snsm", "rmsprop_sn"):
         roles = lm.load_plan(name).roles
-        assert roles["linear"] == roles["mlp"] != roles["other"]
-        assert roles["convolution"] == roles["router"] == roles["lora"] == roles["other"]
+        assert roles["linear"] == roles["lora"] == roles["mlp"] != roles["other"]
+        assert roles["convolution"] == roles["router"] == roles["other"]
 
 
 def test_plans_with_overrides_survive_a_dict():

@@ -25,8 +25,8 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
     In this order of trust: a registered naming scheme; what only one class of modules does; the module that holds the
     weight, if it is an embedding, a norm or a convolution; the last word of the name, with the attention layer or MLP
     that contains it. A matrix in a linear layer of unknown part is ``linear``, any other unknown one ``other``.
-    Low-rank adapters are ``lora``. Parameters with at most one size above 1 are ``vector``, but for embeddings and
-    heads.
+    Low-rank adapters are ``lora``. Parameters whose sizes are 1 but for one are ``vector``, unless they are
+    embeddings or heads.
 
     Args:
         model: A module, whose classes, attention layers and configuration also count, or pairs of name and shape.
@@ -120,7 +120,7 @@ def _by_module(role: str, why: str, at: Place, shape: Shape, facts: Facts, convo
     """Return the role that the module or the shape decides, and why; None if the role of the name does."""
     if facts.sort == "embedding":
         return "embedding", f"module {facts.module}"
-    if sum(size > 1 for size in shape) < 2 and role not in ("embedding", "head"):
+    if sum(size != 1 for size in shape) < 2 and role not in ("embedding", "head"):
         return "vector", "shape"
     if facts.sort == "norm":
         return "vector", f"module {facts.module}"
@@ -161,7 +161,7 @@ def _numbers(shape: Shape, facts: Facts, head_dim: int | None) -> Mapping[str, i
 def _check_heads(parts: Iterable[Part], name: str, shape: Shape, head_dim: int | None) -> None:
     """Refuse a size of a head that divides no outputs."""
     for part in parts:
-        if head_dim is not None and part.role in ("query", "key") and outputs(part, shape) % head_dim:
+        if head_dim is not None and part.role in ("query", "key") and part.head_dim is None:
             raise ValueError(
                 f"`head_dim` {head_dim} does not divide the {outputs(part, shape)} outputs of {name!r} (shape {shape})."
             )

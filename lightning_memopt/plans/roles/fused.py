@@ -12,7 +12,7 @@ _HEAD = "head_dim"
 _KEYS = "kv_heads * head_dim"
 _PER_HEAD = (_HEAD, _HEAD, _HEAD)
 _PER_GROUP = ("heads / kv_heads * head_dim", _HEAD, _HEAD)
-_STACKED = r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj)$"
+_STACKED = r"(^|\.)(qkv|Wqkv|wqkv|c_attn|in_proj_weight|to_qkv|qkv_proj|att_proj)$"
 _GATED = r"Qwen3(Next|_5\w*)Attention"  # the second half of every head of queries is a gate on its output
 
 EXCEPTIONS = (

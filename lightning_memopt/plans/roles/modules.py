@@ -71,7 +71,7 @@ def _class(cls: type) -> tuple[tuple[str, ...], str]:
         return names, "convolution"
     if "Conv1D" in names:
         return names, "transposed"
-    if "RNNBase" in names or any(name.endswith("Linear") for name in names):
+    if {"RNNBase", "RNNCellBase"} & set(names) or any(name.endswith("Linear") for name in names):
         return names, "linear"
     return names, "norm" if any("Norm" in name for name in names) else ""
 

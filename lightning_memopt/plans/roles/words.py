@@ -31,11 +31,11 @@ ANYWHERE = _table(
     attention_output="o_proj to_out out_lin to_add_out",
     mlp="gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc wi wi_0 wi_1 dense_h_to_4h dense_4h_to_h"
     " lin1 lin2 linear1 linear2 intermediate_dense output_dense pwconv1 pwconv2 pointwise_conv1 pointwise_conv2 ffn"
-    " ffn_output ffw_layer_1 ffw_layer_2",
+    " ffn_output ffw_layer_1 ffw_layer_2 linear_up linear_down",
     head="lm_head lm_heads audio_lm_head embed_out score classifier dense_prediction class_embed qa_outputs"
     " logits_dense predictions.decoder lm_head.decoder",
-    linear="q_a_proj kv_a_proj_with_mqa in_proj x_proj dt_proj in_proj_qkvz in_proj_ba pooler.dense"
-    " transform.dense classifier.dense lm_head.dense embed.out gateway.gate",
+    linear="q_a_proj kv_a_proj_with_mqa in_proj x_proj dt_proj in_proj_qkvz in_proj_ba x_proj_weight dt_proj_weight"
+    " pooler.dense transform.dense classifier.dense lm_head.dense embed.out gateway.gate",
     router="router gate shared_expert_gate",
 )
 INSIDE: Mapping[str, Mapping[str, str]] = {
@@ -61,8 +61,8 @@ _PREFIXED = re.compile(
     r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_pos_sine|_global)?(?:_proj)?$"
 )
 _LONG = {"q": "query", "k": "key", "v": "value"}
-# Raw parameters such as `register_tokens` or `level_embed`.
-_LEARNED = re.compile(r"(^|_)(embed|embeds|emb|embedding|embeddings|encoding|token|tokens)$")
+# Parameters of their own such as `register_tokens` or `level_embed`.
+_LEARNED = re.compile(r"(^|_)(embed|embeds|emb|embedding|embeddings|encoding|token|tokens)(_|$)")
 # What follows an `intermediate` in BERT's relatives: `output`, `output_query`, `layout_output`.
 _OUTPUT = re.compile(r"^(\w+_)?output(_query)?$")
 

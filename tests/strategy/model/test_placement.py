@@ -40,7 +40,8 @@ from tests._models import big_gpt2, big_llama, tiny_llama
     ],
 )
 def test_placement(name, shape, size, expected):
-    parts = lm.classify([(name, shape)])[name]
+    transposed = ("transformer.h.1.mlp.c_fc.weight", (8, 32))  # tells what GPT-2's names mean
+    parts = lm.classify([(name, shape), transposed])[name]
     assert shard_dim(shape, parts, size) == expected
 
 
