@@ -38,9 +38,11 @@ class Binding:
         blocks: Parameter → its blocks; empty until names are known.
         reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
         fused: Whether to use kernels; None for where they are available.
+        bound: Whether a model has told its modules and config.
     """
 
     fused: bool | None = None  # of what an earlier version has pickled, too
+    bound: bool = False
 
     def __init__(
         self,
@@ -192,6 +194,7 @@ class Binding:
                 )
             self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
+        self.bound = True
 
     def _stepped(self, optimizer: Optimizer) -> list[str]:
         """Return the names of parameters that have taken steps."""

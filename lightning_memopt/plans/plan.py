@@ -116,6 +116,11 @@ class Plan:
                 rates = rates.changed(change)
         return rates
 
+    def overridden(self, name: str, role: str) -> bool:
+        """Return whether an override names a kind for a block."""
+        naming = (pattern for pattern, change in self.overrides.items() if AXES.keys() & _keys(change).keys())
+        return any(applies(pattern, name, role) for pattern in naming)
+
     def has(self, axis: str, name: str) -> bool:
         """Return whether a role or override has this kind on this axis (``momentum`` or ``second_moment``)."""
         chosen = {getattr(recipe, axis).name for recipe in self.roles.values()}

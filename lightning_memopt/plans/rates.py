@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from lightning_memopt.kinds.ranges import check_number
 
 RATES = ("lr_multiplier", "weight_decay")
+# What users may call them.
+OTHER_NAMES = {**dict.fromkeys(("lr", "learning_rate", "lr_scale"), "lr_multiplier"), "wd": "weight_decay"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,11 @@ def check_rate(name: str, value: Any, where: str) -> None:
         TypeError: If ``value`` is not a number.
         ValueError: If it is negative or not finite, or a multiplier is 0.
     """
-    check_number(name, value, where)
     if name == "lr_multiplier" and value == 0:
         raise ValueError(
             f"In {where}: `lr_multiplier` must be above 0, got 0: nothing would train, at the full cost of a step. "
             "Freeze the parameters instead (requires_grad_(False)); they then have no state either."
         )
+    if name == "lr_multiplier" and isinstance(value, Real) and not 0 < float(value) < math.inf:
+        raise ValueError(f"In {where}: `lr_multiplier` must be finite and above 0, got {value!r}.")
+    check_number(name, value, where)

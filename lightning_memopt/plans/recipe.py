@@ -10,7 +10,7 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
-from lightning_memopt.plans.rates import RATES, check_rate
+from lightning_memopt.plans.rates import OTHER_NAMES, RATES, check_rate
 from lightning_memopt.sharding.layout import Layout
 
 AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECOND_MOMENTS}
@@ -112,8 +112,9 @@ def check_change(change: Any, override: str | None = None) -> None:
         ValueError: If a name is unknown, or a rate out of range. The message lists the names that exist.
     """
     if not isinstance(change, Mapping):
+        what = "A change" if override is None else override[:1].upper() + override[1:]
         raise TypeError(
-            f"A change must be a Recipe or a mapping such as {{'momentum': 'low_rank', 'rank': 8}}, got {change!r}."
+            f"{what} must be a Recipe or a mapping such as {{'momentum': 'low_rank', 'rank': 8}}, got {change!r}."
         )
     for key, value in change.items():
         if key in AXES:
@@ -127,6 +128,8 @@ def check_change(change: Any, override: str | None = None) -> None:
             check_rate(key, value, override)
         elif key not in known_options():
             rates = RATES if override is not None else ()
+            if override is not None and key in OTHER_NAMES:
+                raise ValueError(f"In {override}: Unknown option {key!r}. Did you mean {OTHER_NAMES[key]!r}?")
             raise ValueError(unknown("option", key, [*AXES, *rates, *known_options()]))
 
 

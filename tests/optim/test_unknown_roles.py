@@ -39,6 +39,18 @@ def test_unknown_weights_are_named_once_with_two_ways_out():
 def test_the_override_of_the_message_works():
     optimizer = lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"momentum": "low_rank"}})
     assert optimizer.snapshot().blocks[0].momentum == "low_rank"
+    assert messages(optimizer) == []
+    (text,) = messages(lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"weight_decay": 0}}))
+    assert "`optimizer.bind(model)` finds more" in text
+
+
+def test_a_model_that_was_bound_is_not_asked_for_again():
+    model = nn.ModuleDict({"strange": nn.Linear(8, 6, bias=False)})
+    optimizer = lm.AdaPM(model.named_parameters())
+    optimizer.bind(model)
+    (text,) = messages(optimizer)
+    assert "strange.weight" in text
+    assert "bind" not in text
 
 
 def test_little_is_no_reason_to_warn():

@@ -152,3 +152,22 @@ def test_rules_for_a_class(register):
 def test_bad_schemes_are_refused(rule, message):
     with pytest.raises(ValueError, match=f"In naming scheme 'bad': .*{message}"):
         lm.NamingScheme("bad", (lm.Rule("x", **rule),))
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "match"),
+    [
+        ({"pattern": "(qkv"}, ValueError, r"'\(qkv' is not a regular expression: missing \)"),
+        ({"pattern": "qkv", "module": "["}, ValueError, r"'\[' is not a regular expression"),
+        ({"pattern": "qkv", "output_dim": 0}, ValueError, "has `output_dim` 0 and `fused_dim` None: outputs are in"),
+        (
+            {"pattern": "qkv", "roles": QKV, "fused_dim": 2},
+            ValueError,
+            "and `fused_dim` 2: outputs are in dimension -2",
+        ),
+        ({"pattern": "qkv", "roles": "query"}, TypeError, "has the roles 'query': give a tuple of roles"),
+    ],
+)
+def test_rules_that_fit_no_weight_are_refused(rule, error, match):
+    with pytest.raises(error, match=f"In naming scheme 'toy': .*{match}"):
+        lm.NamingScheme("toy", (lm.Rule(**{"roles": ("mlp",), **rule}),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,3 +333,77 @@ def test_slots_cover_fused_weights_exactly():
             ]
             if covered:
                 assert sum(covered) == torch.Size(shapes[name]).numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        # torchvision, OpenAI's Whisper, OLMo, Megatron-LM, the annotated transformer, a lecture's GPT, LXMERT, fairseq
+        ("encoder.layers.encoder_layer_0.mlp.0.weight", "mlp"),
+        ("encoder.layers.encoder_layer_0.self_attention.out_proj.weight", "attention_output"),
+        ("decoder.blocks.0.cross_attn.out.weight", "attention_output"),
+        ("transformer.blocks.0.attn_out.weight", "attention_output"),
+        ("transformer.blocks.0.ff_proj.weight", "mlp"),
+        ("transformer.blocks.0.ff_out.weight", "mlp"),
+        ("transformer.ff_out.weight", "head"),
+        ("decoder.layers.0.self_attention.linear_proj.weight", "attention_output"),
+        ("decoder.layers.0.mlp.linear_fc1.weight", "mlp"),
+        ("encoder.layers.0.self_attn.W_q.weight", "query"),
+        ("encoder.layers.0.self_attn.W_o.weight", "attention_output"),
+        ("encoder.layers.0.feed_forward.w_2.weight", "mlp"),
+        ("decoder.layers.0.attention.fc_out.weight", "attention_output"),
+        ("decoder.fc_out.weight", "head"),
+        ("blocks.0.ffwd.net.0.weight", "mlp"),
+        ("blocks.0.sa.proj.weight", "attention_output"),
+        ("encoder.x_layers.0.lang_self_att.output.dense.weight", "attention_output"),
+    ],
+)
+def test_words_of_other_code(name, role):
+    assert roles({name: (8, 8)}.items()) == {name: (role,)}
+
+
+def test_megatrons_groups():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attention = nn.Module()
+            self.self_attention.linear_qkv = nn.Linear(32, 64, bias=False)
+
+    model = Layer()
+    model.config = SimpleNamespace(num_attention_heads=4, num_query_groups=2, kv_channels=8, hidden_size=32)
+    parts = lm.classify(model)["self_attention.linear_qkv.weight"]
+    assert [(part.role, part.slot) for part in parts] == [
+        ("query", Slot(0, 0, 16, 32)),
+        ("key", Slot(0, 16, 8, 32)),
+        ("value", Slot(0, 24, 8, 32)),
+    ]
+
+
+def test_what_projects_no_queries_of_an_attention():
+    found = roles(
+        {
+            "model.layers.0.self_attn.indexer.kv_proj.weight": (32, 16),
+            "model.layers.0.ada_rms_norm.linear1.weight": (32, 16),
+            "encoder.layer.0.bottleneck.attention.dense.weight": (16, 32),
+        }.items()
+    )
+    assert {role for (role,) in found.values()} <= {"linear", "other"}
+
+
+def test_kernels_named_embed_are_convolutions_unless_they_embed_patches():
+    model = nn.ModuleDict({"embed": nn.Conv1d(4, 8, 7), "patch_embed": nn.Conv1d(4, 8, 4), "image": nn.Module()})
+    model["image"].embed = nn.Conv2d(3, 8, 4, 4)
+    assert roles(model) == {
+        "embed.weight": ("convolution",),
+        "embed.bias": ("vector",),
+        "patch_embed.weight": ("embedding",),
+        "patch_embed.bias": ("vector",),
+        "image.embed.weight": ("embedding",),
+        "image.embed.bias": ("vector",),
+    }
+
+
+@pytest.mark.parametrize("factor", ["hada_w1_a.default", "lokr_w2.default"])
+def test_other_low_rank_adapters_are_lora(factor):
+    name = f"base_model.model.layers.0.self_attn.q_proj.{factor}"
+    assert roles({name: (8, 64)}.items()) == {name: ("lora",)}

@@ -316,7 +316,7 @@ CASES: list[Case] = [
         *.attention.k_head.weight          key/8
         *.attention.v_head.weight          value
         *.attention.post_proj.weight       attention_output
-        *.attention.r_kernel               key/8 T flat or other
+        *.attention.r_kernel               key/8 T flat or linear T flat
         *.attention.r_{w,r,s}_bias         vector
         *.attention.seg_embed              other or embedding or vector
         *.ffn.linear_{1,2}.weight          mlp

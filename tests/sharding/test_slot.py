@@ -111,3 +111,31 @@ def test_interleaved_blocks_train_like_separate_weights(recipe, shape, dim, dtyp
         for part, piece in zip(parts, separate(param.detach()), strict=True):
             other = single[f"{name}:{part.role}"]
             torch.testing.assert_close(piece, other.detach())  # torch's fused AdamW rounds otherwise
+
+
+NAME, SHAPE = "h.0.self_attention.query_key_value.weight", (24, 8)
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for number, param in enumerate(optimizer.param_groups[0]["params"]):
+        param.grad = gradient(tuple(param.shape), number)
+    optimizer.step()
+    return optimizer
+
+
+def test_state_of_adamw_is_split():
+    saved = stepped(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(SHAPE))])).state_dict()
+    param = torch.nn.Parameter(torch.zeros(SHAPE))
+    optimizer = lm.AdamMini([(NAME, param)], head_dim=2)  # four heads of [query, key, value]
+    optimizer.load_state_dict(saved)
+    assert_equal(
+        optimizer.state[param]["key.exp_avg"], Slot(0, 2, 2, 6).view(saved["state"][0]["exp_avg"]).reshape(8, 8)
+    )
+
+
+def test_compressed_state_from_before_a_split_is_refused():
+    saved = stepped(lm.AdaPMLean([(NAME, torch.nn.Parameter(torch.zeros(SHAPE)))])).state_dict()
+    optimizer = lm.AdamMini([(NAME, torch.nn.Parameter(torch.zeros(SHAPE)))], head_dim=2)
+    saved["param_groups"][0]["recipe"] = "adam_mini"
+    with pytest.raises(ValueError, match="is split into query, key, value here, and was whole where it was saved"):
+        optimizer.load_state_dict(saved)

@@ -156,10 +156,15 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
     known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
     leftover = sorted(set(saved) - known)
     if leftover:
-        raise ValueError(
-            f"The state of {name!r} in the state dict has unknown keys {leftover}: "
-            "it was saved for another model or recipe."
+        whole = bool(blocks[0].prefix) and not any("." in key for key in leftover)
+        why = (
+            f"this weight is split into {', '.join(block.role for block in blocks)} here, and was whole where it was "
+            "saved: by an earlier version, or without `bind(model)`. Load the weights without the optimizer's state, "
+            "or keep it whole with `register_naming_scheme`."
+            if whole
+            else "it was saved for another model or recipe."
         )
+        raise ValueError(f"The state of {name!r} in the state dict has unknown keys {leftover}: {why}")
     return adapted, saved
 
 

@@ -92,7 +92,8 @@ def _parts(
         decided = _by_module(role, why, at, shape, facts, convolution)
         if decided is not None:
             return (Part(decided[0], flatten=flatten and decided[0] != "vector", why=decided[1]),)
-        found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
+        if at.container not in ("linear", "router"):
+            found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
     if isinstance(found, tuple):
         return found
     if found is not None or not role:
@@ -126,7 +127,8 @@ def _by_module(role: str, why: str, at: Place, shape: Shape, facts: Facts, convo
         return "vector", f"module {facts.module}"
     if convolution:
         pointwise = all(size == 1 for size in shape[2:])
-        if role == "embedding" or (role == "mlp" and at.container == "mlp" and pointwise):
+        patches = role == "embedding" and (len(shape) > 3 or "patch" in f"{at.parent} {at.word}")
+        if patches or (role == "mlp" and at.container == "mlp" and pointwise):
             return role, why
         return "convolution", f"module {facts.module}" if facts.module else "shape"
     if facts.sort == "" and role != "embedding":

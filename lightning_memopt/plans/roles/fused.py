@@ -30,6 +30,9 @@ EXCEPTIONS = (
     Rule(r"(^|\.)rel_attn\.o$", ("attention_output",), flatten=True),  # [outputs, heads, head_dim]
     Rule(r"(^|\.)self_attention\.experts\.input_linear$", ("query",)),  # JetMoe
     Rule(r"(^|\.)self_attention\.experts\.output_linear$", ("attention_output",)),
+    Rule(r"(^|\.)codebooks_head$", ("head",), output_dim=-1),  # CSM: [codebooks, inputs, outputs]
+    Rule(r"\.attention\.r_kernel$", ("linear",), output_dim=-1, flatten=True),  # Funnel: [inputs, heads, head_dim]
+    Rule(r"\.bottleneck\.attention\.dense$", ("linear",)),  # MobileBERT
     Rule(r"(^|\.)experts\.mlp\.w2$", ("mlp",), output_dim=-1),  # DBRX
 )
 # The first one whose sizes add up decides.
@@ -39,6 +42,7 @@ FUSED = (
     Rule(r"(^|\.)c_attn$", QKV, 1, output_dim=-1),
     Rule(r"(^|\.)crossattention\.c_attn$", KV, 1, output_dim=-1),
     Rule(r"(^|\.)query_key_value$", QKV, 0, sizes=_PER_HEAD, repeat="heads"),
+    Rule(r"(^|\.)linear_qkv$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads"),  # Megatron-LM
     Rule(r"(^|\.)attn\.attn$", QKV, 0, sizes=_PER_GROUP, repeat="kv_heads"),  # litgpt before 0.5
     Rule(r"(^|\.)(kv_proj|to_kv|kv)$", KV, 0, sizes=(_KEYS, _KEYS)),
     Rule(r"(^|\.)(kv_proj|to_kv|kv)$", KV, 0),

@@ -9,11 +9,22 @@ from typing import Any, NamedTuple, TypeGuard
 from lightning_memopt.plans.roles.names import canonical_names
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_query_groups", "n_kv_heads", "kv_n_heads")
+# The last one is gpt-fast's; Meta's code, where it counts queries, has others before it.
+_KV_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "kv_heads",
+    "n_query_groups",
+    "num_query_groups",
+    "n_kv_heads",
+    "kv_n_heads",
+    "n_local_kv_heads",
+    "n_local_heads",
+)
 _QUERIES_PER_KEY = ("num_key_value_groups", "n_rep")
 # Where only a part of a query is rotated, `head_dim` may be the size of that part.
 _SIZES = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head")
-_CONFIG_SIZES = ("qk_head_dim", "head_size", "head_dim")
+_CONFIG_SIZES = ("qk_head_dim", "head_size", "head_dim", "kv_channels")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "dim_out")
 _INNER_WIDTHS = ("internal_dim", "inner_dim", "all_head_size")  # of all heads together
 _LATENT = ("qk_nope_head_dim", "v_head_dim")

@@ -11,14 +11,16 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What peft and torch's parametrizations put between a layer and its weight.
 _AROUND_WEIGHTS = {"base_layer", "original_module", "parametrizations"}
 _WEIGHTS = {"weight", "weight_v", "weight_g", "original", "original0", "original1"}
-_LORA = re.compile(r"^lora_(A|B|embedding_A|embedding_B)$")
+_ADAPTER = re.compile(r"^(lora_(A|B|embedding_A|embedding_B)|hada_\w+|lokr_\w+)$")  # LoRA, LoHa, LoKr
+_NUMBERED = re.compile(r"(^|_)\d+$")
 _VECTOR = re.compile(r"(^|_)bias(_[uv])?$|norm\d*$|^ln(_|\d|$)")
 _CONTAINERS = (
-    ("linear", re.compile(r"^(indexer|compressor)$")),  # which choose keys, and have their own queries
+    # Which choose keys and have their own queries; scales and shifts of norms that depend on an input.
+    ("linear", re.compile(r"^(indexer|compressor|ada_?(\w*_)?norm\w*)$")),
     ("router", re.compile(r"^(\w*router\w*|gate|gating)$")),
-    ("mlp", re.compile(r"^(?!.*bias)(\w*mlp\w*|ffn?|ff_\w+|feed_?forward|\w*experts?|densereludense"
+    ("mlp", re.compile(r"^(?!.*bias)(\w*mlp\w*|ff(n|wd)?|ff_\w+|feed_?forward|\w*experts?|densereludense"
                        r"|(\w+_)?inter(mediate)?(_query)?|block_sparse_moe|moe)$")),
-    ("attention", re.compile(r"att(n|ention)|^mha$|^self$")),
+    ("attention", re.compile(r"att(n|ention)|_att$|^mha$|^self$|^sa$")),
 )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ class Place:
         parent: The segment before it.
         container: ``attention``, ``mlp``, ``router`` or ``linear``: what the nearest segment before it stands for that
             stands for any.
-        in_layer: Whether a numbered layer contains it.
+        in_layer: Whether a numbered layer contains it, such as ``layers.0`` or ``encoder_layer_0``.
         numbered: Whether a number follows the word.
         adapter: The segment that marks a low-rank adapter, or nothing.
         vector: Whether the name is that of a bias or norm, whatever its shape.
@@ -65,7 +67,7 @@ class Place:
 def place(name: str) -> Place:
     """Return where the parameter with a canonical name is."""
     segments = _bare(name.split("."))
-    adapter = next((segment for segment in segments if _LORA.search(segment)), "")
+    adapter = next((segment for segment in segments if _ADAPTER.search(segment)), "")
     raw = segments[-1] if segments else ""
     while segments and segments[-1] in _WEIGHTS:
         segments = segments[:-1]
@@ -77,7 +79,7 @@ def place(name: str) -> Place:
     container = next(filter(None, map(container_of, reversed(above))), "")
     vector = bool(_VECTOR.search(word.lower()) or _VECTOR.search(raw.lower()))
     parent = above[-1] if above else ""
-    in_layer, numbered = any(map(str.isdigit, above)), len(segments) < len(path)
+    in_layer, numbered = any(map(_NUMBERED.search, above)), len(segments) < len(path)
     return Place(word, parent, container, in_layer, numbered, adapter, vector, raw not in _WEIGHTS, path)
 
 

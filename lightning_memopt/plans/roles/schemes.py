@@ -214,6 +214,18 @@ def _names(size: Size) -> list[str]:
 
 def _check(rule: Rule, where: str) -> None:
     """Refuse a rule that can fit no weight."""
+    try:
+        for pattern in filter(None, (rule.pattern, rule.module)):
+            re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}{pattern!r} is not a regular expression: {error}.") from error
+    if isinstance(rule.roles, str):
+        raise TypeError(f"{where}the rule {rule.pattern!r} has the roles {rule.roles!r}: give a tuple of roles.")
+    if rule.output_dim not in (-2, -1) or rule.fused_dim not in (None, 0, 1, -2, -1):
+        raise ValueError(
+            f"{where}the rule {rule.pattern!r} has `output_dim` {rule.output_dim} and `fused_dim` {rule.fused_dim}: "
+            "outputs are in dimension -2, or -1 if transposed; a fused weight has the dimensions 0 and 1."
+        )
     for role in rule.roles:
         if role not in ROLES:
             raise ValueError(where + unknown("role", role, list(ROLES)))

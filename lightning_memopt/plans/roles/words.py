@@ -28,8 +28,9 @@ ANYWHERE = _table(
     " q_up_proj projection_query",
     key="k_proj key wk to_k k_lin key_proj c_k add_k_proj k_proj_weight linear_k k_linear projection_key",
     value="v_proj value wv to_v v_lin value_proj c_v add_v_proj v_proj_weight linear_v v_linear projection_value",
-    attention_output="o_proj to_out out_lin to_add_out",
-    mlp="gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out c_fc wi wi_0 wi_1 dense_h_to_4h dense_4h_to_h"
+    attention_output="o_proj to_out out_lin to_add_out attn_out",
+    mlp="gate_proj up_proj down_proj gate_up_proj fc1 fc2 fc_in fc_out ff_out ff_proj c_fc wi wi_0 wi_1"
+    " dense_h_to_4h dense_4h_to_h"
     " lin1 lin2 linear1 linear2 intermediate_dense output_dense pwconv1 pwconv2 pointwise_conv1 pointwise_conv2 ffn"
     " ffn_output ffw_layer_1 ffw_layer_2 linear_up linear_down",
     head="lm_head lm_heads audio_lm_head embed_out score classifier dense_prediction class_embed qa_outputs"
@@ -40,21 +41,22 @@ ANYWHERE = _table(
 )
 INSIDE: Mapping[str, Mapping[str, str]] = {
     "attention": _table(
-        query="q Wq to_query q_head receptance",
-        key="k Wk to_key k_head",
-        value="v Wv to_value v_head",
-        attention_output="out_proj dense wo Wo o proj c_proj output output_proj projection_layer projection linear_out"
+        query="q Wq W_q to_query q_head receptance",
+        key="k Wk W_k to_key k_head",
+        value="v Wv W_v to_value v_head",
+        attention_output="out_proj out dense wo Wo w_o W_o o proj linear_proj fc_out c_proj output output_proj"
+        " projection_layer projection linear_out"
         " post post_proj attention_out final",
         linear="gate_proj gate",
     ),
     "mlp": _table(
         mlp="w1 w2 w3 v1 wo Wo Wi c_proj proj fc fc_1 fc_2 dense dense1 dense2 key value receptance layer_1 layer_2 net"
         " linear_1 linear_2 linear_in linear_out linear_fc1 linear_fc2 up down proj_in proj_out proj_up proj_up_gate"
-        " proj_down in_proj out_proj input_linear output_linear intermediate output w_0 w_1 w_out",
+        " proj_down in_proj out_proj input_linear output_linear intermediate output w_0 w_1 w_2 w_out",
     ),
 }
 # Heads, unless in a numbered layer or at the end of an encoder.
-ON_TOP = _table(head="output out fc decoder_pred output_projection head.fc classifier.out_proj")
+ON_TOP = _table(head="output out fc fc_out ff_out decoder_pred output_projection head.fc classifier.out_proj")
 _HEAD = re.compile(r"^(\w+_)?(head|classifier)$")
 # With what it is for: of positions, of one of several inputs. `relative_k_proj` projects no keys.
 _PREFIXED = re.compile(
@@ -75,10 +77,10 @@ def role_of(at: Place) -> tuple[str, str]:
     if at.word in inside:
         return inside[at.word], f"word {at.word} in {at.container}"
     for word in (f"{at.parent}.{at.word}", at.word):
-        if word in ANYWHERE:
-            return ANYWHERE[word], f"word {word}"
         if (word in ON_TOP or _HEAD.match(word)) and not at.in_layer and not at.parent.endswith("encoder"):
             return "head", f"word {word} at the top"
+        if word in ANYWHERE:
+            return ANYWHERE[word], f"word {word}"
     prefixed = _PREFIXED.match(at.word) if at.container == "attention" else None
     if prefixed:
         return _LONG.get(prefixed[1], prefixed[1]), f"word {at.word} in attention"
