@@ -26,10 +26,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "low_rank r=4 × dense": {"momentum": "low_rank", "rank": 4},
     "low_rank r=1 × dense": {"momentum": "low_rank", "rank": 1},
     "low_rank r=4 × factored": {"momentum": "low_rank", "rank": 4, "second_moment": "factored"},
+    "low_rank r=2 × factored": {"momentum": "low_rank", "rank": 2, "second_moment": "factored"},
     "low_rank r=1 × factored": {"momentum": "low_rank", "rank": 1, "second_moment": "factored"},
     "none × dense": {"momentum": "none"},
     "none × factored": {"momentum": "none", "second_moment": "factored"},
     "subspace r=4 × subset_norm": {"momentum": "subspace", "rank": 4, "second_moment": "subset_norm"},
+    "subspace r=2 × subset_norm": {"momentum": "subspace", "rank": 2, "second_moment": "subset_norm"},
+    "subspace r=1 × subset_norm": {"momentum": "subspace", "rank": 1, "second_moment": "subset_norm"},
 }
 
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lrs", type=float, nargs="+", default=list(LRS))
+    parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS), metavar="KINDS")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,7 +113,8 @@ def main() -> None:
         return run(model, optimizer, lr, seed, settings), facts.state_bytes / facts.adamw_bytes
 
     rows = []
-    for name, change in KINDS.items():
+    for name in options.kinds:
+        change = KINDS[name]
         grid = {lr: tuned(change, lr, 0) for lr in options.lrs}
         best = min(grid, key=lambda lr: grid[lr][0] if math.isfinite(grid[lr][0]) else math.inf)
         losses = [grid[best][0], *(tuned(change, best, seed)[0] for seed in range(1, options.seeds))]

@@ -37,7 +37,7 @@ COVERED = {
     ),
     "lora": (
         "Both factors of low-rank adapters.",
-        "As linear layers: with r=16, low rank and subspace momentum did better than AdamW"
+        "As linear layers, with momentum of rank 2: with r=16, that did better than AdamW"
         " ([benchmarks/lora.md](benchmarks/lora.md)).",
     ),
     "vector": (
@@ -46,7 +46,8 @@ COVERED = {
     ),
     "other": (
         "Matrices whose part in the model is unknown.",
-        "`adapm*`: dense momentum. `adam_sn*`: Adam's kinds, since nothing says that they are linear layers.",
+        "`adapm`, `adapm_mini`: dense momentum. `adapm_lean`: as all matrices. `adam_sn*`: Adam's kinds, since nothing"
+        " says that they are linear layers.",
     ),
 }
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
@@ -100,7 +101,7 @@ def recipe_table() -> str:
 
     def cell(recipe: lm.Recipe) -> str:
         rank = getattr(recipe.momentum, "rank", None)
-        suffix = "" if rank is None else f" 1/{round(1 / rank)}"
+        suffix = "" if rank is None else f" {rank}" if isinstance(rank, int) else f" 1/{round(1 / rank)}"
         return f"{recipe.momentum.name}{suffix} × {recipe.second_moment.name}"
 
     plans = [lm.load_plan(name) for name in lm.recipe_names()]

@@ -18,7 +18,7 @@ from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe, known_options
 from lightning_memopt.plans.recipes import load_plan
-from lightning_memopt.plans.roles import Part, canonical_names, classify
+from lightning_memopt.plans.roles import Part, canonical_names, classify, unsplit
 from lightning_memopt.sharding.layout import Layout
 
 Blocks = dict[Tensor, tuple[Block, ...]]
@@ -181,6 +181,7 @@ class Binding:
         with self.undone_on_error(optimizer):
             self.names.update({param: name for param, name in theirs.items() if param not in self.names})
             self._classify()
+            self.bound = True
             told = {self.names[param]: parts[name] for param, name in theirs.items()}
             # A model tells more roles than names do. What has taken steps without one keeps its kinds and its state.
             kept = {name for name in self._stepped(optimizer) if self._is_other(name) and len(told.get(name, ())) == 1}
@@ -194,7 +195,6 @@ class Binding:
                 )
             self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
-        self.bound = True
 
     def _stepped(self, optimizer: Optimizer) -> list[str]:
         """Return the names of parameters that have taken steps."""
@@ -238,10 +238,11 @@ class Binding:
     def undone_on_error(self, optimizer: Optimizer) -> Iterator[None]:
         """Restore groups, names and blocks if the body raises."""
         before = [(table, dict(table)) for table in (self.names, self.parts, self.plans, self.blocks)]
-        groups = len(optimizer.param_groups)
+        groups, bound = len(optimizer.param_groups), self.bound
         try:
             yield
         except Exception:
+            self.bound = bound
             for table, entries in before:
                 table.clear()
                 table.update(entries)  # type: ignore[arg-type]
@@ -274,9 +275,21 @@ class Binding:
         twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
         if twice:
             raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a unique name.")
-        for plan in {id(plan): plan for plan in self.plans.values()}.values():
-            plan.check_overrides(known)
+        undecided = not self.bound and any(unsplit(part) for parts in self.parts.values() for part in parts)
+        self._check_overrides(known, final=not undecided)
         return blocks
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Refuse overrides of roles that no weight has, now that no model will tell more of them.
+
+        Raises:
+            ValueError: If there are any. The message says what could have matched.
+        """
+        self._check_overrides([(block.name, block.role, block.recipe) for *_, block in self.entries(optimizer)])
+
+    def _check_overrides(self, known: list[tuple[str, str, Recipe]], *, final: bool = True) -> None:
+        for plan in {id(plan): plan for plan in self.plans.values()}.values():
+            plan.check_overrides(known, final=final)
 
     def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:
         full_name = f"{name}:{part.role}" if fused else name

@@ -39,6 +39,7 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
     try:
         active = _active(optimizer, binding)
         if active and not trusted:  # before the first step
+            binding.settle(optimizer)
             entries = ((param, block) for _, param, block in binding.entries(optimizer))
             warn_of_unknown_roles(entries, bound=binding.bound)
     except Exception as error:  # of any type: the other ranks must know

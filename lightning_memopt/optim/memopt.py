@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -133,8 +133,8 @@ class MemOpt(torch.optim.Optimizer):
                 binding.learn(names)
                 binding.build_missing(self)
 
-    def bind(self, model: Any) -> None:
-        """Read names and attention head sizes from the model that owns the parameters.
+    def bind(self, model: Any) -> Self:
+        """Read names, modules and head sizes from the model that owns the parameters, and return the optimizer.
 
         Names that came with the parameters stay, since overrides refer to them.
 
@@ -142,6 +142,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a parameter is not the model's, or if the model would change blocks that have taken steps.
         """
         self._binding.bind(model, self)
+        return self
 
     @torch.no_grad()
     def rebind(self, params: Mapping[Tensor, Tensor]) -> None:
@@ -199,7 +200,8 @@ class MemOpt(torch.optim.Optimizer):
         sharded, all ranks call this together. It first checks that they request the same changes.
 
         Args:
-            changes: Block name → a :class:`Recipe`, or a mapping such as ``{"momentum": "low_rank", "rank": 7}``.
+            changes: Block name, role or pattern, as in ``overrides`` → a :class:`Recipe`, or a mapping such as
+                ``{"momentum": "low_rank", "rank": 7}``.
             dropped: What happens to momentum that the new state cannot hold. ``release`` moves the weights now, as
                 the coming steps would have: by lr · β₁/(1−β₁) · ΔM / D. ``discard`` drops it.
 

@@ -15,6 +15,7 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.release import DROPPED, release
+from lightning_memopt.plans.plan import applies
 from lightning_memopt.sharding.consensus import decided_alike
 
 # Group, parameter, the current block, and the new block.
@@ -62,10 +63,14 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
     if dropped not in DROPPED:
         raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
     places = {block.name: (group, param, block) for group, param, block in binding.entries(optimizer)}
+    wanted: dict[str, Any] = {}
+    for key, change in changes.items():
+        names = [key] if key in places else [name for name, (*_, block) in places.items() if _applies(key, block)]
+        if not names:
+            raise ValueError(unknown("block", key, list(places)))
+        wanted.update(dict.fromkeys(names, change))
     planned = []
-    for name, change in changes.items():
-        if name not in places:
-            raise ValueError(unknown("block", name, list(places)))
+    for name, change in wanted.items():
         group, param, old = places[name]
         new = old.changed(change)
         for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
@@ -78,3 +83,8 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
         if new.recipe != old.recipe:
             planned.append((group, param, old, new))
     return planned
+
+
+def _applies(key: str, block: Block) -> bool:
+    """Return whether a role or pattern covers a block. Patterns leave vectors alone: most kinds are undefined there."""
+    return applies(key, block.name, block.role) and (key == "vector" or not block.layout.vector)

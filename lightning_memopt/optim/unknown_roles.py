@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_memopt._registry import listed
 from lightning_memopt.optim.block import Block
+from lightning_memopt.plans.roles import unsplit
 from lightning_memopt.sharding.consensus import rank
 
 UNKNOWN = ("linear", "other")
@@ -33,7 +35,7 @@ def warn_of_unknown_roles(entries: Iterable[tuple[Tensor, Block]], *, bound: boo
     if rank() > 0 or not blocks:
         return
     for text in filter(None, (_of_roles(blocks, bound), _of_heads(blocks, bound))):
-        warnings.warn(text, RoleWarning, stacklevel=5)
+        warnings.warn(text, RoleWarning, stacklevel=6)
 
 
 def _of_roles(blocks: list[Block], bound: bool) -> str | None:
@@ -43,19 +45,23 @@ def _of_roles(blocks: list[Block], bound: bool) -> str | None:
         return None
     unknown.sort(key=_numel, reverse=True)
     recipes = " and ".join(repr(name) for name in dict.fromkeys(block.plan.name for block in unknown))
-    first = unknown[0].name
+    first = re.sub(r"(?<=\.)\d+(?=\.)", "*", unknown[0].name)  # all layers
+    names = listed([_described(block) for block in unknown])
     return (
-        f"{share:.0%} of the parameters that train have no known role in the model: "
-        f"{listed([block.name for block in unknown])}. The recipe {recipes} gives every role its own kinds, and these "
-        f"weights those of 'linear' or 'other'. {'' if bound else _BIND}Choose their kinds with "
-        f"`overrides={{{first!r}: {{'momentum': 'low_rank'}}}}`, or name their roles with `register_naming_scheme`. "
-        "`lightning-memopt roles` and `plan_table()` show all roles."
+        f"{share:.0%} of the parameters that train have no known role in the model: {names}. The recipe {recipes} "
+        "gives every role its own kinds, and these weights those of 'linear' or 'other'. "
+        f"{'' if bound else _BIND}Choose their kinds with `overrides={{{first!r}: {{'momentum': 'low_rank'}}}}`, or "
+        "name their roles with `register_naming_scheme`. `lightning-memopt roles` and `plan_table()` show all roles."
     )
+
+
+def _described(block: Block) -> str:
+    return f"{block.name} ({block.why})" if unsplit(block) else block.name
 
 
 def _by_role(block: Block) -> bool:
     """Return whether the block has kinds because of its role, in a plan that treats matrices by role."""
-    recipes = {recipe for role, recipe in block.plan.roles.items() if role != "vector"}
+    recipes = {recipe for role, recipe in block.plan.roles.items() if role not in ("vector", "lora")}
     return len(recipes) > 1 and not block.plan.overridden(block.name, block.role)
 
 
@@ -63,8 +69,7 @@ def _of_heads(blocks: list[Block], bound: bool) -> str | None:
     unknown = [
         block.name
         for block in blocks
-        if block.role in ("query", "key")
-        and block.layout.head_dim is None
+        if (unsplit(block) or (block.role in ("query", "key") and block.layout.head_dim is None))
         and getattr(block.recipe.second_moment, "outputs_per_number", None) == 1
     ]
     if not unknown:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from torch import nn
@@ -87,7 +89,19 @@ def read_model(
         if not options.config:
             name, module = find_model(options.model)
             return name, Configured(module, None)
+        for path in options.config:
+            if _is_model_config(path):
+                raise ValueError(f"{path!r} is a transformers model configuration: give it with --model.")
         mode = [f"--parser_mode={options.parser_mode}"] if options.parser_mode else []
         files = [f"--config={path}" for path in options.config]
         found = configured([*mode, "fit", *files, *others])
     return type(found.module).__name__, found
+
+
+def _is_model_config(path: str) -> bool:
+    """Return whether a file is a model's ``config.json`` and no config of a run."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "model_type" in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ def console() -> Any:
     """Return a console for standard output."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    own = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if own else WIDTH, highlight=False)
 
 
 def table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -14,6 +15,8 @@ from lightning_memopt.plans.rates import RATES, BlockRates
 from lightning_memopt.plans.recipe import AXES, Recipe, check_change, kind_from_dict, kind_to_dict, known_options
 from lightning_memopt.plans.roles import ROLES
 
+# Names for what is a `vector`.
+_VECTORS = ("norm", "norms", "bias", "biases", "layernorm")
 # Roles that a plan need not have: earlier versions called them `other`.
 _FORMERLY_OTHER = ("linear", "convolution", "router", "lora")
 
@@ -151,11 +154,12 @@ class Plan:
         wanted = {axis: change[axis] for axis in AXES if change.get(axis) not in (None, getattr(recipe, axis).name)}
         return {axis: kind if isinstance(kind, Kind) else self._elsewhere(axis, kind) for axis, kind in wanted.items()}
 
-    def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]]) -> None:
+    def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]], *, final: bool = True) -> None:
         """Refuse overrides that change nothing.
 
         Args:
             blocks: Name, role and final recipe of every block.
+            final: Whether no more roles can become known. Otherwise a role that no block has is not refused.
 
         Raises:
             ValueError: The message names the pattern and what it could have matched, or the option that no block has.
@@ -164,10 +168,12 @@ class Plan:
         for pattern, change in self.overrides.items():
             found = [block for block in blocks if applies(pattern, *block[:2])]
             matched = [recipe for *_, recipe in found]
+            if not found and pattern in ROLES and not final:
+                continue
             if not found:
                 names = [name for name, _, _ in blocks]
                 raise ValueError(
-                    f"The override {pattern!r} matches nothing. Roles here: "
+                    f"The override {pattern!r} matches nothing.{_meant(pattern)} Roles here: "
                     f"{', '.join(sorted({role for _, role, _ in blocks}))}; blocks: "
                     f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
                     "Patterns are matched against the whole name: start with '*' to match the end of it."
@@ -235,6 +241,13 @@ def applies(pattern: str, name: str, role: str) -> bool:
     if pattern in ROLES:
         return pattern == role
     return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[0], pattern)
+
+
+def _meant(pattern: str) -> str:
+    """Return a hint at the role that a pattern may mean."""
+    close = difflib.get_close_matches(pattern.lower(), [*ROLES, *_VECTORS], n=1)
+    role = "vector" if close and close[0] in _VECTORS else next(iter(close), None)
+    return f" Did you mean {role!r}?" if role and pattern not in ROLES else ""
 
 
 def _merged(old: Recipe | Mapping[str, Any], new: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any]:

@@ -44,6 +44,11 @@ def check_rate(name: str, value: Any, where: str) -> None:
         TypeError: If ``value`` is not a number.
         ValueError: If it is negative or not finite, or a multiplier is 0.
     """
+    if isinstance(value, str):
+        raise TypeError(
+            f"In {where}: `{name}` must be a number, got the text {value!r}. On a command line, give all overrides at "
+            'once, as JSON: --optimizer.init_args.overrides=\'{"vector": {"weight_decay": 0}}\'.'
+        )
     if name == "lr_multiplier" and value == 0:
         raise ValueError(
             f"In {where}: `lr_multiplier` must be above 0, got 0: nothing would train, at the full cost of a step. "

@@ -21,8 +21,10 @@ PLANS: Registry[Plan] = Registry("recipe")
 
 _ADAM = Recipe("dense", "dense")
 _FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
+# Rank of the momentum of adapters, whose short side is their own rank: as good as more in docs/benchmarks/lora.md.
+_LORA_RANK = 2
 # A linear layer is one whatever its part: what the papers do to those of a transformer, they do to all.
-_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head", "linear", "lora")
+_LINEAR = ("query", "key", "value", "attention_output", "mlp", "head", "linear")
 
 
 def _named(name: str, default: Recipe, betas: tuple[float, float] = (0.9, 0.999), **roles: Recipe) -> Plan:
@@ -35,7 +37,7 @@ def _adapm(name: str, second_moment: str) -> Plan:
     """Register AdaPM's roles: no momentum (embedding, attention output), dense (value, other), else low rank."""
     low, none, dense = (Recipe(kind, second_moment) for kind in (LowRankMomentum(rank=1 / 64), "none", "dense"))
     roles = {"embedding": none, "attention_output": none, "value": dense, "other": dense}
-    roles["lora"] = low  # no worse than AdamW's in docs/benchmarks/lora.md
+    roles["lora"] = Recipe(LowRankMomentum(rank=_LORA_RANK), second_moment)
     roles["linear"] = low  # unknown parts of a layer are mostly projections in and out, as an MLP's
     roles["convolution"] = roles["router"] = dense  # the paper has none; they are small, and a router decides much
     return _named(name, low, (0.9, 0.95), **roles)
@@ -46,13 +48,17 @@ def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, f
 
     Convolutions and routers get the default, since the papers leave all but linear layers to Adam.
     """
-    return _named(name, default, betas, **dict.fromkeys(_LINEAR, linear), **roles)
+    lora = linear
+    if isinstance(linear.momentum, SubspaceMomentum):
+        lora = linear.with_options({"rank": _LORA_RANK})
+    return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora}, **roles)
 
 
 ADAMW = _named("adamw", _ADAM)
 ADAPM = _adapm("adapm", "dense")
 ADAPM_MINI = _adapm("adapm_mini", "blockwise")
-ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95))
+_LEAN_LORA = Recipe(LowRankMomentum(rank=_LORA_RANK), "factored")
+ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95), lora=_LEAN_LORA)
 ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
 ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
 # The authors run AdaGrad and RMSProp without bias correction, and with sums over subsets.

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
 
 import lightning_memopt as lm
 from tests._models import tiny_gpt2, tiny_llama
@@ -32,12 +33,12 @@ def test_unknown_weights_are_named_once_with_two_ways_out():
     (text,) = messages(lm.AdaPM([*known, *params((4, 5), (30, 6))]))
     assert "33% of the parameters that train have no known role" in text
     assert "layers.1.strange.weight, layers.0.strange.weight. The recipe 'adapm'" in text, "the largest first"
-    assert "overrides={'layers.1.strange.weight': {'momentum': 'low_rank'}}" in text
+    assert "overrides={'layers.*.strange.weight': {'momentum': 'low_rank'}}" in text
     assert "register_naming_scheme" in text
 
 
 def test_the_override_of_the_message_works():
-    optimizer = lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"momentum": "low_rank"}})
+    optimizer = lm.AdaPM(params((8, 6)), overrides={"layers.*.strange.weight": {"momentum": "low_rank"}})
     assert optimizer.snapshot().blocks[0].momentum == "low_rank"
     assert messages(optimizer) == []
     (text,) = messages(lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"weight_decay": 0}}))
@@ -89,3 +90,57 @@ def test_a_warning_that_is_an_error_changes_nothing():
         optimizer.step()
     assert float(optimizer.state[entries[0][1]]["step"]) == 0
     assert bool((entries[0][1] == 1).all())
+
+
+def bloom() -> BloomForCausalLM:
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2))
+
+
+def stepped(optimizer: lm.MemOpt) -> lm.MemOpt:
+    messages(optimizer, steps=1)
+    return optimizer
+
+
+def test_fused_weights_that_stay_whole_say_why():
+    (roles, heads) = messages(lm.AdaPMMini(bloom().named_parameters()))
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    assert f"{name} (not split: head_dim, heads unknown)" in roles
+    assert f"every output gets a number of its own: {name}" in heads
+
+
+def test_overrides_may_name_roles_that_a_model_has_yet_to_tell():
+    model, change = bloom(), {"query": {"lr_multiplier": 0.5}}
+    optimizer = lm.AdaPM(model.named_parameters(), overrides=change).bind(model)
+    rates = {block.role: block.lr_multiplier for block in optimizer.snapshot().blocks}
+    assert (rates["query"], rates["key"]) == (0.5, 1.0)
+    unbound = lm.AdaPM(model.named_parameters(), overrides=change)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    with pytest.raises(ValueError, match="The override 'query' matches nothing"):
+        unbound.step()
+    assert all(bool((param == before[name]).all()) for name, param in model.named_parameters())
+    with pytest.raises(ValueError, match="The override 'head' matches nothing"):  # the model's is tied
+        lm.AdaPM(model.named_parameters(), overrides={"head": {"lr_multiplier": 2}}).bind(model)
+
+
+def test_state_that_was_split_needs_the_model():
+    model = bloom()
+    saved = stepped(lm.AdaPM(model.named_parameters()).bind(model)).state_dict()
+    with pytest.raises(ValueError, match="split into key and query and value .*not split: head_dim, heads unknown"):
+        lm.AdaPM(model.named_parameters()).load_state_dict(saved)
+    lm.AdaPM(model.named_parameters()).bind(model).load_state_dict(saved)
+
+
+def test_blocks_are_reformatted_by_role_and_pattern():
+    model = bloom()
+    optimizer = stepped(lm.AdaPM(model.named_parameters()).bind(model))
+    optimizer.reformat({"query": {"momentum": "dense"}, "*.h.1.*": {"momentum": "none"}})
+    kinds = {block.name: (block.role, block.momentum) for block in optimizer.snapshot().blocks}
+    layer = "transformer.h.{}.self_attention.query_key_value.weight:query"
+    assert kinds[layer.format(0)] == ("query", "dense")
+    assert kinds[layer.format(1)] == ("query", "none")
+    assert kinds["transformer.h.1.input_layernorm.weight"] == ("vector", "dense")
+    with pytest.raises(ValueError, match="Unknown block 'qury'"):
+        optimizer.reformat({"qury": {"momentum": "dense"}})

@@ -74,3 +74,10 @@ def test_mistakes_are_one_line(run, args, message):
     assert err.startswith("lightning-memopt roles: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_models_config_is_no_config_of_a_run(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    code, _, err = run("--config", str(tmp_path / "config.json"), command="roles")
+    assert code == 2
+    assert "is a transformers model configuration: give it with --model." in err

@@ -246,3 +246,12 @@ def test_xlnets_stacks_are_matrices():
         (Part("linear", None, -1, flatten=True),),
         (Part("attention_output", flatten=True),),
     ]
+
+
+def test_what_a_model_tells_of_heads_is_not_replaced_by_thirds():
+    model = nn.Module()
+    model.attention = nn.Module()
+    model.attention.num_heads, model.attention.num_kv_heads, model.attention.head_dim = 8, 2, 6
+    model.attention.qkv = nn.Linear(32, 96, bias=False)
+    (part,) = lm.classify(model)["attention.qkv.weight"]
+    assert (part.role, part.why) == ("linear", "not split: 96 rows are not 48 + 12 + 12")

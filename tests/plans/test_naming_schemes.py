@@ -45,7 +45,8 @@ def test_a_new_family_is_one_registration(register):
     assert parts("b.weird", (5, 2))[0].why == "not split: 5 rows are not 3 × 2"
     assert roles("b.weird", (5, 2)) == ("other",)
     with pytest.raises(ValueError, match="naming scheme 'toy' is registered already"):
-        lm.register_naming_scheme(scheme)
+        lm.register_naming_scheme(lm.NamingScheme("toy", (lm.Rule("other", ("mlp",)),)))
+    assert lm.register_naming_scheme(scheme) is scheme, "as when a notebook's cell runs again"
 
 
 def test_schemes_precede_the_words_but_not_vectors_and_adapters(register):
@@ -165,9 +166,21 @@ def test_bad_schemes_are_refused(rule, message):
             ValueError,
             "and `fused_dim` 2: outputs are in dimension -2",
         ),
+        ({"pattern": "qkv", "roles": ("key", "key"), "fused_dim": 0}, ValueError, "has a role twice"),
         ({"pattern": "qkv", "roles": "query"}, TypeError, "has the roles 'query': give a tuple of roles"),
     ],
 )
 def test_rules_that_fit_no_weight_are_refused(rule, error, match):
     with pytest.raises(error, match=f"In naming scheme 'toy': .*{match}"):
         lm.NamingScheme("toy", (lm.Rule(**{"roles": ("mlp",), **rule}),))
+
+
+def test_what_is_no_scheme_is_refused():
+    rule = lm.Rule("x", ("mlp",))
+    for rules in (rule, [("x", ("mlp",))]):
+        with pytest.raises(TypeError, match="In naming scheme 'toy': `rules` must be a tuple of `Rule`, got"):
+            lm.NamingScheme("toy", rules)
+    with pytest.raises(ValueError, match="In naming scheme 'toy': there are no rules"):
+        lm.NamingScheme("toy", ())
+    with pytest.raises(TypeError, match="`scheme` must be a `NamingScheme`, got Rule"):
+        lm.register_naming_scheme(rule)

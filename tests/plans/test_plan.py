@@ -49,11 +49,13 @@ def test_plans_from_before_a_role_treat_it_as_other(role):
 
 def test_new_roles_in_recipes():
     roles = lm.load_plan("adapm").roles
-    assert roles["linear"] == roles["lora"] == roles["mlp"] != roles["other"]
+    assert roles["linear"] == roles["mlp"] != roles["other"]
+    assert roles["lora"] == lm.Recipe(LowRankMomentum(rank=2), "dense")
     assert roles["convolution"] == roles["router"] == roles["other"]
     for name in ("adam_sn", "adam_snsm", "adagrad_snsm", "rmsprop_sn"):
         roles = lm.load_plan(name).roles
-        assert roles["linear"] == roles["lora"] == roles["mlp"] != roles["other"]
+        assert roles["linear"] == roles["mlp"] != roles["other"]
+        assert roles["lora"].second_moment == roles["mlp"].second_moment
         assert roles["convolution"] == roles["router"] == roles["other"]
 
 
@@ -216,7 +218,7 @@ def test_rates_in_a_recipe_file(tmp_path, number):
         ({"mlp": {"lr_multiplier": -2}}, ValueError, "`lr_multiplier` must be finite and above 0, got -2"),
         ({"mlp": {"lr_multiplier": math.inf}}, ValueError, "`lr_multiplier` must be finite and above 0, got inf"),
         ({"mlp": {"lr_multiplier": math.nan}}, ValueError, "`lr_multiplier` must be finite and above 0, got nan"),
-        ({"mlp": {"lr_multiplier": "1e1"}}, TypeError, "`lr_multiplier` must be a number, got '1e1'"),
+        ({"mlp": {"lr_multiplier": "1e1"}}, TypeError, "must be a number, got the text '1e1'. On a command .*as JSON"),
         ({"mlp": {"lr_multiplier": True}}, TypeError, "`lr_multiplier` must be a number, got True"),
         ({"*norm*": {"weight_decay": -1}}, ValueError, r"In the override '\*norm\*': `weight_decay` must be finite"),
         ({"mlp": {"weight_decay": None}}, TypeError, "`weight_decay` must be a number, got None"),
@@ -287,7 +289,12 @@ NAN = float("nan")
         ({"state_dtype": "int8"}, ValueError, "Unknown `state_dtype` 'int8'.*float32, bfloat16"),
         ({"seed": 0.5}, TypeError, "`seed` must be an integer, got 0.5"),
         ({"overrides": ["mlp"]}, TypeError, "`overrides` must map roles or name patterns to changes"),
-        ({"overrides": {"mpl": {"rank": 2}}}, ValueError, "The override 'mpl' matches nothing. Roles here: .*mlp"),
+        (
+            {"overrides": {"mpl": {"rank": 2}}},
+            ValueError,
+            r"'mpl' matches nothing. Did you mean 'mlp'\? Roles here: .*mlp",
+        ),
+        ({"overrides": {"norm": {"weight_decay": 0}}}, ValueError, r"'norm' matches nothing. Did you mean 'vector'\?"),
         ({"overrides": {"q_proj.weight": {"rank": 2}}}, ValueError, r"matches nothing.*start with '\*'"),
         ({"overrides": {"mlp": {"momentum": "lowrank"}}}, ValueError, "Unknown momentum kind 'lowrank'. Did you mean"),
         ({"overrides": {"mlp": {"second_moment": "x"}}}, ValueError, "Unknown second-moment kind 'x'"),

@@ -353,6 +353,10 @@ def test_slots_cover_fused_weights_exactly():
         ("encoder.layers.0.feed_forward.w_2.weight", "mlp"),
         ("decoder.layers.0.attention.fc_out.weight", "attention_output"),
         ("decoder.fc_out.weight", "head"),
+        ("encoder.layer_stack.0.slf_attn.w_qs.weight", "query"),
+        ("to_logits.weight", "head"),
+        ("output_layer.weight", "head"),
+        ("token_embedding_table.weight", "embedding"),
         ("blocks.0.ffwd.net.0.weight", "mlp"),
         ("blocks.0.sa.proj.weight", "attention_output"),
         ("encoder.x_layers.0.lang_self_att.output.dense.weight", "attention_output"),
@@ -407,3 +411,29 @@ def test_kernels_named_embed_are_convolutions_unless_they_embed_patches():
 def test_other_low_rank_adapters_are_lora(factor):
     name = f"base_model.model.layers.0.self_attn.q_proj.{factor}"
     assert roles({name: (8, 64)}.items()) == {name: ("lora",)}
+    assert roles({name: (1, 64)}.items()) == {name: ("vector",)}
+
+
+def test_the_last_layer_of_a_classifier_is_the_head():
+    model = nn.Module()
+    model.classifier = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    model.lm_heads = nn.ModuleList(nn.Linear(16, 32) for _ in range(2))
+    model.pre_classifier = nn.Linear(16, 16)
+    matrices = {name: role for name, (role,) in roles(model).items() if name.endswith("weight")}
+    assert matrices == {
+        "classifier.0.weight": "linear",
+        "classifier.2.weight": "linear",
+        "classifier.4.weight": "head",
+        "lm_heads.0.weight": "head",
+        "lm_heads.1.weight": "head",
+        "pre_classifier.weight": "linear",
+    }
+
+
+def test_stacks_of_experts_with_short_names():
+    shapes = {"tok_embeddings.weight": (64, 32)}
+    names = [f"layers.0.feed_forward.experts.{word}" for word in ("w1", "w2", "w3")]
+    found = lm.classify((shapes | dict(zip(names, [(4, 32, 64), (4, 64, 32), (4, 32, 64)], strict=True))).items())
+    assert [found[name] for name in names] == [(Part("mlp", output_dim=-1),)] * 3
+    found = lm.classify((shapes | dict(zip(names, [(4, 64, 32), (4, 32, 64), (4, 64, 32)], strict=True))).items())
+    assert [found[name] for name in names] == [(Part("mlp"),)] * 3

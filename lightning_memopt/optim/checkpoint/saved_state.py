@@ -14,6 +14,7 @@ from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.values import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
+from lightning_memopt.plans.roles import ROLES
 from lightning_memopt.sharding.tensors import full_tensor
 
 Blocks = tuple[Block, ...]
@@ -156,12 +157,16 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
     known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
     leftover = sorted(set(saved) - known)
     if leftover:
+        roles = sorted({key.partition(".")[0] for key in leftover if "." in key} & set(ROLES))
         whole = bool(blocks[0].prefix) and not any("." in key for key in leftover)
         why = (
             f"this weight is split into {', '.join(block.role for block in blocks)} here, and was whole where it was "
             "saved: by an earlier version, or without `bind(model)`. Load the weights without the optimizer's state, "
             "or keep it whole with `register_naming_scheme`."
             if whole
+            else f"this weight was split into {' and '.join(roles)} where it was saved, and is whole here "
+            f"({blocks[0].why}): call `optimizer.bind(model)` before loading."
+            if roles and not blocks[0].prefix
             else "it was saved for another model or recipe."
         )
         raise ValueError(f"The state of {name!r} in the state dict has unknown keys {leftover}: {why}")

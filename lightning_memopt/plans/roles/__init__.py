@@ -2,7 +2,7 @@
 
 from lightning_memopt.plans.roles.deciding import classify, names_without_role
 from lightning_memopt.plans.roles.names import canonical_names
-from lightning_memopt.plans.roles.part import ROLES, Part
+from lightning_memopt.plans.roles.part import ROLES, Part, unsplit
 from lightning_memopt.plans.roles.schemes import NAMING_SCHEMES, NamingScheme, Rule, register_naming_scheme
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "classify",
     "names_without_role",
     "register_naming_scheme",
+    "unsplit",
 ]

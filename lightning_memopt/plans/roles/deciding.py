@@ -80,7 +80,7 @@ def _parts(
     at = place(name)
     convolution = _is_convolution(at, shape, facts)
     flatten = convolution and len(shape) == 3
-    if at.adapter:
+    if at.adapter and sum(size > 1 for size in shape) > 1:
         return (Part("lora", flatten=flatten, why=f"word {at.adapter}"),)
     numbers = _numbers(shape, facts, head_dim)
     bare = ".".join(at.path)
@@ -93,9 +93,14 @@ def _parts(
         if decided is not None:
             return (Part(decided[0], flatten=flatten and decided[0] != "vector", why=decided[1]),)
         if at.container not in ("linear", "router"):
-            found = first_fit(FUSED, bare, shape, facts.modules, numbers, f"word {at.word}")
+            # Equal parts are a guess, which the numbers of a model replace. GPT-2's columns are no guess.
+            told = {"heads", "kv_heads", "head_dim"} <= numbers.keys()
+            rules = [rule for rule in FUSED if not (told and rule.sizes is None and rule.fused_dim == 0)]
+            found = first_fit(rules, bare, shape, facts.modules, numbers, f"word {at.word}")
     if isinstance(found, tuple):
         return found
+    if role == "head" and at.numbered and view.is_followed(name):
+        role = ""  # only the last layer of a classifier is the head
     if found is not None or not role:
         linear = facts.sort in ("linear", "transposed") and len(shape) == 2
         role, why = ("linear", f"module {facts.module}") if linear else ("other", f"unknown word {at.word}")

@@ -20,7 +20,11 @@ TOKENS = (
     "tok_emb",
 )
 # Weights of experts in one stack: before the activation → after it.
-EXPERTS = {"gate_up_proj": "down_proj", "fc1": "fc2", "up_proj": "down_proj", "gate_proj": "down_proj"}
+EXPERTS = {
+    **dict.fromkeys(("gate_up_proj", "up_proj", "gate_proj"), "down_proj"),
+    **dict.fromkeys(("w1", "w3"), "w2"),
+    "fc1": "fc2",
+}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -53,6 +57,16 @@ class Outlook:
             return -1
         return -1 if len(shape) == 3 and self._inputs_first(name, at.word, shape) else -2
 
+    def is_followed(self, name: str) -> bool:
+        """Return whether the output of a layer in a sequence, such as ``head.0``, is the input of a later one."""
+        before, number, after = _numbered(name)
+        later = (
+            shape
+            for other, shape in self.shapes.items()
+            if other.startswith(before) and _numbered(other)[::2] == (before, after) and _numbered(other)[1] > number
+        )
+        return any(len(shape) == 2 and shape[1] == self.shapes[name][0] for shape in later)
+
     def _inputs_first(self, name: str, word: str, shape: tuple[int, ...]) -> bool:
         """Return whether the experts in a stack are ``[inputs, outputs]``, as those of gpt-oss and Llama 4 are."""
         first = [word] if word in EXPERTS else [up for up, down in EXPERTS.items() if down == word]
@@ -70,6 +84,15 @@ class Outlook:
         head, _, tail = name.rpartition(word)
         shape = self.shapes.get(head + other + tail)
         return shape if shape is not None and len(shape) == 3 else None
+
+
+def _numbered(name: str) -> tuple[str, int, str]:
+    """Return a name before, in and after its last number; the number is -1 if there is none."""
+    segments = name.split(".")
+    places = [place for place, segment in enumerate(segments) if segment.isdigit()]
+    if not places:
+        return name, -1, ""
+    return ".".join(segments[: places[-1]]), int(segments[places[-1]]), ".".join(segments[places[-1] + 1 :])
 
 
 def outlook(shapes: Shapes) -> Outlook:

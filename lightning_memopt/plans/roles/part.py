@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_memopt.sharding.slot import Slot
 
@@ -43,3 +44,8 @@ class Part:
     head_dim: int | None = None
     flatten: bool = False
     why: str = field(default="", compare=False)
+
+
+def unsplit(part: Any) -> bool:
+    """Return whether a part, or a block, is a fused weight whose roles are not known, as its ``why`` says."""
+    return bool(part.why.startswith("not split"))

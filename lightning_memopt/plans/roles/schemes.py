@@ -122,6 +122,10 @@ class NamingScheme:
     rules: tuple[Rule, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, tuple | list) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise TypeError(f"In naming scheme {self.name!r}: `rules` must be a tuple of `Rule`, got {self.rules!r}.")
+        if not self.rules:
+            raise ValueError(f"In naming scheme {self.name!r}: there are no rules.")
         for rule in self.rules:
             _check(rule, f"In naming scheme {self.name!r}: ")
 
@@ -141,9 +145,16 @@ NAMING_SCHEMES: Registry[NamingScheme] = Registry("naming scheme")
 def register_naming_scheme(scheme: NamingScheme) -> NamingScheme:
     """Add a model family. For every model, its rules then take precedence over the built-in words.
 
+    Registering an equal scheme again changes nothing.
+
     Raises:
-        ValueError: If the name is taken.
+        TypeError: If it is no scheme.
+        ValueError: If another scheme has the name.
     """
+    if not isinstance(scheme, NamingScheme):
+        raise TypeError(f"`scheme` must be a `NamingScheme`, got {scheme!r}.")
+    if scheme.name in NAMING_SCHEMES and NAMING_SCHEMES.get(scheme.name) == scheme:
+        return scheme
     return NAMING_SCHEMES.register(scheme.name)(scheme)
 
 
@@ -221,6 +232,8 @@ def _check(rule: Rule, where: str) -> None:
         raise ValueError(f"{where}{pattern!r} is not a regular expression: {error}.") from error
     if isinstance(rule.roles, str):
         raise TypeError(f"{where}the rule {rule.pattern!r} has the roles {rule.roles!r}: give a tuple of roles.")
+    if len(set(rule.roles)) < len(rule.roles):
+        raise ValueError(f"{where}the rule {rule.pattern!r} has a role twice: {rule.roles}. State is kept by role.")
     if rule.output_dim not in (-2, -1) or rule.fused_dim not in (None, 0, 1, -2, -1):
         raise ValueError(
             f"{where}the rule {rule.pattern!r} has `output_dim` {rule.output_dim} and `fused_dim` {rule.fused_dim}: "

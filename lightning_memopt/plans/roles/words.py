@@ -23,6 +23,7 @@ ANYWHERE = _table(
     " patch_embed.proj patch_embedder.proj patch_embed.projection patch_embeddings.proj patch_embeddings.projection"
     " embeddings.projection pos_embed.proj vision_embed_tokens rel_embeddings"
     " query_position_embeddings relative_attention_bias relative_position_bias_table attention_biases embedding_table"
+    " token_embedding_table position_embedding_table"
     " cls_token mask_token distillation_token rel_pos_h rel_pos_w latents projector.query multi_modal_projector.query",
     query="q_proj query wq to_q q_lin query_proj q_b_proj wq_b q_attn c_q add_q_proj q_proj_weight linear_q q_linear"
     " q_up_proj projection_query",
@@ -41,9 +42,9 @@ ANYWHERE = _table(
 )
 INSIDE: Mapping[str, Mapping[str, str]] = {
     "attention": _table(
-        query="q Wq W_q to_query q_head receptance",
-        key="k Wk W_k to_key k_head",
-        value="v Wv W_v to_value v_head",
+        query="q Wq W_q w_qs to_query q_head receptance",
+        key="k Wk W_k w_ks to_key k_head",
+        value="v Wv W_v w_vs to_value v_head",
         attention_output="out_proj out dense wo Wo w_o W_o o proj linear_proj fc_out c_proj output output_proj"
         " projection_layer projection linear_out"
         " post post_proj attention_out final",
@@ -56,8 +57,11 @@ INSIDE: Mapping[str, Mapping[str, str]] = {
     ),
 }
 # Heads, unless in a numbered layer or at the end of an encoder.
-ON_TOP = _table(head="output out fc fc_out ff_out decoder_pred output_projection head.fc classifier.out_proj")
-_HEAD = re.compile(r"^(\w+_)?(head|classifier)$")
+ON_TOP = _table(
+    head="output out fc fc_out ff_out decoder_pred output_projection output_layer to_logits logits_proj head.fc"
+    " classifier.out_proj classifier.linear_out classification_head.out_proj"
+)
+_HEAD = re.compile(r"^(?!pre_)(\w+_)?(head|classifier)$")
 # With what it is for: of positions, of one of several inputs. `relative_k_proj` projects no keys.
 _PREFIXED = re.compile(
     r"^(?!(?:.*_)?rel)(?:.*_)?(query|key|value|q|k|v)(?:_content|_pos|_pos_sine|_global)?(?:_proj)?$"
