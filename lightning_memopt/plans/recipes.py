@@ -21,7 +21,7 @@ PLANS: Registry[Plan] = Registry("recipe")
 
 _ADAM = Recipe("dense", "dense")
 _FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
-# Rank of the momentum of adapters, whose short side is their own rank: as good as more in docs/benchmarks/lora.md.
+# Momentum of adapters, whose short side is their own rank. Rank 4 is hardly better (docs/benchmarks/lora.md).
 _LORA_RANK = 2
 # A linear layer is one whatever its part: what the papers do to those of a transformer, they do to all.
 _LINEAR = ("query", "key", "value", "attention_output", "mlp", "head", "linear")
