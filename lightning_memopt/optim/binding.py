@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -276,7 +276,8 @@ class Binding:
         if twice:
             raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a unique name.")
         undecided = not self.bound and any(unsplit(part) for parts in self.parts.values() for part in parts)
-        self._check_overrides(known, final=not undecided)
+        for plan in self._all_plans():
+            plan.check_overrides(known, final=not undecided)
         return blocks
 
     def settle(self, optimizer: Optimizer) -> None:
@@ -285,11 +286,12 @@ class Binding:
         Raises:
             ValueError: If there are any. The message says what could have matched.
         """
-        self._check_overrides([(block.name, block.role, block.recipe) for *_, block in self.entries(optimizer)])
+        known = [(block.name, block.role) for *_, block in self.entries(optimizer)]
+        for plan in self._all_plans():
+            plan.check_matches(known)
 
-    def _check_overrides(self, known: list[tuple[str, str, Recipe]], *, final: bool = True) -> None:
-        for plan in {id(plan): plan for plan in self.plans.values()}.values():
-            plan.check_overrides(known, final=final)
+    def _all_plans(self) -> Iterable[Plan]:
+        return {id(plan): plan for plan in self.plans.values()}.values()
 
     def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:
         full_name = f"{name}:{part.role}" if fused else name

@@ -154,30 +154,45 @@ class Plan:
         wanted = {axis: change[axis] for axis in AXES if change.get(axis) not in (None, getattr(recipe, axis).name)}
         return {axis: kind if isinstance(kind, Kind) else self._elsewhere(axis, kind) for axis, kind in wanted.items()}
 
+    def check_matches(self, blocks: Iterable[tuple[str, str]], *, final: bool = True) -> None:
+        """Refuse overrides that match no block.
+
+        Args:
+            blocks: Name and role of every block.
+            final: Whether no more roles can become known. Otherwise a role that no block has is not refused.
+
+        Raises:
+            ValueError: The message names the pattern and what it could have matched.
+        """
+        blocks = list(blocks)
+        for pattern in self.overrides:
+            if any(applies(pattern, *block) for block in blocks) or (pattern in ROLES and not final):
+                continue
+            names = [name for name, _ in blocks]
+            raise ValueError(
+                f"The override {pattern!r} matches nothing.{_meant(pattern)} Roles here: "
+                f"{', '.join(sorted({role for _, role in blocks}))}; blocks: "
+                f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
+                "Patterns are matched against the whole name: start with '*' to match the end of it."
+            )
+
     def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]], *, final: bool = True) -> None:
         """Refuse overrides that change nothing.
 
         Args:
             blocks: Name, role and final recipe of every block.
-            final: Whether no more roles can become known. Otherwise a role that no block has is not refused.
+            final: As for :meth:`check_matches`.
 
         Raises:
-            ValueError: The message names the pattern and what it could have matched, or the option that no block has.
+            ValueError: As for :meth:`check_matches`. Also if no block has what an override sets.
         """
         blocks = list(blocks)
+        self.check_matches([block[:2] for block in blocks], final=final)
         for pattern, change in self.overrides.items():
             found = [block for block in blocks if applies(pattern, *block[:2])]
-            matched = [recipe for *_, recipe in found]
-            if not found and pattern in ROLES and not final:
-                continue
             if not found:
-                names = [name for name, _, _ in blocks]
-                raise ValueError(
-                    f"The override {pattern!r} matches nothing.{_meant(pattern)} Roles here: "
-                    f"{', '.join(sorted({role for _, role, _ in blocks}))}; blocks: "
-                    f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
-                    "Patterns are matched against the whole name: start with '*' to match the end of it."
-                )
+                continue
+            matched = [recipe for *_, recipe in found]
             for axis in AXES:
                 wanted = _wanted(change, axis)
                 if wanted is not None and not any(getattr(recipe, axis).name == wanted for recipe in matched):

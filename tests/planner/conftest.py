@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _clean(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # of the terminal that started the tests
     keep_parsers(monkeypatch, "fit")
     yield
     cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
