@@ -30,8 +30,7 @@ ParamsT = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, A
 class MemOpt(torch.optim.Optimizer):
     """Optimizer with compressed state: every role has a momentum kind × a second-moment kind.
 
-    With U the direction of the momentum kind, D the denominator of the second-moment kind and c = ``max_update``, and
-    with the ``lr`` and ``weight_decay`` of the group unless ``overrides`` change them::
+    With U the direction of the momentum kind, D the denominator of the second-moment kind and c = ``max_update``::
 
         W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
@@ -46,9 +45,8 @@ class MemOpt(torch.optim.Optimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         rank: Rank of compressed momentum: an integer, or a fraction of each block's short side.
-        overrides: Changes by role or pattern: ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``.
-            Also of rates: ``{"embedding": {"lr_multiplier": 10}, "vector": {"weight_decay": 0}}``. A multiplier (above
-            0) applies to the group's current ``lr``; a weight decay replaces the group's (``docs/groups.md``).
+        overrides: Changes by role or pattern: ``{"value": {"momentum": "dense"}, "*.layers.0.*": {"rank": 16}}``, also
+            of the group's rates: ``{"embedding": {"lr_multiplier": 10}, "vector": {"weight_decay": 0}}``.
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
@@ -200,8 +198,7 @@ class MemOpt(torch.optim.Optimizer):
         sharded, all ranks call this together. It first checks that they request the same changes.
 
         Args:
-            changes: Block name, role or pattern, as in ``overrides`` → a :class:`Recipe`, or a mapping such as
-                ``{"momentum": "low_rank", "rank": 7}``.
+            changes: Block name, role or pattern → a :class:`Recipe`, or ``{"momentum": "low_rank", "rank": 7}``.
             dropped: What happens to momentum that the new state cannot hold. ``release`` moves the weights now, as
                 the coming steps would have: by lr · β₁/(1−β₁) · ΔM / D. ``discard`` drops it.
 
@@ -230,10 +227,7 @@ class MemOpt(torch.optim.Optimizer):
         return snapshot_of(self, self._binding, self.skipped)
 
     def plan_table(self) -> str:
-        """Return a table of all blocks: name, role, shape, kinds, rank, bound, bytes, bytes under AdamW.
-
-        If rates of a block differ from those of its group, they are a column, too.
-        """
+        """Return a table of all blocks: name, role, shape, kinds, rates, bound, bytes, bytes under AdamW."""
         return self.snapshot().table()
 
     def __repr__(self) -> str:
@@ -301,8 +295,5 @@ class MemOpt(torch.optim.Optimizer):
         return load.prepare_load(self, self._binding, state_dict, share=share, ordered=ordered, hooks=hooks)
 
     def allocate_state_dict(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a state dict like ``saved``, with zeros that a reader of sharded checkpoints fills.
-
-        Only global shapes and dtypes of ``saved`` are used. It has this optimizer's order.
-        """
+        """Return zeros with the shapes and dtypes of ``saved``, in this optimizer's order, for a reader to fill."""
         return load.allocate_state_dict(self, self._binding, saved)
