@@ -157,20 +157,26 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
     known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
     leftover = sorted(set(saved) - known)
     if leftover:
-        roles = sorted({key.partition(".")[0] for key in leftover if "." in key} & set(ROLES))
-        whole = bool(blocks[0].prefix) and not any("." in key for key in leftover)
-        why = (
+        why = _why_left_over(blocks, leftover)
+        raise ValueError(f"The state of {name!r} in the state dict has unknown keys {leftover}: {why}")
+    return adapted, saved
+
+
+def _why_left_over(blocks: Blocks, keys: Sequence[str]) -> str:
+    """Return why saved state has keys that fit no block: a weight may be split on one side only."""
+    roles = sorted({key.partition(".")[0] for key in keys if "." in key} & set(ROLES))
+    if roles and not blocks[0].prefix:
+        return (
+            f"this weight was split into {' and '.join(roles)} where it was saved, and is whole here "
+            f"({blocks[0].why}): call `optimizer.bind(model)` before loading."
+        )
+    if blocks[0].prefix and not any("." in key for key in keys):
+        return (
             f"this weight is split into {', '.join(block.role for block in blocks)} here, and was whole where it was "
             "saved: by an earlier version, or without `bind(model)`. Load the weights without the optimizer's state, "
             "or keep it whole with `register_naming_scheme`."
-            if whole
-            else f"this weight was split into {' and '.join(roles)} where it was saved, and is whole here "
-            f"({blocks[0].why}): call `optimizer.bind(model)` before loading."
-            if roles and not blocks[0].prefix
-            else "it was saved for another model or recipe."
         )
-        raise ValueError(f"The state of {name!r} in the state dict has unknown keys {leftover}: {why}")
-    return adapted, saved
+    return "it was saved for another model or recipe."
 
 
 def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[str, Tensor]:
