@@ -60,7 +60,7 @@ class Block:
     itemsize: int
     plan: Plan
     why: str = field(default="", compare=False)
-    rates: BlockRates = BlockRates()  # a default for what an earlier version has pickled, too
+    rates: BlockRates = BlockRates()
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
