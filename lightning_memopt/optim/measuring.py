@@ -252,17 +252,15 @@ def _blocks(
         second_moment = "factored"
     size, count = param.element_size(), len(parts)
     for position, part in enumerate(parts):
-        shape = list(param.shape)
-        if part.slot is not None:
-            shape[part.slot.dim] = part.slot.count(shape[part.slot.dim])
+        shape = tuple(param.shape) if part.slot is None else part.slot.shape_in(param.shape)
         yield BlockFacts(
             name=f"{name}:{part.role}" if count > 1 else name,
             role=part.role,
-            shape=tuple(shape),
+            shape=shape,
             split="" if part.slot is None else part.slot.text(len(shape)),
             why=part.why,
             head_dim=part.head_dim,
-            full_rank=min(as_matrix(tuple(shape), part.flatten)[-2:]),
+            full_rank=min(as_matrix(shape, part.flatten)[-2:]),
             momentum=momentum,
             rank=None,
             second_moment=second_moment,

@@ -60,12 +60,11 @@ class RoleTable:
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name_, (_, param) in zip(canonical_names(name for name, _ in named), named, strict=True):
             for part in parts[name_]:
-                shape, split = list(param.shape), ""
+                shape, split = tuple(param.shape), ""
                 if part.slot is not None:
-                    shape[part.slot.dim] = part.slot.count(shape[part.slot.dim])
-                    split = part.slot.text(len(shape))
+                    shape, split = part.slot.shape_in(shape), part.slot.text(len(shape))
                 full = f"{name_}:{part.role}" if part.slot is not None else name_
-                facts = part.role, tuple(shape), split, part.head_dim, part.why
+                facts = part.role, shape, split, part.head_dim, part.why
                 groups.setdefault((_pattern(full), *facts), []).append(full)
         return RoleTable(name, tuple(RoleRow(_common(names), len(names), *key[1:]) for key, names in groups.items()))
 

@@ -110,11 +110,9 @@ class Layout:
                 "The device 'mps' does not support float64, which factoring small matrices needs: train on the CPU, "
                 "for example with Trainer(accelerator='cpu')."
             )
-        shape = list(param.shape)
-        if slot is not None:
-            shape[slot.dim] = slot.count(shape[slot.dim])
+        shape = tuple(param.shape) if slot is None else slot.shape_in(param.shape)
         dtype = arithmetic_dtype(param)
-        matrix = as_matrix(tuple(shape), flatten)
+        matrix = as_matrix(shape, flatten)
         mesh, local, offset, straddles = None, matrix, (0,) * len(matrix), False
         local_slots: tuple[Slot, ...] = () if slot is None else (slot,)
         placements: tuple[Any, ...] = ()
@@ -134,7 +132,7 @@ class Layout:
                     (0, *start) if len(shape) == 1 else tuple(start if len(shape) == len(matrix) else (start[0], 0))
                 )
         layout = Layout(
-            shape=tuple(shape),
+            shape=shape,
             matrix=matrix,
             dtype=dtype,
             state_dtype=state_dtype or dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +38,12 @@ class Slot:
             return min(max(0, size - self.start), self.length)
         periods, rest = divmod(size, self.period)
         return periods * self.length + min(max(0, rest - self.start), self.length)
+
+    def shape_in(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of these entries of a parameter."""
+        found = list(shape)
+        found[self.dim] = self.count(found[self.dim])
+        return tuple(found)
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return these entries of a tensor as a view. Runs have a dimension of their own, before that of entries."""

@@ -191,8 +191,7 @@ def with_heads(part: Part, shape: tuple[int, ...], numbers: Numbers, size: int |
 def outputs(part: Part, shape: tuple[int, ...]) -> int:
     """Return the number of outputs of a part."""
     if part.slot is not None:
-        period = part.slot.period
-        return part.slot.length * (shape[part.slot.dim] // period if period else 1)
+        return part.slot.count(shape[part.slot.dim])
     matrix = (shape[0], math.prod(shape[1:])) if part.flatten or len(shape) > 3 else shape
     return matrix[part.output_dim]
 
