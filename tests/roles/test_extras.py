@@ -24,6 +24,13 @@ patch_embed.proj.weight              embedding
 *.mlp.fc{1,2}.weight                 mlp
 head{,.fc}.weight                    head
 """
+CONVNEXT = (
+    """
+    stem.0.weight                                                   convolution or embedding
+    *.{downsample.1,conv_dw}.weight                                 convolution
+    """
+    + TIMM_BLOCK
+)
 TIMM_VIT = (
     TIMM_BLOCK
     + """
@@ -222,11 +229,7 @@ PLAIN = [
         "timm_convnext",
         "convnext",
         "ConvNeXt",
-        """
-        stem.0.weight                                               convolution or embedding
-        *.{downsample.1,conv_dw}.weight                             convolution
-        """
-        + TIMM_BLOCK,
+        CONVNEXT,
         64,
         depths=(1, 1, 1, 1),
         dims=(8, 16, 16, 16),
@@ -236,11 +239,7 @@ PLAIN = [
         "timm_convnext_1x1",
         "convnext",
         "ConvNeXt",
-        """
-        stem.0.weight                                               convolution or embedding
-        *.{downsample.1,conv_dw}.weight                             convolution
-        """
-        + TIMM_BLOCK,
+        CONVNEXT,
         64,
         depths=(1, 1, 1, 1),
         dims=(8, 16, 16, 16),
