@@ -21,7 +21,7 @@ parsed = functools.cache(lambda path: ast.parse(path.read_text()))
 # Whoever lives on a floor imports from the floors below it, and never from a neighbour.
 FLOORS: list[set[str]] = [
     {"_registry"},
-    {"memory", "sharding", "kernels"},
+    {"memory", "sharding", "kernels", "terminal"},
     {"kinds"},
     {"plans"},
     {"optim", "metrics"},
@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "triton": {"kernels"},
 }
 TRITON = "kernels.jit_"  # files that import it; all others do without
-ONLY_TORCH = {"_registry", "memory", "sharding", "kernels", "kinds", "plans", "optim", "planner"}
+ONLY_TORCH = {"_registry", "terminal", "memory", "sharding", "kernels", "kinds", "plans", "optim", "planner"}
 OPTIONAL = ("lightning", "pytorch_lightning", "torchmetrics", "omegaconf", "jsonargparse", "rich", "transformers")
 OPTIONAL += ("tokenizers", "tensorboard", "matplotlib", "yaml", "numpy", "triton")
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from torch import nn
 
@@ -17,8 +16,8 @@ from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.planning import Candidate
 from lightning_memopt.planner.skeletons import model_names
 from lightning_memopt.sharding.wrapping import Policy
+from lightning_memopt.terminal.parser import Parser
 
-EXPECTED = (ValueError, TypeError, OSError, ImportError, NotImplementedError, argparse.ArgumentError)
 EPILOG = (
     "With --config, further arguments are those of `lightning-memopt fit`, such as --model.init_args.hidden_size=512."
 )
@@ -43,14 +42,6 @@ class Configured:
     ranks: int | None = None
     wrap: Policy | None = None
     warning: str = ""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that prints errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print an error and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,20 +12,19 @@ from typing import Any
 from lightning_memopt.memory.sizes import format_bytes, parse_bytes
 from lightning_memopt.planner.arguments import (
     EPILOG,
-    EXPECTED,
     Configured,
-    Parser,
     add_model_arguments,
     parse,
     read_model,
 )
-from lightning_memopt.planner.console import console, table
 from lightning_memopt.planner.figure import sweep_figure
 from lightning_memopt.planner.memory_plan import COLUMNS, MemoryPlan, remaining
 from lightning_memopt.planner.planning import PRECISIONS, Candidate, candidates, plan_module
 from lightning_memopt.planner.role_table import RoleTable
 from lightning_memopt.planner.roles_command import print_roles
 from lightning_memopt.plans.recipes import recipe_names
+from lightning_memopt.terminal.parser import EXPECTED, Parser
+from lightning_memopt.terminal.tables import console, table
 
 MOST_RANKS = 64
 PICTURES = (".png", ".pdf", ".svg")

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from lightning_memopt.memory.sizes import format_share
 from lightning_memopt.planner.arguments import (
     EPILOG,
-    EXPECTED,
     Configured,
-    Parser,
     add_model_arguments,
     parse,
     read_model,
 )
-from lightning_memopt.planner.console import console, table
 from lightning_memopt.planner.role_table import RoleTable
+from lightning_memopt.terminal.parser import EXPECTED, Parser
+from lightning_memopt.terminal.tables import console, table
 
 COLUMNS = ("weights", "role", "decided by", "shape", "part", "head size", "parameters")
 
