@@ -8,28 +8,34 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import multiprocessing
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
+import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
+import tests._ranks  # noqa: F401  says what the server of new processes imports
 from lightning_memopt import AdaPMLean, MemOpt
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import checksum
 from lightning_memopt.strategy.files.directory import CHECKSUMS
 
@@ -277,13 +283,40 @@ def hostile(folder: Path, place: str, *, drop: bool) -> str:
 # ---------------------------------------------------------------------- several processes
 
 
-def forked(action: Callable[[], Any]) -> int:
+def in_new_process(
+    fault: Callable[..., Counter[str]], *args: Any, exchange: bool = True, **kwargs: Any
+) -> Counter[str]:
+    """Call one of the functions below in a process that can be forked safely.
+
+    A test's own process has run other tests: what these have left, such as threads, breaks in a copy of the process.
+
+    Args:
+        fault: One of the functions below.
+        *args: Its arguments.
+        exchange: Whether the system can exchange two names.
+        **kwargs: Its arguments.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(_with_names, exchange, fault, *args, **kwargs).result()
+
+
+def _with_names(exchange: bool, fault: Callable[..., Counter[str]], *args: Any, **kwargs: Any) -> Counter[str]:
+    torch.set_num_threads(1)
+    if not exchange:
+        atomic.exchange = lambda first, second: False
+    return fault(*args, **kwargs)
+
+
+def forked(action: Callable[[], Any], report: TextIO | None = None) -> int:
+    """Start a copy of this process that does something, and writes the error into a file if it fails."""
     child = os.fork()
     if child == 0:
         try:
             action()
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+        except BaseException:
+            if report is not None:
+                report.write(traceback.format_exc())
+                report.flush()
             os._exit(1)
         os._exit(0)
     return child
@@ -329,14 +362,13 @@ def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) ->
     expected = {seed: save(path, seed, whole=whole) for seed in (1, 2, 3)}
     found: Counter[str] = Counter()
     for _ in range(count):
-        with saving_again_and_again(path, (1,), whole=whole):
-            survivor = forked(lambda: [save(path, seed, whole=whole) for seed in (2, 3) * 3])
-            time.sleep(rng.random() * 0.1)
-        _, status = os.waitpid(survivor, 0)
-        if status:
-            found["THE OTHER WRITER FAILED"] += 1
-            continue
-        found[one_save(path, expected)] += 1
+        with tempfile.TemporaryFile("w+") as report:
+            with saving_again_and_again(path, (1,), whole=whole):
+                survivor = forked(lambda: [save(path, seed, whole=whole) for seed in (2, 3) * 3], report)
+                time.sleep(rng.random() * 0.1)
+            _, status = os.waitpid(survivor, 0)
+            report.seek(0)
+            found[f"THE OTHER WRITER FAILED ({status}): {report.read()}" if status else one_save(path, expected)] += 1
     save(path, 1, whole=whole)
     if [entry.name for entry in folder.iterdir()] != ["last.ckpt"]:
         found["LEFTOVERS"] += 1

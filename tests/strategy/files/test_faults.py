@@ -22,7 +22,21 @@ from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.directory import CHECKSUMS
 from lightning_memopt.strategy.files.metadata import parse_metadata
 from tests.strategy.files import _faults
-from tests.strategy.files._faults import GOOD, PLACES, WHOLE_PLACES, in_index, load, same, save, sums_renewed, training
+from tests.strategy.files._faults import (
+    GOOD,
+    PLACES,
+    WHOLE_PLACES,
+    full_disk,
+    in_index,
+    in_new_process,
+    load,
+    reading_beside_a_writer,
+    same,
+    save,
+    sums_renewed,
+    training,
+    two_writers,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -251,24 +265,24 @@ def test_a_good_index_is_read_as_torch_reads_it(tmp_path):
 
 @FORMATS
 def test_a_reader_beside_a_writer_reads_one_save(tmp_path, whole):
-    check(_faults.reading_beside_a_writer(tmp_path, 12, whole=whole), "loaded, the content is right")
+    check(in_new_process(reading_beside_a_writer, tmp_path, 12, whole=whole), "loaded, the content is right")
 
 
 @FORMATS
 def test_two_writers_leave_one_whole_save(tmp_path, whole):
-    check(_faults.two_writers(tmp_path, random.Random(2), 2, whole=whole), "loaded, the content is right")
+    check(in_new_process(two_writers, tmp_path, random.Random(2), 2, whole=whole), "loaded, the content is right")
 
 
 @FORMATS
-def test_two_writers_where_names_cannot_be_exchanged(tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
-    check(_faults.two_writers(tmp_path, random.Random(3), 1, whole=whole), "loaded, the content is right")
+def test_two_writers_where_names_cannot_be_exchanged(tmp_path, whole):
+    found = in_new_process(two_writers, tmp_path, random.Random(3), 1, whole=whole, exchange=False)
+    check(found, "loaded, the content is right")
 
 
 @FORMATS
 def test_a_full_disk_is_the_cause_that_is_named(tmp_path, whole):
     """At whatever byte: torch's writer raises an error of its own for some."""
-    check(_faults.full_disk(tmp_path, random.Random(4), 8, whole=whole), "refused by name")
+    check(in_new_process(full_disk, tmp_path, random.Random(4), 8, whole=whole), "refused by name")
 
 
 def left(path: Path, machine: str, process: int, age: float) -> Path:
