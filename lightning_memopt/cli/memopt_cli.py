@@ -1,110 +1,45 @@
-"""The command line: a LightningCLI that binds this package's optimizers to parameter names.
-
-``lightning-memopt fit --config config.yaml`` and ``python -m lightning_memopt fit --config config.yaml`` are the same.
-``lightning-memopt plan`` plans the memory of a run, see :mod:`lightning_memopt.planner.plan_command`;
-``lightning-memopt roles`` shows what a recipe knows of its weights, see :mod:`lightning_memopt.planner.roles_command`.
-"""
+"""A LightningCLI for this package's optimizers."""
 
 from __future__ import annotations
 
-import inspect
-import os
+import math
 import sys
-import warnings
-from argparse import SUPPRESS, Action
-from importlib import import_module
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, ReduceLROnPlateau
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 
-from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.planner import plan_command, roles_command
-from lightning_memopt.planner.arguments import Configured
-from lightning_memopt.planner.planning import Candidate
-from lightning_memopt.sharding.wrapping import resolve_policy
-
-try:
-    import jsonargparse
-    import omegaconf  # noqa: F401  the parser modes need it, and would fail only while reading a file
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    # The command line knows a class by its short name once its module is imported.
-    import lightning_memopt.strategy  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
-        'pip install "lightning-memopt[cli]"'
-    ) from error
-
-PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
-# Arguments of optimizers that do not affect the size of their state.
-RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
-
-
-class BindNames(Callback):
-    """Bind every ``MemOpt`` of the trainer to the names of the module's parameters, before a checkpoint is restored.
-
-    This covers optimizers from the command line and from the module's ``configure_optimizers``.
-    """
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bind the optimizers."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, MemOpt):
-                optimizer.bind(pl_module)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Save the config of a run beside its logs, under a unique name.
-
-    Lightning raises an error if ``config.yaml`` exists, or overwrites it. Without a logger, the directory is the
-    working directory, so the second ``fit`` would fail or replace the user's own file. This class saves to
-    ``config-v1.yaml`` instead, numbered as Lightning numbers checkpoints.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the file's name on rank 0 and save."""
-        if not (self.already_saved or self.overwrite) and trainer.log_dir is not None:
-            stem, suffix = os.path.splitext(self.config_filename)
-            name, version = self.config_filename, 0
-            while os.path.exists(os.path.join(trainer.log_dir, name)):
-                version += 1
-                name = f"{stem}-v{version}{suffix}"
-            self.config_filename = trainer.strategy.broadcast(name)
-        super().setup(trainer, pl_module, stage)
-
-
-class _SetParserMode(Action):
-    """The ``--parser_mode`` option. It takes effect immediately, so it must precede the files. It is not stored."""
-
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if values not in PARSER_MODES:
-            parser.error(f"{option_string} must be one of {', '.join(PARSER_MODES)}, got {values!r}.")
-        if namespace.get("config"):
-            parser.error(f"{option_string} {values} comes after a --config that was read without it; put it first.")
-        _set_parser_mode(getattr(parser, "parent_parser", parser), values)
-
-
-def _set_parser_mode(parser: Any, mode: str) -> None:
-    if mode == "omegaconf+":
-        # Otherwise ${data.seq_len} would have to be ${fit.data.seq_len}, and fit and validate could not share a file.
-        jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    parser.parser_mode = mode
+# The command line knows a class by its short name once its module is imported.
+import lightning_memopt.strategy  # noqa: F401
+from lightning_memopt._registry import unknown
+from lightning_memopt.cli.bind_names import BindNames
+from lightning_memopt.cli.class_paths import why_not
+from lightning_memopt.cli.commands import COMMANDS
+from lightning_memopt.cli.module_folders import search_folders_of, searched
+from lightning_memopt.cli.parser import RunParser
+from lightning_memopt.cli.parser_mode import PARSER_MODES, SetParserMode, set_parser_mode
+from lightning_memopt.cli.save_config import SaveConfig
+from lightning_memopt.optim.schedule import WarmupSchedule
 
 
 class MemOptCLI(LightningCLI):
     """LightningCLI for this package's optimizers.
 
-    It differs from LightningCLI in four ways. It binds this package's optimizers to the parameter names, whether they
-    come from ``--optimizer=lightning_memopt.AdaPM`` or from the module's ``configure_optimizers``. ``--parser_mode``
-    selects how files are read. A run never overwrites the config of another run. The error about a missing optimizer
-    names the option that adds one.
+    It differs from LightningCLI in these ways:
+
+    - It binds this package's optimizers to the parameter names, whether they come from
+      ``--optimizer=lightning_memopt.AdaPM`` or from the module's ``configure_optimizers``.
+    - A learning rate scheduler from the command line steps with the optimizer (``--scheduler_interval``), and a
+      :class:`~lightning_memopt.WarmupSchedule` takes its length from the trainer.
+    - Classes are also imported from the folder of a config and those above it, up to the top of its project.
+    - ``--parser_mode`` selects how files are read.
+    - A run never overwrites the config of another run.
+    - Errors are one line, and suggest what was meant.
 
     Parser modes: ``yaml`` (default) does not resolve interpolations. ``omegaconf`` resolves interpolations such as
     ``${data.init_args.seq_len}`` when a file is read, so an override on the command line changes this key, but not the
@@ -113,25 +48,39 @@ class MemOptCLI(LightningCLI):
     Args:
         *args: As in LightningCLI.
         parser_mode: The default of ``--parser_mode``.
+        scheduler_interval: The default of ``--scheduler_interval``.
         **kwargs: As in LightningCLI.
 
     Raises:
-        ValueError: If ``parser_mode`` is unknown.
+        ValueError: If ``parser_mode`` or ``scheduler_interval`` is unknown.
     """
 
-    def __init__(self, *args: Any, parser_mode: str = "yaml", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        parser_mode: str = "yaml",
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        **kwargs: Any,
+    ) -> None:
         if parser_mode not in PARSER_MODES:
             raise ValueError(f"`parser_mode` must be one of {', '.join(PARSER_MODES)}, got {parser_mode!r}.")
-        self._parser_mode = parser_mode
+        if scheduler_interval not in ("step", "epoch"):
+            raise ValueError(f"`scheduler_interval` must be 'step' or 'epoch', got {scheduler_interval!r}.")
+        self._parser_mode, self._scheduler_interval = parser_mode, scheduler_interval
         kwargs.setdefault("save_config_callback", SaveConfig)
+        kwargs.setdefault("parser_class", RunParser)
+        given = kwargs.get("parser_kwargs") or {}
+        described = {name: {"description": COMMANDS[name].does} for name in self.subcommands() if name in COMMANDS}
+        kwargs["parser_kwargs"] = given | {name: entry | given.get(name, {}) for name, entry in described.items()}
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser that knows ``--parser_mode``."""
+        kwargs.setdefault("description", "Train with optimizers that compress their state.")
         parser = super().init_parser(**kwargs)
         parser.add_argument(
             "--parser_mode",
-            action=_SetParserMode,
+            action=SetParserMode,
             metavar="{" + ",".join(PARSER_MODES) + "}",
             help="How to read the config files that follow. omegaconf: interpolations are resolved per file, overrides "
             f"are not followed; omegaconf+: overrides are followed (default: {self._parser_mode}).",
@@ -144,13 +93,64 @@ class MemOptCLI(LightningCLI):
         """Set up the parsers, with the default mode unless ``parser_kwargs`` set another."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         if "parser_mode" not in main_kwargs:
-            _set_parser_mode(self.parser, self._parser_mode)
+            set_parser_mode(self.parser, self._parser_mode)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--scheduler_interval`` to Lightning's own."""
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--scheduler_interval",
+            type=Literal["step", "epoch"],
+            default=self._scheduler_interval,
+            help="When the scheduler of `lr_scheduler` steps: after every optimizer step, or after every epoch. "
+            "ReduceLROnPlateau always steps when its metric is known.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments. Classes are also searched in the folders of the config files."""
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        search_folders_of(words)
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        trainer = (self.config[command] if command else self.config).get("trainer") or {}
+        if problem := _strategy_problem(trainer.get("strategy"), words):
+            parser.error(f"--trainer.strategy: {problem}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with a callback that binds optimizers at the start of fit."""
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, BindNames())  # type: ignore[attr-defined]
         return trainer
+
+    def configure_optimizers(  # type: ignore[override]
+        self,
+        lightning_module: LightningModule,
+        optimizer: Optimizer,
+        lr_scheduler: LRSchedulerTypeUnion | None = None,
+    ) -> Any:
+        """Return the optimizer and the scheduler of the command line.
+
+        Raises:
+            MisconfigurationException: If a schedule needs the length of training, and training has no end.
+        """
+        if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
+            return super().configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        interval = self._get(self.config, "scheduler_interval")
+        if isinstance(lr_scheduler, WarmupSchedule) and lr_scheduler.needs_total_steps:
+            if interval != "step":
+                raise MisconfigurationException(
+                    "WarmupSchedule counts optimizer steps: leave out --scheduler_interval=epoch, or give "
+                    "--lr_scheduler.total_steps in epochs."
+                )
+            steps = lightning_module.trainer.estimated_stepping_batches
+            if not math.isfinite(steps):
+                raise MisconfigurationException(
+                    f"Training has no end, so the {lr_scheduler.decay} decay of WarmupSchedule has no length. Set "
+                    "--trainer.max_steps or --trainer.max_epochs, or --lr_scheduler.total_steps, or "
+                    "--lr_scheduler.decay=constant."
+                )
+            lr_scheduler.total_steps = max(1, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}
 
     def before_fit(self) -> None:
         """Check that there is an optimizer."""
@@ -162,93 +162,12 @@ class MemOptCLI(LightningCLI):
             )
 
 
-class _ModelOnly(MemOptCLI):
-    """Read a config as ``fit`` does, and instantiate only the model, on the meta device."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return ``fit`` alone: setting up the parsers of the other commands takes most of the time."""
-        return {"fit": LightningCLI.subcommands()["fit"]}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, and do not seed random number generators."""
-        super().parse_arguments(parser, args)
-        self.config[self.config.subcommand].seed_everything = False
-
-    def instantiate_classes(self) -> None:
-        """Instantiate the model."""
-        command = str(self.subcommand)
-        given = self.config[command]
-        self.run = _settings_of(given.trainer)
-        part = jsonargparse.Namespace(subcommand=command)
-        part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
-        try:
-            with torch.device("meta"):
-                # Optimizers are created later, with parameters, but files in their arguments are read here.
-                made = self.parser.instantiate_classes(part)[command]
-                self.model, self.optimizer = made.model, made.optimizer
-                if is_overridden("configure_model", self.model):
-                    self.model.configure_model()
-        except Exception as error:
-            raise ValueError(
-                f"The model {given.model.get('class_path', '')} could not be created on the meta device "
-                f"({type(error).__name__}: {error}). If it needs weights, data or the trainer, which are not available "
-                "when a run is planned: load or request them in `setup`, not in `__init__` or `configure_model`."
-            ) from error
-        self.subcommand = None  # run no subcommand
-
-
-def _configured(args: list[str]) -> Configured:
-    """Return the settings of a run, given the arguments of ``lightning-memopt fit``."""
-    quiet = {"exit_on_error": False}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
-        cli = _ModelOnly(args=args, parser_kwargs={**quiet, "fit": quiet})
-    optimizer = cli.optimizer
-    if not optimizer:
-        return Configured(cli.model, None, **cli.run)
-    module, _, name = optimizer.class_path.rpartition(".")
-    cls = getattr(import_module(module), name)
-    if not issubclass(cls, MemOpt):
-        return Configured(cli.model, None, **cli.run)
-    options = optimizer.init_args.as_dict()
-    defaults = {key: entry.default for key, entry in inspect.signature(cls).parameters.items()}
-    shown = [
-        f"{key}={value.get('name', '…') if isinstance(value, dict) else value}"
-        for key, value in options.items()
-        if key == "recipe" or (key not in RATES and value != defaults.get(key))
-    ]
-    label = f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
-    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
-
-
-def _settings_of(trainer: Any) -> dict[str, Any]:
-    """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
-    devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
-    known = str(devices).isdigit() and int(devices) > 0
-    found: dict[str, Any] = {"precision": trainer.precision, "ranks": int(devices) * nodes if known else None}
-    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
-    options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
-    sharded = name in ("memopt_fsdp", "auto") or name.endswith(".MemOptFSDPStrategy")
-    if not sharded:
-        found["warning"] = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."
-    uncounted = [key for key in ("replicate_size", "tensor_parallel_size") if options.get(key, 1) != 1]
-    uncounted += ["cpu_offload"] if options.get("cpu_offload") else []
-    if uncounted:
-        what = ", ".join(uncounted)
-        found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
-    return {**found, "wrap": resolve_policy("wrap", options.get("wrap"))}
-
-
-def main() -> None:
-    """Run the command line. Modules in the working directory can be imported, as with ``python -m``."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    commands = {"plan": plan_command.main, "roles": roles_command.main}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        sys.exit(commands[sys.argv[1]](sys.argv[2:], _configured))
-    epilog = (
-        "lightning-memopt plan shows the memory that a run needs on every rank, and lightning-memopt roles the role of "
-        "every weight: see --help of each."
-    )
-    MemOptCLI(parser_kwargs={"prog": "lightning-memopt", "epilog": epilog})
+def _strategy_problem(strategy: object, args: Sequence[str]) -> str:
+    """Return what is wrong with the name of a strategy; empty if nothing is, or it is not a name."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if not isinstance(strategy, str) or strategy.lower() in known:
+        return ""
+    if "." in strategy and (why := why_not(strategy, searched(args))):
+        return why
+    said = unknown("strategy", strategy, known).partition(" Available:")[0]
+    return f"{said} Usual ones are auto, ddp, fsdp, memopt_fsdp and memopt_fsdp_offload."
