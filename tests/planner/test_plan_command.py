@@ -30,11 +30,11 @@ def test_the_command_sweeps(run):
     assert header.split()[-4:] == ["64", "ranks", "fits", "from"]
     line = next(line for line in out.splitlines() if line.split()[:1] == ["adafactor"])
     assert line.split()[-1] == "1"
-    code, out, _ = run(
-        "--model", "llama-60m", "--recipe", "adafactor", "--sweep", "--world-size", "100", "--json", "--plot", "x.png"
-    )
-    found = json.loads(out)
-    assert [plan["world_size"] for plan in found["plans"]] == [1, 2, 4, 8, 16, 32, 64, 100]
+    for most, sizes in ((5, [1, 2, 4, 5]), (8, [1, 2, 4, 8]), (100, [1, 2, 4, 8, 16, 32, 64, 100])):
+        args = ["--recipe", "adafactor", "--sweep", "--world-size", str(most), "--json", "--plot", "x.png"]
+        code, out, _ = run("--model", "llama-60m", *args)
+        found = json.loads(out)
+        assert [plan["world_size"] for plan in found["plans"]] == sizes
     assert found["plot"] == "x.png"
     assert Path("x.png").exists()
 
@@ -77,6 +77,38 @@ def test_the_command_says_when_nothing_fits(run):
     assert "fit" not in out
 
 
+def test_several_recipes_and_a_size_in_g(run):
+    code, out, _ = run("--model", "llama-60m", "--recipe", "adapm", "adafactor", "--gpu-memory", "1G", "--json")
+    plan = json.loads(out)
+    assert [row["recipe"] for row in plan["rows"]] == ["torch.optim.AdamW", "adapm", "adafactor"]
+    assert plan["gpu_memory"] == 2**30
+
+
+@pytest.mark.parametrize("args", [[], ["--sweep"]])
+def test_tables_fit_a_terminal_of_80_columns(run, monkeypatch, args):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("--model", "llama-7b", "--world-size", "64", "--gpu-memory", "24GiB", *args)
+    table = [line for line in out.splitlines() if "activations" not in line and not line.startswith("Shares")]
+    assert max(map(len, table)) <= 80
+    assert out.count("\n") < 70
+    assert "torch AdamW " in out
+    assert "adagrad_snsm " in out
+
+
+def test_roles_fit_a_terminal_of_80_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for model in ("gpt2", "mixtral-8x7b"):
+        _, out, _ = run("--model", model, command="roles")
+        *lines, _ = out.splitlines()
+        assert max(map(len, lines)) <= 80
+    assert "model.layers.*.mlp.gate.weight (32): word gate\n  router " in out
+
+
+def test_a_plan_prints_as_its_table():
+    plan = lm.plan_memory("llama-60m", "adapm")
+    assert str(plan) == plan.table()
+
+
 def test_json_is_all_there_is(run):
     code, out, err = run("--model", "llama-60m", "--json", "--world-size", "2", "--gpu-memory", "1GiB")
     assert (code, err) == (0, "")
@@ -95,6 +127,7 @@ def test_json_is_all_there_is(run):
         (["--model", "llama-60m", "--recipe", "x.yaml"], r"no recipe file 'x\.yaml'"),
         (["--model", "llama-60m", "--precision", "8"], "Unknown precision '8'"),
         (["--model", "llama-60m", "--lr", "8"], "unrecognized arguments: --lr 8. Settings of a run need --config"),
+        (["--model", "llama-60m", "--world_size", "8"], "arguments: --world_size 8. Did you mean --world-size?"),
         (["--model", "llama-60m", "--plot", "x.png"], "--plot draws a sweep: add --sweep"),
         (["--model", "llama-60m", "--sweep", "--plot", "no/x.png"], "--plot no/x.png: there is no folder 'no'"),
         ([], "one of the arguments --model --config is required"),
