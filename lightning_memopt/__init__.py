@@ -21,6 +21,7 @@ from lightning_memopt.optim.classes import (
 )
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.schedule import WarmupSchedule
 from lightning_memopt.optim.unknown_roles import RoleWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
 from lightning_memopt.plans.plan import Plan
@@ -81,6 +82,7 @@ __all__ = [
     "Rule",
     "SecondMoment",
     "Snapshot",
+    "WarmupSchedule",
     "classify",
     "full_state_dict",
     "grad_norm",

@@ -1,8 +1,8 @@
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -89,7 +89,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     keep_parsers(monkeypatch, "fit", "validate")
     yield
-    cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 
 
 def fit(*args, model=Tiny, command="fit", **kwargs):
@@ -162,12 +162,59 @@ def test_torch_optimizers_are_those_of_lightning():
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
-def test_lr_scheduler_drives_our_optimizer():
-    cli = fit(
-        "--optimizer=lightning_memopt.AdaPMLean", "--optimizer.lr=0.5", "--trainer.max_epochs=2",
-        "--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR", "--lr_scheduler.gamma=0.1",
-    )  # fmt: skip
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+LEAN = ["--optimizer=lightning_memopt.AdaPMLean", "--optimizer.lr=0.5", "--trainer.max_epochs=2"]
+DECAY = ["--lr_scheduler=torch.optim.lr_scheduler.ExponentialLR", "--lr_scheduler.gamma=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "steps"),
+    [
+        ([], {}, 8),
+        (["--trainer.accumulate_grad_batches=2"], {}, 4),
+        (["--scheduler_interval=epoch"], {}, 2),
+        ([], {"scheduler_interval": "epoch"}, 2),
+    ],
+)
+def test_a_scheduler_steps_with_the_optimizer_or_with_epochs(args, kwargs, steps):
+    cli = fit(*LEAN, *DECAY, *args, **kwargs)
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * 0.5**steps)
+
+
+def test_a_plateau_scheduler_is_lightnings():
+    cli = fit(*LEAN, "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss")
+    (config,) = cli.trainer.lr_scheduler_configs
+    assert (config.interval, config.monitor, config.reduce_on_plateau) == ("epoch", "val_loss", True)
+
+
+WARMUP = ["--lr_scheduler=lightning_memopt.WarmupSchedule", "--lr_scheduler.warmup_steps=1"]
+
+
+def test_a_warmup_takes_its_length_from_the_trainer_and_resumes(tmp_path):
+    cli = fit(*LEAN, *WARMUP, "--lr_scheduler.final=0")
+    (config,) = cli.trainer.lr_scheduler_configs
+    assert (config.interval, config.scheduler.total_steps) == ("step", 8)
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    cli.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    longer = fit(*LEAN, *WARMUP, "--lr_scheduler.final=0", "--trainer.max_epochs=4", f"--ckpt_path={tmp_path}/x.ckpt")
+    (config,) = longer.trainer.lr_scheduler_configs
+    assert (config.scheduler.last_epoch, config.scheduler.total_steps) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.max_epochs=-1"], "Training has no end, so the cosine decay of WarmupSchedule has no length"),
+        (["--scheduler_interval=epoch"], "WarmupSchedule counts optimizer steps: leave out --scheduler_interval=epoch"),
+    ],
+)
+def test_a_warmup_without_a_length(args, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(*LEAN, *WARMUP, *args)
+
+
+def test_an_unknown_interval_is_refused():
+    with pytest.raises(ValueError, match="`scheduler_interval` must be 'step' or 'epoch', got 'batch'"):
+        MemOptCLI(Tiny, scheduler_interval="batch")
 
 
 @pytest.mark.parametrize("form", ["optimizer", "dict", "lists"])
@@ -295,9 +342,10 @@ def test_parser_mode_errors(capsys):
 @pytest.mark.parametrize("missing", ["jsonargparse", "omegaconf", "lightning.pytorch"])
 def test_missing_requirements_name_the_extra(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    spec = importlib.util.spec_from_file_location("copy_of_cli", cli_module.__file__)
+    for module in [name for name in sys.modules if name.startswith("lightning_memopt.cli.")]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(ImportError, match=r'pip install "lightning-memopt\[cli\]"'):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        _ = cli_module.MemOptCLI
 
 
 def test_the_module_runs_and_finds_classes_of_the_working_directory(tmp_path):

@@ -9,8 +9,9 @@ import yaml
 pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("transformers")
 
+import jsonargparse
+
 import lightning_memopt as lm
-from lightning_memopt import cli as cli_module
 from lightning_memopt.cli import MemOptCLI
 from tests._commands import keep_parsers, run_python
 
@@ -31,7 +32,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     keep_parsers(monkeypatch, "fit")
     yield
-    cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 
 
 @pytest.fixture
@@ -262,19 +263,3 @@ def test_folders_that_cannot_be_used(tmp_path, texts):
 def test_settings_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"`{option}` must be .*{value}"):
         data(".", **{option: value})
-
-
-def test_warmup_then_cosine():
-    from examples.schedule import WarmupCosine
-
-    schedule = WarmupCosine(warmup_steps=4, final=0.1)
-    factors = [schedule.factor(step, 20) for step in range(21)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[12] == pytest.approx(0.55)
-    assert factors[20] == pytest.approx(0.1)
-    assert schedule.factor(100, 20) == pytest.approx(0.1)
-    assert schedule.factor(100, float("inf")) == 1.0
-    with pytest.raises(ValueError, match="`warmup_steps` must not be negative, got -1"):
-        WarmupCosine(-1)
-    with pytest.raises(ValueError, match="`final` must be between 0 and 1, got 2"):
-        WarmupCosine(final=2)

@@ -83,9 +83,9 @@ def test_two_hooks_do_not_ask_each_other(before_lightning):
 
 
 def test_short_names_and_submodules_are_there():
-    from lightning_memopt import cli
+    from lightning_memopt.cli import memopt_cli
 
-    assert cli.lightning_memopt.strategy is lm.strategy
+    assert memopt_cli.lightning_memopt.strategy is lm.strategy
     assert lm.strategy.MemOptFSDPStrategy is lm.MemOptFSDPStrategy
 
 

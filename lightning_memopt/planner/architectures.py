@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def find_model(model: str | os.PathLike[str] | nn.Module) -> tuple[str, nn.Modul
 def _from_config(path: Path) -> tuple[str, nn.Module]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"There is no model configuration {str(file)!r} (working directory: {os.getcwd()}).")
+        raise FileNotFoundError(
+            f"There is no model configuration {str(file)!r} (working directory: {os.getcwd()}).{_of_a_hub(path)}"
+        )
     try:
         import transformers
     except ImportError as error:
@@ -54,40 +57,78 @@ def _from_config(path: Path) -> tuple[str, nn.Module]:
         entries = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not JSON ({error}): give the config.json of a model.") from error
-    kind = entries.get("model_type") if isinstance(entries, dict) else None
-    library = f"transformers {transformers.__version__}"
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(entries, dict) or not isinstance(entries.get("model_type"), str):
         raise ValueError(
-            f"{str(file)!r} has the `model_type` {kind!r}, which {library} does not know: give the config.json of a "
-            "model whose code is in transformers, or plan for the module itself."
+            f"{str(file)!r} has no `model_type`, so it is not the config.json of a transformers model.{_of(entries)} "
+            "Give such a file, or plan for the module itself."
+        )
+    kind, library = entries["model_type"], f"transformers {transformers.__version__}"
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if kind not in known:
+        raise ValueError(
+            f"{str(file)!r} has the `model_type` {kind!r}, which {library} does not know.{_nearest(kind, known)} Give "
+            "the config.json of a model whose code is in transformers, or plan for the module itself."
         )
     try:
+        config = transformers.CONFIG_MAPPING[kind].from_dict(entries)
+        build = _architecture(config, file)
         with torch.device("meta"):
-            return name, _build(transformers.CONFIG_MAPPING[kind].from_dict(entries))
+            return name, build(config).float()
+    except _WrongArchitecture:
+        raise
     except Exception as error:
         raise ValueError(
             f"{library} cannot create a model from {str(file)!r} ({' '.join(str(error).split())}): correct the file."
         ) from error
 
 
-def _build(config: Any) -> nn.Module:
-    """Return the architecture that a configuration names, or else its causal language model or its base model.
+class _WrongArchitecture(ValueError):
+    """The configuration names a class that cannot be made from it."""
 
-    The model is in float32: the dtype in which a checkpoint was saved does not determine that of a run.
+
+def _architecture(config: Any, file: Path) -> Callable[[Any], nn.Module]:
+    """Return the class that a configuration names, or else its causal language model or its base model.
+
+    The model will be in float32: the dtype in which a checkpoint was saved does not determine that of a run.
     """
     import transformers
 
-    names = config.architectures or ()
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)(config).float()
-    language = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = transformers.AutoModelForCausalLM if language else transformers.AutoModel
-    model = auto.from_config(config).float()
-    if names:
-        warnings.warn(
-            f"transformers has no class {', '.join(names)}, which the configuration names as its architecture, so the "
-            f"plan is for {type(model).__name__}. For a model with custom code, plan for the module itself.",
-            stacklevel=2,
-        )
-    return model
+    names = config.architectures or []
+    if not names:
+        language = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        return (transformers.AutoModelForCausalLM if language else transformers.AutoModel).from_config
+    name = names if isinstance(names, str) else names[0]
+    found: Any = getattr(transformers, name, None)
+    if isinstance(getattr(found, "config_class", None), type) and isinstance(config, found.config_class):
+        return found
+    family = type(config).__name__.removesuffix("Config")
+    own = [each for each in dir(transformers) if each.startswith(family)]
+    what = "does not exist" if found is None else f"is no model with the `model_type` {config.model_type!r}"
+    raise _WrongArchitecture(
+        f"{str(file)!r} names the architecture {name!r}, which {what} in transformers.{_nearest(name, own)} Correct or "
+        "remove `architectures`. For a model with code of its own, plan for the module itself."
+    )
+
+
+def _of_a_hub(path: Path) -> str:
+    """Return the way out where a path looks like the name of a model on a hub."""
+    if len(path.parts) != 2 or path.is_absolute() or path.suffix == ".json":
+        return ""
+    built_in = path.name.lower() in model_names()
+    own = f" The built-in model is called {path.name.lower()!r}." if built_in else ""
+    return f" Names of a hub are not looked up: download the model's config.json and give its path.{own}"
+
+
+def _of(entries: Any) -> str:
+    """Return the `model_type` of the class that a configuration names, if it names one."""
+    import transformers
+
+    names = entries.get("architectures") if isinstance(entries, dict) else None
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    kind = getattr(getattr(found, "config_class", None), "model_type", None)
+    return f" That of {names[0]} is {kind!r}." if names and kind else ""
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -67,7 +68,10 @@ def parse(parser: Parser, args: Sequence[str]) -> tuple[argparse.Namespace, list
     """Return the options, and the arguments that are left for the run of a config."""
     options, others = parser.parse_known_args(args)
     if others and not options.config:
-        parser.error(f"unrecognized arguments: {' '.join(others)}. Settings of a run need --config.")
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(others[0].partition("=")[0], known, n=1, cutoff=0.75)
+        hint = f"Did you mean {close[0]}?" if close else "Settings of a run need --config."
+        parser.error(f"unrecognized arguments: {' '.join(others)}. {hint}")
     return options, others
 
 

@@ -130,6 +130,9 @@ class MemoryPlan:
         mark = [f"* {count} of {self.matrices} matrices have no known role and count as 'other'."] if count else []
         return "\n".join([*mark, *(f"{row.recipe}: {', '.join(row.rates)}." for row in self.rows if row.rates)])
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Return a plain-text table."""
         header = COLUMNS if self.gpu_memory is not None else COLUMNS[:-1]

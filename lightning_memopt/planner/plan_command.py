@@ -18,13 +18,13 @@ from lightning_memopt.planner.arguments import (
     read_model,
 )
 from lightning_memopt.planner.figure import sweep_figure
-from lightning_memopt.planner.memory_plan import COLUMNS, MemoryPlan, remaining
+from lightning_memopt.planner.memory_plan import ADAMW, COLUMNS, MemoryPlan, remaining
 from lightning_memopt.planner.planning import PRECISIONS, Candidate, candidates, plan_module
 from lightning_memopt.planner.role_table import RoleTable
 from lightning_memopt.planner.roles_command import print_roles
 from lightning_memopt.plans.recipes import recipe_names
 from lightning_memopt.terminal.parser import EXPECTED, Parser
-from lightning_memopt.terminal.tables import console, table
+from lightning_memopt.terminal.tables import WIDE, console, table
 
 MOST_RANKS = 64
 PICTURES = (".png", ".pdf", ".svg")
@@ -53,9 +53,8 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
         name, found = read_model(options, others, configured)
         optimizers = [found.optimizer, *optimizers] if found.optimizer is not None else optimizers
         options.precision = options.precision or found.precision
-        if options.world_size is None:
-            options.world_size = found.ranks or 1
-        plans = [_plan(options, name, found, optimizers, size) for size in _world_sizes(options)]
+        sizes = _world_sizes(options, found.ranks)
+        plans = [_plan(options, name, found, optimizers, size) for size in sizes]
         plot = _write_figure(options, plans) if options.sweep else None
         roles = RoleTable.of(name, found.module) if options.roles else None
     except EXPECTED as error:
@@ -88,14 +87,20 @@ def _parser() -> Parser:
     add_model_arguments(parser)
     parser.add_argument(
         "--recipe",
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="NAME|PATH",
-        help=f"{', '.join(recipe_names())}; or a recipe file. Several are compared; default: all.",
+        help=f"{', '.join(recipe_names())}; or recipe files. Several are compared; default: all.",
     )
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="Number of ranks (default: the devices of the config, or 1)."
     )
-    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="Memory of one device, for example 24GiB.")
+    parser.add_argument(
+        "--gpu-memory",
+        type=_size,
+        metavar="SIZE",
+        help="Memory of one device: 24GiB, or 24G, which is the same; 24GB is 24 x 10^9 bytes.",
+    )
     parser.add_argument(
         "--precision",
         metavar="{" + ",".join(PRECISIONS) + "}",
@@ -106,7 +111,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="Print JSON, sizes in bytes.")
     parser.add_argument(
-        "--sweep", action="store_true", help=f"Plan for 1, 2, 4 ... {MOST_RANKS} ranks, or --world-size, and plot it."
+        "--sweep",
+        action="store_true",
+        help=f"Plan for 1, 2, 4 ... ranks, up to --world-size (default: {MOST_RANKS}), and plot it.",
     )
     parser.add_argument("--plot", metavar="PATH", help="Where to write the picture (default: plan-<model>.png).")
     return parser
@@ -119,11 +126,12 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _world_sizes(options: argparse.Namespace) -> list[int]:
+def _world_sizes(options: argparse.Namespace, configured: int | None) -> list[int]:
     if not options.sweep:
-        return [options.world_size]
-    most = max(options.world_size, MOST_RANKS)
-    return sorted({*(1 << power for power in range(most.bit_length())), options.world_size})
+        return [configured or 1 if options.world_size is None else options.world_size]
+    most = max(configured or 1, MOST_RANKS) if options.world_size is None else options.world_size
+    # Without a single rank, the plan itself says what is wrong.
+    return sorted({*(1 << power for power in range(max(0, most).bit_length())), most})
 
 
 def _plan(
@@ -162,6 +170,13 @@ def _table(shown: Any, title: str, columns: Sequence[str]) -> Any:
     return table(shown, title, columns, numbers=columns[1:], breaks=_BREAKS)
 
 
+def _label(shown: Any, label: str) -> Any:
+    """Return the label of a row, of which a narrow terminal need not break the first."""
+    from rich.text import Text
+
+    return Text("torch AdamW" if label == ADAMW and shown.width < WIDE else label)
+
+
 def _print(plan: MemoryPlan, asked: list[str]) -> None:
     from rich.text import Text
 
@@ -171,7 +186,7 @@ def _print(plan: MemoryPlan, asked: list[str]) -> None:
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
         mark = Text(f"{cells[-1]} {fits}", "green") if row.fits else Text(f"{cells[-1]} {not_fits}", "red")
         left = [mark] if limited else []
-        found.add_row(*map(Text, cells[:-1]), *left)
+        found.add_row(_label(shown, cells[0]), *map(Text, cells[1:-1]), *left)
     shown.print(found)
     lines = [plan.note()]
     if limited:
@@ -225,7 +240,10 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
     for position in range(len(first.rows)):
         rows = [plan.rows[position] for plan in plans]
         colours = {None: "", True: "green", False: "red"}
-        cells = [Text(first.cells()[position][0]), *(Text(_gib(row.total_bytes), colours[row.fits]) for row in rows)]
+        cells = [
+            _label(shown, first.cells()[position][0]),
+            *(Text(_gib(row.total_bytes), colours[row.fits]) for row in rows),
+        ]
         if limited:
             enough = [plan.world_size for plan, row in zip(plans, rows, strict=True) if row.fits]
             cells.append(Text(str(enough[0]) if enough else "none"))

@@ -13,9 +13,9 @@ from lightning_memopt.planner.arguments import (
     parse,
     read_model,
 )
-from lightning_memopt.planner.role_table import RoleTable
+from lightning_memopt.planner.role_table import RoleRow, RoleTable
 from lightning_memopt.terminal.parser import EXPECTED, Parser
-from lightning_memopt.terminal.tables import console, table
+from lightning_memopt.terminal.tables import WIDE, console, table
 
 COLUMNS = ("weights", "role", "decided by", "shape", "part", "head size", "parameters")
 
@@ -48,18 +48,37 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     return 0
 
 
+def _cells(row: RoleRow) -> tuple[str, ...]:
+    times = f" ({row.count})" if row.count > 1 else ""
+    shape = "×".join(map(str, row.shape)) or "1"
+    head = "" if row.head_dim is None else str(row.head_dim)
+    return row.name + times, row.role, row.why, shape, row.split, head, f"{row.parameters:,}"
+
+
+def _two_lines_each(roles: RoleTable) -> list[str]:
+    """Return the rows with each name in a line of its own, because names take half of a narrow terminal."""
+    rows = [("weights", "role", "decided by", "shape", "part", "head", "parameters"), *map(_cells, roles.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, role, why, shape, part, head, size in rows:
+        facts = " ".join(map(str.ljust, (role, shape, part), (widths[1], *widths[3:5])))
+        lines += [f"{name}: {why}", f"  {facts} {head:>{widths[5]}} {size:>{widths[6]}}"]
+    return lines
+
+
 def print_roles(roles: RoleTable) -> None:
     """Print the table, and the share of all parameters that every role has."""
     from rich.text import Text
 
     shown = console()
     total = sum(row.parameters for row in roles.rows)
-    found = table(shown, f"{roles.model}: {total:,} parameters that train", COLUMNS, numbers=COLUMNS[-2:])
-    for row in roles.rows:
-        times = f" ({row.count})" if row.count > 1 else ""
-        shape = "×".join(map(str, row.shape)) or "1"
-        head = "" if row.head_dim is None else str(row.head_dim)
-        found.add_row(*map(Text, (row.name + times, row.role, row.why, shape, row.split, head, f"{row.parameters:,}")))
-    shown.print(found)
+    title = f"{roles.model}: {total:,} parameters that train"
+    if shown.width < WIDE:
+        shown.print("\n".join([title, "", *_two_lines_each(roles)]), markup=False, soft_wrap=True)
+    else:
+        found = table(shown, title, COLUMNS, numbers=COLUMNS[-2:])
+        for row in roles.rows:
+            found.add_row(*map(Text, _cells(row)))
+        shown.print(found)
     shares = ", ".join(f"{role} {format_share(share)}" for role, share in roles.shares().items())
     shown.print(f"Shares: {shares}.", markup=False, soft_wrap=True)

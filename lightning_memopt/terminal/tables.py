@@ -7,8 +7,10 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-# Width for a file or a pipe, which has none.
+# Width for a file or a pipe, which has none: nobody looks for a row in two lines. COLUMNS sets another.
 WIDTH = 160
+# From this width on, nothing has to be shortened.
+WIDE = 100
 
 
 def console() -> Any:
@@ -40,7 +42,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    gap = 1 if console.width >= 100 else 0
+    gap = 1 if console.width >= WIDE else 0
     made = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
         # A narrow terminal folds text and truncates nothing.

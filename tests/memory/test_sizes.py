@@ -24,17 +24,21 @@ from lightning_memopt.memory.sizes import format_bytes, format_share, parse_byte
         ("3 gib", 3 * 2**30),
         ("4 MB", 4_000_000),
         ("1tb", 10**12),
+        ("24G", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("512 m", 512 * 2**20),
+        ("7b", 7),
     ],
 )
 def test_parse_bytes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "1,5 GB", "-3 MB", "1.5", "0.5 B", "12 M", "1  GB", "1e9", "nan", "٣ MB"])
+@pytest.mark.parametrize("text", ["", "MiB", "1,5 GB", "-3 MB", "1.5", "0.5 B", "12 X", "1  GB", "1e9", "nan", "٣ MB"])
 def test_what_is_no_size(text):
     message = (
-        "A size must be a whole number of bytes, or a number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB, such as "
-        f"'512MiB' or '1.5 GB', got {text!r}."
+        "A size must be a whole number of bytes, or a number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (K, M, G "
+        f"and T mean KiB, MiB, GiB and TiB), such as '512MiB' or '1.5 GB', got {text!r}."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_bytes(text)

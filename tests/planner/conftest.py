@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("transformers")
 
+import jsonargparse
+
 from lightning_memopt import cli as cli_module
 from tests._commands import keep_parsers
 
@@ -23,7 +25,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.delenv("COLUMNS", raising=False)  # of the terminal that started the tests
     keep_parsers(monkeypatch, "fit")
     yield
-    cli_module.jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, MambaConfig, T5Config
 
 import lightning_memopt as lm
+from lightning_memopt.planner.architectures import find_model
 
 
 def test_a_config_file_and_its_folder_are_the_built_in_model(tmp_path):
@@ -36,10 +37,21 @@ def test_a_config_file_and_its_folder_are_the_built_in_model(tmp_path):
     ("content", "message"),
     [
         ("no json", "is not JSON"),
-        ("[]", "has the `model_type` None"),
+        ("[]", "has no `model_type`, so it is not the config.json of a transformers model"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "has no `model_type`.*That of LlamaForCausalLM is 'llama'"),
+        ('{"model_type": "nonsuch"}', "has the `model_type` 'nonsuch', which .* plan for the module itself"),
+        ('{"model_type": "lama"}', "has the `model_type` 'lama', which .* Did you mean 'llama'?"),
         (
-            '{"model_type": "nonsuch"}',
-            "has the `model_type` 'nonsuch', which .* plan for the module itself",
+            '{"model_type": "llama", "architectures": ["LamaForCausalLM"]}',
+            "names the architecture 'LamaForCausalLM', which does not exist.*Did you mean 'LlamaForCausalLM'?",
+        ),
+        (
+            '{"model_type": "llama", "architectures": ["GPT2LMHeadModel"]}',
+            "'GPT2LMHeadModel', which is no model with the `model_type` 'llama'.*remove `architectures`",
+        ),
+        (
+            '{"model_type": "llama", "architectures": "LlamaConfig"}',
+            "'LlamaConfig', which is no model with the `model_type` 'llama'",
         ),
         ('{"model_type": "llama", "hidden_size": 10}', "cannot create a model from 'config.json' .*correct the file"),
     ],
@@ -74,8 +86,19 @@ def test_weights_without_roles_are_planned_with_a_warning(run, tmp_path):
     assert share in err
 
 
-def test_an_architecture_that_is_not_there_is_named(tmp_path):
+def test_without_an_architecture_it_is_the_language_model(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, "architectures": ["NoSuchModel"]}))
-    with pytest.warns(UserWarning, match="no class NoSuchModel.*so the plan is for LlamaForCausalLM"):
-        lm.plan_memory(path, "adapm")
+    path.write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
+    _, module = find_model(path)
+    assert type(module).__name__ == "LlamaForCausalLM"
+
+
+def test_a_name_of_a_hub_is_told_apart_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = "Names of a hub are not looked up: download the model's config.json and give its path."
+    with pytest.raises(FileNotFoundError, match=f"{message} The built-in model is called 'gpt2'"):
+        lm.plan_memory("openai-community/gpt2")
+    with pytest.raises(FileNotFoundError, match=f"{message}$"):
+        lm.plan_memory("somebody/else")
+    with pytest.raises(FileNotFoundError, match=r"\(working directory: [^ ]*\)\.$"):
+        lm.plan_memory("somebody/config.json")

@@ -85,6 +85,6 @@ def test_a_models_config_is_no_config_of_a_run(run, tmp_path):
 
 def test_the_width_of_a_pipe_can_be_set(run, monkeypatch):
     wide = run("--model", "llama-60m", command="roles")[1]
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "120")
     narrow = run("--model", "llama-60m", command="roles")[1]
-    assert max(map(len, narrow.splitlines()[:-1])) <= 100 < max(map(len, wide.splitlines()[:-1]))
+    assert max(map(len, narrow.splitlines()[:-1])) <= 120 < max(map(len, wide.splitlines()[:-1]))

@@ -1,0 +1,100 @@
+"""The settings of a run that determine its memory, read from its config without running it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from importlib import import_module
+from typing import Any
+
+import jsonargparse
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_memopt.cli.memopt_cli import MemOptCLI
+from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.planner.arguments import Configured
+from lightning_memopt.planner.planning import Candidate
+from lightning_memopt.sharding.wrapping import resolve_policy
+
+# Arguments of optimizers that do not affect the size of their state.
+RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
+
+
+class _ModelOnly(MemOptCLI):
+    """Read a config as ``fit`` does, and instantiate only the model, on the meta device."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return ``fit`` alone: setting up the parsers of the other commands takes most of the time."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, and do not seed random number generators."""
+        super().parse_arguments(parser, args)
+        self.config[self.config.subcommand].seed_everything = False
+
+    def instantiate_classes(self) -> None:
+        """Instantiate the model."""
+        command = str(self.subcommand)
+        given = self.config[command]
+        self.run = _settings_of(given.trainer)
+        part = jsonargparse.Namespace(subcommand=command)
+        part[command] = jsonargparse.Namespace(model=given.model, optimizer=given.get("optimizer"))
+        try:
+            with torch.device("meta"):
+                # Optimizers are created later, with parameters, but files in their arguments are read here.
+                made = self.parser.instantiate_classes(part)[command]
+                self.model, self.optimizer = made.model, made.optimizer
+                if is_overridden("configure_model", self.model):
+                    self.model.configure_model()
+        except Exception as error:
+            raise ValueError(
+                f"The model {given.model.get('class_path', '')} could not be created on the meta device "
+                f"({type(error).__name__}: {error}). If it needs weights, data or the trainer, which are not available "
+                "when a run is planned: load or request them in `setup`, not in `__init__` or `configure_model`."
+            ) from error
+        self.subcommand = None  # run no subcommand
+
+
+def configured(args: list[str]) -> Configured:
+    """Return the settings of a run, given the arguments of ``lightning-memopt fit``."""
+    quiet = {"exit_on_error": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")
+        cli = _ModelOnly(args=args, parser_kwargs={**quiet, "fit": quiet})
+    optimizer = cli.optimizer
+    if not optimizer:
+        return Configured(cli.model, None, **cli.run)
+    module, _, name = optimizer.class_path.rpartition(".")
+    cls = getattr(import_module(module), name)
+    if not issubclass(cls, MemOpt):
+        return Configured(cli.model, None, **cli.run)
+    options = optimizer.init_args.as_dict()
+    defaults = {key: entry.default for key, entry in inspect.signature(cls).parameters.items()}
+    shown = [
+        f"{key}={value.get('name', '…') if isinstance(value, dict) else value}"
+        for key, value in options.items()
+        if key == "recipe" or (key not in RATES and value != defaults.get(key))
+    ]
+    label = f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
+    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
+
+
+def _settings_of(trainer: Any) -> dict[str, Any]:
+    """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
+    devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
+    known = str(devices).isdigit() and int(devices) > 0
+    found: dict[str, Any] = {"precision": trainer.precision, "ranks": int(devices) * nodes if known else None}
+    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
+    options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+    sharded = name in ("memopt_fsdp", "auto") or name.endswith(".MemOptFSDPStrategy")
+    if not sharded:
+        found["warning"] = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."
+    uncounted = [key for key in ("replicate_size", "tensor_parallel_size") if options.get(key, 1) != 1]
+    uncounted += ["cpu_offload"] if options.get("cpu_offload") else []
+    if uncounted:
+        what = ", ".join(uncounted)
+        found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
+    return {**found, "wrap": resolve_policy("wrap", options.get("wrap"))}

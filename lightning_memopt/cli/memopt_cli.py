@@ -1,0 +1,173 @@
+"""A LightningCLI for this package's optimizers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, ReduceLROnPlateau
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+# The command line knows a class by its short name once its module is imported.
+import lightning_memopt.strategy  # noqa: F401
+from lightning_memopt._registry import unknown
+from lightning_memopt.cli.bind_names import BindNames
+from lightning_memopt.cli.class_paths import why_not
+from lightning_memopt.cli.commands import COMMANDS
+from lightning_memopt.cli.module_folders import search_folders_of, searched
+from lightning_memopt.cli.parser import RunParser
+from lightning_memopt.cli.parser_mode import PARSER_MODES, SetParserMode, set_parser_mode
+from lightning_memopt.cli.save_config import SaveConfig
+from lightning_memopt.optim.schedule import WarmupSchedule
+
+
+class MemOptCLI(LightningCLI):
+    """LightningCLI for this package's optimizers.
+
+    It differs from LightningCLI in these ways:
+
+    - It binds this package's optimizers to the parameter names, whether they come from
+      ``--optimizer=lightning_memopt.AdaPM`` or from the module's ``configure_optimizers``.
+    - A learning rate scheduler from the command line steps with the optimizer (``--scheduler_interval``), and a
+      :class:`~lightning_memopt.WarmupSchedule` takes its length from the trainer.
+    - Classes are also imported from the folder of a config and those above it, up to the top of its project.
+    - ``--parser_mode`` selects how files are read.
+    - A run never overwrites the config of another run.
+    - Errors are one line, and suggest what was meant.
+
+    Parser modes: ``yaml`` (default) does not resolve interpolations. ``omegaconf`` resolves interpolations such as
+    ``${data.init_args.seq_len}`` when a file is read, so an override on the command line changes this key, but not the
+    keys that refer to it. ``omegaconf+`` resolves interpolations at the end, so these keys follow the override.
+
+    Args:
+        *args: As in LightningCLI.
+        parser_mode: The default of ``--parser_mode``.
+        scheduler_interval: The default of ``--scheduler_interval``.
+        **kwargs: As in LightningCLI.
+
+    Raises:
+        ValueError: If ``parser_mode`` or ``scheduler_interval`` is unknown.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        parser_mode: str = "yaml",
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        **kwargs: Any,
+    ) -> None:
+        if parser_mode not in PARSER_MODES:
+            raise ValueError(f"`parser_mode` must be one of {', '.join(PARSER_MODES)}, got {parser_mode!r}.")
+        if scheduler_interval not in ("step", "epoch"):
+            raise ValueError(f"`scheduler_interval` must be 'step' or 'epoch', got {scheduler_interval!r}.")
+        self._parser_mode, self._scheduler_interval = parser_mode, scheduler_interval
+        kwargs.setdefault("save_config_callback", SaveConfig)
+        kwargs.setdefault("parser_class", RunParser)
+        given = kwargs.get("parser_kwargs") or {}
+        described = {name: {"description": COMMANDS[name].does} for name in self.subcommands() if name in COMMANDS}
+        kwargs["parser_kwargs"] = given | {name: entry | given.get(name, {}) for name, entry in described.items()}
+        super().__init__(*args, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser that knows ``--parser_mode``."""
+        kwargs.setdefault("description", "Train with optimizers that compress their state.")
+        parser = super().init_parser(**kwargs)
+        parser.add_argument(
+            "--parser_mode",
+            action=SetParserMode,
+            metavar="{" + ",".join(PARSER_MODES) + "}",
+            help="How to read the config files that follow. omegaconf: interpolations are resolved per file, overrides "
+            f"are not followed; omegaconf+: overrides are followed (default: {self._parser_mode}).",
+        )
+        return parser
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Set up the parsers, with the default mode unless ``parser_kwargs`` set another."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        if "parser_mode" not in main_kwargs:
+            set_parser_mode(self.parser, self._parser_mode)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--scheduler_interval`` to Lightning's own."""
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--scheduler_interval",
+            type=Literal["step", "epoch"],
+            default=self._scheduler_interval,
+            help="When the scheduler of `lr_scheduler` steps: after every optimizer step, or after every epoch. "
+            "ReduceLROnPlateau always steps when its metric is known.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments. Classes are also searched in the folders of the config files."""
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        search_folders_of(words)
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        trainer = (self.config[command] if command else self.config).get("trainer") or {}
+        if problem := _strategy_problem(trainer.get("strategy"), words):
+            parser.error(f"--trainer.strategy: {problem}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer, with a callback that binds optimizers at the start of fit."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, BindNames())  # type: ignore[attr-defined]
+        return trainer
+
+    def configure_optimizers(  # type: ignore[override]
+        self,
+        lightning_module: LightningModule,
+        optimizer: Optimizer,
+        lr_scheduler: LRSchedulerTypeUnion | None = None,
+    ) -> Any:
+        """Return the optimizer and the scheduler of the command line.
+
+        Raises:
+            MisconfigurationException: If a schedule needs the length of training, and training has no end.
+        """
+        if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
+            return super().configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        interval = self._get(self.config, "scheduler_interval")
+        if isinstance(lr_scheduler, WarmupSchedule) and lr_scheduler.needs_total_steps:
+            if interval != "step":
+                raise MisconfigurationException(
+                    "WarmupSchedule counts optimizer steps: leave out --scheduler_interval=epoch, or give "
+                    "--lr_scheduler.total_steps in epochs."
+                )
+            steps = lightning_module.trainer.estimated_stepping_batches
+            if not math.isfinite(steps):
+                raise MisconfigurationException(
+                    f"Training has no end, so the {lr_scheduler.decay} decay of WarmupSchedule has no length. Set "
+                    "--trainer.max_steps or --trainer.max_epochs, or --lr_scheduler.total_steps, or "
+                    "--lr_scheduler.decay=constant."
+                )
+            lr_scheduler.total_steps = max(1, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}
+
+    def before_fit(self) -> None:
+        """Check that there is an optimizer."""
+        if not is_overridden("configure_optimizers", self.model):
+            raise MisconfigurationException(
+                f"There is no optimizer: {type(self.model).__name__} has no `configure_optimizers` and the command "
+                "names none. Add for example --optimizer=lightning_memopt.AdaPMLean --optimizer.lr=1e-3, or an "
+                "`optimizer:` section to the config."
+            )
+
+
+def _strategy_problem(strategy: object, args: Sequence[str]) -> str:
+    """Return what is wrong with the name of a strategy; empty if nothing is, or it is not a name."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if not isinstance(strategy, str) or strategy.lower() in known:
+        return ""
+    if "." in strategy and (why := why_not(strategy, searched(args))):
+        return why
+    said = unknown("strategy", strategy, known).partition(" Available:")[0]
+    return f"{said} Usual ones are auto, ddp, fsdp, memopt_fsdp and memopt_fsdp_offload."

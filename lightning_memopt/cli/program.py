@@ -1,0 +1,102 @@
+"""The program: choose the command, and end as shells expect."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.cli.commands import COMMANDS
+from lightning_memopt.planner.arguments import Configured
+
+# The status of a program whose reader has gone, as in `| head`: 128 + SIGPIPE.
+READER_GONE = 141
+
+HELP = """\
+usage: lightning-memopt COMMAND ...
+       lightning-memopt COMMAND --help
+
+Train with optimizers that compress their state, and plan the memory of a run.
+
+commands:
+{commands}
+
+options:
+  -h, --help           Show this and exit.
+  --version            Show the versions of this package, PyTorch and Lightning.
+  --parser_mode MODE   How fit, validate, test and predict read their configs:
+                       yaml, or omegaconf or omegaconf+ for interpolations.
+                       It comes before the command.
+
+example:
+  lightning-memopt fit --config config.yaml --optimizer.lr=1e-3
+"""
+
+
+def run() -> None:
+    """Run the command line with the arguments of the process, and exit."""
+    try:
+        try:
+            status = _run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Otherwise the interpreter fails again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = READER_GONE
+    sys.exit(status)
+
+
+def _run(args: list[str]) -> int:
+    first = args[0] if args else "--help"
+    if first in ("-h", "--help"):
+        width = max(map(len, COMMANDS)) + 3
+        rows = [f"  {name:<{width}}{command.does}" for name, command in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(rows)), end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if first == "--version":
+        print(_versions())
+        return 0
+    if not first.startswith("-") and first not in COMMANDS:
+        text = unknown("command", first, list(COMMANDS))
+        print(f"lightning-memopt: error: {text}", file=sys.stderr)
+        return 2
+    command = COMMANDS.get(first)
+    if command is None or command.module is None:
+        _run_lightning()
+        return 0
+    main: Callable[..., int] = import_module(command.module).main
+    return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+
+
+def _run_lightning() -> None:
+    """Run Lightning's commands. Modules in the working directory can be imported, as with ``python -m``."""
+    from lightning_memopt.cli import MemOptCLI
+
+    _search_working_directory()
+    MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+
+
+def _configured(args: list[str]) -> Configured:
+    from lightning_memopt.cli.configured import configured
+
+    _search_working_directory()
+    return configured(args)
+
+
+def _search_working_directory() -> None:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _versions() -> str:
+    found = []
+    for name in ("lightning-memopt", "torch", "lightning"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return "\n".join([*found, f"Python {sys.version.split()[0]}"])

@@ -1,0 +1,111 @@
+"""A learning rate that warms up, and then falls until the end of training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_memopt._registry import unknown
+
+# How much of the decay is left, from 1 to 0, when a share of the steps after the warm-up is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+# What a run continues with. All else is what the code says now, so a resumed run can be longer than it was.
+_STATE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
+
+
+class WarmupSchedule(LRScheduler):
+    """Raise every group's learning rate linearly to its full value, then lower it. Call ``step`` after every step.
+
+    ``MemOptCLI`` takes ``total_steps`` from the trainer. Elsewhere, pass it. The learning rate depends on nothing but
+    the step, so resumed runs continue the schedule; they may change its settings.
+
+    Args:
+        optimizer: Any optimizer.
+        warmup_steps: Number of steps below the full learning rate. Step ``n``, counted from 1, has the fraction
+            ``n / (warmup_steps + 1)``.
+        decay: ``cosine``, ``linear``, or ``constant``, which keeps the full learning rate.
+        final: The learning rate at the end, as a fraction of the full one. ``constant`` does not use it.
+        total_steps: Number of steps of the whole training, warm-up included. ``constant`` does not need it.
+        last_epoch: As in torch's schedulers: the last step that was taken, or -1.
+
+    Raises:
+        ValueError: If a value is out of range, or ``step`` is called while the length of a decay is unknown.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> schedule = WarmupSchedule(optimizer, 1, "linear", final=0.0, total_steps=5)
+        >>> for _ in range(5):
+        ...     print(schedule.get_last_lr())
+        ...     optimizer.step()
+        ...     schedule.step()
+        [0.5]
+        [1.0]
+        [0.75]
+        [0.5]
+        [0.25]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        decay: Literal["cosine", "linear", "constant"] = "cosine",
+        *,
+        final: float = 0.1,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"`warmup_steps` must not be negative, got {warmup_steps}.")
+        if decay not in DECAYS:
+            raise ValueError(unknown("decay", decay, list(DECAYS)))
+        if not 0 <= final <= 1:
+            raise ValueError(f"`final` must be between 0 and 1, got {final}.")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"`total_steps` must be at least 1, or None, got {total_steps}.")
+        self.warmup_steps, self.decay, self.final, self.total_steps = warmup_steps, decay, final, total_steps
+        super().__init__(optimizer, last_epoch)
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the length of training is needed and not known yet."""
+        return self.total_steps is None and self.decay != "constant"
+
+    def factor(self, step: int) -> float:
+        """Return the fraction of the full learning rate in a step, counted from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.total_steps is None or self.total_steps <= self.warmup_steps:
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        left = DECAYS[self.decay](done)
+        return left if self.decay == "constant" else self.final + (1 - self.final) * left
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the learning rate of every group. Groups that were added later follow the schedule, too."""
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the learning rates of the next step."""
+        if self._step_count and self.needs_total_steps:
+            raise ValueError(
+                f"WarmupSchedule does not know how long its {self.decay} decay is: pass `total_steps`, the number of "
+                "optimizer steps. lightning_memopt.MemOptCLI takes it from the trainer."
+            )
+        super().step(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the schedule and the full learning rates, without the settings."""
+        return {key: getattr(self, key) for key in _STATE}

@@ -1,0 +1,102 @@
+"""The schedule: its values, its end, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_memopt as lm
+from lightning_memopt.optim.schedule import DECAYS
+
+
+def made(*args, lr=1.0, **kwargs):
+    model = nn.Linear(2, 2)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 3 * lr}]
+    optimizer = torch.optim.SGD(groups, lr=lr)
+    return optimizer, lm.WarmupSchedule(optimizer, *args, **kwargs)
+
+
+def rates(optimizer, schedule, steps):
+    """Return the rate of the first group in every step."""
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warmup_then_cosine():
+    optimizer, schedule = made(4, total_steps=20)
+    found = rates(optimizer, schedule, 101)
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert found[12] == pytest.approx(0.55)
+    assert found[20] == found[100] == pytest.approx(0.1)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.3)
+
+
+def test_linear_and_constant():
+    assert rates(*made(1, "linear", final=0.0, total_steps=5), 6) == pytest.approx([0.5, 1, 0.75, 0.5, 0.25, 0])
+    assert rates(*made(1, "constant"), 4) == pytest.approx([0.5, 1, 1, 1])
+    assert rates(*made(0, "constant", total_steps=2), 4) == [1, 1, 1, 1]
+    assert rates(*made(5, total_steps=3), 7)[-1] == 1.0, "a run that ends during its warm-up"
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_resumed_schedule_goes_on(decay):
+    optimizer, schedule = made(3, decay, total_steps=12)
+    whole = rates(optimizer, schedule, 12)
+    optimizer, schedule = made(3, decay, total_steps=12)
+    first = rates(optimizer, schedule, 5)
+    saved = optimizer.state_dict(), schedule.state_dict()
+    optimizer, schedule = made(3, decay, total_steps=12)
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    assert [*first, *rates(optimizer, schedule, 7)] == whole
+
+
+def test_a_resumed_run_may_be_longer():
+    optimizer, schedule = made(0, "linear", final=0.0, total_steps=4)
+    rates(optimizer, schedule, 2)
+    longer, other = made(0, "linear", final=0.0, total_steps=8)
+    longer.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(schedule.state_dict())
+    rates(longer, other, 1)
+    assert other.get_last_lr()[0] == pytest.approx(1 - 3 / 8)
+
+
+def test_groups_that_come_later_follow():
+    optimizer, schedule = made(1, "constant", lr=1.0)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 5.0})
+    rates(optimizer, schedule, 2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1, 3, 5])
+
+
+def test_it_drives_our_optimizer_and_takes_tensors():
+    model = nn.Linear(4, 4)
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=0.01)
+    schedule = lm.WarmupSchedule(optimizer, 1, total_steps=3)
+    model(torch.ones(1, 4)).sum().backward()
+    assert rates(optimizer, schedule, 3) == pytest.approx([0.005, 0.01, 0.0055])
+    tensor = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=torch.tensor(1.0))
+    schedule = lm.WarmupSchedule(tensor, 1, "constant")
+    assert tensor.param_groups[0]["lr"].item() == 0.5
+
+
+def test_what_is_refused():
+    for arguments, message in (
+        ((-1,), "`warmup_steps` must not be negative, got -1"),
+        ((1, "cosin"), "Unknown decay 'cosin'. Did you mean 'cosine'?"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(*arguments)
+    with pytest.raises(ValueError, match="`final` must be between 0 and 1, got 2"):
+        made(1, final=2)
+    with pytest.raises(ValueError, match="`total_steps` must be at least 1, or None, got 0"):
+        made(1, total_steps=0)
+    optimizer, schedule = made(1)
+    optimizer.step()
+    with pytest.raises(ValueError, match="how long its cosine decay is: pass `total_steps`.*MemOptCLI takes it"):
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
