@@ -30,13 +30,14 @@ from lightning_memopt.plans.roles import NamingScheme, Rule, classify, register_
 
 if TYPE_CHECKING:
     from lightning_memopt import metrics
-    from lightning_memopt.callbacks import AdaptiveMomentum, OptimizerMemoryMonitor
+    from lightning_memopt.callbacks import AdaptiveMomentum, BindNames, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy, full_state_dict, grad_norm, load_weights
 
 # These need more than torch, so they are imported on first access.
 _LAZY = {
     "AdaptiveMomentum": "lightning_memopt.callbacks",
+    "BindNames": "lightning_memopt.callbacks",
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
     "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
@@ -61,6 +62,7 @@ __all__ = [
     "AdamSN",
     "AdamSNSM",
     "AdaptiveMomentum",
+    "BindNames",
     "BlockFacts",
     "Denominator",
     "Direction",

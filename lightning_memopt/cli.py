@@ -26,13 +26,14 @@ from lightning_memopt.sharding.wrapping import resolve_policy
 try:
     import jsonargparse
     import omegaconf  # noqa: F401  the parser modes need it, and would fail only while reading a file
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     # The command line knows a class by its short name once its module is imported.
     import lightning_memopt.strategy  # noqa: F401
+    from lightning_memopt.callbacks import BindNames
 except ImportError as error:
     raise ImportError(
         f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
@@ -42,19 +43,6 @@ except ImportError as error:
 PARSER_MODES = ("yaml", "omegaconf", "omegaconf+")
 # Arguments of optimizers that do not affect the size of their state.
 RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
-
-
-class BindNames(Callback):
-    """Bind every ``MemOpt`` of the trainer to the names of the module's parameters, before a checkpoint is restored.
-
-    This covers optimizers from the command line and from the module's ``configure_optimizers``.
-    """
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bind the optimizers."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, MemOpt):
-                optimizer.bind(pl_module)
 
 
 class SaveConfig(SaveConfigCallback):
