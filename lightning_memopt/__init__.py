@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_memopt._registration import register_with_lightning
+from lightning_memopt._registry import nearest
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
@@ -31,13 +32,14 @@ from lightning_memopt.plans.roles import NamingScheme, Rule, classify, register_
 
 if TYPE_CHECKING:
     from lightning_memopt import metrics
-    from lightning_memopt.callbacks import AdaptiveMomentum, OptimizerMemoryMonitor
+    from lightning_memopt.callbacks import AdaptiveMomentum, BindNames, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
     from lightning_memopt.strategy import MemOptFSDPStrategy, full_state_dict, grad_norm, load_weights
 
 # These need more than torch, so they are imported on first access.
 _LAZY = {
     "AdaptiveMomentum": "lightning_memopt.callbacks",
+    "BindNames": "lightning_memopt.callbacks",
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
     "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
@@ -62,6 +64,7 @@ __all__ = [
     "AdamSN",
     "AdamSNSM",
     "AdaptiveMomentum",
+    "BindNames",
     "BlockFacts",
     "Denominator",
     "Direction",
@@ -98,7 +101,22 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("metrics", "strategy"):
-        return import_module(f"lightning_memopt.{name}")
+        return _needing_more(f"lightning_memopt.{name}", name)
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_needing_more(_LAZY[name], name), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _needing_more(module: str, name: str) -> Any:
+    """Import a module that needs more than torch."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"lightning_memopt.{name} needs {error.name!r}, which is not installed. It comes with an extra: "
+            'pip install "lightning-memopt[cli]"'
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,10 +11,14 @@ T = TypeVar("T")
 
 def unknown(what: str, name: object, known: list[str]) -> str:
     """Return the message for a name that is not in ``known``, with the closest one suggested."""
+    return f"Unknown {what} {name!r}.{nearest(name, known)} Available: {listed(known, 30)}."
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return a sentence that suggests the closest name in ``known``, or nothing if none is close."""
     plain = {_plain(each): each for each in known}
     close = difflib.get_close_matches(_plain(str(name)), list(plain), n=1)
-    hint = f" Did you mean {plain[close[0]]!r}?" if close else ""
-    return f"Unknown {what} {name!r}.{hint} Available: {listed(known, 30)}."
+    return f" Did you mean {plain[close[0]]!r}?" if close else ""
 
 
 def _plain(name: str) -> str:

@@ -9,13 +9,13 @@ import yaml
 
 pytest.importorskip("lightning.pytorch.cli")
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_memopt as lm
 from lightning_memopt import cli as cli_module
-from lightning_memopt.cli import BindNames, MemOptCLI
+from lightning_memopt.cli import MemOptCLI
 from tests._commands import keep_parsers, run_python
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ class WithOptimizer(Tiny):
         self.form = form
 
     def configure_optimizers(self):
-        optimizer = lm.AdaPMLean(self.parameters(), lr=0.01)
+        optimizer = lm.AdaPMLean(list(self.parameters()), lr=0.01)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
         forms = {
             "optimizer": lambda: optimizer,
@@ -228,13 +228,6 @@ def test_an_optimizer_of_the_module_is_bound(form):
 def test_given_names_are_kept():
     (block,) = fit(model=Inner).trainer.optimizers[0].snapshot().blocks
     assert (block.name, block.rank) == ("lm_head.weight", 3)
-
-
-def test_the_callback_serves_a_plain_trainer():
-    model = WithOptimizer("optimizer")
-    trainer = Trainer(accelerator="cpu", fast_dev_run=2, callbacks=[BindNames()], enable_model_summary=False)
-    trainer.fit(model)
-    assert trainer.optimizers[0].snapshot().step == 2
 
 
 def test_resume_and_validate_from_a_checkpoint(tmp_path):

@@ -177,11 +177,22 @@ sys.meta_path.insert(0, Missing())
 import {PACKAGE}
 for module in {modules!r}:
     importlib.import_module(f"{PACKAGE}.{{module}}")
+for name in ("BindNames", "MemOptCLI", "metrics"):
+    try:
+        getattr({PACKAGE}, name)
+    except ImportError as error:
+        print(error)
 print(sorted(name for name in {set(OPTIONAL) - {"numpy"}!r} if name in sys.modules))
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[]"
+    *refused, imported = run.stdout.splitlines()
+    assert imported == "[]"
+    for line, name in zip(
+        refused, ("BindNames needs 'lightning'", "command line", "metrics needs 'torchmetrics'"), strict=True
+    ):
+        assert name in line
+        assert line.endswith('pip install "lightning-memopt[cli]"')
 
 
 @pytest.mark.parametrize(

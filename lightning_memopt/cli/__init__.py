@@ -10,14 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_memopt.cli.bind_names import BindNames
     from lightning_memopt.cli.memopt_cli import MemOptCLI
     from lightning_memopt.cli.save_config import SaveConfig
 
 # These need Lightning and its parser, which commands such as `plan` and `doctor` do without.
-_LAZY = {"BindNames": "bind_names", "MemOptCLI": "memopt_cli", "SaveConfig": "save_config"}
+_LAZY = {"MemOptCLI": "memopt_cli", "SaveConfig": "save_config"}
 
-__all__ = ["BindNames", "MemOptCLI", "SaveConfig", "main"]
+__all__ = ["MemOptCLI", "SaveConfig", "main"]
 
 
 def __getattr__(name: str) -> Any:

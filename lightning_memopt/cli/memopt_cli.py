@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 # The command line knows a class by its short name once its module is imported.
 import lightning_memopt.strategy  # noqa: F401
 from lightning_memopt._registry import unknown
-from lightning_memopt.cli.bind_names import BindNames
+from lightning_memopt.callbacks import BindNames
 from lightning_memopt.cli.class_paths import why_not
 from lightning_memopt.cli.commands import COMMANDS
 from lightning_memopt.cli.module_folders import search_folders_of, searched

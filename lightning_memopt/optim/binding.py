@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.saved_state import relocated
+from lightning_memopt.optim.owner import owner_of, still_owns
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe, known_options
 from lightning_memopt.plans.recipes import load_plan
@@ -39,10 +40,12 @@ class Binding:
         reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
         fused: Whether to use kernels; None for where they are available.
         bound: Whether a model has told its modules and config.
+        owner: The module whose ``parameters()`` the optimizer was created from. It is asked if nobody else gives names.
     """
 
     fused: bool | None = None  # of what an earlier version has pickled, too
     bound: bool = False
+    owner: nn.Module | None = None
 
     def __init__(
         self,
@@ -63,6 +66,10 @@ class Binding:
         self.plans: dict[Tensor, Plan] = {}
         self.blocks: Blocks = {}
         self.reformatted: dict[str, Recipe] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the owner: a pickled optimizer must not contain a model."""
+        return {key: value for key, value in self.__dict__.items() if key != "owner"}
 
     # ------------------------------------------------------------------ groups
 
@@ -115,13 +122,26 @@ class Binding:
 
     # ------------------------------------------------------------------ names
 
+    def take(self, params: Any) -> list[dict[str, Any]]:
+        """Return groups of parameters without names, and remember the names or who knows them."""
+        self.owner = owner_of(params)
+        groups, names = parsing.split_names(params)
+        self.learn(names)
+        return groups
+
     def learn(self, names: Mapping[Tensor, str]) -> None:
         """Add names that came with parameters."""
         self.names.update(zip(names, canonical_names(names.values()), strict=True))
 
+    def find_names(self, optimizer: Optimizer) -> None:
+        """Build the blocks of all parameters. If nobody gave names until now, ask the module that owns them."""
+        self.build_missing(optimizer)
+        if not self.blocks and still_owns(self.owner, params_of(optimizer)):
+            self.bind(self.owner, optimizer)
+
     def require_names(self, optimizer: Optimizer) -> None:
         """Raise an error that explains how to give names, if a parameter has none."""
-        self.build_missing(optimizer)
+        self.find_names(optimizer)
         if not self.blocks:
             parsing.named(self.names, params_of(optimizer))
 
@@ -195,6 +215,7 @@ class Binding:
                 )
             self.blocks.update(blocks)  # also those about which only a fact is new
             self._adopt({param: blocks[param] for param in changed}, optimizer)
+        self.owner = None
 
     def _stepped(self, optimizer: Optimizer) -> list[str]:
         """Return the names of parameters that have taken steps."""

@@ -200,7 +200,8 @@ def unnamed_error(param: Tensor) -> ValueError:
     """Return the error for a parameter without a name."""
     return ValueError(
         f"A parameter of shape {tuple(param.shape)} has no name, but its kinds depend on its role in the model: create "
-        "the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first."
+        "the optimizer from `model.named_parameters()`, or call `optimizer.bind(model)` first. With a Trainer, the "
+        "callback `lightning_memopt.BindNames` does that; the command line `lightning_memopt.MemOptCLI` has it."
     )
 
 

@@ -104,8 +104,7 @@ class MemOpt(torch.optim.Optimizer):
         # Like what Binding holds, changed only in place.
         self._nonfinite, self._counts, self._tally = nonfinite, {"skipped": 0}, Tally()
         self._trusted: set[Tensor] = set()  # parameters whose weights were finite in an earlier step
-        groups, names = parsing.split_names(params)
-        self._binding.learn(names)
+        groups = self._binding.take(params)
         defaults: dict[str, Any] = {"lr": lr, "betas": plan.betas if betas is None else betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "max_update": max_update, "recipe": plan.name}
         parsing.check_group(defaults, "the defaults")
@@ -248,7 +247,7 @@ class MemOpt(torch.optim.Optimizer):
 
         Names are beside the groups: torch's distributed checkpoints fail on group keys that an older checkpoint lacks.
         """
-        self._binding.build_missing(self)
+        self._binding.find_names(self)
         mine = set(params_of(self))
         # State of a parameter that was removed from its group has no position.
         apart = {param: self.state.pop(param) for param in list(self.state) if param not in mine}

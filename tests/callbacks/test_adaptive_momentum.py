@@ -179,7 +179,7 @@ def test_after_an_exception_the_optimizer_is_let_go():
         (lambda m: lm.MemOpt(m.named_parameters(), "adafactor"), {}, "its recipe 'adafactor' has no momentum"),
         (lambda m: lm.AdaPMLean(m.named_parameters(), betas=(0.0, 0.9)), {}, "its beta1 is 0"),
         (lambda m: lm.AdaPMLean(m.model.norm.named_parameters()), {}, "it trains no matrix"),
-        (lambda m: lm.AdaPMLean(m.parameters()), {}, "bind"),
+        (lambda m: lm.AdaPMLean(list(m.parameters())), {}, "bind"),
         (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": 1}, "`optimizer_idx` is 1, but the module"),
         (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": -1}, "`optimizer_idx` is -1"),
         (lambda m: None, {}, "_MockOptimizer is not an optimizer of lightning_memopt"),

@@ -15,10 +15,10 @@ from tests._models import fill_grads, tiny_gpt2, tiny_llama, train
 
 def test_bare_parameters_need_bind():
     model = tiny_llama()
-    optimizer = lm.AdaPM(model.parameters())
+    optimizer = lm.AdaPM(list(model.parameters()))
     fill_grads(list(model.parameters()), seed=0)
     for call in (optimizer.step, optimizer.snapshot, optimizer.plan_table):
-        with pytest.raises(ValueError, match=r"has no name.*named_parameters\(\).*bind\(model\)"):
+        with pytest.raises(ValueError, match=r"has no name.*named_parameters\(\).*bind\(model\).*BindNames.*MemOptCLI"):
             call()
     assert "call bind(model)" in repr(optimizer)
     optimizer.bind(model)
@@ -27,6 +27,52 @@ def test_bare_parameters_need_bind():
     named = lm.AdaPM(twin.named_parameters())
     train(twin, named, 2)
     assert_same_weights(model, twin)
+
+
+def test_the_module_whose_parameters_are_passed_gives_the_names():
+    model, twin = tiny_gpt2(), tiny_gpt2()
+    optimizer = lm.AdaPMMini(model.parameters())
+    assert "call bind(model)" in repr(optimizer), "it is not asked before names are needed: bind may come first"
+    train(model, optimizer, 2)
+    bound = lm.AdaPMMini(twin.named_parameters()).bind(twin)
+    train(twin, bound, 2)
+    assert_same_weights(model, twin)
+    assert optimizer.parameter_names() == bound.parameter_names()
+    fresh = lm.AdaPMMini(tiny_gpt2().parameters())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.snapshot() == optimizer.snapshot()
+
+
+def test_a_state_dict_before_the_first_step_is_complete():
+    model = tiny_llama()
+    saved = lm.AdaPM(model.parameters()).state_dict()
+    assert len(saved["state"]) == len(list(model.parameters()))
+    assert saved["param_names"] == [[name for name, _ in model.named_parameters()]]
+
+
+def test_bind_takes_precedence_over_the_module_whose_parameters_are_passed():
+    model = nn.ModuleDict({"net": tiny_llama()})
+    optimizer = lm.AdaPM(model["net"].parameters()).bind(model)
+    assert optimizer.snapshot().blocks[0].name.startswith("net.")
+
+
+def test_a_module_whose_parameters_have_been_replaced_is_not_asked():
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    optimizer = lm.AdaPM(model.parameters())
+    old = list(model.parameters())
+    model["q_proj"] = nn.Linear(8, 8)
+    fill_grads(old, 0)
+    with pytest.raises(ValueError, match="has no name"):
+        optimizer.step()
+
+
+def test_a_copy_of_an_optimizer_holds_no_model():
+    model = tiny_llama()
+    optimizer = lm.AdaPM(model.parameters())
+    assert copy.deepcopy(optimizer)._binding.owner is None
+    assert optimizer._binding.owner is model
+    optimizer.snapshot()
+    assert optimizer._binding.owner is None
 
 
 def test_vectors_need_no_names():

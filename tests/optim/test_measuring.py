@@ -240,7 +240,7 @@ def test_state_that_one_parameter_lacks_is_not_made_up(model):
 
 
 def test_ours_without_names_say_what_to_do(model):
-    optimizer = lm.AdaPMLean(model.parameters())
+    optimizer = lm.AdaPMLean(list(model.parameters()))
     with pytest.raises(ValueError, match=r"bind\(model\)"):
         lm.take_snapshot(optimizer, model)
     optimizer.bind(model)

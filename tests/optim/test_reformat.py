@@ -268,7 +268,7 @@ def test_a_change_must_be_a_recipe_or_a_mapping():
 
 def test_names_are_needed():
     with pytest.raises(ValueError, match="has no name"):
-        lm.AdaPMLean(tiny_llama().parameters()).reformat({"lm_head.weight": {"rank": 3}})
+        lm.AdaPMLean(list(tiny_llama().parameters())).reformat({"lm_head.weight": {"rank": 3}})
 
 
 def test_a_frozen_block_changes_before_it_has_state():

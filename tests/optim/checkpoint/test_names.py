@@ -190,7 +190,7 @@ def test_an_optimizer_without_names_says_so():
 
 def test_an_optimizer_without_names_has_none_in_its_file():
     assert "param_names" not in lm.AdaPM([nn.Parameter(torch.ones(3))]).state_dict()
-    assert "param_names" not in lm.AdaPM(network().parameters()).state_dict()
+    assert "param_names" not in lm.AdaPM(list(network().parameters())).state_dict()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
