@@ -136,7 +136,8 @@ def _begin(path: Path) -> Path:
     try:
         new.mkdir()
         for _ in range(_TRIES):
-            with contextlib.suppress(FileNotFoundError, shutil.Error):  # another process has replaced the directory
+            # Another process has replaced the directory.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, shutil.Error):
                 copy_others(path, new)
                 return new
         copy_others(path, new)

@@ -40,8 +40,11 @@ def begin(path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(path):
-        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+        try:
             os.rename(current(path), path)
+        except OSError as error:  # another process has just renamed it, or has saved under the name
+            if error.errno not in _TAKEN:
+                raise
     for left in _leftovers(path):
         with contextlib.suppress(OSError):  # another process removes it at the same time
             remove(left)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +27,11 @@ def check_replaceable(path: Path) -> None:
     Raises:
         IsADirectoryError: If it is neither empty nor a checkpoint.
     """
-    if path.is_dir() and not is_checkpoint(path) and any(not _OURS.fullmatch(entry.name) for entry in path.iterdir()):
+    # One listing: another process may move the directory away, and another one to its place, between two looks at it.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+        files = {entry.name: entry.is_file() for entry in entries}
+        if files.get(INDEX) or files.get(REST) or all(map(_OURS.fullmatch, files)):
+            return
         raise IsADirectoryError(
             f"The checkpoint path exists and is a directory: {str(path)!r}. It holds files other than a checkpoint, "
             "which saving would delete; save under another name."
