@@ -135,10 +135,18 @@ def remove(path: Path | None) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync_file(path: Path) -> None:
+    """Sync a file that another library has written to disk."""
+    _sync(path)
+
+
 def sync_folder(path: Path) -> None:
     """Sync the names in a folder to disk."""
-    if os.name != "posix":  # other systems cannot open folders
-        return
+    if os.name == "posix":  # other systems cannot open folders
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
