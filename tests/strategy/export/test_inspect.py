@@ -12,7 +12,7 @@ pytest.importorskip("lightning.pytorch")
 
 import lightning_memopt as lm
 from lightning_memopt.strategy.export.inspect_command import main
-from lightning_memopt.strategy.files.directory import CHECKSUMS
+from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE
 from tests.strategy.export._saved import FORMATS, refused, save
 from tests.strategy.files._faults import Hostile
 
@@ -39,7 +39,7 @@ def test_it_says_what_a_checkpoint_holds(tmp_path, capsys, format):
     assert (found["step"], found["epoch"], found["lightning"], found["checksums"]) == (7, 1, "2.6.0", "verified")
     assert (found["weights"], found["parameters"], found["dtypes"]) == (4, 8 * 24 + 24 + 16, ["float32"])
     assert sum(found["files"].values()) == sum(
-        entry.stat().st_size for entry in (path.iterdir() if path.is_dir() else [path])
+        entry.stat().st_size for entry in (path.iterdir() if path.is_dir() else [path]) if entry.name != NOTE
     )
     (saved,) = found["optimizers"]
     facts = {block.name: block for block in optimizer.snapshot().blocks}
