@@ -13,6 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from lightning_memopt._explaining import explain_directories
+
 REGISTRY_MODULE = "lightning.pytorch.strategies"
 NAMES: dict[str, dict[str, Any]] = {"memopt_fsdp": {}, "memopt_fsdp_offload": {"cpu_offload": True}}
 DESCRIPTION = "FSDP2 with optimizer state sharded like the parameters: see lightning_memopt.MemOptFSDPStrategy."
@@ -24,6 +26,7 @@ def register_with_lightning() -> None:
         from lightning.pytorch.strategies import StrategyRegistry  # waits where another thread imports it
 
         register(StrategyRegistry)
+        explain_directories()
     elif not any(_is_hook(finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
@@ -65,6 +68,7 @@ class _WhenImported(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             register(module.StrategyRegistry)
+            explain_directories()
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
 

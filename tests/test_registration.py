@@ -105,7 +105,9 @@ import lightning_memopt
 print([name for name in ("lightning", "torchmetrics", "torch.distributed.tensor") if name in sys.modules])
 import lightning.pytorch
 print([name for name in lightning.pytorch.strategies.StrategyRegistry if name.startswith("memopt")])
+places = lightning_memopt._explaining._PLACES
+print([hasattr(getattr(sys.modules[module], name), "__wrapped__") for module, name in places])
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == ["[]", "['memopt_fsdp', 'memopt_fsdp_offload']"]
+    assert run.stdout.splitlines() == ["[]", "['memopt_fsdp', 'memopt_fsdp_offload']", "[True, True, True]"]

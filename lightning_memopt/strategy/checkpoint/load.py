@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from lightning_memopt.strategy.checkpoint.states import by_position
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
+from lightning_memopt.strategy.files.opening import open_checkpoint
 from lightning_memopt.strategy.files.same_save import open_alone, open_together
 
 T = TypeVar("T")
@@ -65,7 +67,8 @@ def load_checkpoint(
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
     if is_local(path) and (atomic.current(Path(path)).is_dir() or reads_plainly(checkpoint_io)):
-        with closing(open_together(Path(path), lambda: _open(Path(path), weights_only, verify), group)) as opened:
+        opening = partial(open_checkpoint, Path(path), weights_only=weights_only, verify=verify)
+        with closing(open_together(Path(path), opening, group)) as opened:
             if isinstance(opened, OpenedDirectory):
                 return load_directory(opened, model, optimizers, strict, weights_only, group, adapting)
             checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
@@ -90,25 +93,13 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
     path = Path(path)
-    with closing(open_alone(path, lambda: _open(path, None, verify))) as opened:
+    with closing(open_alone(path, partial(open_checkpoint, path, verify=verify))) as opened:
         if isinstance(opened, OpenedFile):
             return dict(opened.read(verify=verify)[WEIGHTS])
         opened.check((0, 1))
         places = opened.index.planner_data.items()
         tensors = {place[1]: opened.whole(key) for key, place in places if place[0] == WEIGHTS and len(place) == 2}
         return tensors | read_objects(opened, WEIGHTS)
-
-
-def _open(path: Path, weights_only: bool | None, verify: bool) -> OpenedDirectory | OpenedFile:
-    place = atomic.current(path)
-    if place.is_dir():
-        return OpenedDirectory(path, weights_only=weights_only, verify=verify)
-    if not place.is_file():
-        raise ValueError(
-            f"The path {str(path)!r} does not point to a valid checkpoint: there is no file or directory of that name "
-            f"(working directory: {Path.cwd()})."
-        )
-    return OpenedFile(path)
 
 
 def _read_on_all(read: Callable[[], T], group: Any) -> T:

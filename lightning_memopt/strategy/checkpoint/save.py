@@ -24,7 +24,7 @@ from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermos
 from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
-from lightning_memopt.strategy.files.directory import CHECKSUMS, REST, check_replaceable, copy_others
+from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE, REST, check_replaceable, copy_others, explanation
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
 _TRIES = 20
@@ -136,7 +136,8 @@ def _begin(path: Path) -> Path:
     try:
         new.mkdir()
         for _ in range(_TRIES):
-            with contextlib.suppress(FileNotFoundError, shutil.Error):  # another process has replaced the directory
+            # Another process has replaced the directory.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, shutil.Error):
                 copy_others(path, new)
                 return new
         copy_others(path, new)
@@ -163,6 +164,7 @@ def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksu
         raise OSError(
             f"{missing[0]!r} of another rank is missing: all ranks must save to a file system that they share"
         )
+    atomic.write_synced(new / NOTE, lambda stream: stream.write(explanation(path.name).encode() + b"\n"))
     atomic.write_synced(new / REST, lambda stream: save_with_checksums({**rest, CHECKSUMS: sums}, stream))
     atomic.commit(new, path)
 

@@ -40,8 +40,11 @@ def begin(path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(path):
-        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+        try:
             os.rename(current(path), path)
+        except OSError as error:  # another process has just renamed it, or has saved under the name
+            if error.errno not in _TAKEN:
+                raise
     for left in _leftovers(path):
         with contextlib.suppress(OSError):  # another process removes it at the same time
             remove(left)
@@ -132,10 +135,18 @@ def remove(path: Path | None) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync_file(path: Path) -> None:
+    """Sync a file that another library has written to disk."""
+    _sync(path)
+
+
 def sync_folder(path: Path) -> None:
     """Sync the names in a folder to disk."""
-    if os.name != "posix":  # other systems cannot open folders
-        return
+    if os.name == "posix":  # other systems cannot open folders
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -140,6 +140,15 @@ class OpenedDirectory:
             for name in sorted(self._checksums or {})[rank::ranks]:
                 self._compare(name)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the directory has checksums."""
+        return self._checksums is not None
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file of the checkpoint."""
+        return {name: os.fstat(stream.fileno()).st_size for name, stream in sorted(self._files.items())}
+
     def _check_sizes(self) -> None:
         ends = self._ends()
         known = {**ends, **{name: size for name, (size, _) in (self._checksums or {}).items()}}

@@ -77,6 +77,15 @@ class OpenedFile:
                 mmap=place is not None,
             )
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the file is a zip archive, in which every entry has a checksum."""
+        return self._magic == _ZIP
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of the file, by name."""
+        return {self.path.name: os.fstat(self._stream.fileno()).st_size}
+
     def close(self) -> None:
         """Close the file. Tensors that were read stay valid."""
         self._stream.close()

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from lightning_memopt import AdaPMLean
 from lightning_memopt.strategy import MemOptFSDPStrategy
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
+from lightning_memopt.strategy.export import export_command
+from lightning_memopt.strategy.export.inspection import inspect_checkpoint
 from tests._compare import assert_equal
 from tests.strategy.checkpoint._checkpoints import (
     FORMATS,
@@ -305,3 +307,29 @@ def plugins_of_the_user_are_used(ranks: dict[int, World], folder: Path) -> None:
     own.save_checkpoint(path)
     assert path.is_file()
     assert type(trainer(folder, "file").strategy.checkpoint_io) is AtomicCheckpointIO
+
+
+@case
+def an_export_continues_on_one_device(ranks: dict[int, World], folder: Path) -> None:
+    """The command writes one file, from a directory that two ranks saved, and no Trainer is needed for it."""
+    model = Module()
+    fitted = trainer(folder, "directory", max_epochs=1)
+    fitted.fit(model)
+    fitted.save_checkpoint(folder / "two ranks")
+    expected = whole_params(model)
+    if dist.get_rank() == 0:
+        assert inspect_checkpoint(folder / "two ranks").ranks == RANKS
+        assert export_command.main([str(folder / "two ranks"), str(folder / "one.ckpt"), "--optimizer"]) == 0
+        loaded = Module.load_from_checkpoint(folder / "one.ckpt")
+        assert_equal({name: param.data for name, param in loaded.named_parameters()}, expected)
+        options = {"strategy": SingleDeviceStrategy("cpu"), "accelerator": "cpu", "logger": False}
+        options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
+        one = Trainer(**options, max_epochs=2, limit_val_batches=0)
+        one.fit(Module(seed=1), ckpt_path=folder / "one.ckpt")
+        assert one.global_step == 2 + 4
+    dist.barrier()
+    again = trainer(folder, "directory", max_epochs=1)
+    other = Module(seed=1)
+    again.fit(other, ckpt_path=folder / "one.ckpt")
+    assert_equal(local_params(other), local_params(model))
+    assert_equal(local_state(again.optimizers[0]), local_state(fitted.optimizers[0]))
