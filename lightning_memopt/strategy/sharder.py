@@ -134,8 +134,8 @@ class Sharder:
         if self._tensor_size > 1:
             raise ValueError(
                 f"`tensor_parallel_size` is {self._tensor_size}, but no parameter of {type(model).__name__} is "
-                "sharded: parallelize the model in its `configure_model`, with `self.device_mesh['tensor_parallel']`, "
-                "or leave `tensor_parallel_size` at 1."
+                "sharded: parallelize the model in its `configure_model` (with Fabric, before `fabric.setup`), with "
+                "`device_mesh['tensor_parallel']`, or leave `tensor_parallel_size` at 1."
             )
 
     def _refuse_ignored_options(self) -> None:
