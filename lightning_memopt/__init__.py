@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from lightning_memopt import metrics
     from lightning_memopt.callbacks import AdaptiveMomentum, BindNames, OptimizerMemoryMonitor
     from lightning_memopt.cli import MemOptCLI
-    from lightning_memopt.strategy import MemOptFSDPStrategy, full_state_dict, grad_norm, load_weights
+    from lightning_memopt.strategy import (
+        MemOptFabricStrategy,
+        MemOptFSDPStrategy,
+        full_state_dict,
+        grad_norm,
+        load_weights,
+    )
 
 # These need more than torch, so they are imported on first access.
 _LAZY = {
@@ -42,6 +48,7 @@ _LAZY = {
     "BindNames": "lightning_memopt.callbacks",
     "MemOptCLI": "lightning_memopt.cli",
     "MemOptFSDPStrategy": "lightning_memopt.strategy",
+    "MemOptFabricStrategy": "lightning_memopt.strategy",
     "OptimizerMemoryMonitor": "lightning_memopt.callbacks",
     "full_state_dict": "lightning_memopt.strategy",
     "grad_norm": "lightning_memopt.strategy",
@@ -71,6 +78,7 @@ __all__ = [
     "MemOpt",
     "MemOptCLI",
     "MemOptFSDPStrategy",
+    "MemOptFabricStrategy",
     "MemoryPlan",
     "Momentum",
     "NamingScheme",

@@ -26,7 +26,9 @@ def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
-SCRIPTS = [code for page in (README, MEMORY) for code in blocks("python", page) if ">>>" not in code]
+STRATEGY = (ROOT / "docs" / "strategy.md").read_text()
+FABRIC = STRATEGY.partition("## Fabric\n")[2].partition("\n## ")[0]
+SCRIPTS = [code for page in (README, MEMORY, FABRIC) for code in blocks("python", page) if ">>>" not in code]
 
 
 @pytest.mark.parametrize("code", SCRIPTS, ids=lambda code: code.split("\n")[-2][:40])

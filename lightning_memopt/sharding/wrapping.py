@@ -34,7 +34,7 @@ class Unit:
     """A module whose parameters are gathered together, except those of units inside it.
 
     Attributes:
-        name: Its name in the LightningModule.
+        name: Its name in the model; empty for the model itself.
         module: The module.
         outermost: Whether no other unit contains it, so that the user's code sees its inputs and outputs.
     """
@@ -86,18 +86,23 @@ def _module_class(option: str, entry: Any) -> type[nn.Module]:
     return entry
 
 
-def find_units(root: nn.Module, policy: Policy | None = None) -> list[Unit]:
+def find_units(root: nn.Module, policy: Policy | None = None, *, called: bool = False) -> list[Unit]:
     """Return the modules to which ``fully_shard`` should be applied, inner units first.
 
-    These are the blocks (see :func:`blocks`) and the outermost modules with their own ``forward``. The root is not a
-    unit: a LightningModule is called through ``training_step``, which does not trigger gathering. If a unit shares a
+    These are the blocks (see :func:`blocks`) and the outermost modules with their own ``forward``. If a unit shares a
     parameter with a module outside it, only the unit that contains both remains.
+
+    Args:
+        root: The model.
+        policy: Which blocks to choose.
+        called: Whether the root's ``forward`` is called, so that the root can be a unit. A LightningModule is called
+            through ``training_step``, which does not trigger gathering.
 
     Raises:
         ValueError: If the policy chooses nothing, or a module that cannot be called, or if modules share a parameter
             and no unit contains all of them.
     """
-    tops = list(_callable_children(root))
+    tops = [root] if called and _is_callable(root) else list(_callable_children(root))
     return _ordered(root, _without_shared(root, {*tops, *blocks(root, policy)}))
 
 

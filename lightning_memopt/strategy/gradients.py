@@ -52,23 +52,54 @@ def average_gradients(params: Sequence[Tensor], group: Any) -> None:
             param.grad.copy_((value / size).view_as(param))
 
 
+def checked_norm_type(norm_type: float | str) -> float:
+    """Return the p of a p-norm as a number, infinity for "inf".
+
+    Raises:
+        ValueError: If p is not positive.
+    """
+    p = float(norm_type)
+    if not p > 0:
+        raise ValueError(f"`norm_type` must be a positive number or 'inf', got {norm_type!r}.")
+    return p
+
+
 @torch.no_grad()
-def clip_grad_norm_(params: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients so that their total 2-norm is at most ``max_norm``, and return the norm before scaling.
+def clip_grad_norm_(
+    params: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale gradients so that their total p-norm is at most ``max_norm``, and return the norm before scaling.
 
     ``torch.nn.utils.clip_grad_norm_`` cannot combine norms from different meshes, or from DTensors and plain tensors.
     The collectives here depend on the parameters, not on which of them have a gradient. So if ranks disagree about
     that, the optimizer can report it.
+
+    Args:
+        params: The parameters.
+        max_norm: The largest norm.
+        norm_type: The p.
+        error_if_nonfinite: Whether to refuse a norm that is not finite, which waits for the device.
+
+    Raises:
+        RuntimeError: If the norm is refused. Gradients have not changed then.
+        ValueError: If p is not positive.
     """
-    params = list(params)
+    params, p = list(params), checked_norm_type(norm_type)
     by_placement: dict[_Placement, list[Tensor]] = {_placement(param): [] for param in params if param.requires_grad}
     for param in params:
         if param.grad is not None:
             by_placement.setdefault(_placement(param), []).append(local_tensor(aligned(param.grad, param)))
-    squares = [_square(placement, grads) for placement, grads in by_placement.items()]
-    if not squares:
+    powers = [_power(placement, grads, p) for placement, grads in by_placement.items()]
+    if not powers:
         return torch.tensor(0.0)
-    total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
+    found = torch.stack([power.to(powers[0].device) for power in powers])
+    total = (found.max() if math.isinf(p) else found.sum() ** (1 / p)).float()
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"The norm of the gradients is {total.item()}, so they cannot be clipped. With "
+            "`error_if_nonfinite=False`, the optimizer decides what happens: an error with names, or, with "
+            "`nonfinite='skip'`, no step."
+        )
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for param in params:
         if param.grad is not None:
@@ -87,15 +118,16 @@ def _placement(param: Tensor) -> _Placement:
     return param.device_mesh, tuple(dim for dim, place in enumerate(param.placements) if not place.is_replicate())
 
 
-def _square(placement: _Placement, grads: list[Tensor]) -> Tensor:
-    """Return the global sum of squares of gradients that are sharded in the same way, given this rank's local parts."""
+def _power(placement: _Placement, grads: list[Tensor], p: float) -> Tensor:
+    """Return the global p-norm to the power of p, or the largest element, of gradients that are sharded in one way."""
     mesh, dims = placement
-    square = torch.nn.utils.get_total_norm(grads).double().square()
+    norm, largest = torch.nn.utils.get_total_norm(grads, p).double(), math.isinf(p)
+    power = norm if largest else norm**p
     if mesh is not None:
-        square = square.to(mesh.device_type)
+        power = power.to(mesh.device_type)
         for dim in dims:
-            dist.all_reduce(square, group=mesh.get_group(dim))
-    return square
+            dist.all_reduce(power, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=mesh.get_group(dim))
+    return power
 
 
 @torch.no_grad()

@@ -87,8 +87,9 @@ def _check_live(
     if dead:
         which = f"{names[dead[0]]!r}" if dead[0] in names else "a parameter without a name"
         raise ValueError(
-            f"{len(dead)} of the {len(params)} parameters of the optimizer {kind} are not in {type(model).__name__}, "
-            f"such as {which} of shape {tuple(dead[0].shape)}: they would not be trained. Create the optimizer from "
+            f"{len(dead)} of the {len(params)} parameters of the optimizer {kind} are not in "
+            f"{type(model).__name__.removeprefix('FSDP')}, such as {which} of shape {tuple(dead[0].shape)}: they would "
+            "not be trained. Create the optimizer from the parameters of the model that is trained: under a Trainer, "
             "`self.named_parameters()` in `configure_optimizers`."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -10,39 +10,21 @@ from typing import Any, Literal
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_memopt.sharding.wrapping import blocks, divided_by_dtype, find_units, resolve_policy
 from lightning_memopt.strategy.checkpoint.base import CheckpointingStrategy
 from lightning_memopt.strategy.errors import FirstFailure, explain
 from lightning_memopt.strategy.finetuning import let_finetuning_compare_sharded_parameters
 from lightning_memopt.strategy.gradients import average_gradients, loose_parameters
-from lightning_memopt.strategy.mesh import check_sizes, make_meshes, resolved_data_size
-from lightning_memopt.strategy.model.precision import ShardedHalfPrecision, ShardedMixedPrecision, sharded_plugin
-from lightning_memopt.strategy.model.refusals import (
-    refuse_callbacks,
-    refuse_embeddings,
-    refuse_fsdp1,
-    refuse_parameters,
-)
-from lightning_memopt.strategy.model.same_weights import check_same_structure
-from lightning_memopt.strategy.model.shard import (
-    Sharding,
-    attributes_kept,
-    complete_sharding,
-    earlier_sharding,
-    is_sharded,
-    shard,
-    sharded_modules,
-)
+from lightning_memopt.strategy.model.precision import ShardedMixedPrecision, sharded_plugin
+from lightning_memopt.strategy.model.refusals import refuse_accelerator, refuse_callbacks, refuse_embeddings
+from lightning_memopt.strategy.model.shard import attributes_kept, reduction_paused, sharded_modules
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-
-Modules = list[type[nn.Module] | str] | type[nn.Module] | str | Callable[[nn.Module], bool]
+from lightning_memopt.strategy.sharder import Modules, Sharder
 
 
 class MemOptFSDPStrategy(CheckpointingStrategy):
@@ -90,24 +72,23 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        check_sizes(data_parallel_size, tensor_parallel_size, replicate_size)
+        self._sharder = Sharder(
+            data_parallel_size,
+            tensor_parallel_size,
+            replicate_size,
+            wrap=wrap,
+            activation_checkpointing=activation_checkpointing,
+            reshard_after_forward=reshard_after_forward,
+            cpu_offload=cpu_offload,
+        )
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )
-        self._tensor_size, self._replicate_size = tensor_parallel_size, replicate_size
-        self._wrap = resolve_policy("wrap", wrap)
-        self._checkpoint_blocks = activation_checkpointing is True
-        given = None if isinstance(activation_checkpointing, bool) else activation_checkpointing
-        self._checkpoint_policy = resolve_policy("activation_checkpointing", given)
-        self._reshard_after_forward = reshard_after_forward
         self._sync_every_batch = sync_every_batch
         self._verify = verify
-        self._cpu_offload = cpu_offload
         self._known = KnownParameters()
         self._syncing = True
         self._first_failure: FirstFailure | None = None
-        self._data_mesh: DeviceMesh | None = None
-        self._fsdp_mesh: DeviceMesh | None = None
 
     # ------------------------------------------------------------------ guards
 
@@ -118,11 +99,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator) -> None:
-        if not isinstance(accelerator, CPUAccelerator | CUDAAccelerator):
-            raise ValueError(
-                f"MemOptFSDPStrategy runs on CPUs and CUDA GPUs, got {type(accelerator).__name__}: set "
-                "`accelerator='cpu'` or `accelerator='cuda'`."
-            )
+        refuse_accelerator(accelerator, type(self).__name__)
         self._accelerator = accelerator
 
     @property
@@ -139,29 +116,24 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        assert self._data_mesh is not None
-        return {"num_replicas": self._data_mesh.size(), "rank": self._data_mesh.get_local_rank()}
+        return self._sharder.sampler_kwargs()
 
     @override
     def setup_environment(self) -> None:
         self._setup_distributed()
         self._first_failure = FirstFailure()
-        if self._device_mesh is None:
-            size = resolved_data_size(
-                self._data_parallel_size, self._tensor_size, self._replicate_size, self.world_size
-            )
-            self._data_parallel_size = size
-            self._device_mesh, self._data_mesh, self._fsdp_mesh = make_meshes(
-                self.root_device.type, size, self._tensor_size, self._replicate_size
-            )
+        self._device_mesh = self._sharder.make_meshes(self.root_device.type, self.world_size)
+        self._data_parallel_size = self._sharder.data_mesh.size()
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
     @override
     def _get_process_group_backend(self) -> str:
-        if self._cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
-            return "cpu:gloo,cuda:nccl"
-        return super()._get_process_group_backend()
+        return (
+            self._process_group_backend
+            or self._sharder.backend(self.root_device)
+            or super()._get_process_group_backend()
+        )
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -186,12 +158,16 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             let_finetuning_compare_sharded_parameters(trainer)
             refuse_embeddings(self.model)
-        refuse_fsdp1(self.model)
         self._known.learn(self.model)
         self._reshard()
+        plugin = self.precision_plugin
         with attributes_kept(self.model):
-            self._shard(self.model)
-            self.model = self.precision_plugin.convert_module(self.model)
+            users = self._sharder.shard(
+                self.model, str(plugin.precision), self.root_device, called=False, layer_sync=self._layer_sync
+            )
+            if isinstance(plugin, ShardedMixedPrecision):
+                plugin.autocast = users
+            self.model = plugin.convert_module(self.model)
             self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -201,70 +177,12 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             for optimizer in self._trained_by:
                 move_state(optimizer)
 
-    def _shard(self, model: nn.Module) -> None:
-        """Shard the model, unless it is sharded already."""
-        assert self._fsdp_mesh is not None
-        plugin = self.precision_plugin
-        wanted = Sharding(
-            self._fsdp_mesh, str(plugin.precision), self._cpu_offload, self.root_device, self._reshard_after_forward
-        )
-        earlier, users = earlier_sharding(model), is_sharded(model)
-        if earlier is not None:
-            earlier.check_same(wanted)
-        elif users:
-            self._refuse_ignored_options()
-            complete_sharding(model, self.root_device)
-        else:
-            self._refuse_missing_parallelism(model)
-            check_same_structure(model)
-            if self._layer_sync is not None:
-                model = self._layer_sync.apply(model)
-            units = find_units(model, self._wrap)
-            refuse_parameters(model, units)
-            if not isinstance(plugin, ShardedHalfPrecision):  # which converts all parameters to one dtype
-                units = divided_by_dtype(model, units)
-            shard(model, units, wanted, plugin, self._checkpointed(model))
-        if isinstance(plugin, ShardedMixedPrecision):
-            plugin.autocast = earlier is None and users
-
-    def _checkpointed(self, model: nn.Module) -> Sequence[nn.Module]:
-        if self._checkpoint_policy is not None:
-            return blocks(model, self._checkpoint_policy)
-        found = blocks(model, self._wrap) if self._checkpoint_blocks else []
-        if self._checkpoint_blocks and not found:
-            raise ValueError(
-                f"`activation_checkpointing=True` found no blocks in {type(model).__name__}: pass the classes of the "
-                "modules whose activations to recompute."
-            )
-        return found
-
-    def _refuse_missing_parallelism(self, model: nn.Module) -> None:
-        if self._tensor_size > 1:
-            raise ValueError(
-                f"`tensor_parallel_size` is {self._tensor_size}, but no parameter of {type(model).__name__} is "
-                "sharded: parallelize the model in its `configure_model`, with `self.device_mesh['tensor_parallel']`, "
-                "or leave `tensor_parallel_size` at 1."
-            )
-
-    def _refuse_ignored_options(self) -> None:
-        options = {
-            "wrap": self._wrap is not None,
-            "activation_checkpointing": self._checkpoint_blocks or self._checkpoint_policy is not None,
-            "cpu_offload": self._cpu_offload,
-        }
-        ignored = [f"`{name}`" for name, given in options.items() if given]
-        if ignored:
-            raise ValueError(
-                f"{' and '.join(ignored)} would have no effect, because `configure_model` has sharded the model "
-                "already: apply the same there, or do not shard in `configure_model`."
-            )
-
     @override
     def model_to_device(self) -> None:
         """Move what is not sharded to the device; the rest is there already."""
         assert self.model is not None
         _update_properties(self.model, device=self.root_device)
-        if not self._cpu_offload:
+        if not self._sharder.cpu_offload:
             self.model.to(self.root_device)
 
     def _reshard(self) -> None:
@@ -299,9 +217,8 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of parameters that are not sharded."""
         assert self.model is not None
-        assert self._data_mesh is not None
         if self._syncing:
-            average_gradients(loose_parameters(self.model), self._data_mesh.get_group())
+            average_gradients(loose_parameters(self.model), self._sharder.data_mesh.get_group())
         super().post_backward(closure_loss)
 
     @contextmanager
@@ -312,13 +229,9 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             yield
             return
         assert self.model is not None
-        modules = sharded_modules(self.model)
         try:
             self._syncing = False
-            for module in modules:
-                module.set_requires_gradient_sync(False, recurse=False)
-            yield
+            with reduction_paused(self.model):
+                yield
         finally:
             self._syncing = True
-            for module in modules:
-                module.set_requires_gradient_sync(True, recurse=False)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.strategy.agreement import rank_and_size
 from lightning_memopt.strategy.checkpoint.states import gathered
+from lightning_memopt.strategy.gradients import checked_norm_type
 from lightning_memopt.strategy.model.shard import sharded_modules
 
 
@@ -48,9 +49,7 @@ def grad_norm(module: nn.Module, norm_type: float | str = 2.0) -> dict[str, floa
     Raises:
         ValueError: If p is not positive.
     """
-    p = float(norm_type)
-    if not p > 0:
-        raise ValueError(f"`norm_type` must be a positive number or 'inf', got {norm_type!r}.")
+    p = checked_norm_type(norm_type)
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
     by_placement: dict[object, list[str]] = defaultdict(list)
     for name, grad in grads.items():

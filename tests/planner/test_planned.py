@@ -18,22 +18,12 @@ from lightning_memopt.memory.storages import Storages
 from lightning_memopt.planner.memory_plan import ADAMW
 from lightning_memopt.planner.planning import candidates, plan_module
 from lightning_memopt.sharding.wrapping import find_units
-from lightning_memopt.strategy.model.precision import (
-    ShardedHalfPrecision,
-    ShardedMixedPrecision,
-    ShardedPrecision,
-)
 from lightning_memopt.strategy.model.shard import Sharding, shard
 from tests._models import LENGTH, VOCAB, tiny_gpt2, tiny_llama
 from tests._ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-PLUGINS = {
-    "32-true": ShardedPrecision,
-    "bf16-true": lambda: ShardedHalfPrecision("bf16-true"),
-    "bf16-mixed": lambda: ShardedMixedPrecision("bf16-mixed", "cpu"),
-}
 SOME = ("adapm_mini", "adapm_lean", "adam_snsm")
 CASES = [
     ("llama", "32-true", tuple(lm.recipe_names())),
@@ -75,7 +65,7 @@ def measured(rank: int, world: int) -> list[dict[str, Any]]:
         module = held(name)
         mesh = init_device_mesh("cpu", (world,))
         sharding = Sharding(mesh, precision, False, torch.device("cpu"), None)
-        shard(module, find_units(module), sharding, PLUGINS[precision]())
+        shard(module, find_units(module), sharding)
         tokens = torch.randint(0, VOCAB, (2, LENGTH))
         module.training_step(tokens).backward()
         params = list(module.parameters())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests._ranks import run_ranks
 from tests.strategy.cases import (  # noqa: F401  (they register themselves)
     command_line,
+    fabric,
     gradients,
     materialize,
     mesh,

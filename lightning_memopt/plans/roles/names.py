@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 # What peft and torch's parametrizations put between a layer and its weight.
 _AROUND_WEIGHTS = {"base_layer", "original_module", "parametrizations"}
 _WEIGHTS = {"weight", "weight_v", "weight_g", "original", "original0", "original1"}
@@ -25,7 +25,7 @@ _CONTAINERS = (
 
 
 def canonical_names(names: Iterable[str]) -> list[str]:
-    """Strip the prefixes that ``torch.compile``, DDP, FSDP and activation checkpointing add to parameter names.
+    """Strip the prefixes that ``torch.compile``, DDP, FSDP, Fabric and activation checkpointing add to parameter names.
 
     DDP's ``module.`` is stripped as often as all names start with it. Names that are already canonical do not change.
     """

@@ -8,15 +8,14 @@ from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, is_local
+from lightning_memopt.strategy.checkpoint.io import atomic_io
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
-from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
+from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_checkpoint
 from lightning_memopt.strategy.finetuning import groups_restored
 
 
@@ -39,11 +38,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
     @override
     def checkpoint_io(self) -> CheckpointIO:
         """The user's CheckpointIO, or one that replaces files atomically."""
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO(verify=self._verify)
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            # Has no effect if the user passed a CheckpointIO.
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO(verify=self._verify)
+        self._checkpoint_io = atomic_io(self._checkpoint_io, verify=self._verify)
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -69,21 +64,13 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if storage_options is not None:
-            raise TypeError(
-                f"`{type(self).__name__}.save_checkpoint(..., storage_options=...)` is not supported: pass them to a "
-                "custom `CheckpointIO` plugin."
-            )
-        path = self.broadcast(filepath)  # all ranks save to the same place
-        if not self._save_distributed_checkpoint:
-            save_file(checkpoint, path, self.checkpoint_io)
-        elif is_local(path):
-            save_directory(checkpoint, Path(path))
-        else:
-            raise ValueError(
-                f"A distributed checkpoint needs a file system that all ranks share, got {str(path)!r}: save to a "
-                "local path, or set `save_distributed_checkpoint=False`."
-            )
+        save_checkpoint(
+            checkpoint,
+            self.broadcast(filepath),  # all ranks save to the same place
+            self.checkpoint_io,
+            distributed=self._save_distributed_checkpoint,
+            storage_options=storage_options,
+        )
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -119,12 +119,12 @@ def check_counts(saved: Sequence[Mapping[str, Any]], optimizers: Optimizers | No
         raise KeyError(
             "Trying to restore optimizer state but checkpoint contains only the model. This is probably due to "
             "`ModelCheckpoint.save_weights_only` being set to `True`; to start training from these weights, load them "
-            "into the LightningModule."
+            "into the model."
         )
     if optimizers and len(saved) != len(optimizers):
         raise ValueError(
-            f"The checkpoint has the states of {len(saved)} optimizers, but `configure_optimizers` returns "
-            f"{len(optimizers)}: return the optimizers of the run that saved it."
+            f"The checkpoint has the states of {len(saved)} optimizers, but there are {len(optimizers)}: create the "
+            "optimizers of the run that saved it."
         )
 
 

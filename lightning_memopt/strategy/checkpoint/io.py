@@ -69,6 +69,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
+def atomic_io(given: CheckpointIO | None, *, verify: bool) -> CheckpointIO:
+    """Return the user's CheckpointIO, or else an atomic one; a wrapper of the user's around nothing gets that inside.
+
+    Args:
+        given: The user's, or None.
+        verify: As in :class:`AtomicCheckpointIO`.
+    """
+    if isinstance(given, _WrappingCheckpointIO):
+        given.checkpoint_io = AtomicCheckpointIO(verify=verify)  # has no effect if the user has put one inside
+    return AtomicCheckpointIO(verify=verify) if given is None else given
+
+
 def save_with_checksums(value: Any, stream: Any) -> None:
     """Write a file with ``torch.save`` and a checksum for every entry, even if the user has disabled checksums."""
     before = get_crc32_options()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ def load_checkpoint(
     verify: bool = True,
     group: Any = None,
     adapting: Adapting = nullcontext,
+    bare: bool = False,
 ) -> dict[str, Any]:
     """Load weights and optimizer states and return the rest of the checkpoint.
 
@@ -59,6 +60,7 @@ def load_checkpoint(
         group: The process group; None for all ranks.
         adapting: A context manager that takes the rest of the checkpoint. It prepares the optimizers for their
             states, and undoes this if the states do not fit.
+        bare: Whether a file may hold the weights and nothing else.
 
     Raises:
         ValueError: If the checkpoint is missing, incomplete or damaged, or if its optimizers or groups do not match.
@@ -72,9 +74,11 @@ def load_checkpoint(
             if isinstance(opened, OpenedDirectory):
                 return load_directory(opened, model, optimizers, strict, weights_only, group, adapting)
             checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
+            checkpoint = _filed(checkpoint) if bare else checkpoint
             return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
+    checkpoint = _filed(checkpoint) if bare else checkpoint
     return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
 
 
@@ -110,6 +114,11 @@ def _read_on_all(read: Callable[[], T], group: Any) -> T:
 
 
 # ---------------------------------------------------------------------- one file with whole tensors
+
+
+def _filed(content: Any) -> Any:
+    """Return bare weights as a checkpoint, and a checkpoint as it is."""
+    return {WEIGHTS: content} if isinstance(content, Mapping) and WEIGHTS not in content else content
 
 
 def _load_whole(

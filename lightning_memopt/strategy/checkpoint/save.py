@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_memopt.optim.groups import NAMES, plain_group
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
-from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, save_with_checksums
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, is_local, save_with_checksums
 from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
@@ -70,6 +70,38 @@ def optimizer_state(
     # An optimizer of this package may have received other names. On a single device, state is matched by these.
     names = state.get(NAMES) or names_of(optimizer, model)
     return {"state": states, "param_groups": groups, NAMES: names} if keep else {}
+
+
+def save_checkpoint(
+    checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, distributed: bool, storage_options: Any = None
+) -> None:
+    """Save a checkpoint as a directory or as one file.
+
+    Args:
+        checkpoint: Lightning's checkpoint, sharded for a directory, and complete on the first rank for a file.
+        path: The same path on all ranks.
+        checkpoint_io: Lightning's CheckpointIO, which writes files.
+        distributed: Whether to save a directory.
+        storage_options: Must be None.
+
+    Raises:
+        TypeError: If there are storage options.
+        ValueError: If a directory is to be saved to a path that is not local.
+        OSError: As for :func:`save_directory` and :func:`save_file`.
+    """
+    if storage_options is not None:
+        raise TypeError(
+            "`save_checkpoint(..., storage_options=...)` is not supported: pass them to a custom `CheckpointIO` plugin."
+        )
+    if not distributed:
+        save_file(checkpoint, path, checkpoint_io)
+    elif is_local(path):
+        save_directory(checkpoint, Path(path))
+    else:
+        raise ValueError(
+            f"A distributed checkpoint needs a file system that all ranks share, got {str(path)!r}: save to a "
+            "local path, or set `save_distributed_checkpoint=False`."
+        )
 
 
 def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = None) -> None:

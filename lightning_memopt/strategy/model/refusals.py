@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning.pytorch import Callback, callbacks
+from lightning.fabric.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch import Callback, accelerators, callbacks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
@@ -15,6 +16,25 @@ from lightning_memopt.sharding.wrapping import Unit
 _AVERAGING = tuple(
     getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
 )
+
+_ACCELERATORS = (CPUAccelerator, CUDAAccelerator, accelerators.CPUAccelerator, accelerators.CUDAAccelerator)
+
+
+def refuse_accelerator(accelerator: object, strategy: str) -> None:
+    """Refuse accelerators on which sharding is not supported.
+
+    Args:
+        accelerator: The accelerator of a Trainer or of Fabric.
+        strategy: The name of the strategy.
+
+    Raises:
+        ValueError: If it is neither the CPU nor CUDA.
+    """
+    if not isinstance(accelerator, _ACCELERATORS):
+        raise ValueError(
+            f"{strategy} runs on CPUs and CUDA GPUs, got {type(accelerator).__name__}: set `accelerator='cpu'` or "
+            "`accelerator='cuda'`."
+        )
 
 
 def refuse_callbacks(given: Iterable[Callback]) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +24,7 @@ from lightning_memopt.strategy.model.materialize import (
     pretrained_owners,
     refuse_uninitializable,
 )
-from lightning_memopt.strategy.model.precision import ShardedHalfPrecision, sharding_policy
+from lightning_memopt.strategy.model.precision import sharding_policy
 from lightning_memopt.strategy.model.same_weights import broadcast, broadcast_replicas
 from lightning_memopt.strategy.model.weight_changes import Watch, watch
 
@@ -72,11 +71,23 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+@contextmanager
+def reduction_paused(model: nn.Module) -> Generator[None, None, None]:
+    """Do not reduce gradients over ranks in the backward passes inside: they add up on every rank."""
+    modules = sharded_modules(model)
+    try:
+        for module in modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+        yield
+    finally:
+        for module in modules:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
 def shard(
     model: nn.Module,
     units: Sequence[Unit],
     sharding: Sharding,
-    plugin: Precision,
     checkpointed: Sequence[nn.Module] = (),
 ) -> None:
     """Shard a model. At any time, at most one unit has full tensors on the device that it did not have before.
@@ -85,7 +96,6 @@ def shard(
         model: The model. Tensors outside all units are moved to the device and broadcast, too.
         units: The result of :func:`find_units`.
         sharding: The settings.
-        plugin: The precision plugin.
         checkpointed: Modules whose activations are recomputed in the backward pass.
     """
     modules, owners = {unit.module for unit in units}, pretrained_owners(model)
@@ -93,17 +103,18 @@ def shard(
     for module in checkpointed:
         checkpoint(module)
     dims = shard_dims(model, shard_size(sharding.mesh))
-    for unit in (*units, Unit("", model, True)):
+    rest = () if model in modules else (Unit("", model, True),)
+    for unit in (*units, *rest):
         prefix = f"{unit.name}." if unit.name else ""
         own = [(prefix + name if name else unit.name, module) for name, module in own_modules(unit.module, modules)]
         replaced = move(own, sharding.device, owners)
-        if isinstance(plugin, ShardedHalfPrecision):
+        if sharding.precision == "bf16-true":
             converted = convert(own, torch.bfloat16)
             replaced = {**converted, **{old: converted.get(new, new) for old, new in replaced.items()}}
         broadcast(_tensors(own))
-        if unit.module is not model:
+        if unit.module in modules:
             Watch(unit.name, unit.module, own)
-            _fully_shard(unit, sharding, plugin, renamed(dims, replaced))
+            _fully_shard(unit, sharding, renamed(dims, replaced))
     setattr(model, _RECORD, sharding)
 
 
@@ -125,13 +136,13 @@ def complete_sharding(model: nn.Module, device: torch.device) -> None:
     watch(model)
 
 
-def _fully_shard(unit: Unit, sharding: Sharding, plugin: Precision, dims: dict[Tensor, int]) -> None:
+def _fully_shard(unit: Unit, sharding: Sharding, dims: dict[Tensor, int]) -> None:
     fully_shard(
         unit.module,
         mesh=sharding.mesh,
         reshard_after_forward=sharding.reshard_after_forward,
         shard_placement_fn=lambda param: Shard(dims[param]),
-        mp_policy=sharding_policy(plugin, outermost=unit.outermost),
+        mp_policy=sharding_policy(sharding.precision, outermost=unit.outermost),
         offload_policy=CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
         if sharding.cpu_offload
         else OffloadPolicy(),

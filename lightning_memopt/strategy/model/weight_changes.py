@@ -75,7 +75,7 @@ class Watch:
         if not self._unit.training:
             return
         self._seen = [
-            _Seen(f"{name}.{key}", module, key, param, _place(param), _version(param), _total(param))
+            _Seen(f"{name}.{key}" if name else key, module, key, param, _place(param), _version(param), _total(param))
             for name, module in self._own
             for key, param in module._parameters.items()
             if param is not None and param.is_floating_point() and param.numel()

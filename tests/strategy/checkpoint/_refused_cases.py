@@ -73,7 +73,7 @@ def what_does_not_fit(ranks: dict[int, World], folder: Path) -> None:
         with unchanged(wider), raises(RuntimeError, text):
             load_here(wider, strict=False)
 
-        with unchanged(model, adamw(model)), raises(ValueError, "the states of 1 optimizers", "returns 2"):
+        with unchanged(model, adamw(model)), raises(ValueError, "the states of 1 optimizers", "there are 2"):
             load_here(model, adamw(model), adamw(model))
         halves = [{"params": list(model[name].parameters())} for name in "ab"]
         with unchanged(model, torch.optim.AdamW(halves)), raises(ValueError, "parameter group"):

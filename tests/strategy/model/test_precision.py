@@ -62,9 +62,8 @@ def test_plugins_stay_what_they_are():
 
 
 def test_policy_of_mixed_precision():
-    mixed = sharded_plugin(MixedPrecision("bf16-mixed", "cpu"))
-    inner, outer = (sharding_policy(mixed, outermost=outermost) for outermost in (False, True))
+    inner, outer = (sharding_policy("bf16-mixed", outermost=outermost) for outermost in (False, True))
     assert (inner.param_dtype, inner.reduce_dtype, inner.output_dtype) == (torch.bfloat16, torch.float32, None)
     assert (outer.param_dtype, outer.reduce_dtype, outer.output_dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    plain = sharding_policy(sharded_plugin(HalfPrecision("bf16-true")), outermost=True)
+    plain = sharding_policy("bf16-true", outermost=True)
     assert (plain.param_dtype, plain.reduce_dtype, plain.output_dtype) == (None, None, None)
