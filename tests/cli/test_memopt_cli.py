@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -359,15 +358,3 @@ def test_the_module_runs_and_finds_classes_of_the_working_directory(tmp_path):
     done = run_python(*command, "fit", "--model=mine.Mine", "--model.width=7", "--print_config")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["model"] == {"class_path": "mine.Mine", "init_args": {"width": 7}}
-    done = run_python("-m", "lightning_memopt", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage: lightning-memopt" in done.stdout
-
-
-def test_the_installed_program_starts_and_lists_its_commands():
-    """The one test that starts it as a shell does, with imports of its own and every command's parser."""
-    command = [sys.executable, "-m", "lightning_memopt", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stderr
-    for name in ("fit", "validate", "test", "predict", "plan"):
-        assert name in run.stdout
