@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ from lightning_memopt.cli.parser import RunParser
 from lightning_memopt.cli.parser_mode import PARSER_MODES, SetParserMode, set_parser_mode
 from lightning_memopt.cli.save_config import SaveConfig
 from lightning_memopt.optim.schedule import WarmupSchedule
+
+# An option of one override. The parser would drop the override's other options, and take numbers for texts.
+_SPLIT = re.compile(r"--optimizer\.(init_args\.)?overrides\.[^.=]+\.")
 
 
 class MemOptCLI(LightningCLI):
@@ -107,12 +111,18 @@ class MemOptCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments. Classes are also searched in the folders of the config files."""
-        if args is None or isinstance(args, list):
-            search_folders_of(sys.argv[1:] if args is None else args)
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        search_folders_of(words)
+        if split := next(filter(_SPLIT.match, words), None):
+            parser.error(
+                f"{split}: options of an override cannot be set one by one, because patterns contain dots, too. Set a "
+                "whole override, as in --optimizer.overrides.head='{rank: 8}', or all of them, as in "
+                "--optimizer.overrides='{\"*.q_proj.weight\": {rank: 8}}'."
+            )
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        trainer = (self.config[command] if command else self.config).get("trainer") or {}
-        if problem := _strategy_problem(trainer.get("strategy")):
+        config = self.config[command] if command else self.config
+        if problem := _strategy_problem((config.get("trainer") or {}).get("strategy")):
             parser.error(f"--trainer.strategy: {problem}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -144,6 +144,13 @@ def test_rates_on_the_command_line(number):
     assert blocks["self_attn.q_proj.weight"].weight_decay == 0.01
 
 
+def test_a_whole_override_on_the_command_line():
+    Path("x.yaml").write_text("{optimizer: {class_path: AdaPMLean, init_args: {overrides: {head: {rank: 3}}}}}")
+    args = ["--config=x.yaml", "--optimizer.overrides.query={lr_multiplier: 1e1}", "--trainer.limit_train_batches=1"]
+    blocks = {block.role: block for block in fit(*args).trainer.optimizers[0].snapshot().blocks}
+    assert (blocks["head"].rank, blocks["query"].lr_multiplier) == (3, 10)
+
+
 @pytest.mark.parametrize("name", ["AdaPM", "AdaPMMini", "AdamSN", "AdamSNSM", "AdaGradSNSM", "RMSPropSN", "AdamMini"])
 def test_every_class_is_found_by_its_short_name(name):
     (optimizer,) = fit(

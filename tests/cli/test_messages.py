@@ -70,6 +70,10 @@ def refused(capsys):
             "has no 'WarmupSchedle'. Did you mean 'WarmupSchedule'?",
         ),
         (["fit", MODEL, LEAN, "--optimizer.ranc=1"], "Unknown option of lightning_memopt.AdaPMLean 'ranc'. Did you"),
+        (
+            ["fit", MODEL, LEAN, "--optimizer.overrides.head.rank", "8"],
+            "--optimizer.overrides.head.rank: options of an override cannot be set one by one",
+        ),
         (["fit", MODEL, LEAN, "--optimizer.lr=abc"], "--optimizer.lr must be float, got 'abc'."),
         (["fit", MODEL, "--model.width=x"], "--model.width must be int, got 'x'."),
         (["fit", MODEL, CALLBACK, "--trainer.callbacks.polcy=energy"], "Momentum 'polcy'. Did you mean 'policy'?"),
