@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +13,11 @@ import tests._installed  # noqa: F401  before anything imports Lightning
 
 @pytest.fixture(autouse=True)
 def restored_world() -> Iterator[None]:
-    """Leave the process as it was: environment, default dtype, random numbers, threads, no process group."""
+    """Leave the process as it was: environment, sys.path, default dtype, random numbers, threads, no process group."""
     environment, dtype, threads = dict(os.environ), torch.get_default_dtype(), torch.get_num_threads()
-    random_state = torch.get_rng_state()
+    random_state, folders = torch.get_rng_state(), list(sys.path)
     yield
+    sys.path[:] = folders
     os.environ.clear()
     os.environ.update(environment)
     torch.set_default_dtype(dtype)

@@ -38,7 +38,8 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 ALLOWED: dict[str, set[str]] = {
     # What is planned has to be what the strategy would shard: DTensors, on the meta device.
     DTENSOR: {"sharding", "planner", "strategy"},
-    DISTRIBUTED: {"sharding", "planner", "strategy", "callbacks"},
+    # The command line tries out whether FSDP2 works on the machine.
+    DISTRIBUTED: {"sharding", "planner", "strategy", "callbacks", "cli"},
     **dict.fromkeys(LIGHTNING, {"strategy", "callbacks", "cli", "_registration"}),
     "triton": {"kernels"},
 }

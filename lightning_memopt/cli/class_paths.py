@@ -6,22 +6,17 @@ import difflib
 import pkgutil
 import sys
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 from lightning_memopt._registry import listed
+from lightning_memopt.cli.module_folders import own_folders
 
 # Where short names of classes come from.
 _HOMES = ("lightning_memopt", "torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks")
 
 
-def why_not(path: str, folders: str) -> str:
-    """Return why a class cannot be imported, as a sentence; empty if it can.
-
-    Args:
-        path: The path, such as ``package.module.Class``.
-        folders: The folders that were searched, in words.
-    """
+def why_not(path: str) -> str:
+    """Return why a class such as ``package.module.Class`` cannot be imported, as a sentence; empty if it can."""
     parts = path.split(".")
     found: ModuleType | None = None
     for count in range(1, len(parts)):
@@ -32,8 +27,9 @@ def why_not(path: str, folders: str) -> str:
             if error.name != name:
                 return f"{name} could not be imported, because it needs the module {error.name!r}: install it."
             if found is None:
-                hint = _nearest(name, _top_modules())
-                return f"There is no module {name!r}.{hint} Searched: {folders}, and the installed packages."
+                folders = own_folders()
+                hint = _nearest(name, [entry.name for entry in pkgutil.iter_modules(folders)])
+                return f"There is no module {name!r}.{hint} Searched: {', '.join(folders)}, and installed packages."
             return _missing(found, parts[count - 1])
         except Exception as error:
             return f"{name} could not be imported ({type(error).__name__}: {error}): correct the module."
@@ -61,12 +57,7 @@ def _names(module: ModuleType) -> list[str]:
     return [*(name for name in public if isinstance(getattr(module, name, None), type)), *inner]
 
 
-def _top_modules() -> list[str]:
-    """Return the modules of the folders that are no installed packages."""
-    own = [folder for folder in sys.path if Path(folder).is_dir() and "site-packages" not in folder]
-    return [entry.name for entry in pkgutil.iter_modules(own) if entry.name not in sys.stdlib_module_names]
-
-
 def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), {each.lower(): each for each in names}, n=1)
-    return f" Did you mean {({each.lower(): each for each in names})[close[0]]!r}?" if close else ""
+    plain = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), plain, n=1)
+    return f" Did you mean {plain[close[0]]!r}?" if close else ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,11 +20,14 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.callbacks import BindNames
 from lightning_memopt.cli.class_paths import why_not
 from lightning_memopt.cli.commands import COMMANDS
-from lightning_memopt.cli.module_folders import search_folders_of, searched
+from lightning_memopt.cli.module_folders import search_folders_of
 from lightning_memopt.cli.parser import RunParser
 from lightning_memopt.cli.parser_mode import PARSER_MODES, SetParserMode, set_parser_mode
 from lightning_memopt.cli.save_config import SaveConfig
 from lightning_memopt.optim.schedule import WarmupSchedule
+
+# An option of one override. The parser would drop the override's other options, and take numbers for texts.
+_SPLIT = re.compile(r"--optimizer\.(init_args\.)?overrides\.[^.=]+\.")
 
 
 class MemOptCLI(LightningCLI):
@@ -110,10 +113,16 @@ class MemOptCLI(LightningCLI):
         """Parse the arguments. Classes are also searched in the folders of the config files."""
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         search_folders_of(words)
+        if split := next(filter(_SPLIT.match, words), None):
+            parser.error(
+                f"{split}: options of an override cannot be set one by one, because patterns contain dots, too. Set a "
+                "whole override, as in --optimizer.overrides.head='{rank: 8}', or all of them, as in "
+                "--optimizer.overrides='{\"*.q_proj.weight\": {rank: 8}}'."
+            )
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        trainer = (self.config[command] if command else self.config).get("trainer") or {}
-        if problem := _strategy_problem(trainer.get("strategy"), words):
+        config = self.config[command] if command else self.config
+        if problem := _strategy_problem((config.get("trainer") or {}).get("strategy")):
             parser.error(f"--trainer.strategy: {problem}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -162,12 +171,12 @@ class MemOptCLI(LightningCLI):
             )
 
 
-def _strategy_problem(strategy: object, args: Sequence[str]) -> str:
+def _strategy_problem(strategy: object) -> str:
     """Return what is wrong with the name of a strategy; empty if nothing is, or it is not a name."""
     known = ["auto", *StrategyRegistry.available_strategies()]
     if not isinstance(strategy, str) or strategy.lower() in known:
         return ""
-    if "." in strategy and (why := why_not(strategy, searched(args))):
+    if "." in strategy and (why := why_not(strategy)):
         return why
     said = unknown("strategy", strategy, known).partition(" Available:")[0]
     return f"{said} Usual ones are auto, ddp, fsdp, memopt_fsdp and memopt_fsdp_offload."

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning_memopt._registry import unknown
 from lightning_memopt.cli.class_paths import unknown_class, why_not
 from lightning_memopt.cli.commands import COMMANDS
-from lightning_memopt.cli.module_folders import OPTIONS, searched
+from lightning_memopt.cli.module_folders import OPTIONS
 
 LONGEST = 400
 FILES = (".yaml", ".yml", ".json")
@@ -60,7 +60,7 @@ def _about_option(message: str, args: Sequence[str], options: Sequence[str]) -> 
         return unknown_option(match[1].partition("=")[0].removeprefix("--"), options)
     for path, detail in _CLASS.findall(message):
         if match := _OPTION.search(detail):
-            return unknown(f"option of {path}", match[1], _arguments(path))
+            return unknown(f"option of {path}", match[1], arguments_of(path))
     return None
 
 
@@ -90,7 +90,7 @@ def _about_value(message: str, args: Sequence[str], options: Sequence[str]) -> s
         return None
     for path, detail in _CLASS.findall(message):
         if re.search(r"has no attribute|No module named|cannot import name", detail):
-            return f"--{keys} {path}: {why_not(path, searched(args)) or detail}"
+            return f"--{keys} {path}: {why_not(path) or detail}"
     inner = message[list(_KEY.finditer(message))[-1].end() :]
     types = [name for name in _TYPE.findall(inner) if name != "NoneType"]
     values = _VALUE.findall(inner)
@@ -110,7 +110,7 @@ def _keys(message: str) -> str:
     return ".".join(_KEY.findall(message))
 
 
-def _arguments(path: str) -> list[str]:
+def arguments_of(path: str) -> list[str]:
     """Return the names that a class of the config takes, without what the program passes itself."""
     module, _, name = path.rpartition(".")
     found = ArgumentParser().add_class_arguments(getattr(import_module(module), name), fail_untyped=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ def folders_of(args: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(str(folder) for file in _configs(args) for folder in _project(Path(file))))
 
 
-def searched(args: Sequence[str]) -> str:
-    """Return the folders in words, for an error message."""
-    return ", ".join(dict.fromkeys([os.getcwd(), *folders_of(args)]))
+def own_folders() -> list[str]:
+    """Return the folders that are searched and hold no installed packages. An empty one is the working directory."""
+    library = sysconfig.get_path("stdlib")
+    others = [folder or os.getcwd() for folder in sys.path if not folder.startswith(library)]
+    return [folder for folder in dict.fromkeys(others) if os.path.isdir(folder) and not folder.endswith("-packages")]
 
 
 def _configs(args: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from lightning_memopt.cli.messages import explain
 class RunParser(LightningArgumentParser):
     """Lightning's parser. It says in one line what is wrong with a command, without the list of all options.
 
-    The environment variable ``JSONARGPARSE_DEBUG`` shows the whole message, and where it comes from.
+    With ``JSONARGPARSE_DEBUG=true`` in the environment, it shows the whole message, and where it comes from.
     """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -22,7 +22,7 @@ class RunParser(LightningArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         options = [action.dest for action in parser._actions]
         # A class in a config has a parser of its own, whose message becomes a part of the command's.
-        if "config" not in options or os.environ.get("JSONARGPARSE_DEBUG"):
+        if "config" not in options or os.environ.get("JSONARGPARSE_DEBUG") == "true":
             super().error(message, ex)
         text = explain(message, getattr(self, "args", None) or sys.argv[1:], options)
         if not self.exit_on_error:
