@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_memopt._registry import listed
-from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.block import Block, all_layers
 from lightning_memopt.plans.effect import compresses, compresses_any
 from lightning_memopt.plans.recipe import AXES, Recipe
 from lightning_memopt.plans.roles import unsplit
@@ -54,7 +53,7 @@ def _of_roles(blocks: Sequence[Block], bound: bool) -> Iterator[str]:
     recipes = " and ".join(repr(name) for name in dict.fromkeys(block.plan.name for block in unknown))
     effect = f"saves {max(0, now):.0%} of AdamW's state here; with known roles it would be {then:.0%}"
     other = "gives these weights the kinds of 'linear' or 'other', as it gives every role its own"
-    first = re.sub(r"(?<![^.])\d+(?=\.)", "*", unknown[0].name)  # all layers
+    first = all_layers(unknown[0].name)
     bind = "" if bound else "Call `optimizer.bind(model)` before the first step, which finds more than names tell. "
     yield (
         f"{share:.0%} of the parameters that train have no known role in the model "
