@@ -83,6 +83,26 @@ embeddings.
 MOMENTUM = """
 Momentum only, as a share of AdamW's momentum:
 """
+FILES = """
+## Recipe files
+
+A file (YAML) takes the place of a recipe's name: `lm.MemOpt(params, recipe="mine.yaml")`.
+
+```yaml
+name: wide_mlp          # for messages and checkpoints; the file's name if left out
+base: adapm_lean        # what it starts from: a recipe's name, or another file
+betas: [0.9, 0.95]
+roles:                  # roles of the tables above: kinds and options
+  mlp: {momentum: low_rank, rank: 8}
+overrides:              # roles or patterns: kinds, options and rates
+  "*.layers.0.*": {momentum: dense}
+  vector: {weight_decay: 0}
+```
+
+Without `base`, a file starts from `adamw`: roles that it does not name have AdamW's state. If nothing is compressed
+then, a `PlanWarning` says so. Patterns that begin with `*` need quotes in YAML. Errors name the file, and the role or
+override. Before the first step, a `PlanWarning` names roles of the file that no weight has.
+"""
 NOTES = """
 `adam_snsm` keeps AdamW's full state for embeddings, so small models with large vocabularies keep more.
 With `state_dtype="bfloat16"`, every number above is halved.
@@ -136,7 +156,7 @@ def page() -> str:
     """Return the whole page."""
     whole, momentum = size_tables()
     roles = f"{recipe_table()}\n\n{covered_table()}"
-    return f"{INTRO}\n{roles}\n{BOUND}\n{SIZES.lstrip()}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
+    return f"{INTRO}\n{roles}\n{FILES}{BOUND}\n{SIZES.lstrip()}\n{whole}\n{MOMENTUM}\n{momentum}\n{NOTES}"
 
 
 if __name__ == "__main__":

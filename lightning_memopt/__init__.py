@@ -25,6 +25,7 @@ from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.schedule import WarmupSchedule
 from lightning_memopt.optim.unknown_roles import RoleWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
+from lightning_memopt.plans.effect import PlanWarning
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.recipes import load_plan, recipe_names
@@ -85,6 +86,7 @@ __all__ = [
     "OptimizerMemoryMonitor",
     "PartBytes",
     "Plan",
+    "PlanWarning",
     "ProcessMemory",
     "RMSPropSN",
     "Recipe",

@@ -15,6 +15,8 @@ from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.saved_state import relocated
+from lightning_memopt.optim.checkpoint.values import described
+from lightning_memopt.optim.options import HYPERPARAMETERS
 from lightning_memopt.optim.owner import owner_of, still_owns
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe, known_options
@@ -39,6 +41,7 @@ class Binding:
         blocks: Parameter → its blocks; empty until names are known.
         reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
         fused: Whether to use kernels; None for where they are available.
+        head_dim: Outputs per attention head, if the user has given them.
         bound: Whether a model has told its modules and config.
         owner: The module whose ``parameters()`` the optimizer was created from. It is asked if nobody else gives names.
     """
@@ -60,7 +63,7 @@ class Binding:
     ) -> None:
         """Store what the user asked for. With ``betas`` of None, a group uses those of its recipe."""
         self.plan, self._overrides, self._options, self._betas = plan, overrides, options, betas
-        self.state_dtype, self._seed, self._head_dim = state_dtype, seed, head_dim
+        self.state_dtype, self._seed, self.head_dim = state_dtype, seed, head_dim
         self.names: dict[Tensor, str] = {}
         self.parts: dict[str, tuple[Part, ...]] = {}
         self.plans: dict[Tensor, Plan] = {}
@@ -82,7 +85,7 @@ class Binding:
         own = {key: group[key] for key in group if key in options}
         where = f"parameter group {len(optimizer.param_groups)}"
         parsing.check_keys(group, where)
-        known = {key: defaults[key] for key in (*parsing.HYPERPARAMETERS, "recipe")}
+        known = {key: defaults[key] for key in (*HYPERPARAMETERS, "recipe")}
         parsing.check_group({**known, **group}, where)
         plan = plan.updated(options=own)
         left_out = {*own, *parsing.TORCHS_OWN}
@@ -155,7 +158,7 @@ class Binding:
         """Find the parts of all named parameters. Parts that came from a model stay."""
         pairs = [(name, param.shape) for param, name in self.names.items()]
         known = dict(self.parts)
-        self.parts.update(classify(pairs, head_dim=self._head_dim))
+        self.parts.update(classify(pairs, head_dim=self.head_dim))
         self.parts.update(known)
 
     # ------------------------------------------------------------------ blocks
@@ -186,6 +189,8 @@ class Binding:
 
     def bind(self, model: Any, optimizer: Optimizer) -> None:
         """Read names and attention head sizes from a model; see :meth:`MemOpt.bind`."""
+        if not hasattr(model, "named_parameters"):
+            raise TypeError(f"`model` must be a module, got {described(model)}: pass the model itself.")
         self.complete_groups(optimizer)
         named = list(model.named_parameters())
         theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))
@@ -197,7 +202,7 @@ class Binding:
                     f"{name} of shape {tuple(param.shape)} is not a parameter of the given {type(model).__name__}: "
                     "bind the model that the optimizer trains."
                 )
-        parts = classify(model, head_dim=self._head_dim)
+        parts = classify(model, head_dim=self.head_dim)
         with self.undone_on_error(optimizer):
             self.names.update({param: name for param, name in theirs.items() if param not in self.names})
             self._classify()
@@ -297,7 +302,7 @@ class Binding:
         if twice:
             raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a unique name.")
         undecided = not self.bound and any(unsplit(part) for parts in self.parts.values() for part in parts)
-        for plan in self._all_plans():
+        for plan in self.all_plans():
             plan.check_overrides(known, final=not undecided)
         return blocks
 
@@ -308,10 +313,11 @@ class Binding:
             ValueError: If there are any. The message says what could have matched.
         """
         known = [(block.name, block.role) for *_, block in self.entries(optimizer)]
-        for plan in self._all_plans():
+        for plan in self.all_plans():
             plan.check_matches(known)
 
-    def _all_plans(self) -> Iterable[Plan]:
+    def all_plans(self) -> Iterable[Plan]:
+        """Return the plans of all groups, each once."""
         return {id(plan): plan for plan in self.plans.values()}.values()
 
     def _block(self, param: Tensor, name: str, part: Part, plan: Plan, index: int, *, fused: bool) -> Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -227,6 +228,11 @@ class Block:
         """Return state tensors as the kinds see them, given the results of :meth:`requests_for`."""
         found = dict(zip((key for key in keys if key in self.cuts), gathered, strict=True))
         return {**self.part(state, keys), **found}
+
+
+def all_layers(name: str) -> str:
+    """Return the pattern that matches a name in every layer."""
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
 
 
 def initial_state(blocks: Sequence[Block]) -> dict[str, Tensor]:

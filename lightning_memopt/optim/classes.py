@@ -33,6 +33,11 @@ class RecipeOptimizer(MemOpt):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
+        if "recipe" in options:
+            raise TypeError(
+                f"{type(self).__name__} is the recipe {self._recipe!r}, got `recipe` {options['recipe']!r}: leave it "
+                "out, or use `MemOpt`, which takes any recipe."
+            )
         # By keyword: otherwise jsonargparse omits the options of subclasses.
         super().__init__(
             params=params, recipe=self._recipe, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options

@@ -15,8 +15,8 @@ from lightning_memopt.kernels.check import usable as has_kernels
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.checkpoint.saved_state import relocated
+from lightning_memopt.optim.first_step import check_before_first_step
 from lightning_memopt.optim.guards import Judged, verdict
-from lightning_memopt.optim.unknown_roles import warn_of_unknown_roles
 from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
 
 Active = list[tuple[dict[str, Any], Tensor]]
@@ -39,9 +39,7 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
     try:
         active = _active(optimizer, binding)
         if active and not trusted:  # before the first step
-            binding.settle(optimizer)
-            entries = ((param, block) for _, param, block in binding.entries(optimizer))
-            warn_of_unknown_roles(entries, bound=binding.bound)
+            check_before_first_step(optimizer, binding)
     except Exception as error:  # of any type: the other ranks must know
         refusal = error
     judged = [

@@ -14,18 +14,12 @@ from torch import Tensor, nn
 from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.ranges import check_betas, check_number
 from lightning_memopt.optim.checkpoint.values import described
-from lightning_memopt.plans.plan import Plan
-from lightning_memopt.plans.recipe import known_options
+from lightning_memopt.optim.options import HYPERPARAMETERS, OF_THE_OPTIMIZER, OTHER_NAMES, TORCHS
+from lightning_memopt.plans.recipe import AXES, known_options
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 MAX_UPDATE = 10.0
-NONFINITE = ("raise", "skip")
 NAMES = "param_names"  # torch's key, since 2.6, for the names of a group's parameters
-# Options of torch's AdamW that have no effect here.
-TORCHS_OWN = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused")
-# Options of the whole optimizer, which a group cannot have, and other names for options that a group can have.
-OF_THE_OPTIMIZER = ("fused", "head_dim", "momentum", "nonfinite", "overrides", "second_moment", "seed", "state_dtype")
-_OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
+TORCHS_OWN = (*TORCHS, "fused")  # have no effect in a group
 _CLOSE = 0.7
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,11 +36,12 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     """
     if isinstance(params, nn.Module):
         kind = type(params).__name__
-        raise TypeError(f"`params` must be parameters, got the module {kind}: pass its `named_parameters()`.")
+        raise TypeError(f"`params` must be parameters, got the module {kind}: pass `model.named_parameters()`.")
     if isinstance(params, Tensor):
         raise TypeError("`params` must be an iterable of parameters, got a single tensor: wrap it in a list.")
     if isinstance(params, Mapping):
-        raise TypeError("`params` must be an iterable of parameters or of group dicts, got a dict: wrap it in a list.")
+        way = "wrap it in a list" if "params" in params else "pass `model.named_parameters()`"
+        raise TypeError(f"`params` must be an iterable of parameters or of group dicts, got a dict: {way}.")
     _refuse_set(params)
     entries = list(params)
     if not entries:
@@ -57,6 +52,12 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     groups = entries if isinstance(entries[0], Mapping) else [{"params": entries}]
     names: dict[Tensor, str] = {}
     return [_group(group, names) for group in groups], names
+
+
+def split_group(group: Any) -> tuple[dict[str, Any], dict[Tensor, str]]:
+    """Return a group without names, and the names that came with its parameters; see :func:`split_names`."""
+    names: dict[Tensor, str] = {}
+    return _group(group, names), names
 
 
 def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,10 @@ def _group(group: Any, names: dict[Tensor, str]) -> dict[str, Any]:
             raise ValueError(f"The parameter {names.get(param, tuple(param.shape))!r} occurs twice in a group.")
         if name is not None:
             if name in taken:
-                raise ValueError(f"The name {name!r} is given to two parameters; names must be unique.")
+                raise ValueError(
+                    f"The name {name!r} is given to two parameters; names must be unique: take all from the whole "
+                    "model, or give each module its own, as in `head.named_parameters('head')`."
+                )
             taken.add(name)
             names[param] = name
         params[param] = None
@@ -120,7 +124,7 @@ def _is_pair(entry: Any) -> bool:
 def _check_parameter(param: Any, name: str | None) -> None:
     what = f" for {name!r}" if name else ""
     if not isinstance(param, Tensor):
-        raise TypeError(f"Expected a parameter{what}, got {described(param)}.")
+        raise TypeError(f"Expected a parameter{what}, got {described(param)}: pass `model.named_parameters()`.")
     if param.is_complex():
         raise ValueError(f"Complex parameters are not supported, got {param.dtype}{what}; use `torch.view_as_real`.")
 
@@ -164,7 +168,7 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
     for key in group:
         if key in (*known, "params", *TORCHS_OWN):
             continue
-        if key in OF_THE_OPTIMIZER:
+        if key in OF_THE_OPTIMIZER or key in AXES:
             raise ValueError(
                 f"In {where}: Unknown key {key!r}: only the optimizer as a whole has that option. The kinds of a group "
                 "come from its `recipe`."
@@ -174,7 +178,7 @@ def check_keys(group: Mapping[str, Any], where: str) -> None:
                 f"In {where}: Unknown key 'lr_multiplier': give the group its own `lr`, or set the multiplier by role "
                 "or name in the optimizer's `overrides`."
             )
-        meant = _OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
+        meant = OTHER_NAMES.get(key) or next(iter(difflib.get_close_matches(str(key).lower(), known, 1, _CLOSE)), None)
         if meant and not re.fullmatch(rf"(.+_)?{meant}(_.+)?", str(key)):
             raise ValueError(
                 f"In {where}: Unknown key {key!r}. Did you mean {meant!r}? Available: {', '.join(known)}. A custom key "
@@ -217,40 +221,6 @@ def named(names: Mapping[Tensor, str], params: Iterable[Tensor]) -> dict[Tensor,
             raise unnamed_error(param)
         found[param] = names.get(param, f"vector_{position}")
     return found
-
-
-def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any, fused: Any) -> None:
-    """Check the options of the whole optimizer.
-
-    Raises:
-        TypeError: If the seed is not an integer, or ``fused`` not one of its three values.
-        ValueError: If a value is not valid, or an option is unknown.
-    """
-    if nonfinite not in NONFINITE:
-        raise ValueError(unknown("value of `nonfinite`", nonfinite, list(NONFINITE)))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"`seed` must be an integer, got {seed!r}.")
-    if head_dim is not None and (isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1):
-        raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {head_dim!r}.")
-    if fused is not None and not isinstance(fused, bool):
-        raise TypeError(f"`fused` must be True, False or None (where kernels are available), got {fused!r}.")
-    known = [*HYPERPARAMETERS, *OF_THE_OPTIMIZER, *known_options()]
-    for key in options:
-        if key not in known_options():
-            raise ValueError(unknown("option", key, known))
-
-
-def check_head_dim_is_used(head_dim: int | None, plan: Plan) -> None:
-    """Refuse a ``head_dim`` that no block of a plan uses.
-
-    Raises:
-        ValueError: If no role has the blockwise second moment.
-    """
-    if head_dim is not None and not plan.has("second_moment", "blockwise"):
-        raise ValueError(
-            f"Option 'head_dim' has no effect in the recipe {plan.name!r}: it belongs to second moment "
-            "'blockwise', which no role has."
-        )
 
 
 def shown(group: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from lightning_memopt.optim.checkpoint import load
 from lightning_memopt.optim.checkpoint.values import Share
 from lightning_memopt.optim.facts import snapshot_of
 from lightning_memopt.optim.gradients import refuse, usable
+from lightning_memopt.optim.options import check_options
 from lightning_memopt.optim.stepping import take_step
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe
@@ -95,9 +96,8 @@ class MemOpt(torch.optim.Optimizer):
     ) -> None:
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
-        parsing.check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
+        check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
         plan = load_plan(recipe).updated(overrides=overrides, options=options)
-        parsing.check_head_dim_is_used(head_dim, plan)
         given: dict[str, Any] = {"betas": betas, "state_dtype": parsing.state_dtype(state_dtype), "seed": seed}
         self._binding = Binding(plan, overrides=overrides, options=options, head_dim=head_dim, **given)
         self._binding.fused = fused
@@ -121,7 +121,7 @@ class MemOpt(torch.optim.Optimizer):
         """
         binding = self._binding
         binding.complete_groups(self)
-        (group,), names = parsing.split_names([param_group]) if self._complete else ([param_group], {})
+        group, names = parsing.split_group(param_group) if self._complete else (param_group, {})
         group, plan = binding.parsed(group, names, self)
         with binding.undone_on_error(self):
             super().add_param_group(group)
@@ -137,6 +137,7 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a parameter is not the model's, or if the model would change blocks that have taken steps.
+            TypeError: If it is not a module.
         """
         self._binding.bind(model, self)
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -11,12 +10,19 @@ from typing import Any
 from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.ranges import check_betas
+from lightning_memopt.plans.hints import check_form, meant
 from lightning_memopt.plans.rates import RATES, BlockRates
-from lightning_memopt.plans.recipe import AXES, Recipe, check_change, kind_from_dict, kind_to_dict, known_options
+from lightning_memopt.plans.recipe import (
+    AXES,
+    Recipe,
+    check_change,
+    kind_from_dict,
+    kind_to_dict,
+    known_options,
+    located,
+)
 from lightning_memopt.plans.roles import ROLES
 
-# Names for what is a `vector`.
-_VECTORS = ("norm", "norms", "bias", "biases", "layernorm")
 # Roles that a plan need not have: earlier versions called them `other`.
 _FORMERLY_OTHER = ("linear", "convolution", "router", "lora")
 
@@ -34,6 +40,7 @@ class Plan:
             or kinds, options and rates (``lr_multiplier``, ``weight_decay``) by name. Patterns use ``*`` and ``?`` as
             in a shell and match the name of a block or of its parameter.
         options: Options for every kind that has them. Overrides take precedence.
+        named_roles: The roles that a recipe file names: whoever writes one expects blocks that have it.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.999)
     overrides: Mapping[str, Recipe | Mapping[str, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    named_roles: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_betas(self.betas, f"the recipe {self.name!r}")
@@ -62,10 +70,11 @@ class Plan:
         """Refuse options that are unknown or have no effect in the plan."""
         roles = list({id(recipe): recipe for recipe in self.roles.values()}.values())  # most roles share one
         recipes = list(roles)
-        for change in self.overrides.values():
+        for pattern, change in self.overrides.items():
             found = [recipe.changed(_kinds_only(change)) for recipe in roles]
             if not isinstance(change, Recipe):  # check its options here, not only when a block uses them
-                found = [recipe.with_options(change) for recipe in found]
+                with located(f"the override {pattern!r}"):
+                    found = [recipe.with_options(change) for recipe in found]
             recipes += found
         for key in self.options:
             if key not in known_options():
@@ -85,8 +94,8 @@ class Plan:
 
         An override replaces the kinds and options of one with the same pattern if it has any, and each rate it has.
         """
-        if overrides is not None and not isinstance(overrides, Mapping):
-            raise TypeError(f"`overrides` must map roles or name patterns to changes, got {overrides!r}.")
+        if overrides is not None:
+            check_form(overrides)
         given = {key: value for key, value in (options or {}).items() if value is not None}
         merged = dict(self.overrides)
         for pattern, change in (overrides or {}).items():
@@ -170,7 +179,7 @@ class Plan:
                 continue
             names = [name for name, _ in blocks]
             raise ValueError(
-                f"The override {pattern!r} matches nothing.{_meant(pattern)} Roles here: "
+                f"The override {pattern!r} matches nothing.{meant(pattern, names)} Roles here: "
                 f"{', '.join(sorted({role for _, role in blocks}))}; blocks: "
                 f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
                 "Patterns are matched against the whole name: start with '*' to match the end of it."
@@ -217,6 +226,10 @@ class Plan:
                         f"have {', '.join(kinds)}. Choose another kind for them as well."
                     )
 
+    def kinds_of_overrides(self) -> list[Recipe | Mapping[str, Any]]:
+        """Return the kinds that overrides name."""
+        return [_kinds_only(change) for change in self.overrides.values()]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as mappings, strings and numbers, for :meth:`from_dict`."""
         overrides = {
@@ -256,13 +269,6 @@ def applies(pattern: str, name: str, role: str) -> bool:
     if pattern in ROLES:
         return pattern == role
     return fnmatchcase(name, pattern) or fnmatchcase(name.partition(":")[0], pattern)
-
-
-def _meant(pattern: str) -> str:
-    """Return a hint at the role that a pattern may mean."""
-    close = difflib.get_close_matches(pattern.lower(), [*ROLES, *_VECTORS], n=1)
-    role = "vector" if close and close[0] in _VECTORS else next(iter(close), None)
-    return f" Did you mean {role!r}?" if role and pattern not in ROLES else ""
 
 
 def _merged(old: Recipe | Mapping[str, Any], new: Recipe | Mapping[str, Any]) -> Recipe | Mapping[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
-from lightning_memopt.plans.rates import OTHER_NAMES, RATES, check_rate
+from lightning_memopt.plans.rates import OF_GROUPS, OTHER_NAMES, RATES, check_rate
 from lightning_memopt.sharding.layout import Layout
 
 AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECOND_MOMENTS}
@@ -116,9 +117,11 @@ def check_change(change: Any, override: str | None = None) -> None:
         raise TypeError(
             f"{what} must be a Recipe or a mapping such as {{'momentum': 'low_rank', 'rank': 8}}, got {change!r}."
         )
+    where = "" if override is None else f"In {override}: "
     for key, value in change.items():
         if key in AXES:
-            _kind(key, value)
+            with located(override):
+                _kind(key, value)
         elif key in RATES:
             if override is None:
                 raise ValueError(
@@ -128,9 +131,22 @@ def check_change(change: Any, override: str | None = None) -> None:
             check_rate(key, value, override)
         elif key not in known_options():
             rates = RATES if override is not None else ()
+            if key in OF_GROUPS:
+                raise ValueError(f"{where}{key!r} differs by parameter group only: give these weights a group.")
             if override is not None and key in OTHER_NAMES:
-                raise ValueError(f"In {override}: Unknown option {key!r}. Did you mean {OTHER_NAMES[key]!r}?")
-            raise ValueError(unknown("option", key, [*AXES, *rates, *known_options()]))
+                raise ValueError(f"{where}Unknown option {key!r}. Did you mean {OTHER_NAMES[key]!r}?")
+            raise ValueError(where + unknown("option", key, [*AXES, *rates, *known_options()]))
+
+
+@contextmanager
+def located(where: str | None) -> Iterator[None]:
+    """Let errors in the body say where they come from, if that is known."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if where is None:
+            raise
+        raise type(error)(f"In {where}: {error}") from error
 
 
 def kind_to_dict(kind: Any) -> dict[str, Any]:

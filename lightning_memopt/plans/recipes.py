@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_memopt._registry import Registry, unknown
+from lightning_memopt._registry import Registry, nearest, unknown
 from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
+from lightning_memopt.plans.effect import PlanWarning, compresses_any
 from lightning_memopt.plans.plan import Plan
-from lightning_memopt.plans.recipe import Recipe
+from lightning_memopt.plans.recipe import Recipe, located
+from lightning_memopt.plans.recipe_file import plain, read
 from lightning_memopt.plans.roles import ROLES
+from lightning_memopt.sharding.consensus import rank
 
 PLANS: Registry[Plan] = Registry("recipe")
 
 _ADAM = Recipe("dense", "dense")
+_BASE = "adamw"
 _FILE_KEYS = ("name", "base", "betas", "roles", "overrides")
 # Momentum of adapters, whose short side is their own rank. Rank 4 is hardly better (docs/benchmarks/lora.md).
 _LORA_RANK = 2
@@ -95,92 +99,33 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
     if isinstance(recipe, Plan):
         return recipe
     if isinstance(recipe, Mapping):
-        return _from_mapping(_plain(recipe, "a mapping"), "")
+        data = plain(recipe, "a mapping")
+        return _checked(_from_mapping(data, ""), data, "The recipe")
+    if isinstance(recipe, type):
+        raise TypeError(
+            f"`recipe` must be a name, got the class {recipe.__name__}.{nearest(recipe.__name__, PLANS.names())}"
+        )
+    if isinstance(recipe, int | float):
+        raise TypeError(f"`recipe` must be a name, got {recipe}: if it is the learning rate, write lr={recipe}.")
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
     path = Path(recipe)
     if isinstance(recipe, str) and recipe in PLANS:
         return PLANS.get(recipe)
     if path.suffix in (".yaml", ".yml"):
-        data = _read(path)
-        try:
-            return _from_mapping(data, path.stem, path.parent)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"In the recipe file {str(path)!r}: {error}") from error
+        data = read(path)
+        with located(f"the recipe file {str(path)!r}"):
+            plan = _from_mapping(data, path.stem, path.parent)
+        return _checked(plan, data, f"The recipe file {str(path)!r}")
     raise ValueError(
         f"{unknown('recipe', str(recipe), recipe_names())} Or give the path of a recipe file that ends in .yaml."
     )
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe file {str(path)!r} (working directory: {os.getcwd()}).")
-    try:
-        from omegaconf import OmegaConf
-    except ImportError as error:
-        raise ImportError(
-            f"Reading the recipe file {str(path)!r} needs omegaconf: pip install 'lightning-memopt[cli]'."
-        ) from error
-    data = OmegaConf.load(path)
-    if not OmegaConf.is_dict(data):
-        found = type(OmegaConf.to_container(data)).__name__
-        raise TypeError(f"The recipe file {str(path)!r} must contain a mapping, found {found}.")
-    if not data:
-        raise ValueError(f"The recipe file {str(path)!r} is empty: give at least a `base` or `roles`.")
-    return {str(key): value for key, value in _plain(data, f"the recipe file {str(path)!r}").items()}
-
-
-def _plain(data: Any, where: str) -> Mapping[str, Any]:
-    """Return a mapping without OmegaConf's types, with references to other values resolved.
-
-    Resolvers are refused. Their results, such as a secret from the environment, would be stored in every checkpoint,
-    and the same file would have another meaning on another machine. Left unresolved, ``${oc.env:RANK}`` is never a
-    useful number or name.
-
-    Raises:
-        ValueError: If a value calls a resolver.
-    """
-    omegaconf = sys.modules.get("omegaconf")  # if it is not imported, its types cannot occur
-    if omegaconf is None or not omegaconf.OmegaConf.is_config(data):
-        return data
-    for text in _texts(omegaconf.OmegaConf.to_container(data, resolve=False)):
-        if _calls_resolver(text):
-            raise ValueError(
-                f"In {where}: {text!r} calls a resolver, whose result would be stored in every checkpoint. Write the "
-                "value itself, or refer to another value of the file, as in '${roles.mlp.rank}'."
-            )
-    return omegaconf.OmegaConf.to_container(data, resolve=True)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in a container, including keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in (*value.keys(), *value.values()):
-            yield from _texts(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _texts(entry)
-
-
-def _calls_resolver(text: str) -> bool:
-    """Return whether an interpolation has a colon. ``${name:...}`` calls, ``${name}`` refers; both can be nested."""
-    depth = 0
-    for position, character in enumerate(text):
-        if text.startswith("${", position):
-            depth += 1
-        elif depth and character == "}":
-            depth -= 1
-        elif depth and character == ":":
-            return True
-    return False
-
-
 def _base(base: Any, folder: Path | None) -> Plan:
     """Return the plan that a recipe file starts from: a name, or a file path relative to the recipe file."""
     if isinstance(base, str) and folder is not None and base not in PLANS and base.endswith((".yaml", ".yml")):
-        data = _read(folder / base)
+        data = read(folder / base)
         if str(data.get("base", "")).endswith((".yaml", ".yml")):
             raise ValueError(f"The recipe file {base!r} has a base itself; start from the name of a recipe instead.")
         return _from_mapping(data, Path(base).stem, folder)
@@ -198,21 +143,36 @@ def _digest(roles: Mapping[str, Recipe]) -> str:
 def _from_mapping(data: Mapping[str, Any], fallback_name: str, folder: Path | None = None) -> Plan:
     for key in data:
         if key not in _FILE_KEYS:
-            raise ValueError(unknown("key of a recipe file", key, list(_FILE_KEYS)))
-    base = _base(data.get("base", "adamw"), folder)
+            hint = " A role belongs under 'roles'." if key in ROLES else ""
+            raise ValueError(f"{unknown('key of a recipe file', key, list(_FILE_KEYS))}{hint}")
+    base = _base(data.get("base", _BASE), folder)
     roles = dict(base.roles)
     for role, change in _section(data, "roles").items():
         if role not in ROLES:
             raise ValueError(unknown("role", role, list(ROLES)))
-        roles[role] = roles[role].with_options(base.options).changed(change)
+        with located(f"the role {role!r}"):
+            roles[role] = roles[role].with_options(base.options).changed(change)
     plan = Plan(
         name=str(data.get("name", fallback_name or _digest(roles))),
         roles=roles,
         betas=_betas(data.get("betas", base.betas)),
         overrides=base.overrides,
         options=base.options,
+        named_roles=tuple(_section(data, "roles")),
     )
     return plan.updated(overrides=_section(data, "overrides"))
+
+
+def _checked(plan: Plan, data: Mapping[str, Any], what: str) -> Plan:
+    """Return a plan. Warn if it compresses nothing because nobody has said what it starts from."""
+    if "base" not in data and not compresses_any(plan) and rank() == 0:
+        warnings.warn(
+            f"{what} compresses nothing: it has no `base` and starts from {_BASE!r}. Add `base: adapm_lean`, or "
+            f"`base: {_BASE}` if this is meant.",
+            PlanWarning,
+            stacklevel=4,
+        )
+    return plan
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jsonargparse
 import pytest
+import torch
 
 import lightning_memopt as lm
 from lightning_memopt.optim import classes
@@ -22,3 +23,8 @@ def test_the_command_line_shows_every_option(cls):
     expected = {name for name in options_of(lm.MemOpt) if not name.startswith("recipe")}
     assert options_of(cls) - {"paper"} == expected
     assert {"rank", "max_update", "fused", "overrides", "head_dim"} <= expected
+
+
+def test_a_class_is_a_recipe_and_takes_no_other():
+    with pytest.raises(TypeError, match=r"AdaPM is the recipe 'adapm', got `recipe` 'adapm_lean': .* use `MemOpt`"):
+        lm.AdaPM([("a", torch.nn.Parameter(torch.ones(2)))], recipe="adapm_lean")

@@ -32,7 +32,8 @@ def test_unknown_weights_are_named_once_with_two_ways_out():
     known = [("layers.0.mlp.up_proj.weight", nn.Parameter(torch.ones(20, 20)))]
     (text,) = messages(lm.AdaPM([*known, *params((4, 5), (30, 6))]))
     assert "33% of the parameters that train have no known role" in text
-    assert "layers.1.strange.weight, layers.0.strange.weight. The recipe 'adapm'" in text, "the largest first"
+    assert "(layers.1.strange.weight, layers.0.strange.weight): the recipe 'adapm' gives" in text, "the largest first"
+    assert "\n" not in text
     assert "overrides={'layers.*.strange.weight': {'momentum': 'low_rank'}}" in text
     assert "register_naming_scheme" in text
 
@@ -42,7 +43,7 @@ def test_the_override_of_the_message_works():
     assert optimizer.snapshot().blocks[0].momentum == "low_rank"
     assert messages(optimizer) == []
     (text,) = messages(lm.AdaPM(params((8, 6)), overrides={"layers.0.strange.weight": {"weight_decay": 0}}))
-    assert "`optimizer.bind(model)` finds more" in text
+    assert "Call `optimizer.bind(model)` before the first step, which finds more" in text
 
 
 def test_a_model_that_was_bound_is_not_asked_for_again():
@@ -66,6 +67,65 @@ def test_little_is_no_reason_to_warn():
 @pytest.mark.parametrize("recipe", ["adamw", "adapm_lean", "adafactor"])
 def test_recipes_that_treat_all_matrices_alike_need_no_roles(recipe):
     assert messages(lm.MemOpt(params((8, 6)), recipe)) == []
+
+
+def test_what_is_not_saved_is_said_with_its_share_and_a_way_that_works():
+    model = nn.ModuleList(nn.ModuleDict({"strange": nn.Linear(64, 64)}) for _ in range(2))
+    (text,) = messages(lm.AdamSNSM(model.named_parameters()))
+    assert "98% of the parameters that train have no known role" in text
+    assert "'adam_snsm' saves 0% of AdamW's state here; with known roles it would be 85%. Call" in text
+    change = {"*.strange.weight": {"momentum": "subspace", "second_moment": "subset_norm"}}
+    assert f"overrides={change}" in text
+    optimizer = lm.AdamSNSM(model.named_parameters(), overrides=change)
+    assert messages(optimizer) == []
+    assert optimizer.snapshot().state_bytes < 0.2 * optimizer.snapshot().adamw_bytes
+    assert messages(lm.AdamSNSM(model.named_parameters()).bind(model)) != [], (
+        "known as linear layers, which it compresses"
+    )
+
+
+def test_few_unknown_weights_matter_where_they_are_all_that_could_be_saved():
+    embedding = [("embed_tokens.weight", nn.Parameter(torch.ones(512, 32)))]
+    (text,) = messages(lm.AdamSNSM([*embedding, *params((32, 32))]))
+    assert "6% of the parameters that train have no known role" in text
+    assert "saves 0% of AdamW's state here; with known roles it would be 5%" in text
+
+
+@pytest.mark.parametrize(("recipe", "roles"), [("adam_snsm", "convolution, embedding"), ("adapm", "convolution")])
+def test_a_recipe_that_compresses_nothing_of_a_model_says_so(recipe, roles):
+    model = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3), "norm": nn.BatchNorm2d(8)})
+    if "embedding" in roles:
+        model["embed_tokens"] = nn.Embedding(8, 8)
+    (text,) = messages(lm.MemOpt(model.named_parameters(), recipe).bind(model))
+    assert (
+        f"The recipe '{recipe}' saves nothing of AdamW's state here, since it keeps dense averages of {roles}" in text
+    )
+    assert messages(lm.MemOpt(model.named_parameters(), "adapm_lean").bind(model)) == []
+    chosen = dict.fromkeys(roles.split(", "), {"momentum": "dense"})
+    assert messages(lm.MemOpt(model.named_parameters(), recipe, overrides=chosen).bind(model)) == []
+
+
+KNOWN = {
+    "a classifier of images": nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3), "fc": nn.Linear(8, 4)}),
+    "vectors": nn.ModuleDict({"norm": nn.LayerNorm(8), "scale": nn.BatchNorm1d(4)}),
+    "embeddings that are compressed": nn.ModuleDict({"embed_tokens": nn.Embedding(64, 32)}),
+    "small matrices": nn.ModuleDict({"up_proj": nn.Linear(3, 3), "v_proj": nn.Linear(2, 3)}),
+    "a language model": tiny_llama(),
+}
+
+
+@pytest.mark.parametrize("model", KNOWN.values(), ids=KNOWN)
+def test_models_whose_roles_are_known_are_no_reason_to_warn(model):
+    recipes = ["adapm", "adapm_lean", "adapm_mini"] if "embed_tokens" in dict(model.named_children()) else []
+    for recipe in recipes or lm.recipe_names():
+        assert messages(lm.MemOpt(model.named_parameters(), recipe).bind(model), steps=1) == []
+
+
+def test_adapters_are_no_reason_to_warn():
+    model = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "lora_A": nn.Linear(16, 4), "lora_B": nn.Linear(4, 16)})
+    model["q_proj"].requires_grad_(False)
+    for recipe in lm.recipe_names():
+        assert messages(lm.MemOpt(model.named_parameters(), recipe).bind(model), steps=1) == []
 
 
 def test_unknown_heads_matter_to_blockwise_second_moments():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.kinds.momentum import LowRankMomentum
+from lightning_memopt.optim.options import TORCHS
 from lightning_memopt.plans.roles import ROLES
 from tests._models import tiny_gpt2, tiny_llama
 
@@ -251,7 +253,9 @@ NAN = float("nan")
     [
         ({"recipe": "adapm_leen"}, ValueError, r"Unknown recipe 'adapm_leen'\. Did you mean 'adapm_lean'\?"),
         ({"recipe": "AdaPMLean"}, ValueError, r"Unknown recipe 'AdaPMLean'\. Did you mean 'adapm_lean'\?"),
-        ({"recipe": 3}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got 3"),
+        ({"recipe": lm.AdaPMLean}, TypeError, r"got the class AdaPMLean\. Did you mean 'adapm_lean'\?"),
+        ({"recipe": None}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got None"),
+        ({"recipe": 1e-3}, TypeError, "`recipe` must be a name, got 0.001: if it is the learning rate, write lr=0.001"),
         ({"recipe": "missing.yaml"}, FileNotFoundError, "There is no recipe file 'missing.yaml'"),
         ({"rank": 0}, ValueError, "`rank` must be an integer of at least 1 .* got 0.*'none'"),
         ({"rank": -2}, ValueError, "got -2"),
@@ -265,7 +269,18 @@ NAN = float("nan")
         ({"recipe": "adam_snsm", "handover": "spin"}, ValueError, "Unknown handover 'spin'.*reset, rotate, keep"),
         ({"recipe": "adam_sn", "reduction": "max"}, ValueError, "Unknown reduction 'max'.*mean, sum"),
         ({"recipe": "adam_sn", "subset_size": 0}, ValueError, "`subset_size` must be an integer of at least 1"),
-        ({"learning_rate": 1}, ValueError, "Unknown option 'learning_rate'"),
+        ({"learning_rate": 1}, ValueError, r"Unknown option 'learning_rate'\. Did you mean 'lr'\?"),
+        ({"wd": 1}, ValueError, r"Unknown option 'wd'\. Did you mean 'weight_decay'\?"),
+        ({"momentum": 0.9}, ValueError, "'momentum', got 0.9: .*`recipe`.*{'momentum': 'dense'}.* first of `betas`"),
+        ({"second_moment": "dense"}, ValueError, r"'second_moment', got 'dense': .*{'second_moment': 'dense'}}\.$"),
+        ({"lr_multiplier": 3}, ValueError, r"overrides={'embedding': {'lr_multiplier': 3}}\.$"),
+        ({"mlp": {"rank": 3}}, ValueError, r"Unknown option 'mlp': .*overrides={'mlp': {'rank': 3}}\.$"),
+        ({"update_proj_gap": 200}, ValueError, "Did you mean 'gap'"),
+        ({"rnk": 3}, ValueError, r"Unknown option 'rnk'\. Did you mean 'rank'\? Available: lr, betas"),
+        *(
+            ({name: True}, ValueError, f"no option `{name}` as in torch's AdamW, since {why}. Leave it out, got True")
+            for name, why in TORCHS.items()
+        ),
         ({"lr": -1.0}, ValueError, "`lr` must be finite, at least 0, got -1.0"),
         ({"lr": NAN}, ValueError, "`lr` must be finite, at least 0, got nan"),
         ({"lr": math.inf}, ValueError, "`lr` must be finite, at least 0, got inf"),
@@ -274,7 +289,6 @@ NAN = float("nan")
         ({"betas": (0.9, 1.1)}, ValueError, r"`betas\[1\]` must be finite, at least 0 and at most 1, got 1.1"),
         ({"betas": 0.9}, ValueError, "`betas` must be two numbers, got 0.9"),
         ({"eps": 0.0}, ValueError, "`eps` must be above 0, got 0"),
-        ({"head_dim": 8}, ValueError, "Option 'head_dim' has no effect in the recipe 'adapm_lean'"),
         ({"recipe": "adam_mini", "head_dim": 0}, ValueError, "`head_dim` must be an integer of at least 1 .* got 0"),
         ({"recipe": "adam_mini", "head_dim": "x"}, ValueError, "`head_dim` must be an integer .* got 'x'"),
         (
@@ -290,15 +304,30 @@ NAN = float("nan")
         ({"seed": 0.5}, TypeError, "`seed` must be an integer, got 0.5"),
         ({"overrides": ["mlp"]}, TypeError, "`overrides` must map roles or name patterns to changes"),
         (
+            {"overrides": {"lr_multiplier": 10}},
+            TypeError,
+            "name the blocks first, .*{'lr_multiplier': 10}",
+        ),
+        ({"overrides": {"momentum": "dense"}}, TypeError, "got 'momentum' with 'dense': name the blocks first"),
+        ({"overrides": {nn.Linear(2, 2): {"rank": 2}}}, TypeError, "a key of type Linear: give the weight's name"),
+        ({"overrides": {r".*q_proj\.weight$": {"rank": 2}}}, ValueError, r"Did you mean '\*q_proj\.weight'\?"),
+        ({"overrides": {"vector": {"eps": 1}}}, ValueError, "'vector': 'eps' differs by parameter group only: give"),
+        ({"overrides": {"q_proj": {"rank": 2}}}, ValueError, r"'q_proj' matches nothing\. Did you mean '\*q_proj\*'\?"),
+        (
             {"overrides": {"mpl": {"rank": 2}}},
             ValueError,
             r"'mpl' matches nothing. Did you mean 'mlp'\? Roles here: .*mlp",
         ),
         ({"overrides": {"norm": {"weight_decay": 0}}}, ValueError, r"'norm' matches nothing. Did you mean 'vector'\?"),
         ({"overrides": {"q_proj.weight": {"rank": 2}}}, ValueError, r"matches nothing.*start with '\*'"),
-        ({"overrides": {"mlp": {"momentum": "lowrank"}}}, ValueError, "Unknown momentum kind 'lowrank'. Did you mean"),
+        ({"overrides": {"mlp": {"momentum": "lowrank"}}}, ValueError, "In the override 'mlp': Unknown momentum kind"),
         ({"overrides": {"mlp": {"second_moment": "x"}}}, ValueError, "Unknown second-moment kind 'x'"),
-        ({"overrides": {"mlp": {"rnk": 2}}}, ValueError, "Unknown option 'rnk'. Did you mean 'rank'"),
+        (
+            {"overrides": {"mlp": {"rnk": 2}}},
+            ValueError,
+            "In the override 'mlp': Unknown option 'rnk'. Did you me",
+        ),
+        ({"overrides": {"mlp": {"rank": -2}}}, ValueError, "In the override 'mlp': `rank` must be .* got -2"),
         ({"overrides": {"mlp": 4}}, TypeError, "The override 'mlp' must be a Recipe or a mapping .* got 4"),
         ({"recipe": "adapm", "overrides": {"embedding": {"rank": 4}}}, ValueError, "sets 'rank', which has no effect"),
         ({"overrides": {"vector": {"momentum": "low_rank"}}}, ValueError, "'low_rank' needs a matrix"),
@@ -319,12 +348,14 @@ def weight():
         ([], ValueError, "empty parameter list"),
         (torch.ones(2, 2), TypeError, "got a single tensor"),
         ({"params": []}, TypeError, "got a dict: wrap it in a list"),
-        ([("a", weight()), ("a", weight())], ValueError, "The name 'a' is given to two parameters"),
+        (nn.Linear(2, 2).state_dict(), TypeError, r"got a dict: pass `model\.named_parameters\(\)`"),
+        (nn.Linear(2, 2).named_modules(), TypeError, r"Expected a parameter, got Linear.*: pass `model\.named_param"),
+        ([("a", weight()), ("a", weight())], ValueError, r"The name 'a' .*named_parameters\('head'\)`"),
         ([("a", weight()), weight()], ValueError, r"1 of the parameters have no name \(the first has shape \(4, 4\)"),
         ([("a", "b")], TypeError, "Expected a parameter for 'a', got str"),
         ([3], TypeError, "Expected a parameter, got int"),
         ([[weight(), weight()]], TypeError, "Expected a parameter, got list of 2"),
-        (torch.nn.Linear(2, 2), TypeError, "got the module Linear: pass its `named_parameters"),
+        (torch.nn.Linear(2, 2), TypeError, r"got the module Linear: pass `model\.named_parameters\(\)`"),
         (set(nn.Linear(2, 2).parameters()), TypeError, "a set has no order: use a list"),
         ([{"params": set(nn.Linear(2, 2).parameters())}], TypeError, "a set has no order: use a list"),
         ([{"lr": 1.0}], TypeError, "must be a dict such as .*, got a dict with 'lr'"),
@@ -461,8 +492,22 @@ def test_recipes_without_a_name_are_told_apart():
         ("bse: adamw", ValueError, "Unknown key of a recipe file 'bse'. Did you mean 'base'"),
         ("base: adam", ValueError, "Unknown recipe 'adam'"),
         ("roles: {mpl: {rank: 2}}", ValueError, "Unknown role 'mpl'. Did you mean 'mlp'"),
-        ("roles: {mlp: {momentum: low}}", ValueError, "Unknown momentum kind 'low'"),
-        ("roles: {mlp: {rank: 2}}", ValueError, "Option 'rank' has no effect with momentum 'dense'"),
+        ("mlp: {rank: 2}", ValueError, "Unknown key of a recipe file 'mlp'.* A role belongs under 'roles'"),
+        ("roles: {mlp: {momentum: low}}", ValueError, "In the role 'mlp': Unknown momentum kind 'low'"),
+        ("roles: {mlp: {rank: 2}}", ValueError, "In the role 'mlp': Option 'rank' has no effect with momentum 'dense'"),
+        ("base: adapm_lean\noverrides: {query: {rnk: 2}}", ValueError, "In the override 'query': Unknown option 'rnk'"),
+        (
+            "overrides:\n  *.bias: {weight_decay: 0}",
+            ValueError,
+            r"not valid YAML, line 2 \(\*\.bias: {weight_decay: 0}\): .* Put a pattern in quotes, as in '\*\.bias'",
+        ),
+        (
+            "overrides:\n  *bias: {weight_decay: 0}",
+            ValueError,
+            "line 2 .*: found undefined alias. Put a pattern in",
+        ),
+        ("base: [1\n", ValueError, r"not valid YAML, line 2 \(its end\): [^*]*\.$"),
+        ("base: '\x08'\n", ValueError, "not valid YAML: unacceptable character"),
         ("roles: 3", TypeError, "'roles' of a recipe file must be a mapping, got 3"),
         ("betas: 0.9", ValueError, "'betas' of a recipe file must be two numbers, got 0.9"),
         ("options: {rank: 2}", ValueError, "Unknown key of a recipe file 'options'"),
@@ -488,5 +533,19 @@ def test_recipes_without_a_name_are_told_apart():
     ],
 )
 def test_bad_recipe_files_are_refused(tmp_path, text, error, match):
-    with pytest.raises(error, match=match):
-        lm.load_plan(write(tmp_path / "bad.yaml", text))
+    with pytest.raises(error, match=match) as caught:
+        lm.load_plan(path := write(tmp_path / "bad.yaml", text))
+    assert str(path) in str(caught.value)
+
+
+def test_a_recipe_file_without_a_base_that_compresses_nothing_says_so(tmp_path):
+    match = r"nothing.yaml' compresses nothing: it has no `base` and starts from 'adamw'. Add `base: adapm_lean`, or `b"
+    with pytest.warns(lm.PlanWarning, match=match):
+        lm.load_plan(write(tmp_path / "nothing.yaml", "roles: {mlp: {momentum: dense}}\noverrides: {query: {}}"))
+    with pytest.warns(lm.PlanWarning, match="The recipe compresses nothing"):
+        lm.load_plan({"overrides": {"vector": {"weight_decay": 0}}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.load_plan({"base": "adamw"})
+        lm.load_plan({"roles": {"mlp": {"momentum": "none"}}})
+        lm.load_plan({"overrides": {"mlp": {"second_moment": "factored"}}})

@@ -9,18 +9,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
-from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.block import Block, all_layers
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.sharding.consensus import rank
 
 # Not reported: keys that say how to compute, keys that schedulers write, and keys reported elsewhere.
 _NOT_REPORTED = {"params", "recipe", NAMES, "capturable", "differentiable", "foreach", "fused", "name", "swa_lr"}
 _NOT_REPORTED |= {"lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
-_MAX_LISTED = 6
+_MAX_LISTED, _MAX_CALLED = 6, 12
 _source: ContextVar[str] = ContextVar("source", default="a state dict")
 
 
@@ -36,16 +37,18 @@ class Facts:
         groups: The hyperparameters of every group.
         scheduled: Whether a scheduler sets the learning rate.
         blocks: Block name → momentum kind, rank, second-moment kind, dtype of the state.
+        roles: Block name → role.
     """
 
     groups: tuple[dict[str, Any], ...]
     scheduled: bool
     blocks: dict[str, tuple[str, int | None, str, str]]
+    roles: dict[str, str]
 
 
 def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> Facts:
     """Return the facts about an optimizer in its current state."""
-    groups = list(groups)
+    groups, blocks = list(groups), list(blocks)
     return Facts(
         tuple(_hyperparameters(group) for group in groups),
         any("initial_lr" in group for group in groups),
@@ -58,6 +61,7 @@ def facts(groups: Iterable[Mapping[str, Any]], blocks: Iterable[Block] = ()) -> 
             )
             for block in blocks
         },
+        {block.name: block.role for block in blocks},
     )
 
 
@@ -86,10 +90,12 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
         return
     made = ", with state converted from AdamW" if converted else ""
     decided = f". Its settings replace the configured ones: {_list([*groups, *blocks])}" if groups or blocks else ""
-    ways = ["set them in `optimizer.param_groups`"] if groups else []
-    if any("state in" not in change for change in blocks):
-        ways.append("call `optimizer.reformat`")
-    own = f" To keep yours, {' and '.join(ways)} after loading (with a Trainer, in `on_train_start`)." if ways else ""
+    calls = [*_group_calls(before, after), *_block_calls(before, after)]
+    own = (
+        f" To keep yours, call after loading (with a Trainer, in `on_train_start`): {'; '.join(calls)}."
+        if calls
+        else ""
+    )
     if after.scheduled and any(change.startswith("lr ") for change in groups):
         own += " A scheduler sets `lr` again at its next step: set its `base_lrs` as well."
     if any("state in" in change for change in blocks):
@@ -137,6 +143,50 @@ def _block_changes(before: Facts, after: Facts) -> list[str]:
         if ours[3] != theirs[3]:
             counts[f"state in {theirs[3]} instead of {ours[3]}"] += 1
     return [f"{change} in {count} block{'s' * (count > 1)}" for change, count in counts.items()]
+
+
+def _group_calls(before: Facts, after: Facts) -> list[str]:
+    """Return the code that sets the configured hyperparameters again."""
+    wanted = [
+        {key: ours[key] for key in ours if key in theirs and not _same(ours[key], theirs[key])}
+        for ours, theirs in zip(before.groups, after.groups, strict=False)
+    ]
+    if wanted and wanted[0] and all(change == wanted[0] for change in wanted):
+        return [f"`for group in optimizer.param_groups: group.update({wanted[0]})`"]
+    return [f"`optimizer.param_groups[{at}].update({change})`" for at, change in enumerate(wanted) if change]
+
+
+def _block_calls(before: Facts, after: Facts) -> list[str]:
+    """Return the code that gives blocks their configured kinds again, by role or for all layers where that says it."""
+    wanted: dict[str, dict[str, Any]] = {}
+    for name, ours in before.blocks.items():
+        theirs = after.blocks.get(name, ours)
+        change: dict[str, Any] = {"momentum": ours[0]} if ours[0] != theirs[0] else {}
+        change |= {"rank": ours[1]} if ours[1] is not None and ours[:2] != theirs[:2] else {}
+        change |= {"second_moment": ours[2]} if ours[2] != theirs[2] else {}
+        if change:
+            wanted.setdefault(_widest(name, before), {}).update(change)
+    calls: dict[str, list[str]] = {}
+    for key, change in wanted.items():
+        calls.setdefault(str(change), []).append(key)
+    return [f"`optimizer.reformat({_mapping(keys, change)})`" for change, keys in calls.items()]
+
+
+def _widest(name: str, configured: Facts) -> str:
+    """Return the role, the pattern for all layers, or the name: the first that covers blocks of the same kinds only."""
+    role, pattern = configured.roles[name], all_layers(name)
+    alike = [other for other, its in configured.roles.items() if its == role]
+    layers = [other for other in configured.blocks if fnmatchcase(other, pattern)]
+    for key, covered in ((role, alike), (pattern, layers)):
+        if len({configured.blocks[other][:3] for other in covered}) == 1:
+            return key
+    return name
+
+
+def _mapping(keys: Sequence[str], change: str) -> str:
+    more = ", ..." if len(keys) > _MAX_CALLED else ""
+    names = ", ".join(map(repr, keys[:_MAX_CALLED]))
+    return f"{{{names}: {change}}}" if len(keys) == 1 else f"dict.fromkeys([{names}{more}], {change})"
 
 
 def _same(ours: Any, theirs: Any) -> bool:

@@ -136,7 +136,7 @@ def described(value: Any) -> str:
         return f"a dict with {_few(value)}"
     if isinstance(value, list | tuple | set):
         return f"{type(value).__name__} of {len(value)}"
-    return f"{type(value).__name__}: {value!r:.60}"
+    return f"{type(value).__name__}: {' '.join(repr(value).split()):.60}"
 
 
 def _few(keys: Iterable[Any]) -> str:

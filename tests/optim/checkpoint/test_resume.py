@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 
 import pytest
@@ -38,8 +39,9 @@ def test_everything_that_changes_is_in_one_line():
         (line,) = said(lambda: optimizer.load_state_dict(saved))
     assert line == (
         "AdaPMLean resumes from step 1 of 'last.ckpt'. Its settings replace the configured ones: lr 0.001 instead "
-        "of 0.0005, weight_decay 0 instead of 0.1, rank 4 instead of 16 in 2 blocks. To keep yours, set them in "
-        "`optimizer.param_groups` and call `optimizer.reformat` after loading (with a Trainer, in `on_train_start`)."
+        "of 0.0005, weight_decay 0 instead of 0.1, rank 4 instead of 16 in 2 blocks. To keep yours, call after loading "
+        "(with a Trainer, in `on_train_start`): `for group in optimizer.param_groups: group.update({'lr': 0.0005, "
+        "'weight_decay': 0.1})`; `optimizer.reformat({'other': {'rank': 16}})`."
     )
     assert said(lambda: optimizer.load_state_dict(saved)) == []
 
@@ -51,6 +53,40 @@ def test_one_of_several_groups_is_named():
 
     (line,) = said(lambda: grouped(0.1).load_state_dict(grouped(0.2).state_dict()))
     assert "the configured ones: weight_decay 0.2 instead of 0.1 in group 1. To keep yours" in line
+    assert line.endswith("`on_train_start`): `optimizer.param_groups[1].update({'weight_decay': 0.1})`.")
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["role", "blocks"])
+def test_the_calls_keep_what_was_configured(several):
+    model = tiny_llama()
+    saved, ours = (lm.AdaPMLean(model.named_parameters(), lr=lr, rank=rank) for lr, rank in ((1e-3, 2), (2e-3, 5)))
+    saved.reformat({"lm_head.weight": {"momentum": "none"}, "value": {"second_moment": "dense"}})
+    if several:
+        ours.reformat(
+            {"model.layers.*.mlp.up_proj.weight": {"rank": 3}, "model.layers.1.mlp.down_proj.weight": {"rank": 4}}
+        )
+    before = ours.snapshot()
+    (line,) = said(lambda: ours.load_state_dict(saved.state_dict()))
+    assert ours.snapshot() != before
+    names = {"optimizer": ours}
+    for call in re.findall("`([^`]*optimizer[^`]*)`", line):
+        exec(call, names)
+    assert ours.param_groups[0]["lr"] == 2e-3
+    assert [(block.name, block.momentum, block.rank, block.second_moment) for block in ours.snapshot().blocks] == [
+        (block.name, block.momentum, block.rank, block.second_moment) for block in before.blocks
+    ]
+    assert ("'mlp'" in line) == (not several)
+
+
+def test_a_long_call_is_cut():
+    model = nn.ModuleList(nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 8)}) for _ in range(16))
+    saved, ours = lm.AdaPMLean(model.named_parameters()), lm.AdaPMLean(model.named_parameters())
+    saved.reformat({"*.weight": {"rank": 2}})
+    ours.reformat({f"{at}.{name}.weight": {"momentum": "dense"} for at in range(0, 16, 2) for name in ("one", "two")})
+    ours.reformat({f"{at}.one.weight": {"momentum": "none"} for at in range(1, 16, 2)})
+    (line,) = said(lambda: ours.load_state_dict(saved.state_dict()))
+    assert line.endswith("'15.two.weight'], {'rank': 4}))`.")
+    assert "'10.two.weight', ...], {'momentum': 'dense'}))`" in line
 
 
 def test_a_schedule_is_no_change():
