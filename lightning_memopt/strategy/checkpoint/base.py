@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, is_local
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
 from lightning_memopt.strategy.finetuning import groups_restored
@@ -77,13 +77,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
         path = self.broadcast(filepath)  # all ranks save to the same place
         if not self._save_distributed_checkpoint:
             save_file(checkpoint, path, self.checkpoint_io)
-        elif is_local(path):
-            save_directory(checkpoint, Path(path))
         else:
-            raise ValueError(
-                f"A distributed checkpoint needs a file system that all ranks share, got {str(path)!r}: save to a "
-                "local path, or set `save_distributed_checkpoint=False`."
-            )
+            save_directory(checkpoint, path)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
