@@ -12,14 +12,15 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import override
 
-from lightning_memopt.strategy.files import atomic
+from lightning_memopt.strategy.files import atomic, remote
 from lightning_memopt.strategy.files.opened_file import OpenedFile
+from lightning_memopt.strategy.files.places import is_web, place_of
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """TorchCheckpointIO that replaces local files atomically, syncs them to disk, verifies them and memory-maps them.
 
-    The parent class handles paths on remote file systems (``s3://...``).
+    The parent class writes to remote file systems (``s3://...``), and reads from the web.
 
     Args:
         verify: Whether to compare all checksums of a file before it is used.
@@ -37,10 +38,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: If it cannot be written. An existing checkpoint is unchanged then.
             TypeError: If there are storage options.
         """
-        if storage_options is not None or not is_local(path):
+        place = place_of(path)
+        if storage_options is not None or not isinstance(place, Path):
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
         else:
-            atomic.write_file(Path(path), lambda stream: save_with_checksums(checkpoint, stream))
+            atomic.write_file(place, lambda stream: save_with_checksums(checkpoint, stream))
 
     @override
     def load_checkpoint(
@@ -53,8 +55,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: If it is truncated or damaged.
             pickle.UnpicklingError: If it contains objects that are not allowed.
         """
-        if is_local(path):
-            with closing(OpenedFile(Path(path))) as file:
+        place = place_of(path)
+        if not is_web(place):
+            with closing(OpenedFile(place)) as file:
                 return file.read(weights_only=weights_only, map_location=map_location or "cpu", verify=self.verify)
         # Lightning before 2.6 does not have this argument.
         options = {} if weights_only is None else {"weights_only": weights_only}
@@ -63,10 +66,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint file or directory. Its name is gone even if the process is killed halfway."""
-        if is_local(path):
-            atomic.discard(Path(path))
+        place = place_of(path)
+        if isinstance(place, Path):
+            atomic.discard(place)
         else:
-            super().remove_checkpoint(path)
+            remote.discard(place)
 
 
 def atomic_io(given: CheckpointIO | None, *, verify: bool) -> CheckpointIO:
@@ -109,8 +113,3 @@ def reads_plainly(checkpoint_io: CheckpointIO) -> bool:
             return False
         checkpoint_io = checkpoint_io.checkpoint_io  # type: ignore[assignment]
     return type(checkpoint_io).load_checkpoint is AtomicCheckpointIO.load_checkpoint
-
-
-def is_local(path: str | Path) -> bool:
-    """Return whether a path is local, not a URL."""
-    return "://" not in str(path)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint.compatibility import Optimizers, check_counts, check_family, check_weights
-from lightning_memopt.strategy.checkpoint.io import is_local, reads_plainly
+from lightning_memopt.strategy.checkpoint.io import reads_plainly
 from lightning_memopt.strategy.checkpoint.load_directory import load_directory, read_objects
 from lightning_memopt.strategy.checkpoint.restore import (
     Adapting,
@@ -25,10 +25,10 @@ from lightning_memopt.strategy.checkpoint.restore import (
 )
 from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import by_position
-from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
-from lightning_memopt.strategy.files.opening import open_checkpoint
+from lightning_memopt.strategy.files.opening import is_directory, open_checkpoint
+from lightning_memopt.strategy.files.places import is_web, place_of
 from lightning_memopt.strategy.files.same_save import open_alone, open_together
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def load_checkpoint(
     """Load weights and optimizer states and return the rest of the checkpoint.
 
     Args:
-        path: A directory or a file.
+        path: A directory or a file, or its URL.
         model: The LightningModule, sharded or not.
         optimizers: Its optimizers; None loads the weights only.
         checkpoint_io: Lightning's CheckpointIO, which reads files.
@@ -68,9 +68,10 @@ def load_checkpoint(
         KeyError: If there are optimizers, but the checkpoint has no optimizer states.
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
-    if is_local(path) and (atomic.current(Path(path)).is_dir() or reads_plainly(checkpoint_io)):
-        opening = partial(open_checkpoint, Path(path), weights_only=weights_only, verify=verify)
-        with closing(open_together(Path(path), opening, group)) as opened:
+    place = place_of(path)
+    if not is_web(place) and (reads_plainly(checkpoint_io) or is_directory(place)):
+        opening = partial(open_checkpoint, place, weights_only=weights_only, verify=verify)
+        with closing(open_together(place, opening, group)) as opened:
             if isinstance(opened, OpenedDirectory):
                 return load_directory(opened, model, optimizers, strict, weights_only, group, adapting)
             checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
@@ -86,7 +87,7 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Return the full weights of a checkpoint of either format on the CPU, without a model or a Trainer.
 
     Args:
-        path: A directory or a file that the Trainer saved.
+        path: A directory or a file that the Trainer saved, or its URL.
         verify: As in ``MemOptFSDPStrategy``.
 
     Returns:
@@ -96,8 +97,8 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         ValueError: If the checkpoint is missing, incomplete or damaged.
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
-    path = Path(path)
-    with closing(open_alone(path, partial(open_checkpoint, path, verify=verify))) as opened:
+    place = place_of(path)
+    with closing(open_alone(place, partial(open_checkpoint, place, verify=verify))) as opened:
         if isinstance(opened, OpenedFile):
             return dict(opened.read(verify=verify)[WEIGHTS])
         opened.check((0, 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, save
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan, save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -20,14 +18,15 @@ from typing_extensions import override
 
 from lightning_memopt.optim.groups import NAMES, plain_group
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
-from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, is_local, save_with_checksums
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, save_with_checksums
 from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
 from lightning_memopt.strategy.files import atomic
-from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
-from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE, REST, check_replaceable, copy_others, explanation
+from lightning_memopt.strategy.files.checksums import Checksum
+from lightning_memopt.strategy.files.destinations import Destination, destination
+from lightning_memopt.strategy.files.directory import CHECKSUMS, check_replaceable
+from lightning_memopt.strategy.files.places import place_of
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
-_TRIES = 20
 K = TypeVar("K")
 
 
@@ -86,25 +85,19 @@ def save_checkpoint(
 
     Raises:
         TypeError: If there are storage options.
-        ValueError: If a directory is to be saved to a path that is not local.
         OSError: As for :func:`save_directory` and :func:`save_file`.
     """
     if storage_options is not None:
         raise TypeError(
             "`save_checkpoint(..., storage_options=...)` is not supported: pass them to a custom `CheckpointIO` plugin."
         )
-    if not distributed:
-        save_file(checkpoint, path, checkpoint_io)
-    elif is_local(path):
-        save_directory(checkpoint, Path(path))
+    if distributed:
+        save_directory(checkpoint, path)
     else:
-        raise ValueError(
-            f"A distributed checkpoint needs a file system that all ranks share, got {str(path)!r}: save to a "
-            "local path, or set `save_distributed_checkpoint=False`."
-        )
+        save_file(checkpoint, path, checkpoint_io)
 
 
-def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = None) -> None:
+def save_directory(checkpoint: Mapping[str, Any], path: str | Path, *, group: Any = None) -> None:
     """Save a checkpoint as a directory, and replace an existing checkpoint of this name.
 
     The layout is that of Lightning's ModelParallelStrategy: torch's distributed checkpoint with ``state_dict`` and
@@ -112,31 +105,33 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
 
     Args:
         checkpoint: Lightning's checkpoint, with sharded ``state_dict`` and ``optimizer_states`` by name.
-        path: The directory, on a file system that all ranks share.
+        path: The directory, on a file system that all ranks share, or a URL that fsspec knows.
         group: The process group; None for all ranks.
 
     Raises:
         IsADirectoryError: If the path is a directory that holds something else.
+        FileExistsError: If the URL is a file.
         OSError: If any rank cannot write. An existing checkpoint is unchanged then.
     """
     state = {WEIGHTS: checkpoint[WEIGHTS]}
     state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
     rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
 
-    on_first(lambda: check_replaceable(path), group)
-    new: Path | None = None
+    to = destination(place_of(path))
+    on_first(to.check_replaceable, group)
+    new = None
     try:
-        new = on_first(lambda: _begin(path), group)
-        parts = on_all(lambda: _write_shards(state, new, group), group)
+        new = on_first(to.begin, group)
+        parts = on_all(lambda: _write_shards(state, to, new, group), group)
         sums = {name: entry for part in parts for name, entry in part.items()}
-        on_first(lambda: _finish(rest, new, path, sums), group)
+        on_first(lambda: _finish(rest, to, new, sums), group)
     except (Exception, CheckpointException) as error:
         raise OSError(
             f"Saving {str(path)!r} failed: {describe(error)}. Any existing checkpoint of this name is unchanged."
         ) from error
     finally:
         if new is not None and rank_and_size(group)[0] == 0:
-            atomic.abandon(new)  # after a commit there is nothing to remove
+            to.abandon(new)
 
 
 def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, group: Any = None) -> None:
@@ -152,53 +147,35 @@ def save_file(checkpoint: dict[str, Any], path: Any, checkpoint_io: Any, *, grou
         IsADirectoryError: If the path is a directory that holds something else.
         OSError: If the first rank cannot write. With AtomicCheckpointIO, an existing checkpoint is unchanged then.
     """
+    place = place_of(path)
 
     def write() -> None:
-        check_replaceable(Path(path))
-        if not isinstance(innermost(checkpoint_io), AtomicCheckpointIO) and Path(path).is_dir():
-            atomic.discard(Path(path))  # a distributed checkpoint; a CheckpointIO expects a file
+        if isinstance(place, Path):
+            check_replaceable(place)
+            if not isinstance(innermost(checkpoint_io), AtomicCheckpointIO) and place.is_dir():
+                atomic.discard(place)  # a distributed checkpoint; a CheckpointIO expects a file
         checkpoint_io.save_checkpoint(checkpoint, path)
 
     on_first(write, group)
 
 
-def _begin(path: Path) -> Path:
-    """Return a new directory to save to, with a copy of other files from the directory that it replaces."""
-    new = atomic.begin(path)
-    try:
-        new.mkdir()
-        for _ in range(_TRIES):
-            # Another process has replaced the directory.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, shutil.Error):
-                copy_others(path, new)
-                return new
-        copy_others(path, new)
-        return new
-    except BaseException:
-        atomic.abandon(new)
-        raise
-
-
-def _write_shards(state: dict[str, Any], folder: Path, group: Any) -> dict[str, Checksum]:
+def _write_shards(state: dict[str, Any], to: Destination, new: Any, group: Any) -> dict[str, Checksum]:
     """Write this rank's files and return their checksums."""
     _, size = rank_and_size(group)
-    writer, files = FileSystemWriter(folder, sync_files=True), ChecksummedFiles()
-    writer.fs = files
+    writer, sums = to.writer(new)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(state, storage_writer=writer, planner=FirstRankPlanner(), process_group=group, no_dist=size == 1)
-    return files.checksums
+    return sums
 
 
-def _finish(rest: dict[str, Any], new: Path, path: Path, sums: dict[str, Checksum]) -> None:
-    missing = [name for name in sums if not (new / name).is_file()]
+def _finish(rest: dict[str, Any], to: Destination, new: Any, sums: dict[str, Checksum]) -> None:
+    missing = [name for name in sums if not to.has(new, name)]
     if missing:
         raise OSError(
             f"{missing[0]!r} of another rank is missing: all ranks must save to a file system that they share"
         )
-    atomic.write_synced(new / NOTE, lambda stream: stream.write(explanation(path.name).encode() + b"\n"))
-    atomic.write_synced(new / REST, lambda stream: save_with_checksums({**rest, CHECKSUMS: sums}, stream))
-    atomic.commit(new, path)
+    to.commit(new, {**rest, CHECKSUMS: sums}, save_with_checksums)
 
 
 def _gather(entries: Mapping[K, Any], keep: bool) -> dict[K, Any]:

@@ -20,6 +20,7 @@ from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
 from lightning_memopt.strategy.files.opening import open_checkpoint
+from lightning_memopt.strategy.files.places import place_of
 from lightning_memopt.strategy.files.same_save import open_alone
 
 _OPTIMIZER = "optimizer_"
@@ -45,14 +46,15 @@ class Contents:
 
 
 @contextmanager
-def opened(path: Path, *, verify: bool) -> Generator[OpenedDirectory | OpenedFile, None, None]:
+def opened(path: str | Path, *, verify: bool) -> Generator[OpenedDirectory | OpenedFile, None, None]:
     """Open a checkpoint on this process, and compare its checksums if ``verify``.
 
     Raises:
         ValueError: If it is missing, incomplete or damaged.
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
-    with closing(open_alone(path, partial(open_checkpoint, path, verify=verify))) as found:
+    place = place_of(path)
+    with closing(open_alone(place, partial(open_checkpoint, place, verify=verify))) as found:
         if isinstance(found, OpenedDirectory):
             found.check((0, 1))
         yield found

@@ -59,7 +59,7 @@ def _parser() -> Parser:
         "checkpoint is run.",
         epilog=_EPILOG,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint: a directory or a file.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint: a directory, a file, or a URL.")
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -119,11 +119,11 @@ def _check(parser: Parser, options: argparse.Namespace, out: Path) -> None:
 
 def _export(options: argparse.Namespace, out: Path) -> str:
     """Write the output, and return a line that says what was written."""
-    path = Path(options.checkpoint)
+    path = options.checkpoint
     with opened(path, verify=True) as found:
         content = contents(found, verify=True)
     step = content.rest.get("global_step")
-    source = f"{path}, step {step}" if isinstance(step, int) else str(path)
+    source = f"{path}, step {step}" if isinstance(step, int) else path
     if options.optimizer:
         write_pickled(content.checkpoint(), out)
         states = len(content.optimizers)

@@ -6,7 +6,6 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_memopt._registry import listed
 from lightning_memopt.memory.sizes import format_bytes
@@ -30,14 +29,14 @@ def main(args: Sequence[str]) -> int:
         "in the checkpoint is run.",
         epilog="Example: lightning-memopt inspect last.ckpt",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint: a directory or a file.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint: a directory, a file, or a URL.")
     parser.add_argument(
         "--no-verify", action="store_true", help="Do not compare checksums, which reads the whole checkpoint."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON, sizes in bytes, with every block.")
     options = parser.parse_args(args)
     try:
-        found = inspect_checkpoint(Path(options.checkpoint), verify=not options.no_verify)
+        found = inspect_checkpoint(options.checkpoint, verify=not options.no_verify)
     except (*EXPECTED, pickle.UnpicklingError) as error:
         parser.error(" ".join(str(error).split()))
     if options.json:

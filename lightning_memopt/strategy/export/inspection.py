@@ -98,11 +98,11 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_checkpoint(path: Path, *, verify: bool = True) -> Inspection:
+def inspect_checkpoint(path: str | Path, *, verify: bool = True) -> Inspection:
     """Return what a checkpoint of either format holds.
 
     Args:
-        path: A directory or a file.
+        path: A directory or a file, or its URL.
         verify: Whether to read everything once, to compare checksums.
 
     Raises:

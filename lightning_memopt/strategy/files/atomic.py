@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
-import hashlib
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_memopt.strategy.files.checksums import RecordingStream
+from lightning_memopt.strategy.files.processes import is_alive, machine
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The kernel or the file system (NFS, for one) cannot exchange two names.
@@ -204,7 +202,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 def _own_name(path: Path, kind: str) -> Path:
     """Return a unique hidden name beside ``path`` that identifies this process."""
-    return path.with_name(f".{path.name}.{kind}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".{path.name}.{kind}-{machine()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _hidden(path: Path) -> Iterator[tuple[Path, str, str, int]]:
@@ -221,24 +219,10 @@ def _leftovers(path: Path) -> list[Path]:
     now = time.time()
     return [
         entry
-        for entry, _, machine, process in _hidden(path)
+        for entry, _, host, process in _hidden(path)
         if entry not in _active
-        and (
-            machine == _machine()
-            and (process == os.getpid() or not _is_alive(process))
-            or now - _age_key(entry) > MAX_AGE
-        )
+        and (host == machine() and (process == os.getpid() or not is_alive(process)) or now - _age_key(entry) > MAX_AGE)
     ]
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists, and another user owns it
-        return True
-    return True
 
 
 def _age_key(path: Path) -> float:
@@ -249,16 +233,6 @@ def _age_key(path: Path) -> float:
         if path.is_dir() and not path.is_symlink():
             times += [entry.lstat().st_mtime for entry in path.iterdir()]
     return max(times, default=time.time())
-
-
-@functools.cache
-def _machine() -> str:
-    """Return an identifier of host, boot and container. Processes that share it see each other's process IDs."""
-    facts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
-        with contextlib.suppress(OSError):  # not Linux
-            facts.append(read())
-    return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
 
 
 def _first_cause(error: BaseException) -> str:

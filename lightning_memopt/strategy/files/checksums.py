@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as RemoteFileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase
 
 # Size of a file in bytes, and its CRC-32.
 Checksum = tuple[int, int]
@@ -89,8 +90,8 @@ class ChecksummedStream(RecordingStream):
         return self._size, self._crc
 
 
-class ChecksummedFiles(FileSystem):
-    """torch's FileSystem for distributed checkpoints, which also computes a checksum of every file that it writes.
+class Checksumming(FileSystemBase):
+    """A mixin for torch's file systems for distributed checkpoints: a checksum of every file that they write.
 
     Attributes:
         checksums: File name → checksum.
@@ -98,12 +99,13 @@ class ChecksummedFiles(FileSystem):
 
     def __init__(self) -> None:
         """Start without checksums."""
+        super().__init__()
         self.checksums: dict[str, Checksum] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         """Open a file; as in torch's class."""
-        with super().create_stream(path, mode) as raw:
+        with super().create_stream(path, mode) as raw:  # type: ignore[safe-super]
             if "w" not in mode:
                 yield raw
                 return
@@ -113,8 +115,16 @@ class ChecksummedFiles(FileSystem):
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Rename a file; as in torch's class."""
-        super().rename(path, new_path)
+        super().rename(path, new_path)  # type: ignore[safe-super]
         self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
+
+
+class ChecksummedFiles(Checksumming, FileSystem):
+    """Local files with checksums."""
+
+
+class ChecksummedRemoteFiles(Checksumming, RemoteFileSystem):
+    """Files on a file system that fsspec knows, with checksums."""
 
 
 def checksum(stream: IO[bytes]) -> Checksum:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import os
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +20,11 @@ from lightning_memopt._registry import listed
 from lightning_memopt.strategy.files.atomic import current
 from lightning_memopt.strategy.files.checksums import Checksum, checksum, parsed
 from lightning_memopt.strategy.files.directory import CHECKSUMS, INDEX, REST, SAMPLED, SHARDS, is_checkpoint
+from lightning_memopt.strategy.files.folders import Folder, open_folder, whole_size
 from lightning_memopt.strategy.files.metadata import parse_metadata
-from lightning_memopt.strategy.files.opened_file import naming, open_regular, verify_zip
+from lightning_memopt.strategy.files.opened_file import naming, verify_zip
+from lightning_memopt.strategy.files.places import Place, inside
+from lightning_memopt.strategy.files.remote import PARTS, SAVE
 
 
 class OpenedDirectory:
@@ -33,11 +37,11 @@ class OpenedDirectory:
         rest: The checkpoint without weights and optimizer states.
     """
 
-    def __init__(self, path: Path, *, weights_only: bool | None = None, verify: bool = True) -> None:
+    def __init__(self, path: Place, *, weights_only: bool | None = None, verify: bool = True) -> None:
         """Open a directory, and read everything except weights and optimizer states.
 
         Args:
-            path: The directory.
+            path: The directory, or its URL.
             weights_only: As in ``torch.load``, for entries that are not tensors.
             verify: Whether to compare checksums, here and in :meth:`check`.
 
@@ -48,8 +52,7 @@ class OpenedDirectory:
         self.path = path
         self._weights_only, self._verify = weights_only, verify
         self._files: dict[str, IO[bytes]] = {}
-        flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
-        self._folder = os.open(current(path), flags) if os.open in os.supports_dir_fd else None
+        self._folder: Folder = open_folder(path)
         try:
             self._read()
         except BaseException:
@@ -57,37 +60,58 @@ class OpenedDirectory:
             raise
 
     def _read(self) -> None:
-        for name in (INDEX, REST):
-            try:
-                self._open(name)
-            except FileNotFoundError:
-                raise ValueError(
-                    f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either "
-                    f"only a part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
-                ) from None
-        rest, index = (self._files[name].read() for name in (REST, INDEX))
-        self.identity = hashlib.blake2b(rest + index, digest_size=16).hexdigest()
+        rest = self._required(REST)
         self.rest = self._parse_rest(rest)
+        if PARTS in self.rest:
+            self._enter(self.rest.pop(PARTS))
+        index = self._required(INDEX)
+        self.identity = hashlib.blake2b(rest + index, digest_size=16).hexdigest()
         self._checksums: dict[str, Checksum] | None = None
-        with naming(self.path / REST):
+        with naming(inside(self.path, REST)):
             if CHECKSUMS in self.rest:
                 self._checksums = parsed(self.rest.pop(CHECKSUMS))
         self.rest.pop(SAMPLED, None)
         if self._verify and INDEX in (self._checksums or {}):
             self._compare(INDEX)
-        with naming(self.path / INDEX):
+        with naming(inside(self.path, INDEX)):
             self.index: Metadata = parse_metadata(index)
         for name in {*self._ends(), *(self._checksums or {})}:
             if name not in self._files:
                 self._open_shard(name)
 
+    def _required(self, name: str) -> bytes:
+        try:
+            self._open(name)
+        except FileNotFoundError:
+            raise ValueError(
+                f"The path {str(self.path)!r} does not point to a valid checkpoint: {name!r} is missing. Either "
+                f"only a part of it was copied, or it is a folder of checkpoints{self._checkpoints_inside()}."
+            ) from None
+        return self._files[name].read()
+
+    def _enter(self, save: Any) -> None:
+        """Continue in the folder of the current save, as on file systems that cannot rename."""
+        if not isinstance(save, str) or not SAVE.fullmatch(save):
+            raise ValueError(f"{str(inside(self.path, REST))!r} is damaged: it names the folder {save!r:.200}.")
+        outer = self._folder
+        try:
+            self._folder = outer.inside(save)
+        except FileNotFoundError:
+            raise ValueError(
+                f"The checkpoint {str(self.path)!r} is not complete: its folder {save!r} is missing. Use another "
+                "checkpoint."
+            ) from None
+        outer.close()
+
     def _checkpoints_inside(self) -> str:
+        if not isinstance(self.path, Path):
+            return ""
         entries = sorted(current(self.path).iterdir())
         found = [entry.name for entry in entries if is_checkpoint(entry) or entry.suffix == ".ckpt"]
         return f" ({listed(list(map(repr, found)), 3)})" if found else ""
 
     def _parse_rest(self, content: bytes) -> dict[str, Any]:
-        path = self.path / REST
+        path = inside(self.path, REST)
         if not content.startswith(b"PK\x03\x04"):
             raise ValueError(f"{str(path)!r} is not a checkpoint: it is empty, or torch.save did not write it.")
         stream = io.BytesIO(content)
@@ -101,8 +125,7 @@ class OpenedDirectory:
         return rest
 
     def _open(self, name: str) -> None:
-        place = name if self._folder is not None else self.path / name
-        self._files[name] = open_regular(place, self._folder)
+        self._files[name] = self._folder.open(name)
 
     def _open_shard(self, name: str) -> None:
         try:
@@ -147,13 +170,13 @@ class OpenedDirectory:
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file of the checkpoint."""
-        return {name: os.fstat(stream.fileno()).st_size for name, stream in sorted(self._files.items())}
+        return {name: whole_size(stream) for name, stream in sorted(self._files.items())}
 
     def _check_sizes(self) -> None:
         ends = self._ends()
         known = {**ends, **{name: size for name, (size, _) in (self._checksums or {}).items()}}
         for name, expected in known.items():
-            size = os.fstat(self._files[name].fileno()).st_size
+            size = whole_size(self._files[name])
             if size < expected:
                 raise ValueError(
                     f"The checkpoint {str(self.path)!r} is not complete: {name!r} is truncated or from another save, "
@@ -163,17 +186,16 @@ class OpenedDirectory:
                 raise self._mixed(name, f"it has {size} bytes, {expected} were saved")
             if ends.get(name, 0) > expected:
                 raise self._mixed(name, f"{INDEX!r} says that it has {ends[name]} bytes")
-        for name in sorted(os.listdir(self.path if self._folder is None else self._folder)):
-            if SHARDS.fullmatch(name) and name not in known and self._stray_size(name):
+        for name in sorted(self._folder.names()):
+            # torch writes an empty file if a rank has nothing to save.
+            if SHARDS.fullmatch(name) and name not in known and self._folder.size(name):
                 raise self._mixed(name, f"{INDEX!r} does not list it. Remove it if you want to use the others")
-
-    def _stray_size(self, name: str) -> int:
-        """Return the size of a file that no table lists. torch writes an empty file if a rank has nothing to save."""
-        return os.stat(name if self._folder is not None else self.path / name, dir_fd=self._folder).st_size
 
     def _compare(self, name: str) -> None:
         assert self._checksums is not None
-        if checksum(self._files[name]) != self._checksums[name]:
+        with self._still_there():
+            found = checksum(self._files[name])
+        if found != self._checksums[name]:
             raise ValueError(
                 f"The checkpoint {str(self.path)!r} is damaged: {name!r} does not match its checksum in {REST!r} (it "
                 "has changed, or is from another save). Use another checkpoint."
@@ -244,7 +266,7 @@ class OpenedDirectory:
         entry = self.index.state_dict_metadata[key]
         if not isinstance(entry, TensorStorageMetadata):
             return self.object(key)
-        with naming(self.path / INDEX):  # the shape may be invalid
+        with naming(inside(self.path, INDEX)):  # the shape may be invalid
             value = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             part = value
@@ -256,7 +278,7 @@ class OpenedDirectory:
     def _load(self, index: MetadataIndex, weights_only: bool | None) -> Any:
         info = self.index.storage_data[index]
         stream = self.stream(index)
-        with naming(self.path / info.relative_path, stream):
+        with naming(inside(self.path, info.relative_path), stream):
             return torch.load(stream, map_location="cpu", weights_only=weights_only)
 
     def stream(self, index: MetadataIndex) -> IO[bytes]:
@@ -264,12 +286,22 @@ class OpenedDirectory:
         info = self.index.storage_data[index]
         stream = self._files[info.relative_path]
         stream.seek(info.offset)
-        return io.BytesIO(stream.read(info.length))
+        with self._still_there():
+            return io.BytesIO(stream.read(info.length))
+
+    @contextmanager
+    def _still_there(self) -> Generator[None, None, None]:
+        """Say what has happened if a remote file is gone. Local files that are open stay."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"The checkpoint {str(self.path)!r} was replaced or removed while it was read ({error}). Nothing was "
+                "loaded; load it again."
+            ) from error
 
     def close(self) -> None:
         """Close all files."""
         for stream in self._files.values():
             stream.close()
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
+        self._folder.close()

@@ -9,7 +9,9 @@ import os
 import pickle
 import pickletools
 import re
+import shutil
 import stat
+import tempfile
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from typing import IO, Any
 import torch
 
 from lightning_memopt.strategy.files.atomic import current
+from lightning_memopt.strategy.files.places import Place
+from lightning_memopt.strategy.files.remote import connect
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _BLOCK, _PICKLE_SIZE = 1 << 20, 1 << 24
@@ -34,15 +38,15 @@ class OpenedFile:
         identity: Identifies this save; equal on all ranks that opened the same save.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open a file.
+    def __init__(self, path: Place) -> None:
+        """Open a file, or a copy of a remote one.
 
         Raises:
             FileNotFoundError: If it does not exist.
             ValueError: If torch did not write it, or it is damaged.
         """
         self.path = path
-        self._stream = open_regular(current(path))
+        self._stream = open_regular(current(path)) if isinstance(path, Path) else _downloaded(path)
         try:
             self._magic = self._stream.read(len(_ZIP))
             if self._magic != _ZIP and not self._magic.startswith(_PICKLE):
@@ -84,7 +88,7 @@ class OpenedFile:
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of the file, by name."""
-        return {self.path.name: os.fstat(self._stream.fileno()).st_size}
+        return {str(self.path).rpartition("/")[2]: os.fstat(self._stream.fileno()).st_size}
 
     def close(self) -> None:
         """Close the file. Tensors that were read stay valid."""
@@ -106,6 +110,16 @@ class OpenedFile:
         return next(
             (path for path in (f"/proc/self/fd/{descriptor}", f"/dev/fd/{descriptor}") if os.path.exists(path)), None
         )
+
+
+def _downloaded(url: str) -> IO[bytes]:
+    """Return an unnamed local copy, which can be mapped into memory."""
+    fs, path = connect(url)
+    with fs.open(path, "rb") as source:
+        stream = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+        shutil.copyfileobj(source, stream, _BLOCK)
+    stream.seek(0)
+    return stream
 
 
 def open_regular(path: Path | str, folder: int | None = None) -> IO[bytes]:

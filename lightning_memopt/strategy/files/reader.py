@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import naming
+from lightning_memopt.strategy.files.places import inside
 
 
 class OpenedReader(StorageReader):
@@ -44,7 +45,7 @@ class OpenedReader(StorageReader):
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 name = self._opened.index.storage_data[item.storage_index].relative_path
-                with naming(self._opened.path / name):
+                with naming(inside(self._opened.path, name)):
                     planner.load_bytes(item, self._opened.stream(item.storage_index))  # type: ignore[arg-type]
                 continue
             value = self._opened.tensor(item.storage_index)

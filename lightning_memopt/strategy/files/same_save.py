@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lightning_memopt.strategy.agreement import on_all
+from lightning_memopt.strategy.files.places import Place
+from lightning_memopt.strategy.files.remote import version
 
 _TRIES, _PAUSE = 60, 0.02
 
@@ -26,7 +28,7 @@ class Opened(Protocol):
 T = TypeVar("T", bound=Opened)
 
 
-def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
+def open_together(path: Place, open_: Callable[[], T], group: Any = None) -> T:
     """Open the same save of a checkpoint on all ranks, even while another process replaces it.
 
     Args:
@@ -41,7 +43,7 @@ def open_together(path: Path, open_: Callable[[], T], group: Any = None) -> T:
     return _opened(path, open_, lambda action: on_all(action, group))
 
 
-def open_alone(path: Path, open_: Callable[[], T]) -> T:
+def open_alone(path: Place, open_: Callable[[], T]) -> T:
     """Open a checkpoint on this process only, even while another process replaces it.
 
     Raises:
@@ -51,7 +53,7 @@ def open_alone(path: Path, open_: Callable[[], T]) -> T:
     return _opened(path, open_, lambda action: [action()])
 
 
-def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[], Any]], list[Any]]) -> T:
+def _opened(path: Place, open_: Callable[[], T], everywhere: Callable[[Callable[[], Any]], list[Any]]) -> T:
     error: Exception | None = None
     for attempt in range(_TRIES):
         mine, error, before = None, None, _version(path)
@@ -76,8 +78,10 @@ def _opened(path: Path, open_: Callable[[], T], everywhere: Callable[[Callable[[
     )
 
 
-def _version(path: Path) -> tuple[int, ...] | None:
+def _version(path: Place) -> object:
     """Return values that change when a path is replaced. Inode numbers alone are soon reused."""
+    if not isinstance(path, Path):
+        return version(path)
     try:
         found = path.stat()
     except OSError:

@@ -36,6 +36,7 @@ from tests.strategy.checkpoint._checkpoints import (
     raises,
     whole_params,
 )
+from tests.strategy.files._bucket import Bucket
 
 TRAINERS: list[Case] = []
 RANKS = 2
@@ -333,3 +334,28 @@ def an_export_continues_on_one_device(ranks: dict[int, World], folder: Path) -> 
     again.fit(other, ckpt_path=folder / "one.ckpt")
     assert_equal(local_params(other), local_params(model))
     assert_equal(local_state(again.optimizers[0]), local_state(fitted.optimizers[0]))
+
+
+@case
+def a_run_whose_checkpoints_are_in_a_bucket(ranks: dict[int, World], folder: Path) -> None:
+    """Where nothing can be renamed: the latest, `last`, and a resumed run that equals an uninterrupted one."""
+    for format in FORMATS:
+        Bucket.root = folder / format
+        if dist.get_rank() == 0:
+            Bucket.root.mkdir(parents=True)
+        dist.barrier()
+        latest = ModelCheckpoint("bucket://runs", filename="{epoch}", save_last=True)
+        model = Module()
+        trainer(folder, format, latest).fit(model)
+        dist.barrier()
+        names = {key.split("/")[1] for key in Bucket()._keys()}
+        assert names == {"epoch=1.ckpt", "last.ckpt"}, names
+        half, resumed = Module(), Module(seed=1)
+        every = ModelCheckpoint("bucket://other", filename="{epoch}", save_top_k=-1)
+        trainer(folder, format, every, max_epochs=1).fit(half)
+        again = trainer(folder, format)
+        again.fit(resumed, ckpt_path="bucket://other/epoch=0.ckpt")
+        assert_equal(local_params(resumed), local_params(model))
+        other = Module(seed=2)
+        trainer(folder, format).validate(other, ckpt_path="bucket://runs/last.ckpt", verbose=False)
+        assert_equal(local_params(other), local_params(model))

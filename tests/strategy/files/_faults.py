@@ -37,7 +37,7 @@ from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_directory, save_file
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import checksum
-from lightning_memopt.strategy.files.directory import CHECKSUMS
+from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE
 
 GOOD = ("refused by name", "loaded, the content is right")
 IO = AtomicCheckpointIO()
@@ -125,7 +125,10 @@ def outcome(path: Path, name: str, expected: Any) -> str:
 
 
 def files(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.stat().st_size) if path.is_dir() else [path]
+    """Return the files that hold something; the note for readers does not matter."""
+    if not path.is_dir():
+        return [path]
+    return sorted(entry for entry in path.iterdir() if entry.stat().st_size and entry.name != NOTE)
 
 
 def damage(folder: Path, rng: random.Random, count: int, *, whole: bool, how: Callable[..., bytes]) -> Counter[str]:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import lightning_memopt as lm
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
-from lightning_memopt.strategy.files import atomic
+from lightning_memopt.strategy.files import atomic, processes
 from lightning_memopt.strategy.files.directory import CHECKSUMS
 from lightning_memopt.strategy.files.metadata import parse_metadata
 from tests.strategy.files import _faults
@@ -293,7 +293,7 @@ def left(path: Path, machine: str, process: int, age: float) -> Path:
 
 
 def test_only_what_dead_writers_left_is_removed(tmp_path):
-    path, here, dead = tmp_path / "last.ckpt", atomic._machine(), 2**22 + 1
+    path, here, dead = tmp_path / "last.ckpt", processes.machine(), 2**22 + 1
     old = atomic.MAX_AGE + 60
     gone = [
         left(path, here, dead, 0),
@@ -313,7 +313,7 @@ def test_only_what_dead_writers_left_is_removed(tmp_path):
 def test_a_reader_between_two_renames_finds_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     expected = save(path, 1, whole=False)
-    path.rename(path.with_name(f".last.ckpt.previous-{atomic._machine()}-1-00"))
+    path.rename(path.with_name(f".last.ckpt.previous-{processes.machine()}-1-00"))
     assert same(load(path), expected)
     assert not path.exists()  # its writer may be about to put the new one there
     expected = save(path, 2, whole=False)
@@ -353,10 +353,10 @@ def test_a_link_to_a_directory_is_followed(tmp_path):
 
 
 def test_names_tell_machines_apart(monkeypatch):
-    here = atomic._machine()
+    here = processes.machine()
     monkeypatch.setattr("platform.node", lambda: socket.gethostname() + "-2")
-    atomic._machine.cache_clear()
+    processes.machine.cache_clear()
     try:
-        assert atomic._machine() != here
+        assert processes.machine() != here
     finally:
-        atomic._machine.cache_clear()
+        processes.machine.cache_clear()
