@@ -27,6 +27,7 @@ from lightning_memopt.strategy.files.checksums import Checksum, ChecksummedFiles
 from lightning_memopt.strategy.files.directory import CHECKSUMS, REST, check_replaceable, copy_others
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
+CURRENT = "current_model_state"  # the weights that train, if Lightning's averaging callbacks save the average
 _TRIES = 20
 K = TypeVar("K")
 
@@ -119,9 +120,9 @@ def save_directory(checkpoint: Mapping[str, Any], path: Path, *, group: Any = No
         IsADirectoryError: If the path is a directory that holds something else.
         OSError: If any rank cannot write. An existing checkpoint is unchanged then.
     """
-    state = {WEIGHTS: checkpoint[WEIGHTS]}
+    state = {key: checkpoint[key] for key in (WEIGHTS, CURRENT) if key in checkpoint}
     state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
-    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, CURRENT, STATES)}
 
     on_first(lambda: check_replaceable(path), group)
     new: Path | None = None
