@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_memopt.strategy.averaging import let_averaging_wait, make_averages, tensor_dtypes
 from lightning_memopt.strategy.checkpoint.base import CheckpointingStrategy
 from lightning_memopt.strategy.errors import FirstFailure, explain
 from lightning_memopt.strategy.finetuning import let_finetuning_compare_sharded_parameters
@@ -126,6 +127,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         self._data_parallel_size = self._sharder.data_mesh.size()
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+        let_averaging_wait(self.lightning_module.trainer)
 
     @override
     def _get_process_group_backend(self) -> str:
@@ -160,7 +162,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             refuse_embeddings(self.model)
         self._known.learn(self.model)
         self._reshard()
-        plugin = self.precision_plugin
+        plugin, dtypes = self.precision_plugin, tensor_dtypes(self.model)
         with attributes_kept(self.model):
             users = self._sharder.shard(
                 self.model, str(plugin.precision), self.root_device, called=False, layer_sync=self._layer_sync
@@ -169,6 +171,8 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
                 plugin.autocast = users
             self.model = plugin.convert_module(self.model)
             self.model_to_device()
+        if trainer.state.fn == TrainerFn.FITTING:
+            make_averages(trainer, self.model, dtypes)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tests._ranks import run_ranks
 from tests.strategy.cases import (  # noqa: F401  (they register themselves)
+    averaging,
     command_line,
     fabric,
     gradients,

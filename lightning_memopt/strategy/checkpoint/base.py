@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_memopt.strategy.averaging import averaged_module, completed, shown_to_callbacks
 from lightning_memopt.strategy.checkpoint.io import atomic_io
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_checkpoint
@@ -65,7 +66,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         save_checkpoint(
-            checkpoint,
+            completed(checkpoint, whole=not self._save_distributed_checkpoint),
             self.broadcast(filepath),  # all ranks save to the same place
             self.checkpoint_io,
             distributed=self._save_distributed_checkpoint,
@@ -77,8 +78,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         module, trainer = self.lightning_module, self.lightning_module.trainer
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        return load_checkpoint(
+        fitting, averaged = trainer.state.fn == TrainerFn.FITTING, averaged_module(trainer)
+        rest = load_checkpoint(
             self.broadcast(checkpoint_path),
             self.model,
             self._trained_by if fitting else None,
@@ -87,4 +88,6 @@ class CheckpointingStrategy(ModelParallelStrategy):
             weights_only=weights_only,
             verify=self._verify,
             adapting=(lambda rest: groups_restored(trainer, module, rest)) if fitting else nullcontext,
+            averaged=averaged,
         )
+        return rest if averaged is None else shown_to_callbacks(rest, self.model, averaged)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import on_all, rank_and_size
@@ -21,9 +20,10 @@ from lightning_memopt.strategy.checkpoint.restore import (
     check_values,
     parts_of,
     prepare_optimizer,
+    targets_of,
     write_weights,
 )
-from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS
+from lightning_memopt.strategy.checkpoint.save import CURRENT, STATES, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import by_position
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
@@ -46,6 +46,7 @@ def load_checkpoint(
     group: Any = None,
     adapting: Adapting = nullcontext,
     bare: bool = False,
+    averaged: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Load weights and optimizer states and return the rest of the checkpoint.
 
@@ -61,6 +62,7 @@ def load_checkpoint(
         adapting: A context manager that takes the rest of the checkpoint. It prepares the optimizers for their
             states, and undoes this if the states do not fit.
         bare: Whether a file may hold the weights and nothing else.
+        averaged: A module for averaged weights, if the checkpoint has both these and the weights that train.
 
     Raises:
         ValueError: If the checkpoint is missing, incomplete or damaged, or if its optimizers or groups do not match.
@@ -73,14 +75,14 @@ def load_checkpoint(
         opening = partial(open_checkpoint, place, weights_only=weights_only, verify=verify)
         with closing(open_together(place, opening, group)) as opened:
             if isinstance(opened, OpenedDirectory):
-                return load_directory(opened, model, optimizers, strict, weights_only, group, adapting)
+                return load_directory(opened, model, averaged, optimizers, strict, weights_only, group, adapting)
             checkpoint = _read_on_all(lambda: opened.read(weights_only=weights_only, verify=verify), group)
             checkpoint = _filed(checkpoint) if bare else checkpoint
-            return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
+            return _load_whole(checkpoint, model, averaged, optimizers, strict, path, group, adapting)
     options = {} if weights_only is None else {"weights_only": weights_only}
     checkpoint = _read_on_all(lambda: checkpoint_io.load_checkpoint(path, **options), group)
     checkpoint = _filed(checkpoint) if bare else checkpoint
-    return _load_whole(checkpoint, model, optimizers, strict, path, group, adapting)
+    return _load_whole(checkpoint, model, averaged, optimizers, strict, path, group, adapting)
 
 
 def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def _filed(content: Any) -> Any:
 def _load_whole(
     checkpoint: Any,
     model: nn.Module,
+    averaged: nn.Module | None,
     optimizers: Optimizers | None,
     strict: bool,
     path: Any,
@@ -132,25 +135,28 @@ def _load_whole(
     adapting: Adapting,
 ) -> dict[str, Any]:
     share, trained = rank_and_size(group), optimizers or ()
-    ours: dict[str, Any] = get_model_state_dict(model)
     restore: list[Callable[[], None]] = []
     weights, states = parts_of(checkpoint, WEIGHTS, STATES)
-    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+    targets = targets_of(weights, checkpoint.get(CURRENT), model, averaged)
+    rest = {key: value for key, value in checkpoint.items() if key not in (*targets, WEIGHTS, STATES)}
 
     def check() -> None:
         check_counts(states, optimizers)
-        check_weights(weights, ours, strict, fitting=bool(trained))
+        for target in targets.values():
+            check_weights(target.saved, target.expected, strict, fitting=bool(trained))
         ordered = [by_position(state, opt, model) for state, opt in zip(states, trained, strict=False)]
         for (state, _), optimizer in zip(ordered, trained, strict=False):
             check_family(state, optimizer)
         for (state, named), optimizer in zip(ordered, trained, strict=False):
             restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=True))
-        check_values(weights, ours, model, share, path)
+        for target in targets.values():
+            check_values(target.saved, target.ours, target.module, share, path)
 
     with adapting(rest):
         on_all(check, group)
     with loading_from(repr(str(path))):
         for load_optimizer in restore:
             load_optimizer()
-    write_weights(weights, ours, model)
+    for target in targets.values():
+        write_weights(target.saved, target.ours, target.module)
     return rest

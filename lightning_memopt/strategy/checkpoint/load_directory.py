@@ -13,7 +13,6 @@ from torch.distributed.checkpoint import Metadata, load
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import describe, on_all, rank_and_size
@@ -22,9 +21,10 @@ from lightning_memopt.strategy.checkpoint.restore import (
     Adapting,
     check_values,
     prepare_optimizer,
+    targets_of,
     write_weights,
 )
-from lightning_memopt.strategy.checkpoint.save import WEIGHTS
+from lightning_memopt.strategy.checkpoint.save import CURRENT, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import allocated, by_position
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.reader import CheckedLoadPlanner, OpenedReader
@@ -33,6 +33,7 @@ from lightning_memopt.strategy.files.reader import CheckedLoadPlanner, OpenedRea
 def load_directory(
     opened: OpenedDirectory,
     model: nn.Module,
+    averaged: nn.Module | None,
     optimizers: Optimizers | None,
     strict: bool,
     weights_only: bool | None,
@@ -44,10 +45,9 @@ def load_directory(
     on_all(lambda: opened.check(share), group)
     saved = _saved_optimizers(index)
     check_counts(list(saved.values()), optimizers)
-    ours: dict[str, Any] = get_model_state_dict(model)
-    # Nested extra state has several entries, which share one key of the state dict.
-    shapes = {place[1]: _template(index, key) for key, place in index.planner_data.items() if place[0] == WEIGHTS}
-    check_weights(shapes, ours, strict, fitting=bool(trained))
+    targets = targets_of(_templates(index, WEIGHTS), _templates(index, CURRENT), model, averaged)
+    for target in targets.values():
+        check_weights(target.saved, target.expected, strict, fitting=bool(trained))
     if trained:
         _read_groups(opened, saved)
     restore: list[Callable[[], None]] = []
@@ -59,23 +59,29 @@ def load_directory(
             for (name, tree), optimizer in zip(saved.items(), trained, strict=False)
         ]
         weights = {
-            name: torch.empty_like(value)
-            for name, value in ours.items()
-            if isinstance(value, Tensor) and name in shapes
+            part: {
+                name: torch.empty_like(value)
+                for name, value in target.ours.items()
+                if isinstance(value, Tensor) and name in target.saved
+            }
+            for part, target in targets.items()
         }
-        _read(opened, {WEIGHTS: weights}, weights_only, group)
-        weights |= read_objects(opened, WEIGHTS)
+        _read(opened, weights, weights_only, group)
+        for part, found in weights.items():
+            found |= read_objects(opened, part)
 
         def check() -> None:
             for (state, named), optimizer in zip(ready, trained, strict=False):
                 restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=False))
-            check_values(weights, ours, model, share, opened.path)
+            for part, target in targets.items():
+                check_values(weights[part], target.ours, target.module, share, opened.path)
 
         on_all(check, group)
     with loading_from(repr(str(opened.path))):
         for load_optimizer in restore:
             load_optimizer()
-    write_weights(weights, ours, model)
+    for part, target in targets.items():
+        write_weights(weights[part], target.ours, target.module)
     return opened.rest
 
 
@@ -126,6 +132,11 @@ def _saved_optimizers(index: Metadata) -> dict[str, dict[str, Any]]:
         set_element(trees, place, leaf)
     ordered = sorted(trees, key=lambda name: int(name.removeprefix("optimizer_")))
     return {name: {"state": {}, "param_groups": [], **trees[name]} for name in ordered}
+
+
+def _templates(index: Metadata, part: str) -> dict[str, Tensor | None]:
+    """Return tensors with the shapes and dtypes of weights; None for extra state, whose entries share one key."""
+    return {place[1]: _template(index, key) for key, place in index.planner_data.items() if place[0] == part}
 
 
 def _template(index: Metadata, key: str) -> Tensor | None:

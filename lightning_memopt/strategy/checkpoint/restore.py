@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from lightning_memopt.optim.checkpoint.names import warn_of_positions
 from lightning_memopt.optim.checkpoint.resume import facts, tell
@@ -17,6 +18,7 @@ from lightning_memopt.optim.checkpoint.values import Share, Values, check_kind, 
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.sharding.tensors import fill_
 from lightning_memopt.strategy.checkpoint.compatibility import check_state
+from lightning_memopt.strategy.checkpoint.save import CURRENT, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import cut, names_of, parameter_names
 
 Adapting = Callable[[dict[str, Any]], AbstractContextManager[Any]]
@@ -55,6 +57,43 @@ def parts_of(checkpoint: Any, weights: str, states: str) -> tuple[Mapping[str, A
     for number, state in enumerate(optimizers):
         check_structure(state, f"state of optimizer {number} in the checkpoint")
     return found, optimizers
+
+
+@dataclass(frozen=True)
+class Target:
+    """Weights in a checkpoint, and the module that takes them.
+
+    Attributes:
+        saved: The saved weights by name, or tensors of their shapes.
+        module: The module.
+        ours: Its state dict.
+        expected: The state dict that must have the same names and shapes as the saved one.
+    """
+
+    saved: Mapping[str, Any]
+    module: nn.Module
+    ours: dict[str, Any]
+    expected: dict[str, Any]
+
+
+def targets_of(
+    weights: Mapping[str, Any], current: Mapping[str, Any] | None, model: nn.Module, averaged: nn.Module | None
+) -> dict[str, Target]:
+    """Return which module takes which weights of a checkpoint, by the key of the weights.
+
+    Args:
+        weights: The weights under Lightning's key for them.
+        current: The weights that train, if the others are averaged.
+        model: The model that trains.
+        averaged: The module for averaged weights, if there is one.
+    """
+    ours: dict[str, Any] = get_model_state_dict(model)
+    if averaged is None or not current:
+        return {WEIGHTS: Target(weights, model, ours, ours)}
+    return {
+        WEIGHTS: Target(weights, averaged, get_model_state_dict(averaged), ours),
+        CURRENT: Target(current, model, ours, ours),
+    }
 
 
 def prepare_optimizer(

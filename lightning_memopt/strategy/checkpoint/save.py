@@ -27,6 +27,7 @@ from lightning_memopt.strategy.files.directory import CHECKSUMS, check_replaceab
 from lightning_memopt.strategy.files.places import place_of
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
+CURRENT = "current_model_state"  # the weights that train, if Lightning's averaging callbacks save the average
 K = TypeVar("K")
 
 
@@ -113,9 +114,9 @@ def save_directory(checkpoint: Mapping[str, Any], path: str | Path, *, group: An
         FileExistsError: If the URL is a file.
         OSError: If any rank cannot write. An existing checkpoint is unchanged then.
     """
-    state = {WEIGHTS: checkpoint[WEIGHTS]}
+    state = {key: checkpoint[key] for key in (WEIGHTS, CURRENT) if key in checkpoint}
     state |= {f"optimizer_{number}": entries for number, entries in enumerate(checkpoint.get(STATES, [])) if entries}
-    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, STATES)}
+    rest = {key: value for key, value in checkpoint.items() if key not in (WEIGHTS, CURRENT, STATES)}
 
     to = destination(place_of(path))
     on_first(to.check_replaceable, group)

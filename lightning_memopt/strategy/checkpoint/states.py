@@ -19,7 +19,7 @@ from lightning_memopt.sharding.layout import Cut, pieces
 from lightning_memopt.sharding.tensors import fill_
 
 # torch.compile and activation checkpointing add these to names; `get_model_state_dict` strips the same.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def parameter_names(model: nn.Module) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ def parameter_names(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass without a backward pass leaves gathered parameters
     return {
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS): param
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): param
         for name, param in model.named_parameters(remove_duplicate=False)
     }
 

@@ -12,11 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_memopt.sharding.wrapping import Unit
 
-# Older versions of Lightning lack some of these classes.
-_AVERAGING = tuple(
-    getattr(callbacks, name) for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
-
 _ACCELERATORS = (CPUAccelerator, CUDAAccelerator, accelerators.CPUAccelerator, accelerators.CUDAAccelerator)
 
 
@@ -44,12 +39,10 @@ def refuse_callbacks(given: Iterable[Callback]) -> None:
         TypeError: If a callback keeps a second model of plain tensors, or prunes weights that are sharded already.
     """
     given = list(given)
-    names = [type(callback).__name__ for callback in given if isinstance(callback, _AVERAGING)]
-    if names:
+    if any(isinstance(callback, callbacks.StochasticWeightAveraging) for callback in given):
         raise TypeError(
-            f"The callback {' and '.join(names)} averages full copies of the model, but `MemOptFSDPStrategy` keeps "
-            "only a shard of it on each rank: leave it out and average the weights of saved checkpoints, or train with "
-            "`strategy='ddp'`."
+            "The callback StochasticWeightAveraging averages full copies of the model, but `MemOptFSDPStrategy` keeps "
+            "only a shard of it on each rank: use `WeightAveraging` or `EMAWeightAveraging`, whose average is sharded."
         )
     pruning = [type(callback).__name__ for callback in given if isinstance(callback, callbacks.ModelPruning)]
     if pruning:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -111,13 +110,12 @@ def weights_that_nothing_gathers_are_explained() -> None:
 
 
 @case(2)
-def callbacks_that_average_weights_are_refused() -> None:
-    for make in (partial(StochasticWeightAveraging, 0.01), WeightAveraging):
-        module, callback = LanguageModule(), make()
-        with raises(TypeError, f"The callback {type(callback).__name__} averages", "leave it out", "strategy='ddp'"):
-            fit(module, callbacks=[callback])
-        assert not any(isinstance(param, DTensor) for param in module.parameters())
-        trainer(callbacks=[make()]).validate(LanguageModule(), verbose=False)
+def the_callback_that_averages_full_copies_is_refused() -> None:
+    module = LanguageModule()
+    with raises(TypeError, "StochasticWeightAveraging averages full copies", "use `WeightAveraging` or `EMAWeightAver"):
+        fit(module, callbacks=[StochasticWeightAveraging(0.01)])
+    assert not any(isinstance(param, DTensor) for param in module.parameters())
+    trainer(callbacks=[StochasticWeightAveraging(0.01)]).validate(LanguageModule(), verbose=False)
 
 
 @case(2)

@@ -1,9 +1,8 @@
-"""Checkpoints of Fabric and of a Trainer are one format: each continues with the other's, on any number of ranks."""
+"""Checkpoints of Fabric and of a Trainer are one format: each continues with the other's; for `test_continued`."""
 
 from __future__ import annotations
 
 import itertools
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,9 @@ from torch.utils.data import DataLoader
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFabricStrategy, MemOptFSDPStrategy
-from tests._ranks import run_ranks
 from tests.strategy._training import LanguageModule, raises, tokens, trainer, whole_weights
 from tests.strategy.cases.fabric import fabric, network
 from tests.strategy.cases.shared import close_weights
-
-pytestmark = pytest.mark.slow
 
 FORMATS = {"directory": True, "file": False}
 STEPS = 2  # before the checkpoint, and after it
@@ -233,30 +229,3 @@ CONTINUED: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 ON_TWO = (values_and_objects_come_back, what_a_trainer_kept_is_returned_and_can_be_passed_on, some_of_the_weights,
           what_is_refused)  # fmt: skip
-
-
-def on_a_rank(rank: int, world: int, folder: str) -> dict[str, str]:
-    if world == 2:
-        saved(Path(folder))
-    cases = {**CONTINUED, **({case.__name__: case for case in ON_TWO} if world == 2 else {})}
-    outcomes = {}
-    for name, function in cases.items():
-        try:
-            function(Path(folder))
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        dist.barrier()
-    return outcomes
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("fabric"))
-    return {world: run_ranks(on_a_rank, world, folder, timeout=200) for world in (2, 3)}
-
-
-@pytest.mark.parametrize(("world", "name"), [*itertools.product((2, 3), CONTINUED), *((2, c.__name__) for c in ON_TWO)])
-def test_on_ranks(outcomes, world, name):
-    for rank, found in enumerate(outcomes[world]):
-        assert not found[name], f"on rank {rank}:\n{found[name]}"
