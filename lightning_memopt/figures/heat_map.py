@@ -22,6 +22,7 @@ def heat_map(
     table: Mapping[str, Sequence[float]],
     *,
     until: int | None = None,
+    largest: float = 2.0,
     norm: Any = None,
     cmap: str = "viridis_r",
     label: str = RANK,
@@ -35,6 +36,7 @@ def heat_map(
         table: Block → its numbers, one per entry. NaN stays gray. Among ranks, 0 stands for no momentum (white), and
             infinity for dense momentum (orange).
         until: The last step of the last entry; None makes it as long as the average of the others.
+        largest: At least this rank is on the color scale, which makes figures comparable.
         norm: The color normalization; None for the one for ranks, which is logarithmic.
         cmap: Name of a color map.
         label: Label of the color bar.
@@ -59,7 +61,7 @@ def heat_map(
     if ranks:
         from matplotlib.colors import LogNorm
 
-        norm = LogNorm(1, max([2.0, *(x for x in numbers if x < DENSE)]))
+        norm = LogNorm(1, max([largest, *(x for x in numbers if x < DENSE)]))
         ends = {end: name for end, name in ((NONE, "none"), (DENSE, "dense")) if end in numbers}
         rows = [[_BELOW if x == NONE else 2 * norm.vmax if x == DENSE else x for x in row] for row in rows]
     average = max(1, round((steps[-1] - steps[0]) / max(1, len(steps) - 1)))
@@ -71,8 +73,8 @@ def heat_map(
     ax.invert_yaxis()
     bar = _color_bar(ax, mesh, label, ends)
     if ranks:
-        largest = int(norm.vmax)
-        ticks = [1, *(2**power for power in range(1, 16) if 1.4 * 2**power < largest), largest]
+        last = int(norm.vmax)
+        ticks = [1, *(2**power for power in range(1, 16) if 1.4 * 2**power < last), last]
         bar.set_ticks(ticks, labels=list(map(str, ticks)), minor=False)
         bar.minorticks_off()
 
