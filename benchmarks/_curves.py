@@ -12,6 +12,9 @@ from _report import markdown, origins
 from _train import Settings
 from _variants import REFERENCE, VARIANTS
 
+from lightning_memopt.figures.style import COLORS, DPI, SMALL, TITLE, finish, new_figure
+from lightning_memopt.figures.style import REFERENCE as BLACK
+
 Results = Sequence[Mapping[str, Any]]
 
 
@@ -111,32 +114,26 @@ the spread of the seeds.
 
 def plot(results: Results, path: Path) -> None:
     """Draw the mean validation loss of each variant against tokens, with a second panel for the last quarter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves = {name: curve for name in VARIANTS if (curve := _mean_curve(best_runs(results, name)))}
     if not curves:
         return
     order = sorted(curves, key=lambda name: curves[name][-1][1])
-    palette = pyplot.get_cmap("tab20").colors
-    styles = {name: (palette[(2 * i) % 20 + (i >= 10)], "--" if name.startswith(REFERENCE) else "-")
-              for i, name in enumerate(VARIANTS)}  # fmt: skip
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6.5), width_ratios=(1, 1.1), layout="constrained")
+    others = [name for name in VARIANTS if name != REFERENCE]
+    dashes = [(color, dash) for dash in ("-", "--", ":") for color in COLORS]
+    styles = {REFERENCE: (BLACK, "-"), **dict(zip(others, dashes, strict=False))}
+    figure = new_figure(14, 6.5)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     for name in order:
         tokens = [seen / 1e6 for seen, _ in curves[name]]
         losses = [loss for _, loss in curves[name]]
         color, line = styles[name]
         for axis in (left, right):
-            axis.plot(tokens, losses, line, color=color, linewidth=2.2 if line == "--" else 1.6, label=name)
-    for axis, title in ((left, "whole run"), (right, "the last quarter")):
-        axis.set(title=title, xlabel="tokens (millions)", ylabel="validation loss")
-        axis.grid(alpha=0.3)
+            axis.plot(tokens, losses, line, color=color, linewidth=2.2 if name == REFERENCE else 1.6, label=name)
+    for axis, title in ((left, "Whole run"), (right, "The last quarter")):
+        finish(axis, title=title, x="tokens (millions)", y="validation loss")
     _zoom(right, curves, order, styles)
-    figure.suptitle("Validation loss, learning rate tuned for each optimizer, mean of seeds")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    figure.suptitle("Validation loss, learning rate tuned for each optimizer, mean of seeds", fontsize=TITLE)
+    figure.savefig(path, dpi=DPI)
 
 
 def _zoom(axis: Any, curves: Mapping[str, list[tuple[int, float]]], order: Sequence[str], styles: Any) -> None:
@@ -158,7 +155,7 @@ def _zoom(axis: Any, curves: Mapping[str, list[tuple[int, float]]], order: Seque
             textcoords=("axes fraction", "data"),
             color=styles[name][0],
             va="center",
-            fontsize=9.5,
+            fontsize=SMALL,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": styles[name][0], "linewidth": 0.7},
         )

@@ -23,6 +23,8 @@ from _report import OUTPUT, markdown, provenance, show
 from torch import Tensor, nn
 
 import lightning_memopt as lm
+from lightning_memopt.figures.style import COLORS, DPI, SMALL, finish, new_figure
+from lightning_memopt.figures.style import STEPS as STEPS_LABEL
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 KINDS: dict[str, dict[str, Any]] = {
@@ -110,22 +112,17 @@ def losses(times: dict[int, random.Random], dropped: str) -> list[float]:
 
 def plot(curves: dict[str, list[float]], times: list[int], path: Path) -> None:
     """Plot the losses, with a mark at each reformat."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for (label, curve), style in zip(curves.items(), ("-", "--", ":"), strict=True):
-        axis.plot(range(1, len(curve) + 1), curve, style, label=label)
+    figure = new_figure(9, 5)
+    axis = figure.add_subplot()
+    for (label, curve), style, color in zip(curves.items(), ("-", "--", ":"), COLORS, strict=False):
+        axis.plot(range(1, len(curve) + 1), curve, style, color=color, label=label)
     released = list(curves.values())[1]
     points = [time + 1 for time in times], [released[time] for time in times]
     axis.plot(*points, "v", color="black", markersize=5, label="a reformat before this step")
-    axis.set(title="Training through changes of kinds and ranks", xlabel="step", ylabel="training loss", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    axis.set_ylim(0, None)
+    finish(axis, title="Training through changes of kinds and ranks", x=STEPS_LABEL, y="training loss")
+    axis.legend(fontsize=SMALL)
+    figure.savefig(path, dpi=DPI)
 
 
 def report(table: list[list[str]], curves: dict[str, list[float]], args: argparse.Namespace) -> str:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(ROOT))
 
 import lightning_memopt as lm
+from lightning_memopt.figures.style import COLORS, DPI, REFERENCE, byte_ticks, finish, new_figure
 from lightning_memopt.kinds.momentum import DenseMomentum
 from lightning_memopt.kinds.second_moment import DenseSecondMoment
 from lightning_memopt.optim.block import initial_state
@@ -175,39 +176,37 @@ def table(results: Sequence[Result], value: str, unit: float, digits: int) -> st
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Draw state, scratch, bytes and collectives against the number of ranks, one row of panels per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     models = list(dict.fromkeys(result.model for result in results))
     columns = {
-        "state (bytes)": "state",
-        "scratch (bytes)": "scratch",
-        "sent in a step (bytes)": "sent",
+        "state": "state",
+        "scratch": "scratch",
+        "sent in a step": "sent",
         "collectives": "collectives",
     }
     recipes = list(dict.fromkeys(result.recipe for result in results))
     ranks = sorted({result.ranks for result in results})
-    figure, axes = plt.subplots(
-        len(models), len(columns), figsize=(15, 2.6 * len(models)), sharex=True, sharey="col", squeeze=False
-    )
+    looks = dict(zip(recipes, (REFERENCE, *COLORS), strict=False))
+    figure = new_figure(15, 2.6 * len(models))
+    axes = figure.subplots(len(models), len(columns), sharex=True, sharey="col", squeeze=False)
     for row, model in zip(axes, models, strict=True):
         for axis, (label, value) in zip(row, columns.items(), strict=True):
             for width, recipe in zip(range(len(recipes), 0, -1), recipes, strict=True):  # lines may coincide
                 mine = [result for result in results if (result.model, result.recipe) == (model, recipe)]
                 numbers = [getattr(result, value) or float("nan") for result in mine]
-                axis.plot([result.ranks for result in mine], numbers, marker="o", linewidth=width, markersize=width + 2)
-            axis.set(xscale="log", yscale="log")
-            axis.set_title(f"{model}: {label}", fontsize=10)
+                look = {"color": looks[recipe], "linewidth": width, "markersize": width + 2}
+                axis.plot([result.ranks for result in mine], numbers, marker="o", label=recipe, **look)
+            axis.set_xscale("log")
+            if value == "collectives":
+                axis.set_yscale("log")
+            else:
+                axis.set_yscale("log", base=2)
+                byte_ticks(axis)
             axis.set_xticks(ranks, [f"{count:,}" for count in ranks])
             axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("ranks")
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
-    figure.legend(axes[0][0].lines, recipes, loc="upper center", ncols=len(recipes))
-    figure.savefig(path, dpi=100)
+            finish(axis, title=f"{model}: {label}", x="ranks" if row is axes[-1] else "")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(recipes), frameon=False)
+    figure.savefig(path, dpi=DPI)
 
 
 PAGE = """# A step on paper

@@ -22,7 +22,7 @@ parsed = functools.cache(lambda path: ast.parse(path.read_text()))
 FLOORS: list[set[str]] = [
     {"_registry"},
     {"memory", "sharding", "kernels", "terminal"},
-    {"kinds"},
+    {"kinds", "figures"},
     {"plans"},
     {"optim", "metrics"},
     {"planner", "strategy", "callbacks"},
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "triton": {"kernels"},
 }
 TRITON = "kernels.jit_"  # files that import it; all others do without
-ONLY_TORCH = {"_registry", "terminal", "memory", "sharding", "kernels", "kinds", "plans", "optim", "planner"}
+ONLY_TORCH = {"_registry", "terminal", "memory", "sharding", "kernels", "figures", "kinds", "plans", "optim", "planner"}
 OPTIONAL = ("lightning", "pytorch_lightning", "torchmetrics", "omegaconf", "jsonargparse", "rich", "transformers")
 OPTIONAL += ("tokenizers", "tensorboard", "matplotlib", "yaml", "numpy", "triton")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+import lightning_memopt as lm
 from lightning_memopt._registry import Registry, unknown
 
 
@@ -53,3 +54,8 @@ def test_registries_are_separate():
     one, two = Registry("one"), Registry("two")
     one.register("x")(1)
     assert two.names() == []
+
+
+def test_a_name_that_the_package_lacks_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lightning_memopt' has no attribute 'nothing'"):
+        lm.nothing  # noqa: B018

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_memopt._registry import unknown
+from lightning_memopt.callbacks import adaptive_report as report
 from lightning_memopt.callbacks.allocation import (
     Changes,
     adamw_momentum_bytes,
@@ -25,9 +27,9 @@ from lightning_memopt.callbacks.allocation import (
     momentum_bytes,
     trained_matrices,
 )
-from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure
+from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure, log_folder
 from lightning_memopt.callbacks.budget import check_budget, parse_budget
-from lightning_memopt.callbacks.console import say
+from lightning_memopt.callbacks.console import say, warn_on_failed_write
 from lightning_memopt.callbacks.moves import moves, restless
 from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
 from lightning_memopt.callbacks.policies.base import answer
@@ -36,8 +38,6 @@ from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
 from lightning_memopt.sharding.consensus import decided_alike
-
-SHOWN_MOVES = 4
 
 
 class AdaptiveMomentum(Callback):
@@ -63,12 +63,13 @@ class AdaptiveMomentum(Callback):
         optimizer_idx: Index of the optimizer to adapt. Required if several of the module's optimizers can be adapted.
         log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
             every decision.
-        figures: Whether to draw the allocation over time at the end of training, to ``allocation.png`` in the log
-            directory and to loggers that accept figures.
+        figures: Whether to draw the allocation over time when training ends or is interrupted, to ``allocation.png``
+            in the log directory and to loggers that accept figures.
 
     Attributes:
         history: One entry per decision: ``step``, ``moves`` (block → ranks before and after), ``ranks`` (of all
-            blocks), ``momentum_bytes``, ``oscillation`` and ``residual`` (of all blocks). Rank 0 means no momentum.
+            blocks), ``dense`` (names of the blocks with dense momentum), ``momentum_bytes``, ``oscillation`` and
+            ``residual`` (of all blocks). Rank 0 means no momentum.
 
     Raises:
         ValueError: If an argument is invalid; the message says which values are valid. At the start of fit, if no
@@ -122,7 +123,8 @@ class AdaptiveMomentum(Callback):
         self._probe: Any = None
         self._compressed = ""
         self._names: set[str] = set()
-        self._seen, self._frozen, self._length = 0, False, 0.0
+        self._seen, self._frozen, self._length, self._running = 0, False, 0.0, False
+        self._folder: Path | None = None
 
     # ------------------------------------------------------------------ what a subclass may override
 
@@ -160,7 +162,7 @@ class AdaptiveMomentum(Callback):
         """
         self._trainer, self._probe = trainer, Probe(self._optimizer)
         self._frozen, self._seen = False, 0
-        self._length = _length(trainer)
+        self._length, self._folder = _length(trainer), log_folder(trainer)
         if isinstance(self.freeze_after, float) and not self._has_end():
             rank_zero_warn(
                 f"`freeze_after` {self.freeze_after:g} is a fraction of the training, but its length is unknown: the "
@@ -168,18 +170,24 @@ class AdaptiveMomentum(Callback):
             )
         if self._loaded is None:
             self.history, self._names = [], set()
+            say(
+                f"{report.aim(self.policy, self._budget_bytes(), self.quality, len(self._trained()))}; {self._later()}."
+            )
             self._allocate()
+            self._running = True
             return
         self._probe.load_state_dict(self._loaded["probe"])
-        self.history, self._seen = list(self._loaded["history"]), self._probe.steps
+        self._seen = self._probe.steps
         self._loaded, self._names = None, {name for entry in self.history for name in entry["ranks"]}
         self._frozen = self._is_over()
         if self._frozen:
             self._probe.rest()
-        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._size()}{', frozen' * self._frozen}.")
+        rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
+        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._size()}; {rest}.")
         budget = self._budget_bytes()
         if budget is not None and self._bytes({}) > budget:  # the budget is smaller than in the saved run
             self._allocate()
+        self._running = True
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -203,21 +211,16 @@ class AdaptiveMomentum(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a summary, and draw the allocation if ``figures`` is set."""
-        self._probe.stop()
-        decisions = [entry for entry in self.history if entry["step"] > 0]
-        late = sum(len(entry["moves"]) for entry in decisions[len(decisions) // 2 :])
-        count = sum(len(entry["moves"]) for entry in decisions)
-        say(f"AdaptiveMomentum: decisions {len(decisions)}, moves {count}, in the later half {late}; {self._size()}.")
-        if self.figures and self.history and not getattr(trainer, "fast_dev_run", False):
-            add_figure(trainer, "allocation", self.plot)
+        self._close(trainer, "ends")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach from the optimizer, which may outlive the training."""
-        if self._probe is not None:
-            self._probe.stop()
+        """Print and draw as at the end, without the other ranks, which may wait for this one elsewhere."""
+        if self._running:
+            self._close(trainer, f"stops at step {self._probe.steps} ({type(exception).__name__})")
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach from the optimizer."""
+        """Detach from the optimizer, which may outlive the training."""
         if self._probe is not None:
             self._probe.stop()
 
@@ -230,13 +233,26 @@ class AdaptiveMomentum(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
         self._loaded = state_dict or None
-        self.history = list(state_dict.get("history", []))
+        # Earlier versions did not record what was dense.
+        self.history = [{"dense": [], **entry} for entry in state_dict.get("history", [])]
 
     # ------------------------------------------------------------------ pictures
 
     def plot(self, value: str = "rank") -> Any:
         """Return a matplotlib figure of ``rank``, ``oscillation`` or ``residual`` of all blocks over the steps."""
-        return allocation_figure(self.history, value)
+        run = f"AdaptiveMomentum, policy {report.policy_name(self.policy)}"
+        if self._probe is None:
+            return allocation_figure(self.history, value, run=run)
+        return allocation_figure(self.history, value, until=self._probe.steps, run=f"{run}; {self._size()}")
+
+    def _close(self, trainer: Trainer, how: str) -> None:
+        """Print a summary and draw the allocation. No rank waits for another one."""
+        self._running = False
+        self._probe.stop()
+        say(f"AdaptiveMomentum {how} with {self._size()}: {report.closing(self.history)}.")
+        if self.figures and self.history and self._folder is not None:
+            with warn_on_failed_write(self, self._folder):
+                add_figure(trainer, self._folder, "allocation", self.plot)
 
     # ------------------------------------------------------------------ deciding
 
@@ -324,6 +340,9 @@ class AdaptiveMomentum(Callback):
                 block.name: [block.rank, after[block.name]] for block in blocks if block.rank != after[block.name]
             },
             "ranks": after,
+            "dense": [
+                block.name for block in trained_matrices(self._optimizer) if block.recipe.momentum.name == "dense"
+            ],
             "momentum_bytes": self._bytes({}),
             "oscillation": {block.name: shown.oscillation for block, shown in seen},
             "residual": {
@@ -365,16 +384,22 @@ class AdaptiveMomentum(Callback):
         return parse_budget(self.budget, adamw_momentum_bytes(self._optimizer))
 
     def _size(self) -> str:
-        size, dense = self._bytes({}), adamw_momentum_bytes(self._optimizer)
-        return f"{format_bytes(size)} of momentum, {size / max(1, dense):.1%} of AdamW's"
+        return report.share_of_adamw(self._bytes({}), adamw_momentum_bytes(self._optimizer))
+
+    def _later(self) -> str:
+        """Return what this callback does after the start, in words."""
+        policy = self.policy if type(self).propose is AdaptiveMomentum.propose else None
+        length = self._length / len(self._trainer.optimizers)  # the trainer counts the steps of all optimizers
+        freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
+        timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": min(freeze, length)}
+        budget = self._budget_bytes()
+        return report.later(policy, budget, **timing, freezes=freeze < length, max_moves=self.max_moves)
 
     def _report(self, entry: Mapping[str, Any]) -> None:
-        moved = [f"{name} {old} → {new}" for name, (old, new) in entry["moves"].items()]
         if len(self.history) == 1:
             say(f"AdaptiveMomentum starts with {self._size()}, in {len(self._names)} blocks.")
-        elif moved:
-            more = f" and {len(moved) - SHOWN_MOVES} more" if len(moved) > SHOWN_MOVES else ""
-            say(f"AdaptiveMomentum, step {entry['step']}: {', '.join(moved[:SHOWN_MOVES])}{more}; {self._size()}.")
+        elif entry["moves"]:
+            say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {self._size()}.")
         if self.log:
             values = {"rank": entry["ranks"], "oscillation": entry["oscillation"], "residual": entry["residual"]}
             scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from lightning_memopt.callbacks.policies.base import Candidate, Problem
 from lightning_memopt.memory.sizes import format_bytes, parse_bytes
 
+# A smaller number without a unit is more likely a share or a number of MiB.
+SMALLEST = 1000
 _ALLOWED = (
-    "a fraction of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an integer of at least "
-    "2 or a string such as '512MiB'"
+    "a share of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an integer of at least "
+    f"{SMALLEST} or a string such as '512MiB'"
 )
 
 
@@ -18,7 +20,7 @@ def parse_budget(budget: float | int | str | None, momentum_of_adamw: int) -> in
 
     Raises:
         TypeError: If it is neither a number nor a string.
-        ValueError: If it is out of range, cannot be parsed, or is the integer 1.
+        ValueError: If it is out of range, cannot be parsed, or a small number without a unit.
     """
     if budget is None:
         return None
@@ -30,11 +32,7 @@ def parse_budget(budget: float | int | str | None, momentum_of_adamw: int) -> in
         if not 0 < budget <= 1:
             raise _refusal(budget)
         return int(budget * momentum_of_adamw)
-    if budget == 1:
-        raise ValueError("`budget` 1 could mean one byte or all of AdamW's momentum; write '1B' or 1.0.")
-    if budget < 1:
-        raise _refusal(budget)
-    return budget
+    return _without_unit(budget, budget)
 
 
 def smallest(blocks: Iterable[Candidate], min_rank: int) -> int:
@@ -70,6 +68,17 @@ def _of_text(budget: str, momentum_of_adamw: int) -> int:
         size = parse_bytes(budget)
     except ValueError:
         raise _refusal(budget) from None
+    return _without_unit(size, budget) if budget.strip().isdecimal() else _positive(size, budget)
+
+
+def _without_unit(size: int, budget: object) -> int:
+    if 0 < size < SMALLEST:
+        share = f", '{size}%' of AdamW's momentum" if size <= 100 else ""
+        raise ValueError(f"`budget` {budget!r} has no unit: write '{size}B' for bytes{share}, or '{size}MiB'.")
+    return _positive(size, budget)
+
+
+def _positive(size: int, budget: object) -> int:
     if size < 1:
         raise _refusal(budget)
     return size

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +11,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_memopt.callbacks.allocation_figure import add_figure
-from lightning_memopt.callbacks.console import say
+from lightning_memopt.callbacks.allocation_figure import add_figure, log_folder
+from lightning_memopt.callbacks.console import say, warn_on_failed_write
 from lightning_memopt.callbacks.memory_report import SCALARS, block_table, show_plan, summary, write_json
+from lightning_memopt.figures.heat_map import figure_size
+from lightning_memopt.figures.style import new_figure
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics import (
     MemorySavings,
@@ -27,8 +27,8 @@ from lightning_memopt.metrics import (
     momentum_allocation,
 )
 from lightning_memopt.metrics.base import SnapshotMetric
-from lightning_memopt.metrics.heat_map import figure_size
 from lightning_memopt.optim.measuring import take_snapshot
+from lightning_memopt.optim.memopt import MemOpt
 
 PROGRESS_BAR = "saved %"
 FILE = "memory.json"
@@ -39,10 +39,11 @@ class OptimizerMemoryMonitor(Callback):
     """Measures optimizer state and peak memory, with any strategy and any optimizer.
 
     It measures when state first exists (at the start of training, or after the first step), every `every_n_steps` of
-    the trainer's steps, and at the end. All processes measure together. The first process reports: a table when state
-    exists, one line at the end, scalars to the loggers, the saved fraction in the progress bar, and the file
-    ``memory.json`` in the log directory (the root directory without a logger). It writes the file with the first
-    measurement, at most once a minute, and when training ends or fails. If it cannot write the file, it warns.
+    the trainer's steps, after a change of the plan, and at the end. All processes measure together. The first process
+    reports: a table when state exists, one line when training ends, fails or is interrupted, scalars to the loggers,
+    the saved percentage in the progress bar, and the file ``memory.json`` in the log directory (the root directory
+    without a logger). It writes the file with the first measurement, at most once a minute, and when training ends or
+    fails. If it cannot write the file, it warns.
 
     Scalars are logged at the trainer's ``global_step``, in bytes over all processes unless noted:
 
@@ -56,7 +57,7 @@ class OptimizerMemoryMonitor(Callback):
     Args:
         every_n_steps: Number of the trainer's steps (over all optimizers) between two measurements.
         figures: Whether to draw the bytes by role and kind (``memory.png``) and the momentum of all blocks over the
-            steps (``momentum.png``) at the end, in the log directory and in loggers that accept figures.
+            steps (``momentum.png``) with that line, in the log directory and in loggers that accept figures.
 
     Attributes:
         history: One entry per measurement: ``step`` and the scalars without ``memopt/``.
@@ -82,8 +83,11 @@ class OptimizerMemoryMonitor(Callback):
         self._peak, self._allocation = PeakMemory(), MomentumAllocation(sync_on_compute=False)
         self._found: dict[str, Tensor] = {}
         self._plan: dict[str, tuple[str, int]] = {}
+        self._momenta: list[Any] = []
+        self._run = ""
         self._shown, self._logged, self._measured, self._next = 0, False, -1, 0
         self._folder: Path | None = None
+        self._running = False
         self._content: dict[str, Any] = {}
         self._written = 0.0
 
@@ -98,8 +102,7 @@ class OptimizerMemoryMonitor(Callback):
         if self._loaded:
             self._allocation.load_state_dict(self._loaded["allocation"])
         self._loaded, self._next = {}, trainer.global_step
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: call it on all ranks
-        self._folder = folder if not getattr(trainer, "fast_dev_run", False) else None
+        self._folder, self._running = log_folder(trainer), True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure before the first batch, after all callbacks have started."""
@@ -109,6 +112,8 @@ class OptimizerMemoryMonitor(Callback):
                 self._measure(trainer, pl_module)
             else:
                 self._measured, self._next = trainer.global_step, trainer.global_step + 1
+        elif self.history and _momenta(trainer.optimizers) != self._momenta:  # a callback has changed the plan
+            self._measure(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -124,7 +129,7 @@ class OptimizerMemoryMonitor(Callback):
         if trainer.global_step >= self._next:
             self._measure(trainer, pl_module)
         if self._shown and not self._logged and not trainer.barebones:  # the progress bar keeps the last value
-            saved = 100 * self.history[-1]["saved"]
+            saved = round(100 * self.history[-1]["saved"], 1) + 0.0  # no -0.0
             pl_module.log(PROGRESS_BAR, saved, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1)
             self._logged = True
 
@@ -137,20 +142,18 @@ class OptimizerMemoryMonitor(Callback):
         if not self.history:
             # Lightning uses a mock optimizer if the module returns none.
             given = (entry for entry in trainer.optimizers if not type(entry).__module__.startswith("lightning."))
-            names = ", ".join(map(_title, given)) or "no optimizer"
-            say(f"OptimizerMemoryMonitor: there was no optimizer state to measure ({names}).")
+            say(
+                f"OptimizerMemoryMonitor: there was no optimizer state to measure ({_titles(given) or 'no optimizer'})."
+            )
             return
-        say(summary(self.history[-1]))
-        self._write()
-        if self.figures and self._folder is not None:
-            with _warn_on_failed_write(self._folder):
-                add_figure(trainer, "memory", self.plot)
-                if self._allocation.matrices:
-                    add_figure(trainer, "momentum", self.plot_allocation)
+        self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the measurements so far."""
-        self._write()
+        """Report the measurements so far, without the other ranks, which may wait for this one elsewhere."""
+        if self._running and self.history:
+            step = int(self.history[-1]["step"])
+            say(f"OptimizerMemoryMonitor, stopped by {type(exception).__name__}; last measurement at step {step}:")
+            self._close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the measurements so far."""
@@ -167,11 +170,30 @@ class OptimizerMemoryMonitor(Callback):
 
     def plot(self) -> Any:
         """Return a matplotlib figure of the bytes by role and kind."""
-        return _figure(self._state, self._found, (8, 5))
+        return self._figure(self._state, self._found, (8, 5))
 
     def plot_allocation(self) -> Any:
         """Return a matplotlib figure of the momentum of all blocks over the steps."""
-        return _figure(self._allocation, self._allocation.compute(), figure_size(len(self._allocation.matrices)))
+        size = figure_size(len(self._allocation.matrices))
+        return self._figure(self._allocation, self._allocation.compute(), size)
+
+    def _figure(self, metric: SnapshotMetric, value: Mapping[str, Tensor], size: tuple[float, float]) -> Any:
+        figure = new_figure(*size)
+        axes = figure.add_subplot()
+        metric.plot(value, axes)
+        axes.set_title(f"{axes.get_title()}\n{self._run}")
+        return figure
+
+    def _close(self, trainer: Trainer) -> None:
+        """Print, write and draw what has been measured. No rank waits for another one."""
+        self._running = False
+        say(summary(self.history[-1], trainer.world_size))
+        self._write()
+        if self.figures and self._folder is not None:
+            with warn_on_failed_write(self, self._folder):
+                add_figure(trainer, self._folder, "memory", self.plot)
+                if self._allocation.matrices:
+                    add_figure(trainer, self._folder, "momentum", self.plot_allocation)
 
     # ------------------------------------------------------------------ measuring
 
@@ -180,6 +202,7 @@ class OptimizerMemoryMonitor(Callback):
         # Not all optimizers count their steps, and loggers use the trainer's steps.
         snapshot = replace(take_snapshot(trainer.optimizers, pl_module), step=trainer.global_step)
         self._measured, self._plan = trainer.global_step, momentum_allocation(snapshot)
+        self._momenta = _momenta(trainer.optimizers)
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps
         self._peak.update(snapshot)
         if not trainer.strategy.reduce_boolean_decision(snapshot.has_state, all=False):
@@ -193,6 +216,8 @@ class OptimizerMemoryMonitor(Callback):
         while self.history and self.history[-1]["step"] >= entry["step"]:  # measured before a restart
             self.history.pop()
         self.history.append(entry)
+        processes = f", {snapshot.world_size} processes" if snapshot.world_size > 1 else ""
+        self._run = f"{_titles(trainer.optimizers)}, step {trainer.global_step}{processes}"
         if trainer.is_global_zero:
             self._report(trainer, snapshot)
         self._shown, self._logged = _complete(snapshot), False
@@ -211,14 +236,14 @@ class OptimizerMemoryMonitor(Callback):
         }
         if _complete(snapshot) > self._shown:  # some optimizers create state at a parameter's first gradient
             many = f", held once ({snapshot.world_size} processes)" if snapshot.world_size > 1 else ""
-            show_plan(snapshot, f"Optimizer state of {', '.join(self._content['optimizers'])}{many}")
+            show_plan(snapshot, f"Optimizer state of {_titles(trainer.optimizers)}{many}")
         if time.monotonic() > self._written + SECONDS:
             self._write()
 
     def _write(self) -> None:
         if self._content and self._folder is not None:
             self._written = time.monotonic()
-            with _warn_on_failed_write(self._folder):
+            with warn_on_failed_write(self, self._folder):
                 write_json(self._folder / FILE, self._content)
 
 
@@ -227,24 +252,17 @@ def _complete(snapshot: Snapshot) -> int:
     return sum(not block.pending for block in snapshot.blocks)
 
 
-@contextmanager
-def _warn_on_failed_write(folder: Path) -> Iterator[None]:
-    """Warn if a report cannot be written, for example to a full disk. This must not stop training, or hide an error."""
-    try:
-        yield
-    except OSError as error:
-        rank_zero_warn(f"OptimizerMemoryMonitor could not write its report to {str(folder)!r}: {error}.")
+def _momenta(optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+    """Return the momentum kinds of all blocks of this package's optimizers."""
+    ours = (optimizer for optimizer in optimizers if isinstance(optimizer, MemOpt))
+    return [block.recipe.momentum for optimizer in ours for _, _, block in optimizer.blocks()]
+
+
+def _titles(optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    return ", ".join(map(_title, optimizers))
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:
     """Return the name of an optimizer's class, with its recipe if it has one."""
     recipes = dict.fromkeys(group["recipe"] for group in optimizer.param_groups if "recipe" in group)
     return f"{type(optimizer).__name__} ({', '.join(recipes)})" if recipes else type(optimizer).__name__
-
-
-def _figure(metric: SnapshotMetric, value: Mapping[str, Tensor], size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    metric.plot(value, figure.add_subplot())
-    return figure

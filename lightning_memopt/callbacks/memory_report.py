@@ -61,8 +61,9 @@ def show_plan(snapshot: Snapshot, title: str) -> None:
     narrow = console.width < 100
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, int(not narrow)), pad_edge=False)
     for column in COLUMNS:
+        title = column.replace(" ", "\n") if narrow else column  # room for the kinds
         kind = column in ("momentum", "second moment")
-        shown.add_column(column, justify="left" if kind or column == "role" else "right", no_wrap=not kind)
+        shown.add_column(title, justify="left" if kind or column == "role" else "right", no_wrap=not kind)
     for line in lines[:-1]:
         shown.add_row(*line)
     shown.add_section()
@@ -70,17 +71,19 @@ def show_plan(snapshot: Snapshot, title: str) -> None:
     console.print(shown)
 
 
-def summary(values: Mapping[str, float]) -> str:
-    """Return a one-line summary of a measurement.
+def summary(values: Mapping[str, float], world_size: int) -> str:
+    """Return a summary of a measurement, in one line.
 
     Args:
         values: An entry of the monitor's history.
+        world_size: Number of processes.
     """
     size = {name: format_bytes(round(values[name])) for name in values if name.endswith(("_bytes", "_rank"))}
+    one, of = (f" in all, {size['state_bytes_rank']} on one rank", " of a rank") if world_size > 1 else ("", "")
     return (
-        f"Optimizer state: {size['state_bytes']} in all, {size['state_bytes_rank']} on one rank; saved "
+        f"Optimizer state: {size['state_bytes']}{one}; saved "
         f"{format_share(values['saved'])} of AdamW's (momentum {format_share(values['saved_momentum'])}, second moment "
-        f"{format_share(values['saved_second_moment'])}). Peak memory of a rank: {size['peak_bytes']} (parameters "
+        f"{format_share(values['saved_second_moment'])}). Peak memory{of}: {size['peak_bytes']} (parameters "
         f"{size['parameter_bytes']}, gradients {size['gradient_bytes']}, optimizer state {size['state_bytes_rank']}, "
         f"rest {size['rest_bytes']})."
     )

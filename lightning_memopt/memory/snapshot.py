@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lightning_memopt.memory.sizes import format_share
+
 
 @dataclass(frozen=True)
 class PartBytes:
@@ -192,7 +194,7 @@ class Snapshot:
         for column in ("why", "part", "head size", "rates"):
             if not any(columns[column]):
                 del columns[column]
-        totals = {"block": f"{len(self.blocks)} blocks", "bound": f"saved {self.saved:.1%}"}
+        totals = {"block": f"{len(self.blocks)} blocks", "bound": f"saved {format_share(self.saved)}"}
         totals |= {"bytes": f"{self.state_bytes:,}", "AdamW bytes": f"{self.adamw_bytes:,}"}
         rows = zip(*columns.values(), strict=True)
         return _align([tuple(columns), *rows, tuple(totals.get(column, "") for column in columns)])

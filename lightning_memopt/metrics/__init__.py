@@ -4,8 +4,8 @@ A metric is a function of one snapshot, and a thin ``torchmetrics.Metric`` that 
 The metric holds the last snapshot, not a sum over all snapshots: two updates count nothing twice.
 """
 
+from lightning_memopt.figures.heat_map import heat_map
 from lightning_memopt.metrics.allocation import MomentumAllocation, momentum_allocation
-from lightning_memopt.metrics.heat_map import heat_map
 from lightning_memopt.metrics.peak_memory import PeakMemory, peak_memory
 from lightning_memopt.metrics.savings import MemorySavings, memory_savings
 from lightning_memopt.metrics.state_bytes import OptimizerStateBytes, optimizer_state_bytes

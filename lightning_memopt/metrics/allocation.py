@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.figures.heat_map import ABSENT, DENSE, RANK, heat_map
 from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
-from lightning_memopt.metrics.heat_map import heat_map
 
 UNKNOWN = -1
 
@@ -118,9 +118,13 @@ class MomentumAllocation(SnapshotMetric):
         """Draw the current ranks. Raises ValueError if there is no matrix."""
         kinds, drawn = self.kinds(), set(self._drawn)
         table = {
-            f"{name}  {kinds[name][-1]}": ranks.reshape(-1).tolist() for name, ranks in val.items() if name in drawn
+            name: [_shown(*pair) for pair in zip(kinds[name], ranks.reshape(-1).tolist(), strict=True)]
+            for name, ranks in val.items()
+            if name in drawn
         }
-        heat_map(ax, self.steps.tolist(), table, until=int(self.until))
+        partial = dict.fromkeys(kind for name in table for kind in kinds[name] if kind not in ("dense", "none", ""))
+        label = f"{RANK} ({', '.join(partial)})" if partial else RANK
+        heat_map(ax, self.steps.tolist(), table, until=int(self.until), label=label, title="Momentum of every matrix")
 
     def _columns(self) -> list[tuple[int, str]]:
         """Return column and name of the blocks in the history. Names outlive a reset, because forward() requires it."""
@@ -163,6 +167,11 @@ def _extend(names: list[str], more: Iterable[str]) -> None:
     """Append new names in order."""
     known = set(names)
     names += dict.fromkeys(name for name in more if name not in known)
+
+
+def _shown(kind: str, rank: int) -> float:
+    """Return a block's value in the heat map."""
+    return DENSE if kind == "dense" else ABSENT if rank == UNKNOWN else rank
 
 
 def _rank(block: BlockFacts) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_memopt.figures.style import COLORS, SMALL, byte_ticks, finish
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.sharding.consensus import world_size
 
@@ -22,6 +24,8 @@ class SnapshotMetric(Metric):
     full_state_update = True
     # The keys to draw for several results; all keys if empty.
     lines: tuple[str, ...] = ()
+    # Whether results are shares of AdamW's state, not bytes.
+    shares = False
 
     def plot(
         self,
@@ -38,18 +42,30 @@ class SnapshotMetric(Metric):
             Figure and axis.
         """
         val = self.compute() if val is None else val
-        if not isinstance(val, Mapping):
-            return self._plot([{key: entry[key] for key in self.lines or entry} for entry in val], ax)
+        draw: Any = self._draw if isinstance(val, Mapping) else self._draw_lines
         if ax is None:
             from matplotlib import pyplot
 
             _, ax = pyplot.subplots(layout="constrained")
-        self._draw(val, ax)
+        draw(val, ax)
         return ax.get_figure(), ax
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
         """Draw one result."""
         raise NotImplementedError
+
+    def _draw_lines(self, results: Sequence[Mapping[str, Tensor]], ax: Axes) -> None:
+        """Draw several results, one line per number."""
+        for color, key in zip(cycle(COLORS), self.lines or results[0], strict=False):
+            label = key.replace("_", " ")
+            ax.plot([float(entry[key]) for entry in results], "o-", color=color, markersize=4, label=label)
+        finish(ax, title=type(self).__name__, x="measurement", y="share of AdamW's state" if self.shares else "memory")
+        ax.set_xticks(range(len(results)))
+        if self.shares:
+            ax.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+        else:
+            byte_ticks(ax)
+        ax.legend(fontsize=SMALL)
 
 
 def checked(snapshot: Snapshot, *, state: bool = True) -> Snapshot:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.figures.bars import bars
 from lightning_memopt.memory.snapshot import Snapshot
-from lightning_memopt.metrics.bars import bars
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
 
 PARTS = ("parameters", "gradients", "buffers", "optimizer_state")
@@ -64,7 +64,6 @@ class PeakMemory(SnapshotMetric):
     """
 
     higher_is_better = False
-    plot_lower_bound = 0.0
 
     most: Tensor
 
@@ -88,8 +87,8 @@ class PeakMemory(SnapshotMetric):
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
         """Draw the parts as bars."""
-        bars(ax, {"": {name.replace("_", " "): float(val[name]) for name in (*PARTS, "rest", "peak")}})
-        ax.set_title("the most memory on one rank")
+        sizes = {name.replace("_", " "): float(val[name]) for name in (*PARTS, "rest", "peak")}
+        bars(ax, {"": sizes}, "Peak memory of one rank")
 
 
 def _sizes(snapshot: Snapshot) -> list[int]:

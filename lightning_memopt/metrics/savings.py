@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.figures.style import COLORS, REFERENCE, SMALL, finish
+from lightning_memopt.memory.sizes import format_share
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
+
+# Names of the results, in figures.
+LABELS = {"saved": "all state", "saved_momentum": "momentum", "saved_second_moment": "second moment"}
 
 
 def memory_savings(snapshot: Snapshot) -> dict[str, float]:
@@ -52,7 +57,7 @@ class MemorySavings(SnapshotMetric):
     """
 
     higher_is_better = True
-    plot_upper_bound = 1.0
+    shares = True
 
     sizes: Tensor
 
@@ -81,13 +86,14 @@ class MemorySavings(SnapshotMetric):
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
         """Draw the fractions as bars."""
-        labels = [name.replace("_", " ") for name in val]
-        drawn = ax.barh(labels, [float(x) for x in val.values()], color="tab:green")
-        ax.bar_label(drawn, [f"{float(x):.1%}" for x in val.values()], padding=3)
-        ax.set_xlim(1.25 * min(0.0, *(float(x) for x in val.values())), 1.15)
-        ax.axvline(1, color="black", linestyle="dashed", linewidth=1)
+        finish(ax, title="Saved, compared with AdamW", x="share of AdamW's state", grid=False)
+        shares = list(map(float, val.values()))
+        drawn = ax.barh([LABELS[name] for name in val], shares, color=COLORS[2])
+        ax.bar_label(drawn, list(map(format_share, shares)), padding=3, fontsize=SMALL)
+        ax.set_xlim(1.25 * min(0.0, *shares), 1.15)
+        ax.xaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+        ax.axvline(1, color=REFERENCE, linestyle="dashed", linewidth=1)
         ax.invert_yaxis()
-        ax.set_xlabel("fraction of AdamW's state that is gone")
 
 
 def _sizes(snapshot: Snapshot) -> list[int]:

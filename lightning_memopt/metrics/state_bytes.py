@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.figures.bars import bars
 from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
-from lightning_memopt.metrics.bars import bars
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked, no_state
 from lightning_memopt.plans.roles import ROLES
 
@@ -73,7 +73,6 @@ class OptimizerStateBytes(SnapshotMetric):
     """
 
     higher_is_better = False
-    plot_lower_bound = 0.0
     lines = ("total", *PARTS)
 
     held: Tensor
@@ -115,8 +114,8 @@ class OptimizerStateBytes(SnapshotMetric):
             ("momentum", {key.rpartition("/")[2]: val[key] for key in val if key.startswith("kind/momentum/")}),
             ("second moment", {key.rpartition("/")[2]: val[key] for key in val if key.startswith("kind/second")}),
         ]
-        bars(ax, {name: {key: float(x) for key, x in table.items() if x > 0} for name, table in groups})
-        ax.set_title("optimizer state of all ranks, by role and by kind")
+        sizes = {name: {key: float(x) for key, x in table.items() if x > 0} for name, table in groups}
+        bars(ax, sizes, "Optimizer state of all ranks, by role and by kind")
 
 
 def _momentum(block: BlockFacts) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_memopt.figures.style import COLORS, REFERENCE, SMALL, STRONG, TITLE, byte_ticks, finish, new_figure
 from lightning_memopt.memory.sizes import format_bytes
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan
 
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 # Lines of recipes may overlap, so they differ in more than color.
 _STYLES = (("-", "o"), (":", "s"), ("-.", "^"), ("-", "D"), (":", "v"))
 
@@ -26,12 +26,11 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
     if not plans:
         raise ValueError("There is nothing to plot: plan for at least one number of ranks.")
     try:
-        from matplotlib.figure import Figure
+        figure = new_figure(13, 5.5)
     except ImportError as error:
         raise ImportError("Plotting a sweep needs matplotlib: pip install matplotlib.") from error
 
     first = plans[0]
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
     whole, state = figure.subplots(1, 2)
     for names, look in _line_styles(plans).items():
         position = next(position for position, row in enumerate(first.rows) if row.recipe == names[0])
@@ -41,13 +40,12 @@ def sweep_figure(plans: Sequence[MemoryPlan]) -> Any:
         state.plot(sizes, [row.state_bytes for row in rows], markersize=4, **look)
     if first.gpu_memory is not None:
         label = f"{format_bytes(first.gpu_memory)} per device"
-        whole.axhline(first.gpu_memory, color="tab:red", linewidth=2, label=label)
-    for axes, title in ((whole, "all but activations"), (state, "optimizer state")):
+        whole.axhline(first.gpu_memory, color=STRONG, linewidth=2, label=label)
+    for axes, title in ((whole, "All but activations"), (state, "Optimizer state")):
         _scale(axes, [plan.world_size for plan in plans])
-        axes.set_title(title)
-    whole.set_ylabel("per rank")
-    figure.suptitle(f"{first.model}: {first.parameters:,} parameters, {first.precision}")
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+        finish(axes, title=title, x="ranks", y="memory per rank")
+    figure.suptitle(f"{first.model}: {first.parameters:,} parameters, {first.precision}", fontsize=TITLE)
+    figure.legend(loc="outside right upper", fontsize=SMALL, frameon=False)
     return figure
 
 
@@ -59,9 +57,9 @@ def _line_styles(plans: Sequence[MemoryPlan]) -> dict[tuple[str, ...], dict[str,
     looks = {}
     for position, names in enumerate(same.values()):
         style, marker = _STYLES[position % len(_STYLES)]
-        looks[tuple(names)] = {"color": _COLOURS[position % len(_COLOURS)], "linestyle": style, "marker": marker}
+        looks[tuple(names)] = {"color": COLORS[position % len(COLORS)], "linestyle": style, "marker": marker}
         if ADAMW in names:
-            looks[tuple(names)] = {"color": "black", "linestyle": "--", "marker": "o"}
+            looks[tuple(names)] = {"color": REFERENCE, "linestyle": "--", "marker": "o"}
     return looks
 
 
@@ -71,6 +69,4 @@ def _scale(axes: Any, sizes: Sequence[int]) -> None:
     axes.set_yscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, position: format_bytes(round(value)))
-    axes.grid(alpha=0.3)
-    axes.set_xlabel("ranks")
+    byte_ticks(axes)

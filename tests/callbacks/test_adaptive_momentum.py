@@ -64,7 +64,7 @@ def test_history_tells_what_happened():
     assert sum(moved(callback)) > 0
     before = None
     for entry in callback.history:
-        assert list(entry) == ["step", "moves", "ranks", "momentum_bytes", "oscillation", "residual"]
+        assert list(entry) == ["step", "moves", "ranks", "dense", "momentum_bytes", "oscillation", "residual"]
         assert list(entry["ranks"]) == names
         if before is not None:
             changed = {name: [before[name], rank] for name, rank in entry["ranks"].items() if rank != before[name]}
@@ -198,7 +198,7 @@ def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatc
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"budget": 1}, "`budget` 1 could mean"),
+        ({"budget": 1}, "`budget` 1 has no unit"),
         ({"budget": "5 apples"}, "`budget` must be"),
         ({"policy": "greedy"}, "Unknown policy 'greedy'"),
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer of at least 1, got 0"),

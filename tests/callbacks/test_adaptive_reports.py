@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 pytest.importorskip("lightning.pytorch")
 
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_memopt import AdaptiveMomentum
+from lightning_memopt import AdaptiveMomentum, OptimizerMemoryMonitor
 from tests.callbacks._adaptive import Module, fit, moved
 
 pytestmark = pytest.mark.slow
@@ -91,13 +93,99 @@ def test_messages(capsys):
     callback = AdaptiveMomentum(0.2, "energy", every_n_steps=4, freeze_after=26)
     fit(module, callback, max_steps=30)
     lines = capsys.readouterr().out.splitlines()
-    first, *changes, frozen, last = [line for line in lines if line.startswith("AdaptiveMomentum")]
+    aim, first, *changes, frozen, last = [line for line in lines if line.startswith("AdaptiveMomentum")]
+    start = "AdaptiveMomentum, policy energy: divides a budget of 4.2 KiB among 8 blocks now; "
+    assert aim == f"{start}may change up to 8 of them every 4 steps, from step 4 until step 26."
     assert first.startswith("AdaptiveMomentum starts with ")
     assert first.endswith("of AdamW's, in 8 blocks.")
     told = [entry for entry in callback.history[1:] if entry["moves"]]
     assert len(changes) == len(told) > 0
     for line, entry in zip(changes, told, strict=True):
         name, (old, new) = next(iter(entry["moves"].items()))
-        assert line.startswith(f"AdaptiveMomentum, step {entry['step']}: {name} {old} → {new}")
+        assert line.startswith(f"AdaptiveMomentum, step {entry['step']}, new ranks: {name} {old} → {new}")
     assert frozen.startswith("AdaptiveMomentum: frozen after step 26 with ")
-    assert last.startswith(f"AdaptiveMomentum: decisions 6, moves {sum(moved(callback))}, in the later half ")
+    assert last.startswith("AdaptiveMomentum ends with ")
+    assert f": 6 decisions, {sum(moved(callback))} moves, " in last
+    assert last.endswith(" of them in the later half.")
+    assert callback.plot().axes[0].get_title().startswith("Momentum of every matrix\nAdaptiveMomentum, policy energy; ")
+
+
+class Own(AdaptiveMomentum):
+    def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
+        return {}
+
+
+MOVES = "may change up to 8 of them every 3 steps, from step 3 until "
+TOO_LATE = "changes nothing later: the allocation freezes at step {}, and the first decision is due at step 3"
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "words"),
+    [
+        (
+            lambda **o: AdaptiveMomentum(0.3, **o),
+            {},
+            "policy uniform: divides a budget of 6.2 KiB among 8 blocks now; ",
+        ),
+        (lambda **o: AdaptiveMomentum(0.3, **o), {}, "changes nothing later"),
+        (lambda **o: AdaptiveMomentum(0.5, "paper", **o), {}, "changes nothing later"),
+        (lambda **o: AdaptiveMomentum(0.3, "benefit", **o), {}, f"{MOVES}step 6"),
+        (lambda **o: AdaptiveMomentum(0.3, "schedule", **o), {"freeze_after": 1.0}, f"{MOVES}step 12"),
+        (lambda **o: AdaptiveMomentum(0.3, "energy", **o), {"freeze_after": None}, f"{MOVES}step 12"),
+        (lambda **o: AdaptiveMomentum(0.3, "energy", **o), {"freeze_after": 3}, TOO_LATE.format(3)),
+        (lambda **o: AdaptiveMomentum(0.3, "energy", **o), {"freeze_after": 0.01}, TOO_LATE.format(1)),
+        (
+            lambda **o: AdaptiveMomentum(None, "energy", **o),
+            {},
+            "no budget: looks for the smallest ranks of 8 blocks that keep 50% of momentum's energy; ",
+        ),
+        (lambda **o: AdaptiveMomentum(None, **o), {}, f"{MOVES}step 6"),
+        (lambda **o: Own(0.3, **o), {}, f"{MOVES}step 6"),
+    ],
+)
+def test_it_says_at_the_start_what_it_will_do(callback, options, words, capsys):
+    made = callback(every_n_steps=3, **{"freeze_after": 0.5, **options})
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(Module(), made, Raises(RuntimeError("enough"), 0))
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("AdaptiveMomentum"))
+    assert words in first
+
+
+class Raises(Callback):
+    def __init__(self, error: BaseException, step: int) -> None:
+        self.error, self.step = error, step
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+@pytest.fixture
+def sigint():
+    """Lightning ignores the signal after an interruption."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_run_closes_and_draws(tmp_path, capsys, sigint):
+    callbacks = [
+        AdaptiveMomentum(0.25, "energy", every_n_steps=2, figures=True),
+        OptimizerMemoryMonitor(4, figures=True),
+    ]
+    with pytest.raises(SystemExit):
+        fit(Module(), *callbacks, Raises(KeyboardInterrupt(), 7), default_root_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert "AdaptiveMomentum stops at step 7 (KeyboardInterrupt) with " in out
+    assert "OptimizerMemoryMonitor, stopped by KeyboardInterrupt; last measurement at step " in out
+    assert out.count("Optimizer state: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"allocation.png", "memory.json", "memory.png", "momentum.png"}
+    for callback in callbacks:  # a later error is none of the training
+        callback.on_exception(None, None, ValueError())
+    assert capsys.readouterr().out == ""
+
+
+def test_a_figure_that_cannot_be_written_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="AdaptiveMomentum could not write its report to "):
+        fit(Module(), AdaptiveMomentum(0.25, figures=True), default_root_dir=tmp_path / "file", max_steps=1)

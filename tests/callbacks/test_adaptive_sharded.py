@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ pytest.importorskip("lightning.pytorch")
 from lightning.pytorch import Callback, Trainer
 from torch.distributed.tensor import DTensor
 
-from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy
+from lightning_memopt import AdaptiveMomentum, MemOptFSDPStrategy, OptimizerMemoryMonitor
 from lightning_memopt.sharding.tensors import local_tensor
 from tests._attempt import attempt
 from tests._ranks import run_ranks
@@ -189,7 +190,37 @@ def figures_and_early_ends(folder: Path, expected: Expected) -> None:
         assert (place / "allocation.png").stat().st_size > 5000
 
 
+class Interrupts(Callback):
+    """Stops one rank, as with Ctrl-C, at the end of a batch."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3 and trainer.global_rank == self.rank:
+            raise KeyboardInterrupt
+
+
+def an_interrupted_run_draws_and_no_rank_waits(folder: Path, expected: Expected) -> None:
+    for strategy in STRATEGIES:
+        place, first, second = folder / f"interrupted, {strategy}", adaptive("energy"), OptimizerMemoryMonitor(2)
+        first.figures = second.figures = True
+        callbacks: Any = [Interrupts(0), first, second, Interrupts(1)]
+        made = trainer(strategy, max_steps=9, limit_val_batches=0, callbacks=callbacks, default_root_dir=place)
+        with raises(SystemExit, "1"):
+            made.fit(Module())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        dist.barrier()
+        assert {path.name for path in place.iterdir()} == {
+            "allocation.png",
+            "memory.json",
+            "memory.png",
+            "momentum.png",
+        }
+
+
 CASES = (
+    an_interrupted_run_draws_and_no_rank_waits,
     as_on_one_process,
     ranks_that_disagree_all_raise,
     what_one_rank_raises_all_do,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_memopt import AdaptiveMomentum
 from lightning_memopt.callbacks.budget import check_budget, parse_budget, smallest
 from lightning_memopt.callbacks.policies import Candidate, Problem
 
@@ -20,10 +21,12 @@ from lightning_memopt.callbacks.policies import Candidate, Problem
         ("5%", 50_000),
         (" 12.5 % ", 125_000),
         ("100%", 1_000_000),
-        (2, 2),
+        (1000, 1000),
         (300_000, 300_000),
         ("300000", 300_000),
         ("1B", 1),
+        ("0.5%", 5_000),
+        ("5MB", 5_000_000),
         ("2 KiB", 2048),
     ],
     ids=repr,
@@ -33,8 +36,8 @@ def test_parse_budget(budget, size):
 
 
 ALLOWED = (
-    "`budget` must be a fraction of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an "
-    "integer of at least 2 or a string such as '512MiB', got "
+    "`budget` must be a share of AdamW's momentum as a float in (0, 1] or a string such as '5%', or bytes as an "
+    "integer of at least 1000 or a string such as '512MiB', got "
 )
 
 
@@ -52,10 +55,22 @@ def test_budget_of_the_wrong_type(budget):
         parse_budget(budget, 1_000_000)
 
 
-def test_one_is_ambiguous():
-    message = "`budget` 1 could mean one byte or all of AdamW's momentum; write '1B' or 1.0."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse_budget(1, 1_000_000)
+@pytest.mark.parametrize(
+    ("budget", "ways"),
+    [
+        (1, "'1B' for bytes, '1%' of AdamW's momentum, or '1MiB'"),
+        (5, "'5B' for bytes, '5%' of AdamW's momentum, or '5MiB'"),
+        ("5", "'5B' for bytes, '5%' of AdamW's momentum, or '5MiB'"),
+        (512, "'512B' for bytes, or '512MiB'"),
+        (999, "'999B' for bytes, or '999MiB'"),
+    ],
+    ids=repr,
+)
+def test_a_small_number_without_a_unit_is_asked_about(budget, ways):
+    with pytest.raises(ValueError, match=re.escape(f"`budget` {budget!r} has no unit: write {ways}.")):
+        parse_budget(budget, 1_000_000)
+    with pytest.raises(ValueError, match="has no unit"):
+        AdaptiveMomentum(budget)
 
 
 # Bytes of a rank, and of dense momentum: 120 and 800, 60 and 72, 12 (all that there is).

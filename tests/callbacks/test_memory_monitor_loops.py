@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("lightning.pytorch")
 pytest.importorskip("matplotlib")
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lightning_memopt as lm
 from lightning_memopt import AdaptiveMomentum, OptimizerMemoryMonitor
@@ -171,6 +171,51 @@ def test_beside_adaptive_momentum_it_sees_every_allocation(first, tmp_path):
     last = callback.history[-1]
     assert last["state_bytes"] == kept(*made.optimizers)
     assert json.loads((tmp_path / "memory.json").read_text())["blocks"][0]["name"] in ranks
+
+
+class Switches(Callback):
+    """Makes a block dense for a while, between two measurements."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        momentum = {3: {"momentum": "dense"}, 5: {"momentum": "low_rank", "rank": 2}, 6: {"momentum": "none"}}
+        if trainer.global_step in momentum:
+            trainer.optimizers[0].reformat({"model.lm_head.weight": momentum[trainer.global_step]})
+
+
+def test_what_was_dense_for_a_while_is_shown():
+    callback = OptimizerMemoryMonitor(100)
+    fit(lean, callback, Switches(), max_steps=8)
+    assert steps(callback) == [0, 3, 5, 6, 8]
+    metric = callback._allocation
+    assert metric.steps.tolist() == [0, 3, 5, 6]
+    assert metric.kinds()["model.lm_head.weight"] == ["low_rank", "dense", "low_rank", "none"]
+    shown, bar = callback.plot_allocation().axes
+    assert [text.get_text() for text in bar.texts] == ["none", "dense"]
+    assert shown.get_xlim() == (0, 8)
+
+
+def cells(figure: Any) -> tuple[list[str], list[float], Any]:
+    """Return the rows of a heat map, the steps between its columns, and its colors."""
+    axes = figure.axes[0]
+    (mesh,) = axes.collections
+    figure.canvas.draw()
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    return names, mesh.get_coordinates()[0, :, 0].tolist(), mesh.to_rgba(mesh.get_array())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("policy", ["paper", "benefit"])
+def test_both_callbacks_draw_the_same_allocation(first, policy):
+    adaptive = AdaptiveMomentum(0.45, policy, every_n_steps=2, freeze_after=None)
+    callback = OptimizerMemoryMonitor(100)
+    fit(lean, *((callback, adaptive) if first else (adaptive, callback)), max_steps=8)
+    names, edges, colors = cells(adaptive.plot())
+    others, theirs, shades = cells(callback.plot_allocation())
+    assert names == others
+    assert (edges[0], edges[-1]) == (theirs[0], theirs[-1]) == (0, 8)
+    for step in range(8):
+        column, other = (max(i for i, edge in enumerate(places) if edge <= step) for places in (edges, theirs))
+        assert (colors[:, column] == shades[:, other]).all(), step
 
 
 @pytest.mark.parametrize("make", [lean, adamw])

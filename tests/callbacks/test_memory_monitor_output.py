@@ -48,7 +48,7 @@ def test_one_table_and_one_line(make, name, options, capsys, tmp_path):
     saved = callback.history[-1]["saved"]
     assert f"saved {saved:.1%} of AdamW's" in out
     assert (saved > 0.3) == (make is lean)
-    assert "Peak memory of a rank: " in out
+    assert "Peak memory: " in out
     assert below(tmp_path) == (set() if options.get("fast_dev_run") else FILES)
 
 
@@ -122,8 +122,8 @@ def test_the_progress_bar_shows_what_is_saved(make):
     looks.seen = []
     made = fit(make, callback, looks, max_epochs=2, limit_train_batches=4)
     saved = 100 * callback.history[-1]["saved"]
-    assert made.progress_bar_metrics["saved %"] == pytest.approx(saved, abs=1e-3)
-    assert looks.seen == [pytest.approx(saved, abs=1e-3)] * 8, "from the first batch on"
+    assert made.progress_bar_metrics["saved %"] == pytest.approx(round(saved, 1), abs=1e-3)
+    assert looks.seen == [pytest.approx(round(saved, 1), abs=1e-3)] * 8, "from the first batch on"
     assert "saved %" not in made.logged_metrics, "loggers have memopt/saved"
 
 
@@ -138,4 +138,4 @@ def test_the_progress_bar_follows_a_change():
     made = fit(lean, Changes(), callback)
     first, last = callback.history[0]["saved"], callback.history[-1]["saved"]
     assert last > first
-    assert made.progress_bar_metrics["saved %"] == pytest.approx(100 * last, abs=1e-3)
+    assert made.progress_bar_metrics["saved %"] == pytest.approx(round(100 * last, 1), abs=1e-3)

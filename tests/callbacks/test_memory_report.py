@@ -198,6 +198,9 @@ def test_plots_after_training_and_before():
     with pytest.raises(ValueError, match="nothing to draw yet"), pytest.warns(UserWarning, match="before the"):
         callback.plot_allocation()
     fit(lean, callback)
-    labels = [label.get_text() for label in callback.plot_allocation().axes[0].get_yticklabels()]
-    assert sum("low_rank" in label for label in labels) == len(labels) > 0
-    assert callback.plot().axes[0].patches
+    axes, bar = callback.plot_allocation().axes
+    assert axes.get_title() == "Momentum of every matrix\nAdaPMLean (adapm_lean), step 7"
+    assert (axes.get_xlabel(), bar.get_ylabel()) == ("optimizer step", "rank of the momentum (low_rank)")
+    axes = callback.plot().axes[0]
+    assert axes.patches
+    assert axes.get_title().endswith("\nAdaPMLean (adapm_lean), step 7")

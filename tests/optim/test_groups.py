@@ -380,3 +380,15 @@ def test_groups_of_a_scheduled_optimizer_make_another():
     again = lm.AdaPMLean(optimizer.param_groups)
     again.bind(model)
     train(model, again, 1)
+
+
+def test_a_parameter_twice_in_a_group_is_refused():
+    weight = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"The parameter 'a' occurs twice in a group"):
+        lm.AdaPMLean([("a", weight), ("b", weight)])
+
+
+def test_names_and_parameters_of_a_group_match():
+    weight = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="A parameter group has 1 parameters and 2 names in 'param_names'"):
+        lm.AdaPMLean([{"params": [weight], "param_names": ["a", "b"]}])

@@ -104,3 +104,8 @@ def test_every_matrix_of_a_built_in_model_is_known(run):
     _, out, error = run("--model", "mixtral-8x7b", "--recipe", "adapm_lean")
     assert "Warning" not in error
     assert "*" not in out
+
+
+def test_a_skeleton_cannot_be_called():
+    with pytest.raises(NotImplementedError, match="This module is made for its sizes only; build the model with"):
+        skeleton("llama-60m")(torch.zeros(1, 1))

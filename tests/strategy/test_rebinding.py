@@ -9,6 +9,7 @@ from torch import nn
 pytest.importorskip("lightning.pytorch")
 
 import lightning_memopt as lm
+from lightning_memopt.strategy import finetuning
 from lightning_memopt.strategy.rebinding import KnownParameters, rebind
 from tests.strategy._holder import Holder, Tower
 
@@ -57,3 +58,21 @@ def test_own_optimizers_learn_names():
     optimizer = lm.AdaPMLean(model.parameters())
     rebind(optimizer, replace(model, known), model, known)
     assert {block.name for block in optimizer.snapshot().blocks} == {name for name, _ in model.named_parameters()}
+
+
+def test_a_parameter_that_got_another_shape_is_refused():
+    model, known = replaced_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    replace(model, known)
+    model.net.last.bias = nn.Parameter(torch.zeros(9))
+    with pytest.raises(
+        ValueError, match=r"'net.last.bias' had the shape \(\d,\) when the optimizer AdamW was created, and"
+    ):
+        rebind(optimizer, known.replaced(model), model, known)
+
+
+def test_parameters_that_are_unfrozen_twice_are_named_by_number(monkeypatch):
+    monkeypatch.setattr(finetuning, "DTensor", nn.Parameter)
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    with pytest.warns(UserWarning, match="1 of the unfrozen parameters are in the optimizer already, and stay in"):
+        assert finetuning._not_in(torch.optim.AdamW([first]), [first, second]) == [second]

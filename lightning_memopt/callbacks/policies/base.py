@@ -73,6 +73,18 @@ class Problem:
 # Returns the rank of every block by name: 0, or a rank from `min_rank` to the block's `dense_rank`.
 Policy = Callable[[Problem], Mapping[str, int]]
 POLICIES: Registry[Policy] = Registry("policy")
+_ONCE: set[Policy] = set()
+
+
+def once(policy: Policy) -> Policy:
+    """Mark a policy whose division of a budget depends on neither signals nor progress."""
+    _ONCE.add(policy)
+    return policy
+
+
+def decides_once(policy: Policy, budget: int | None) -> bool:
+    """Return whether a policy divides the budget before the first step, and changes nothing later."""
+    return budget is not None and policy in _ONCE
 
 
 def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:

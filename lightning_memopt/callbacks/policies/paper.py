@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_memopt.callbacks.policies.base import POLICIES, Problem
+from lightning_memopt.callbacks.policies.base import POLICIES, Problem, once
 from lightning_memopt.callbacks.policies.filling import fill_budget, total
 from lightning_memopt.callbacks.policies.uniform import uniform
 
@@ -13,6 +13,7 @@ NONE, DENSE = ("embedding", "attention_output"), ("value",)
 
 
 @POLICIES.register("paper")
+@once
 def paper(problem: Problem) -> Mapping[str, int]:
     """Give embeddings and attention outputs no momentum, values dense momentum, and all other blocks one rank.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning_memopt.callbacks.policies.base import POLICIES, Problem
+from lightning_memopt.callbacks.policies.base import POLICIES, Problem, once
 from lightning_memopt.callbacks.policies.filling import at_hand, fill_budget, fill_quality
 from lightning_memopt.callbacks.policies.spectra import known
 
 
 @POLICIES.register("uniform")
+@once
 def uniform(problem: Problem) -> Mapping[str, int]:
     """Give every block the same rank, at most its own maximum."""
     if problem.budget is not None:

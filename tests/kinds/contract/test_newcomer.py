@@ -12,7 +12,7 @@ from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.momentum.dense import DenseMomentum
 from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.state import allocate
-from tests.kinds.contract.cases import all_momenta, label, shapes_for, variants
+from tests.kinds.contract.cases import all_momenta, label, layout_of, shapes_for, variants
 from tests.kinds.contract.checks import CHECKS, check_registry
 
 
@@ -144,3 +144,15 @@ def test_the_checks_catch(broken, check):
     for shape in ((20, 12), (3, 12, 20)):
         with pytest.raises(AssertionError):
             function(broken(), shape)
+
+
+def test_a_kind_without_a_dense_form_says_what_it_lacks():
+    kind = WithoutDense()
+    layout = layout_of((4, 6))
+    with pytest.raises(NotImplementedError, match="The momentum kind 'toy_rows' defines neither factors nor to_dense"):
+        kind.to_dense(kind.init(layout), layout)
+
+
+@dataclass(frozen=True)
+class WithoutDense(RowMomentum):
+    to_dense = Momentum.to_dense

@@ -161,3 +161,10 @@ def test_every_second_moment_is_one_of_squares():
         kind = SECOND_MOMENTS.get(name)
         if kind.__module__.startswith("lightning_memopt."):
             assert kind.squares == kind.keys
+
+
+def test_state_of_an_unknown_kind_is_named():
+    optimizer = trained()
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["mystery"] = torch.zeros(5, 6)
+    refused(optimizer, state, ValueError, r"the state has unknown keys \['mystery'\]")

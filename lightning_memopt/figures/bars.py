@@ -5,40 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_memopt.figures.style import COLORS, SMALL, finish
 from lightning_memopt.memory.sizes import format_bytes
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 
-
-def bars(ax: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
+def bars(ax: Any, groups: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Draw labeled horizontal bars on a matplotlib axis, with one color per group.
 
     Args:
         ax: The axis.
         groups: Group → label → bytes.
+        title: The title.
     """
     labels: list[str] = []
     sizes: list[float] = []
-    colours: list[str] = []
+    colors: list[str] = []
     places: list[float] = []
-    for position, (colour, table) in enumerate(zip(COLOURS, groups.values(), strict=False)):
+    for position, (color, table) in enumerate(zip(COLORS, groups.values(), strict=False)):
         places += [len(labels) + row + position / 2 for row in range(len(table))]  # leave a gap between groups
         labels += list(table)
         sizes += list(table.values())
-        colours += [colour] * len(table)
+        colors += [color] * len(table)
     largest = max(sizes, default=0.0)
     scale, unit = _unit(largest)
-    drawn = ax.barh(places, [size / scale for size in sizes], color=colours)
-    ax.bar_label(drawn, [format_bytes(round(size)) for size in sizes], padding=3, fontsize=8)
-    ax.set_yticks(places, labels, fontsize=8)
+    finish(ax, title=title, x=f"memory ({unit})", grid=False)
+    drawn = ax.barh(places, [size / scale for size in sizes], color=colors)
+    ax.bar_label(drawn, [format_bytes(round(size)) for size in sizes], padding=3, fontsize=SMALL)
+    ax.set_yticks(places, labels, fontsize=SMALL)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.2 * largest / scale if largest else 1)
-    ax.set_xlabel(unit)
     from matplotlib.patches import Patch
 
-    shown = [(colour, name) for colour, (name, table) in zip(COLOURS, groups.items(), strict=False) if table]
+    shown = [(color, name) for color, (name, table) in zip(COLORS, groups.items(), strict=False) if table]
     if len(shown) > 1:
-        ax.legend(handles=[Patch(color=colour, label=name) for colour, name in shown], loc="lower right", fontsize=8)
+        handles = [Patch(color=color, label=name) for color, name in shown]
+        ax.legend(handles=handles, loc="lower right", fontsize=SMALL)
 
 
 def _unit(largest: float) -> tuple[float, str]:
