@@ -166,8 +166,8 @@ def _warn(plan: MemoryPlan, warning: str) -> None:
         )
 
 
-def _table(shown: Any, title: str, columns: Sequence[str]) -> Any:
-    return table(shown, title, columns, numbers=columns[1:], breaks=_BREAKS)
+def _table(shown: Any, columns: Sequence[str]) -> Any:
+    return table(shown, columns, numbers=columns[1:], breaks=_BREAKS)
 
 
 def _label(shown: Any, label: str) -> Any:
@@ -181,7 +181,8 @@ def _print(plan: MemoryPlan, asked: list[str]) -> None:
     from rich.text import Text
 
     shown, limited = console(), plan.gpu_memory is not None
-    found = _table(shown, plan.title(), COLUMNS if limited else COLUMNS[:-1])
+    shown.print(plan.title(), markup=False, soft_wrap=True)
+    found = _table(shown, COLUMNS if limited else COLUMNS[:-1])
     fits, not_fits = ("✓", "✗") if shown.encoding.startswith("utf") else ("fits", "does not fit")
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
         mark = Text(f"{cells[-1]} {fits}", "green") if row.fits else Text(f"{cells[-1]} {not_fits}", "red")
@@ -236,7 +237,8 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
     title = f"{first.model}: {first.parameters:,} parameters, {first.precision}, GiB per rank before activations"
     columns = ["recipe", *(f"{plan.world_size} rank{'s' * (plan.world_size > 1)}" for plan in plans)]
     shown = console()
-    found = _table(shown, title, [*columns, "fits from"] if limited else columns)
+    shown.print(title, markup=False, soft_wrap=True)
+    found = _table(shown, [*columns, "fits from"] if limited else columns)
     for position in range(len(first.rows)):
         rows = [plan.rows[position] for plan in plans]
         colours = {None: "", True: "green", False: "red"}

@@ -72,11 +72,11 @@ def print_roles(roles: RoleTable) -> None:
 
     shown = console()
     total = sum(row.parameters for row in roles.rows)
-    title = f"{roles.model}: {total:,} parameters that train"
+    shown.print(f"{roles.model}: {total:,} parameters that train", markup=False, soft_wrap=True)
     if shown.width < WIDE:
-        shown.print("\n".join([title, "", *_two_lines_each(roles)]), markup=False, soft_wrap=True)
+        shown.print("\n".join(_two_lines_each(roles)), markup=False, soft_wrap=True)
     else:
-        found = table(shown, title, COLUMNS, numbers=COLUMNS[-2:])
+        found = table(shown, COLUMNS, numbers=COLUMNS[-2:])
         for row in roles.rows:
             found.add_row(*map(Text, _cells(row)))
         shown.print(found)

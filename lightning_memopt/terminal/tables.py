@@ -18,12 +18,11 @@ def console() -> Any:
     from rich.console import Console
 
     own = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if own else WIDTH, highlight=False)
+    return Console(width=None if own else WIDTH, highlight=False, emoji=False)
 
 
 def table(
     console: Any,
-    title: str,
     columns: Sequence[str],
     *,
     numbers: Container[str],
@@ -33,17 +32,15 @@ def table(
 
     Args:
         console: Where it will be printed.
-        title: The line above it.
         columns: Headers.
         numbers: The columns that are aligned to the right.
         breaks: Headers with line breaks, which keep a table narrow.
     """
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     gap = 1 if console.width >= WIDE else 0
-    made = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
     for column in columns:
         # A narrow terminal folds text and truncates nothing.
         justify: Any = "right" if column in numbers else "left"
