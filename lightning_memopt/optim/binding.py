@@ -15,6 +15,7 @@ from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.saved_state import relocated
+from lightning_memopt.optim.checkpoint.values import described
 from lightning_memopt.optim.options import HYPERPARAMETERS
 from lightning_memopt.optim.owner import owner_of, still_owns
 from lightning_memopt.plans.plan import Plan
@@ -188,6 +189,8 @@ class Binding:
 
     def bind(self, model: Any, optimizer: Optimizer) -> None:
         """Read names and attention head sizes from a model; see :meth:`MemOpt.bind`."""
+        if not hasattr(model, "named_parameters"):
+            raise TypeError(f"`model` must be a module, got {described(model)}: pass the model itself.")
         self.complete_groups(optimizer)
         named = list(model.named_parameters())
         theirs = dict(zip((param for _, param in named), canonical_names(name for name, _ in named), strict=True))

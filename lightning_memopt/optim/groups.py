@@ -54,6 +54,12 @@ def split_names(params: Any) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     return [_group(group, names) for group in groups], names
 
 
+def split_group(group: Any) -> tuple[dict[str, Any], dict[Tensor, str]]:
+    """Return a group without names, and the names that came with its parameters; see :func:`split_names`."""
+    names: dict[Tensor, str] = {}
+    return _group(group, names), names
+
+
 def plain_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group with Python numbers instead of numpy's, which a checkpoint cannot hold without pickling."""
     return {key: plain(value) for key, value in group.items()}

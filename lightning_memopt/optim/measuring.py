@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
 from lightning_memopt.memory.storages import Storages
+from lightning_memopt.optim.checkpoint.values import described
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.plans.roles import Part, canonical_names, classify
 from lightning_memopt.sharding.consensus import world_size
@@ -83,7 +84,7 @@ def _checked(optimizers: Any) -> list[torch.optim.Optimizer]:
     """
     entries = list(dict.fromkeys(optimizers)) if isinstance(optimizers, Iterable) else [optimizers]
     if not all(isinstance(entry, torch.optim.Optimizer) for entry in entries):
-        raise TypeError(f"`optimizers` must be an optimizer or a list of them, got {optimizers!r}.")
+        raise TypeError(f"`optimizers` must be an optimizer or a list of them, got {described(optimizers)}.")
     return entries
 
 

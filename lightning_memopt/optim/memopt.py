@@ -121,7 +121,7 @@ class MemOpt(torch.optim.Optimizer):
         """
         binding = self._binding
         binding.complete_groups(self)
-        (group,), names = parsing.split_names([param_group]) if self._complete else ([param_group], {})
+        group, names = parsing.split_group(param_group) if self._complete else (param_group, {})
         group, plan = binding.parsed(group, names, self)
         with binding.undone_on_error(self):
             super().add_param_group(group)
@@ -137,6 +137,7 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a parameter is not the model's, or if the model would change blocks that have taken steps.
+            TypeError: If it is not a module.
         """
         self._binding.bind(model, self)
         return self

@@ -15,7 +15,9 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.release import DROPPED, release
+from lightning_memopt.plans.hints import unknown_block
 from lightning_memopt.plans.plan import applies
+from lightning_memopt.plans.recipe import located
 from lightning_memopt.sharding.consensus import decided_alike
 
 # Group, parameter, the current block, and the new block.
@@ -62,17 +64,22 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
     """Check and return the changes."""
     if dropped not in DROPPED:
         raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
+    if not isinstance(changes, Mapping):
+        raise TypeError(
+            f"`changes` must map blocks, roles or patterns to changes, as {{'query': {{'rank': 8}}}}, got {changes!r}."
+        )
     places = {block.name: (group, param, block) for group, param, block in binding.entries(optimizer)}
     wanted: dict[str, Any] = {}
     for key, change in changes.items():
         names = [key] if key in places else [name for name, (*_, block) in places.items() if _applies(key, block)]
         if not names:
-            raise ValueError(unknown("block", key, list(places)))
+            raise ValueError(unknown_block(key, list(places)))
         wanted.update(dict.fromkeys(names, change))
     planned = []
     for name, change in wanted.items():
         group, param, old = places[name]
-        new = old.changed(change)
+        with located(f"the change of {name!r}"):
+            new = old.changed(change)
         for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
             if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
                 raise ValueError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning_memopt._registry import listed, nearest
 from lightning_memopt.plans.rates import RATES
 from lightning_memopt.plans.recipe import AXES, Recipe, known_options
 from lightning_memopt.plans.roles import ROLES
@@ -23,6 +25,11 @@ def check_form(overrides: Any) -> None:
     if not isinstance(overrides, Mapping):
         raise TypeError(f"`overrides` must map roles or name patterns to changes, got {overrides!r}.")
     for key, value in overrides.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"`overrides` must map roles or name patterns to changes, got a key of type {type(key).__name__}: give "
+                "the weight's name, as in overrides={'*.q_proj.weight': {'rank': 8}}."
+            )
         if key in (*AXES, *RATES, *known_options()) and not isinstance(value, Mapping | Recipe):
             raise TypeError(
                 f"`overrides` must map roles or name patterns to changes, got {key!r} with {value!r}: name the blocks "
@@ -36,6 +43,15 @@ def meant(pattern: str, names: Sequence[str]) -> str:
         return ""
     close = difflib.get_close_matches(pattern.lower(), [*ROLES, *_VECTORS], n=1)
     role = "vector" if close and close[0] in _VECTORS else next(iter(close), None)
-    if role is None and any(pattern in name for name in names):
-        return f" Did you mean '*{pattern}*'?"
-    return f" Did you mean {role!r}?" if role else ""
+    if role is not None:
+        return f" Did you mean {role!r}?"
+    # A part of a name, or a regular expression.
+    for shell in (f"*{pattern}*", pattern.replace("\\", "").replace(".*", "*").strip("^$")):
+        if any(fnmatchcase(name, shell) for name in names):
+            return f" Did you mean {shell!r}?"
+    return ""
+
+
+def unknown_block(key: str, names: Sequence[str]) -> str:
+    """Return the message for what is no block, no role here, and no pattern that matches one."""
+    return f"Unknown block {key!r}.{nearest(key, names) or meant(key, names)} Blocks: {listed(names)}."

@@ -11,6 +11,8 @@ from typing import Any
 from lightning_memopt.kinds.ranges import check_number
 
 RATES = ("lr_multiplier", "weight_decay")
+# Hyperparameters that differ between parameter groups only.
+OF_GROUPS = ("betas", "eps", "maximize", "max_update")
 # What users may call them.
 OTHER_NAMES = {**dict.fromkeys(("lr", "learning_rate", "lr_scale"), "lr_multiplier"), "wd": "weight_decay"}
 

@@ -11,7 +11,7 @@ from lightning_memopt._registry import Registry, unknown
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, SecondMoment
-from lightning_memopt.plans.rates import OTHER_NAMES, RATES, check_rate
+from lightning_memopt.plans.rates import OF_GROUPS, OTHER_NAMES, RATES, check_rate
 from lightning_memopt.sharding.layout import Layout
 
 AXES: Mapping[str, Registry[Any]] = {"momentum": MOMENTA, "second_moment": SECOND_MOMENTS}
@@ -131,6 +131,8 @@ def check_change(change: Any, override: str | None = None) -> None:
             check_rate(key, value, override)
         elif key not in known_options():
             rates = RATES if override is not None else ()
+            if key in OF_GROUPS:
+                raise ValueError(f"{where}{key!r} differs by parameter group only: give these weights a group.")
             if override is not None and key in OTHER_NAMES:
                 raise ValueError(f"{where}Unknown option {key!r}. Did you mean {OTHER_NAMES[key]!r}?")
             raise ValueError(where + unknown("option", key, [*AXES, *rates, *known_options()]))

@@ -105,6 +105,8 @@ def load_plan(recipe: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan
         raise TypeError(
             f"`recipe` must be a name, got the class {recipe.__name__}.{nearest(recipe.__name__, PLANS.names())}"
         )
+    if isinstance(recipe, int | float):
+        raise TypeError(f"`recipe` must be a name, got {recipe}: if it is the learning rate, write lr={recipe}.")
     if not isinstance(recipe, str | os.PathLike):
         raise TypeError(f"`recipe` must be a name, a path, a mapping or a Plan, got {recipe!r}.")
     path = Path(recipe)

@@ -83,6 +83,12 @@ def test_vectors_need_no_names():
     assert optimizer.snapshot().blocks[0].role == "vector"
 
 
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2).parameters(), "model", None], ids=["parameters", "str", "none"])
+def test_bind_takes_a_module(wrong):
+    with pytest.raises(TypeError, match="`model` must be a module, got .*: pass the model itself"):
+        lm.AdaPM([nn.Parameter(torch.ones(2, 2))]).bind(wrong)
+
+
 def test_bind_refuses_another_model_and_late_changes():
     model = tiny_llama()
     optimizer = lm.AdaPMMini(model.named_parameters())

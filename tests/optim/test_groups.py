@@ -233,6 +233,13 @@ def test_groups_that_lack_hyperparameters_get_the_defaults():
         optimizer.snapshot()
 
 
+def test_a_group_is_a_dict():
+    model = network()
+    optimizer = lm.AdaPM(model.named_parameters())
+    with pytest.raises(TypeError, match=r"A parameter group must be a dict such as .*got generator"):
+        optimizer.add_param_group(nn.Linear(2, 2).parameters())
+
+
 @pytest.mark.parametrize(
     "use", [lambda o: o.snapshot(), repr, lambda o: o.state_dict(), lambda o: o.load_state_dict(o.state_dict()), step]
 )

@@ -262,8 +262,18 @@ def test_an_unknown_way_to_drop_changes_nothing():
 
 def test_a_change_must_be_a_recipe_or_a_mapping():
     optimizer, param = made((20, 12), MOMENTA["dense"])
-    with pytest.raises(TypeError, match="A change must be a Recipe or a mapping"):
+    with pytest.raises(TypeError, match=f"In the change of '{NAME}': A change must be a Recipe or a mapping"):
         optimizer.reformat({NAME: "low_rank"})
+    with pytest.raises(TypeError, match="`changes` must map blocks, roles or patterns to changes, .*got 'query'"):
+        optimizer.reformat("query")
+
+
+def test_a_part_of_a_name_has_a_suggestion():
+    optimizer = lm.AdaPMLean(tiny_llama().named_parameters())
+    with pytest.raises(
+        ValueError, match=r"Unknown block 'q_proj'\. Did you mean '\*q_proj\*'\? Blocks: model.*more\.$"
+    ):
+        optimizer.reformat({"q_proj": {"rank": 3}})
 
 
 def test_names_are_needed():

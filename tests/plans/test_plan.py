@@ -254,7 +254,8 @@ NAN = float("nan")
         ({"recipe": "adapm_leen"}, ValueError, r"Unknown recipe 'adapm_leen'\. Did you mean 'adapm_lean'\?"),
         ({"recipe": "AdaPMLean"}, ValueError, r"Unknown recipe 'AdaPMLean'\. Did you mean 'adapm_lean'\?"),
         ({"recipe": lm.AdaPMLean}, TypeError, r"got the class AdaPMLean\. Did you mean 'adapm_lean'\?"),
-        ({"recipe": 3}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got 3"),
+        ({"recipe": None}, TypeError, "`recipe` must be a name, a path, a mapping or a Plan, got None"),
+        ({"recipe": 1e-3}, TypeError, "`recipe` must be a name, got 0.001: if it is the learning rate, write lr=0.001"),
         ({"recipe": "missing.yaml"}, FileNotFoundError, "There is no recipe file 'missing.yaml'"),
         ({"rank": 0}, ValueError, "`rank` must be an integer of at least 1 .* got 0.*'none'"),
         ({"rank": -2}, ValueError, "got -2"),
@@ -274,6 +275,7 @@ NAN = float("nan")
         ({"second_moment": "dense"}, ValueError, r"'second_moment', got 'dense': .*{'second_moment': 'dense'}}\.$"),
         ({"lr_multiplier": 3}, ValueError, r"overrides={'embedding': {'lr_multiplier': 3}}\.$"),
         ({"mlp": {"rank": 3}}, ValueError, r"Unknown option 'mlp': .*overrides={'mlp': {'rank': 3}}\.$"),
+        ({"update_proj_gap": 200}, ValueError, "Did you mean 'gap'"),
         ({"rnk": 3}, ValueError, r"Unknown option 'rnk'\. Did you mean 'rank'\? Available: lr, betas"),
         *(
             ({name: True}, ValueError, f"no option `{name}` as in torch's AdamW, since {why}. Leave it out, got True")
@@ -307,6 +309,9 @@ NAN = float("nan")
             "name the blocks first, .*{'lr_multiplier': 10}",
         ),
         ({"overrides": {"momentum": "dense"}}, TypeError, "got 'momentum' with 'dense': name the blocks first"),
+        ({"overrides": {nn.Linear(2, 2): {"rank": 2}}}, TypeError, "a key of type Linear: give the weight's name"),
+        ({"overrides": {r".*q_proj\.weight$": {"rank": 2}}}, ValueError, r"Did you mean '\*q_proj\.weight'\?"),
+        ({"overrides": {"vector": {"eps": 1}}}, ValueError, "'vector': 'eps' differs by parameter group only: give"),
         ({"overrides": {"q_proj": {"rank": 2}}}, ValueError, r"'q_proj' matches nothing\. Did you mean '\*q_proj\*'\?"),
         (
             {"overrides": {"mpl": {"rank": 2}}},

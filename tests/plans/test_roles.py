@@ -49,6 +49,12 @@ def test_head_dim_that_does_not_divide_is_an_error():
         lm.classify(tiny_llama(), head_dim=5)
 
 
+def test_what_is_classified_is_a_module_or_shapes():
+    for wrong in (tiny_llama().parameters(), tiny_llama().named_parameters(), "llama"):
+        with pytest.raises(TypeError, match="`model` must be a module, or pairs of name and shape: pass the"):
+            lm.classify(wrong)
+
+
 def test_meta_names():
     shapes = {
         "tok_embeddings.weight": (8, 4),

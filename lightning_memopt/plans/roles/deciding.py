@@ -33,6 +33,7 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
         head_dim: Outputs per attention head, in place of what the model says.
 
     Raises:
+        TypeError: If ``model`` is neither.
         ValueError: If ``head_dim`` does not divide the outputs of a query or key weight.
     """
     facts: Mapping[str, Facts] = {}
@@ -40,6 +41,9 @@ def classify(model: Any, *, head_dim: int | None = None) -> dict[str, tuple[Part
         facts = facts_of(model)
         model = ((name, tuple(param.shape)) for name, param in model.named_parameters())
     pairs = list(model)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)) or hasattr(pair[1], "shape"):
+            raise TypeError("`model` must be a module, or pairs of name and shape: pass the module itself.")
     names = canonical_names(name for name, _ in pairs)
     entries = tuple(
         (name, tuple(shape), facts.get(name, NOTHING)) for name, (_, shape) in zip(names, pairs, strict=True)
