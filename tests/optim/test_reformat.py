@@ -264,7 +264,7 @@ def test_a_change_must_be_a_recipe_or_a_mapping():
     optimizer, param = made((20, 12), MOMENTA["dense"])
     with pytest.raises(TypeError, match=f"In the change of '{NAME}': A change must be a Recipe or a mapping"):
         optimizer.reformat({NAME: "low_rank"})
-    with pytest.raises(TypeError, match="`changes` must map blocks, roles or patterns to changes .*got 'query'"):
+    with pytest.raises(TypeError, match="`changes` must map blocks, roles or patterns to changes, .*got 'query'"):
         optimizer.reformat("query")
 
 
