@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.strategy.averaging import averaged_module, completed, shown_to_callbacks
-from lightning_memopt.strategy.checkpoint.io import atomic_io
+from lightning_memopt.strategy.checkpoint.io import atomic_io, finish, remove_in_order
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_checkpoint
 from lightning_memopt.strategy.finetuning import groups_restored
@@ -28,7 +29,7 @@ class CheckpointingStrategy(ModelParallelStrategy):
     @override
     def teardown(self) -> None:
         super().teardown()
-        self.checkpoint_io.teardown()  # waits for pending writes; ModelParallelStrategy does not call it
+        finish(self.checkpoint_io)  # ModelParallelStrategy does not wait
 
     @property
     def _trained_by(self) -> list[Optimizer]:
@@ -65,6 +66,8 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
+        if self._save_distributed_checkpoint:
+            self._warn_of_waiting()
         save_checkpoint(
             completed(checkpoint, whole=not self._save_distributed_checkpoint),
             self.broadcast(filepath),  # all ranks save to the same place
@@ -72,6 +75,18 @@ class CheckpointingStrategy(ModelParallelStrategy):
             distributed=self._save_distributed_checkpoint,
             storage_options=storage_options,
         )
+
+    def _warn_of_waiting(self) -> None:
+        if isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            rank_zero_warn(
+                "AsyncCheckpointIO has no effect on checkpoint directories, which all ranks write before training goes "
+                "on: set `save_distributed_checkpoint=False` to save one file in the background."
+            )
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            remove_in_order(self.checkpoint_io, filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -95,6 +95,17 @@ def save_with_checksums(value: Any, stream: Any) -> None:
         set_crc32_options(before)
 
 
+def finish(checkpoint_io: CheckpointIO) -> None:
+    """Wait for saves in the background. Lightning's wrappers do not pass this on to what they wrap.
+
+    Raises:
+        BaseException: The error of a save in the background.
+    """
+    checkpoint_io.teardown()
+    if isinstance(checkpoint_io, _WrappingCheckpointIO) and checkpoint_io.checkpoint_io is not None:
+        finish(checkpoint_io.checkpoint_io)
+
+
 def innermost(checkpoint_io: CheckpointIO) -> CheckpointIO:
     """Return the CheckpointIO inside Lightning's wrappers, such as ``AsyncCheckpointIO``."""
     while isinstance(checkpoint_io, _WrappingCheckpointIO):
@@ -113,3 +124,26 @@ def reads_plainly(checkpoint_io: CheckpointIO) -> bool:
             return False
         checkpoint_io = checkpoint_io.checkpoint_io  # type: ignore[assignment]
     return type(checkpoint_io).load_checkpoint is AtomicCheckpointIO.load_checkpoint
+
+
+def remove_in_order(checkpoint_io: CheckpointIO, path: str | Path) -> None:
+    """Remove a checkpoint after all saves that are pending in the background, and only if they succeed.
+
+    Lightning's callbacks remove the old checkpoint once they have asked for the new one. A run that is killed before
+    that one is complete would be left with none.
+    """
+    background = checkpoint_io
+    while isinstance(background, _WrappingCheckpointIO) and not isinstance(background, AsyncCheckpointIO):
+        background = background.checkpoint_io  # type: ignore[assignment]
+    if not isinstance(background, AsyncCheckpointIO) or background._executor is None:
+        checkpoint_io.remove_checkpoint(path)
+        return
+
+    def remove() -> None:
+        if background._error is None:
+            try:
+                checkpoint_io.remove_checkpoint(path)
+            except BaseException as error:
+                background._error = error  # as for saves: the next one raises it, or the end of the run
+
+    background._executor.submit(remove)

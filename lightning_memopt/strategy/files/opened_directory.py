@@ -157,7 +157,8 @@ class OpenedDirectory:
             ValueError: If a file is truncated, damaged or from another save; the message names it.
         """
         rank, ranks = share
-        self._check_sizes()
+        with self._still_there():
+            self._check_sizes()
         if self._verify:
             self._warn_of_missing_checksums(rank)
             for name in sorted(self._checksums or {})[rank::ranks]:

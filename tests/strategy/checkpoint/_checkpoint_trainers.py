@@ -359,3 +359,40 @@ def a_run_whose_checkpoints_are_in_a_bucket(ranks: dict[int, World], folder: Pat
         other = Module(seed=2)
         trainer(folder, format).validate(other, ckpt_path="bucket://runs/last.ckpt", verbose=False)
         assert_equal(local_params(other), local_params(model))
+
+
+@case
+def a_save_that_fails_in_the_background_ends_the_run(ranks: dict[int, World], folder: Path) -> None:
+    """All ranks raise it at the next save, and the checkpoint that it would have replaced is still there."""
+
+    class Failing(AtomicCheckpointIO):
+        saved = 0
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            self.saved += 1
+            if self.saved == 2:
+                raise OSError(28, "No space left on device")
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    class Waiting(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            time.sleep(0.3)  # the save of the last step has failed by now
+
+    latest = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1)
+    failing = trainer(folder, "file", latest, Waiting(), plugins=[AsyncCheckpointIO(Failing())], max_epochs=1)
+    with raises(OSError, "No space left on device"):
+        failing.fit(Module())
+    dist.barrier()
+    assert {path.name for path in folder.iterdir()} == {"step=1.ckpt", "step=3.ckpt"}  # the last was under way
+    trainer(folder, "file").validate(Module(), ckpt_path=folder / "step=1.ckpt", verbose=False)
+
+
+@case
+def directories_are_not_saved_in_the_background(ranks: dict[int, World], folder: Path) -> None:
+    fitted = trainer(folder, "directory", plugins=[AsyncCheckpointIO()], max_epochs=1)
+    fitted.fit(Module())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted.save_checkpoint(folder / "directory")
+    told = any("AsyncCheckpointIO has no effect on checkpoint directories" in str(each.message) for each in caught)
+    assert told == (dist.get_rank() == 0)
