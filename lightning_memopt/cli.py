@@ -33,6 +33,7 @@ try:
 
     # The command line knows a class by its short name once its module is imported.
     import lightning_memopt.strategy  # noqa: F401
+    from lightning_memopt.strategy.averaging import AVERAGING
 except ImportError as error:
     raise ImportError(
         f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
@@ -237,7 +238,14 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
     if uncounted:
         what = ", ".join(uncounted)
         found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
-    return {**found, "wrap": resolve_policy("wrap", options.get("wrap"))}
+    return {**found, "averaged": _averages(trainer.callbacks), "wrap": resolve_policy("wrap", options.get("wrap"))}
+
+
+def _averages(callbacks: Any) -> bool:
+    """Return whether one of the callbacks in a config averages weights."""
+    entries = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    paths = [entry.class_path.rpartition(".") for entry in entries]
+    return any(issubclass(getattr(import_module(module), name), AVERAGING) for module, _, name in paths)
 
 
 def main() -> None:
