@@ -17,6 +17,7 @@ from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.arguments import Configured
 from lightning_memopt.planner.planning import Candidate
 from lightning_memopt.sharding.wrapping import resolve_policy
+from lightning_memopt.strategy.averaging import AVERAGING
 
 # Arguments of optimizers that do not affect the size of their state.
 RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
@@ -97,4 +98,11 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
     if uncounted:
         what = ", ".join(uncounted)
         found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
-    return {**found, "wrap": resolve_policy("wrap", options.get("wrap"))}
+    return {**found, "averaged": _averages(trainer.callbacks), "wrap": resolve_policy("wrap", options.get("wrap"))}
+
+
+def _averages(callbacks: Any) -> bool:
+    """Return whether one of the callbacks in a config averages weights."""
+    entries = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    paths = [entry.class_path.rpartition(".") for entry in entries]
+    return any(issubclass(getattr(import_module(module), name), AVERAGING) for module, _, name in paths)

@@ -34,6 +34,7 @@ class Configured:
         precision: The trainer's precision.
         ranks: The trainer's number of devices, if the config gives a number.
         wrap: The modules that the strategy gathers as units.
+        averaged: Whether a callback keeps averaged weights.
         warning: A warning about strategy settings that are not planned; empty if there are none.
     """
 
@@ -42,6 +43,7 @@ class Configured:
     precision: str | int | None = None
     ranks: int | None = None
     wrap: Policy | None = None
+    averaged: bool = False
     warning: str = ""
 
 

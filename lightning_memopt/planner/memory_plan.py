@@ -27,7 +27,8 @@ class RecipeMemory:
     Attributes:
         recipe: The recipe's name. The first row is ``torch.optim.AdamW``.
         state_bytes: Optimizer state.
-        total_bytes: Parameters, gradients, optimizer state and the unsharded parameters of the largest unit.
+        total_bytes: Parameters and their average, gradients, optimizer state and the unsharded parameters of the
+            largest unit.
         saved: Fraction of AdamW's state that the recipe saves.
         remaining: Device memory left for activations; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
@@ -66,6 +67,7 @@ class MemoryPlan:
         matrices: Number of parameters with two or more dimensions.
         unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
+        averaged_bytes: The average of the parameters that a callback keeps, in the dtype of the module; in the totals.
     """
 
     model: str
@@ -81,6 +83,7 @@ class MemoryPlan:
     matrices: int
     unknown: tuple[str, ...]
     rows: tuple[RecipeMemory, ...]
+    averaged_bytes: int = 0
 
     @property
     def first_fit(self) -> str | None:
@@ -125,10 +128,16 @@ class MemoryPlan:
         ]
 
     def note(self) -> str:
-        """Return the footnote of the asterisk, and the rates of blocks, one recipe a line; empty if there are none."""
-        count = len(self.unknown)
-        mark = [f"* {count} of {self.matrices} matrices have no known role and count as 'other'."] if count else []
-        return "\n".join([*mark, *(f"{row.recipe}: {', '.join(row.rates)}." for row in self.rows if row.rates)])
+        """Return what the table does not say, a line each; empty if there is nothing.
+
+        These are the footnote of the asterisk, the bytes of averaged weights, and the rates of blocks.
+        """
+        lines, count = [], len(self.unknown)
+        if count:
+            lines.append(f"* {count} of {self.matrices} matrices have no known role and count as 'other'.")
+        if self.averaged_bytes:
+            lines.append(f"The totals include {format_bytes(self.averaged_bytes)} of averaged weights.")
+        return "\n".join([*lines, *(f"{row.recipe}: {', '.join(row.rates)}." for row in self.rows if row.rates)])
 
     def __str__(self) -> str:
         return self.table()

@@ -145,6 +145,7 @@ def _plan(
         gpu_memory=options.gpu_memory,
         precision=options.precision,
         wrap=found.wrap,
+        averaged=found.averaged,
     )
 
 

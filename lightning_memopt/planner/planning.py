@@ -54,6 +54,7 @@ def plan_memory(
     world_size: int = 1,
     gpu_memory: str | int | None = None,
     precision: str = "32-true",
+    averaged: bool = False,
 ) -> MemoryPlan:
     """Return the memory of the rank that holds the most, with AdamW and with recipes.
 
@@ -69,6 +70,7 @@ def plan_memory(
         gpu_memory: Memory of one device, such as "24GiB", or in bytes.
         precision: ``32-true`` and ``bf16-mixed`` keep parameters in the dtype of the module, which is float32 by
             default. ``bf16-true`` converts parameters, and so gradients and AdamW's state, but not that of recipes.
+        averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
 
     Raises:
         ValueError: If a name, a size or the precision is invalid; the message says which values are valid.
@@ -82,7 +84,7 @@ def plan_memory(
         (134105856, 12108800, 'adam_mini')
     """
     name, module = find_model(model)
-    options: Any = {"gpu_memory": gpu_memory, "precision": precision}
+    options: Any = {"gpu_memory": gpu_memory, "precision": precision, "averaged": averaged}
     return plan_module(module, candidates(recipe), name=name, world_size=world_size, **options)
 
 
@@ -128,6 +130,7 @@ def plan_module(
     gpu_memory: str | int | None = None,
     precision: str | int | None = "32-true",
     wrap: Policy | None = None,
+    averaged: bool = False,
 ) -> MemoryPlan:
     """Return the plan for one rank. If a dimension is sharded unevenly, the first ranks hold more than the last.
 
@@ -140,6 +143,7 @@ def plan_module(
         gpu_memory: See :func:`plan_memory`.
         precision: See :func:`plan_memory`.
         wrap: The modules to gather as units, as in the strategy's option.
+        averaged: See :func:`plan_memory`.
 
     Raises:
         ValueError: As for :func:`plan_memory`, and if the module has no parameters, or parameters without a shape.
@@ -153,7 +157,9 @@ def plan_module(
     params = list(module.parameters())
     stored = {param: sharding.stored(param) for param in params}
     gradients = sum(stored[param] for param in params if param.requires_grad)
-    fixed = sum(stored.values()) + gradients + unsharded
+    # A strategy makes the average in the dtype that parameters have before they are converted.
+    average = sum(sharding.numbers(param) * param.itemsize for param in params) if averaged else 0
+    fixed = sum(stored.values()) + average + gradients + unsharded
     copy = outline(module, sharding.planned)
     adamw = sum(
         2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
@@ -182,6 +188,7 @@ def plan_module(
             row(ADAMW, adamw),
             *(row(label, snapshot.local_bytes, _rates(snapshot)) for label, snapshot in snapshots),
         ),
+        averaged_bytes=average,
     )
 
 
@@ -234,19 +241,20 @@ class _Sharding:
 
     def stored(self, param: Tensor) -> int:
         """Return the bytes of a parameter, or its gradient, on every rank, padded to the size on the first."""
-        return self._numbers(param) * self._dtype(param).itemsize
+        return self.numbers(param) * self._dtype(param).itemsize
 
     def gathered(self, unit: Unit) -> int:
         """Return the bytes of a unit's gathered parameters."""
         half = self.precision == "bf16-mixed"
         return sum(
-            self._numbers(param)
+            self.numbers(param)
             * self.mesh.ranks
             * (torch.bfloat16 if half and param.is_floating_point() else self._dtype(param)).itemsize
             for param in self.own[unit.module]
         )
 
-    def _numbers(self, param: Tensor) -> int:
+    def numbers(self, param: Tensor) -> int:
+        """Return the number of elements of a parameter on every rank, padded to the number on the first."""
         if param not in self.dims:
             return param.numel()
         length = param.shape[self.dims[param]]

@@ -22,7 +22,8 @@ from lightning_memopt.strategy.checkpoint.save import CURRENT, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import WRAPPERS, gathered
 from lightning_memopt.strategy.model.shard import sharded_modules
 
-_Averaging: Any = getattr(callbacks, "WeightAveraging", None)  # Lightning before 2.6 lacks it
+# The class of averaging callbacks. Lightning before 2.6 lacks it.
+AVERAGING: tuple[Any, ...] = (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()
 _AVERAGING_STATE = "averaging_state"
 _with_shards: WeakSet[Trainer] = WeakSet()
 
@@ -105,7 +106,7 @@ def _reshard(model: nn.Module) -> None:
 def averaging(trainer: Trainer) -> Iterator[Any]:
     """Yield the averaging callbacks of a trainer."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if _Averaging is not None and isinstance(callback, _Averaging):
+        if isinstance(callback, AVERAGING):
             yield callback
 
 
@@ -113,7 +114,8 @@ def let_averaging_wait(trainer: Trainer) -> None:
     """Keep the averaging callbacks of a trainer from copying the model before it is sharded."""
     if any(averaging(trainer)):
         _with_shards.add(trainer)
-        _Averaging.setup, _Averaging._swap_models = _setup, _swap
+        for cls in AVERAGING:
+            cls.setup, cls._swap_models = _setup, _swap
 
 
 def make_averages(trainer: Trainer, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -142,20 +144,17 @@ def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in named}
 
 
-_callbacks_setup = None if _Averaging is None else _Averaging.setup
-_callbacks_swap = None if _Averaging is None else _Averaging._swap_models
+_of_lightning = {name: getattr(cls, name) for cls in AVERAGING for name in ("setup", "_swap_models")}
 
 
 def _setup(self: Any, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
     if trainer not in _with_shards:
-        assert _callbacks_setup is not None
-        _callbacks_setup(self, trainer, pl_module, stage)
+        _of_lightning["setup"](self, trainer, pl_module, stage)
 
 
 def _swap(self: Any, pl_module: LightningModule) -> None:
-    assert _callbacks_swap is not None
     _reshard(pl_module)  # with `reshard_after_forward=False`, validation leaves gathered weights
-    _callbacks_swap(self, pl_module)
+    _of_lightning["_swap_models"](self, pl_module)
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -138,3 +138,12 @@ def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_
     _, error = config("ddp")
     assert "Warning: The strategy 'ddp' is planned as 'memopt_fsdp'" in error
     assert config("memopt_fsdp", "auto")[0]["world_size"] == 1
+    assert whole["averaged_bytes"] == 0
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch.callbacks.WeightAveraging", "EMAWeightAveraging"])
+def test_averaged_weights_of_a_config(run, name):
+    args = ["--config", str(CONFIGS / "demo.yaml"), "--recipe", "adapm", f"--trainer.callbacks+={name}"]
+    code, out, _ = run(*args)
+    assert code == 0
+    assert "The totals include 13.2 MiB of averaged weights." in out

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt.memory.storages import Storages
+from lightning_memopt.planner.planning import plan_module
 from tests.strategy._training import WIDTH, LanguageModule, Network, fit, trainer, whole, whole_weights
 from tests.strategy.cases.shared import Direct, case, close_weights, same_weights_everywhere
 
@@ -84,6 +87,9 @@ def averages_are_sharded_like_the_model() -> None:
         for name, param in module.named_parameters():
             assert isinstance(average[name], DTensor)
             assert average[name].placements == param.placements
+        if dist.get_rank() == 0:
+            plan = plan_module(LanguageModule(Normalised()), [], name="planned", world_size=2, averaged=True)
+            assert plan.averaged_bytes == Storages().count(average.values())
         buffers = dict(callback._average_model.module.named_buffers())
         assert buffers.keys() == dict(module.named_buffers()).keys()
         assert "model.scale" not in callback._average_model.module.state_dict()
