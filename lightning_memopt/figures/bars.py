@@ -39,7 +39,7 @@ def bars(ax: Any, groups: Mapping[str, Mapping[str, float]], title: str) -> None
     shown = [(color, name) for color, (name, table) in zip(COLORS, groups.items(), strict=False) if table]
     if len(shown) > 1:
         handles = [Patch(color=color, label=name) for color, name in shown]
-        ax.legend(handles=handles, loc="lower right", fontsize=SMALL)
+        ax.legend(handles=handles, loc="best", fontsize=SMALL)
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -42,4 +42,4 @@ def byte_ticks(ax: Any) -> None:
         from matplotlib.ticker import MultipleLocator
 
         axis.set_major_locator(MultipleLocator(2 ** max(0, round(math.log2(max(1.0, high - low) / 5)))))
-    axis.set_major_formatter(lambda value, position: f"{'-' * (value < 0)}{format_bytes(round(abs(value)))}")
+    axis.set_major_formatter(lambda value, position: f"{'-' if value < 0 else ''}{format_bytes(round(abs(value)))}")

@@ -97,6 +97,9 @@ def test_plot_draws_several_results_over_time(kind):
         figure, ax = metric.plot(given)
         assert ax in figure.axes
         assert drawn(ax) >= len(kind.lines or results[0]), "a line or point per number"
+        figure.draw_without_rendering()
+        ticks = [label.get_text() for label in ax.get_yticklabels()]
+        assert all(tick.endswith(("B", "%")) for tick in ticks), ticks
     ax = Figure().add_subplot()
     pyplot.close("all")
     assert metric.plot(results, ax=ax)[1] is ax

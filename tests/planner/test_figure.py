@@ -20,7 +20,12 @@ def test_a_sweep_and_its_figure():
     assert plans[1] == lm.plan_memory(
         "llama-60m", ["adam_mini", "adafactor", "adamw"], world_size=2, gpu_memory="512MiB"
     )
-    whole, state = sweep_figure(plans).axes
+    figure = sweep_figure(plans)
+    whole, state = figure.axes
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in whole.get_yticklabels()]
+    assert labels
+    assert all(label.endswith("iB") for label in labels), labels
     assert [line.get_label() for line in whole.lines] == [
         f"{ADAMW}\n= adamw", "adam_mini", "adafactor", "512 MiB per device",
     ]  # fmt: skip
