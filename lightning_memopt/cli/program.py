@@ -52,7 +52,9 @@ def run() -> None:
 
 def _run(args: list[str]) -> int:
     first = args[0] if args else "--help"
-    if first in ("-h", "--help"):
+    name = next((arg for arg in args if arg in COMMANDS), None)
+    before = args[: args.index(name)] if name is not None else args or [first]
+    if {"-h", "--help"} & set(before):
         width = max(map(len, COMMANDS)) + 3
         rows = [f"  {name:<{width}}{command.does}" for name, command in COMMANDS.items()]
         print(HELP.format(commands="\n".join(rows)), end="", file=sys.stdout if args else sys.stderr)
@@ -61,15 +63,20 @@ def _run(args: list[str]) -> int:
         print(_versions())
         return 0
     if not first.startswith("-") and first not in COMMANDS:
-        text = unknown("command", first, list(COMMANDS))
-        print(f"lightning-memopt: error: {text}", file=sys.stderr)
-        return 2
+        return _refuse(unknown("command", first, list(COMMANDS)))
+    if before and name is not None and COMMANDS[name].module is not None:
+        return _refuse(f"{first} comes before `{name}`: put the command first, as in lightning-memopt {name} {first}.")
     command = COMMANDS.get(first)
     if command is None or command.module is None:
         _run_lightning()
         return 0
     main: Callable[..., int] = import_module(command.module).main
     return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+
+
+def _refuse(text: str) -> int:
+    print(f"lightning-memopt: error: {text}", file=sys.stderr)
+    return 2
 
 
 def _run_lightning() -> None:
