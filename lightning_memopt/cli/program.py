@@ -68,10 +68,12 @@ def _run(args: list[str]) -> int:
         return _refuse(f"{first} comes before `{name}`: put the command first, as in lightning-memopt {name} {first}.")
     command = COMMANDS.get(first)
     if command is None or command.module is None:
-        _run_lightning()
-        return 0
-    main: Callable[..., int] = import_module(command.module).main
-    return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+        return _run_lightning()
+    try:
+        main: Callable[..., int] = import_module(command.module).main
+        return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+    except ImportError as error:
+        return _refuse(str(error))
 
 
 def _refuse(text: str) -> int:
@@ -79,15 +81,19 @@ def _refuse(text: str) -> int:
     return 2
 
 
-def _run_lightning() -> None:
+def _run_lightning() -> int:
     """Run Lightning's commands. Modules in the working directory can be imported, as with ``python -m``."""
-    from lightning_memopt.cli import MemOptCLI
-
+    try:
+        from lightning_memopt.cli import MemOptCLI
+    except ImportError as error:
+        return _refuse(str(error))
     _search_working_directory()
     MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+    return 0
 
 
 def _configured(args: list[str]) -> Configured:
+    from lightning_memopt.cli import MemOptCLI  # noqa: F401  its error names the extra
     from lightning_memopt.cli.configured import configured
 
     _search_working_directory()

@@ -86,6 +86,19 @@ def test_options_come_after_a_command_of_this_package(run):
     assert err == f"lightning-memopt: error: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("fit", "omegaconf"), ("plan --config x.yaml", "jsonargparse"), ("roles --model gpt2", "rich.console")],
+)
+def test_what_is_missing_is_one_line(run, monkeypatch, command, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in ("memopt_cli", "configured", "parser_mode", "messages"):
+        monkeypatch.delitem(sys.modules, f"lightning_memopt.cli.{module}", raising=False)
+    code, out, err = run(*command.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert 'pip install "lightning-memopt[cli]"' in err
+
+
 def stub(monkeypatch, name, found):
     """Put a stub in the place of a command's module."""
 
