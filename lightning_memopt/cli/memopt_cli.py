@@ -176,7 +176,7 @@ def _strategy_problem(strategy: object) -> str:
     known = ["auto", *StrategyRegistry.available_strategies()]
     if not isinstance(strategy, str) or strategy.lower() in known:
         return ""
-    if "." in strategy and (why := why_not(strategy)):
-        return why
+    if "." in strategy:
+        return why_not(strategy) or f"{strategy} is a class, not a name: give it as {{class_path: {strategy}}}."
     said = unknown("strategy", strategy, known).partition(" Available:")[0]
     return f"{said} Usual ones are auto, ddp, fsdp, memopt_fsdp and memopt_fsdp_offload."

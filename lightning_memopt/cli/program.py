@@ -52,7 +52,9 @@ def run() -> None:
 
 def _run(args: list[str]) -> int:
     first = args[0] if args else "--help"
-    if first in ("-h", "--help"):
+    name = next((arg for arg in args if arg in COMMANDS), None)
+    before = args[: args.index(name)] if name is not None else args or [first]
+    if {"-h", "--help"} & set(before):
         width = max(map(len, COMMANDS)) + 3
         rows = [f"  {name:<{width}}{command.does}" for name, command in COMMANDS.items()]
         print(HELP.format(commands="\n".join(rows)), end="", file=sys.stdout if args else sys.stderr)
@@ -61,26 +63,37 @@ def _run(args: list[str]) -> int:
         print(_versions())
         return 0
     if not first.startswith("-") and first not in COMMANDS:
-        text = unknown("command", first, list(COMMANDS))
-        print(f"lightning-memopt: error: {text}", file=sys.stderr)
-        return 2
+        return _refuse(unknown("command", first, list(COMMANDS)))
+    if before and name is not None and COMMANDS[name].module is not None:
+        return _refuse(f"{first} comes before `{name}`: put the command first, as in lightning-memopt {name} {first}.")
     command = COMMANDS.get(first)
     if command is None or command.module is None:
-        _run_lightning()
-        return 0
-    main: Callable[..., int] = import_module(command.module).main
-    return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+        return _run_lightning()
+    try:
+        main: Callable[..., int] = import_module(command.module).main
+        return main(args[1:], _configured) if command.reads_configs else main(args[1:])
+    except ImportError as error:
+        return _refuse(str(error))
 
 
-def _run_lightning() -> None:
+def _refuse(text: str) -> int:
+    print(f"lightning-memopt: error: {text}", file=sys.stderr)
+    return 2
+
+
+def _run_lightning() -> int:
     """Run Lightning's commands. Modules in the working directory can be imported, as with ``python -m``."""
-    from lightning_memopt.cli import MemOptCLI
-
+    try:
+        from lightning_memopt.cli import MemOptCLI
+    except ImportError as error:
+        return _refuse(str(error))
     _search_working_directory()
     MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+    return 0
 
 
 def _configured(args: list[str]) -> Configured:
+    from lightning_memopt.cli import MemOptCLI  # noqa: F401  its error names the extra
     from lightning_memopt.cli.configured import configured
 
     _search_working_directory()

@@ -14,8 +14,15 @@ WIDE = 100
 
 
 def console() -> Any:
-    """Return a console for standard output."""
-    from rich.console import Console
+    """Return a console for standard output.
+
+    Raises:
+        ImportError: If rich is missing.
+    """
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ImportError('Tables need rich: pip install "lightning-memopt[cli]".') from error
 
     own = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if own else WIDTH, highlight=False, emoji=False)

@@ -88,6 +88,10 @@ def refused(capsys):
             "The module lightning_memopt has no 'MemOptFSDPStrateg'. Did you mean 'MemOptFSDPStrategy'?",
         ),
         (
+            ["fit", MODEL, "--trainer.strategy=lightning_memopt.MemOptFSDPStrategy"],
+            "is a class, not a name: give it as {class_path: lightning_memopt.MemOptFSDPStrategy}.",
+        ),
+        (
             ["fit", MODEL, "--lr_scheduler=lightning_memopt.WarmupSchedule"],
             "lightning_memopt.WarmupSchedule needs warmup_steps: add --lr_scheduler.warmup_steps=VALUE, or set it",
         ),

@@ -48,7 +48,7 @@ def installed(tmp_path_factory):
     return {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "80"}
 
 
-@pytest.mark.parametrize("args", [("--help",), ("-h",)])
+@pytest.mark.parametrize("args", [("--help",), ("-h",), ("--parser_mode", "omegaconf", "--help")])
 def test_help_shows_every_command(run, args):
     code, out, err = run(*args)
     assert (code, err) == (0, "")
@@ -78,6 +78,25 @@ def test_a_wrong_command_suggests_the_nearest(run, wrong, right):
     assert (code, out) == (2, "")
     hint = f" Did you mean {right!r}?" if right else ""
     assert err == f"lightning-memopt: error: Unknown command {wrong!r}.{hint} Available: {', '.join(COMMANDS)}.\n"
+
+
+def test_options_come_after_a_command_of_this_package(run):
+    _, _, err = run("--parser_mode", "omegaconf", "plan", "--config", "x.yaml")
+    message = "--parser_mode comes before `plan`: put the command first, as in lightning-memopt plan --parser_mode."
+    assert err == f"lightning-memopt: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("fit", "omegaconf"), ("plan --config x.yaml", "jsonargparse"), ("roles --model gpt2", "rich.console")],
+)
+def test_what_is_missing_is_one_line(run, monkeypatch, command, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in ("memopt_cli", "configured", "parser_mode", "messages"):
+        monkeypatch.delitem(sys.modules, f"lightning_memopt.cli.{module}", raising=False)
+    code, out, err = run(*command.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert 'pip install "lightning-memopt[cli]"' in err
 
 
 def stub(monkeypatch, name, found):
