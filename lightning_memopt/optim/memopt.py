@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim import groups as parsing
-from lightning_memopt.optim import reformat
+from lightning_memopt.optim import rebinding, reformat
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.bounds import Tally
@@ -155,7 +155,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a new parameter has another shape.
             NotImplementedError: If its sharding is not supported. Nothing has changed then.
         """
-        self._binding.rebind(params, self)
+        rebinding.rebind(self, self._binding, params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
