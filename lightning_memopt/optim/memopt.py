@@ -36,9 +36,9 @@ class MemOpt(torch.optim.Optimizer):
         W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
     Args:
-        params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. :meth:`bind` names bare
-            parameters. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``,
-            ``max_update``, ``recipe`` and kind options. Other keys are yours, unless they resemble one of these.
+        params: ``model.named_parameters()``, ``model.parameters()``, or group dicts whose ``params`` are named pairs.
+            :meth:`bind` names all others. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``,
+            ``maximize``, ``max_update``, ``recipe`` and kind options. Other keys are yours, unless they resemble one.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
         betas: Decay rates of the momentum, in [0, 1), and of the second moment, in [0, 1], where 1 sums squares as
