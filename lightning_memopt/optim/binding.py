@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
-from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.optim.checkpoint.values import described
 from lightning_memopt.optim.options import HYPERPARAMETERS
 from lightning_memopt.optim.owner import owner_of, still_owns
@@ -230,35 +229,6 @@ class Binding:
     def _is_other(self, name: str) -> bool:
         """Return whether the parameter's role is unknown."""
         return [part.role for part in self.parts.get(name, ())] == ["other"]
-
-    def rebind(self, params: Mapping[Tensor, Tensor], optimizer: Optimizer) -> None:
-        """Replace parameters by others that hold the same weights; see :meth:`MemOpt.rebind`."""
-        self.build_missing(optimizer)
-        table = {old: params.get(old, old) for old in params_of(optimizer)}
-        for old, new in table.items():
-            if old.shape != new.shape:
-                raise ValueError(
-                    f"{self.names.get(old, 'A parameter')!r} has shape {tuple(old.shape)}, but its replacement has "
-                    f"shape {tuple(new.shape)}: rebind needs replacements that hold the same weights."
-                )
-        if len(set(table.values())) < len(table):
-            raise ValueError("Two parameters have the same replacement: rebind needs a different one for each.")
-        blocks = {new: tuple(block.moved(new) for block in self.blocks.get(old, ())) for old, new in table.items()}
-        names = {table.get(param, param): name for param, name in self.names.items()}
-        states = {
-            table[param]: relocated(blocks[table[param]], state) if blocks[table[param]] else state
-            for param, state in optimizer.state.items()
-            if param in table
-        }
-        plans = {table.get(param, param): plan for param, plan in self.plans.items()}
-        kept = {param: entries for param, entries in blocks.items() if entries}
-        for own, entries in ((self.names, names), (self.plans, plans), (self.blocks, kept)):
-            own.clear()
-            own.update(entries)  # type: ignore[arg-type]
-        for group in optimizer.param_groups:
-            group["params"] = [table[param] for param in group["params"]]
-        optimizer.state.clear()
-        optimizer.state.update(states)
 
     @contextmanager
     def undone_on_error(self, optimizer: Optimizer) -> Iterator[None]:

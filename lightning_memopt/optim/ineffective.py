@@ -31,7 +31,7 @@ def warn_of_no_effect(
     texts = [text for plan in plans for text in (*_roles(plan, blocks), *_overrides(plan, training, frozen))]
     texts += [*_ranks(training), *_heads(blocks, head_dim), *_schemes(blocks)]
     for text in texts:
-        warnings.warn(text, PlanWarning, stacklevel=6)
+        warnings.warn(text, PlanWarning, stacklevel=7)
 
 
 def _roles(plan: Plan, blocks: Sequence[Block]) -> Iterator[str]:
@@ -40,7 +40,7 @@ def _roles(plan: Plan, blocks: Sequence[Block]) -> Iterator[str]:
     missing = [role for role in plan.named_roles if role not in known]
     if missing:
         yield (
-            f"The recipe {plan.name!r} has kinds for {listed(missing)}, a role that no weight has. Roles here: "
+            f"The recipe {plan.name!r} has kinds for {listed(missing)}, but no weight with that role. Roles here: "
             f"{', '.join(sorted(known))}. `lightning-memopt roles` and `plan_table()` show the role of every weight."
         )
 

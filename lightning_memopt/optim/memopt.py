@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim import groups as parsing
-from lightning_memopt.optim import reformat
+from lightning_memopt.optim import rebinding, reformat
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.bounds import Tally
@@ -36,9 +36,9 @@ class MemOpt(torch.optim.Optimizer):
         W ← (1 − lr · weight_decay) W − lr · min(max(U / D, −c), c)
 
     Args:
-        params: ``model.named_parameters()``, or group dicts whose ``params`` are such pairs. :meth:`bind` names bare
-            parameters. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``, ``maximize``,
-            ``max_update``, ``recipe`` and kind options. Other keys are yours, unless they resemble one of these.
+        params: ``model.named_parameters()``, ``model.parameters()``, or group dicts whose ``params`` are named pairs.
+            :meth:`bind` names all others. A group may have its own ``lr``, ``betas``, ``eps``, ``weight_decay``,
+            ``maximize``, ``max_update``, ``recipe`` and kind options. Other keys are yours, unless they resemble one.
         recipe: Name of a recipe (see :func:`~lightning_memopt.recipe_names`), path of a recipe file, or a plan.
         lr: Learning rate.
         betas: Decay rates of the momentum, in [0, 1), and of the second moment, in [0, 1], where 1 sums squares as
@@ -155,7 +155,7 @@ class MemOpt(torch.optim.Optimizer):
             ValueError: If a new parameter has another shape.
             NotImplementedError: If its sharding is not supported. Nothing has changed then.
         """
-        self._binding.rebind(params, self)
+        rebinding.rebind(self, self._binding, params)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

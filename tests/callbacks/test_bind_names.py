@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,36 @@ def test_somebodys_own_command_line_resumes():
     (checkpoint,) = Path.cwd().rglob("*.ckpt")
     _, snapshot = fit(max_epochs=2, ckpt_path=str(checkpoint))
     assert snapshot.step == 4
+
+
+class Strange(LightningModule):
+    """One matrix, whose name says nothing, in a recipe that compresses other linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strange = nn.Linear(8, 16, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        return self.strange(batch).square().mean()
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(8, 8), batch_size=4)
+
+    def configure_optimizers(self):
+        roles = {"linear": {"momentum": "dense", "second_moment": "dense"}}
+        return lm.MemOpt(self.parameters(), {"base": "adam_snsm", "roles": roles})
+
+
+@pytest.mark.parametrize("strategy", ["auto", "memopt_fsdp"])
+def test_what_is_not_saved_is_said_once_under_a_trainer(strategy):
+    trainer = Trainer(**TRAINER, strategy=strategy, enable_checkpointing=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Strange())
+    assert trainer.global_step == 2
+    (said,) = [str(each.message) for each in caught if isinstance(each.message, lm.RoleWarning)]
+    assert "100% of the parameters that train have no known role" in said
+    assert "saves 0% of AdamW's state here" in said
 
 
 def test_a_gradient_scaler_steps_without_a_closure():

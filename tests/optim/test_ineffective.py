@@ -20,7 +20,9 @@ def messages(optimizer: lm.MemOpt, steps: int = 2) -> list[str]:
         for step in range(steps):
             fill_grads([param for param in params if param.requires_grad], step)
             optimizer.step()
-    return [str(each.message) for each in caught if isinstance(each.message, lm.PlanWarning)]
+    ours = [each for each in caught if isinstance(each.message, lm.PlanWarning)]
+    assert all(each.filename == __file__ for each in ours), "the line that steps is shown"
+    return [str(each.message) for each in ours]
 
 
 def test_what_has_an_effect_is_no_reason_to_warn():
@@ -31,7 +33,7 @@ def test_what_has_an_effect_is_no_reason_to_warn():
 def test_roles_of_a_recipe_file_that_no_weight_has():
     recipe = {"base": "adapm_lean", "roles": {role: {"momentum": "dense"} for role in ("mlp", "router", "lora")}}
     (text,) = messages(lm.MemOpt(tiny_llama().named_parameters(), recipe))
-    assert "has kinds for router, lora, a role that no weight has. Roles here: attention_output, embedding" in text
+    assert "has kinds for router, lora, but no weight with that role. Roles here: attention_output, embedding" in text
 
 
 def test_a_rank_that_no_block_can_have_is_said_once():
