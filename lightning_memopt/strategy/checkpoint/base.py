@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.strategy.averaging import averaged_module, completed, shown_to_callbacks
-from lightning_memopt.strategy.checkpoint.io import atomic_io, finish, remove_in_order
+from lightning_memopt.strategy.checkpoint.io import atomic_io, finish, forget, remove_in_order
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_checkpoint
 from lightning_memopt.strategy.finetuning import groups_restored
@@ -30,6 +30,11 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         super().teardown()
         finish(self.checkpoint_io)  # ModelParallelStrategy does not wait
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        forget(self.checkpoint_io, exception)  # the teardown of the Trainer would not get to its end
 
     @property
     def _trained_by(self) -> list[Optimizer]:

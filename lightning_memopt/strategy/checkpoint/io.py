@@ -106,6 +106,14 @@ def finish(checkpoint_io: CheckpointIO) -> None:
         finish(checkpoint_io.checkpoint_io)
 
 
+def forget(checkpoint_io: CheckpointIO, error: BaseException) -> None:
+    """Do not raise the error of a save in the background again: it has been raised, and ends the run already."""
+    if isinstance(checkpoint_io, AsyncCheckpointIO) and checkpoint_io._error is error:
+        checkpoint_io._error = None
+    if isinstance(checkpoint_io, _WrappingCheckpointIO) and checkpoint_io.checkpoint_io is not None:
+        forget(checkpoint_io.checkpoint_io, error)
+
+
 def innermost(checkpoint_io: CheckpointIO) -> CheckpointIO:
     """Return the CheckpointIO inside Lightning's wrappers, such as ``AsyncCheckpointIO``."""
     while isinstance(checkpoint_io, _WrappingCheckpointIO):

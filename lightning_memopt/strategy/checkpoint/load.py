@@ -102,7 +102,7 @@ def load_weights(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     place = place_of(path)
     with closing(open_alone(place, partial(open_checkpoint, place, verify=verify))) as opened:
         if isinstance(opened, OpenedFile):
-            return dict(opened.read(verify=verify)[WEIGHTS])
+            return dict(parts_of(opened.read(verify=verify), WEIGHTS, STATES)[0])
         opened.check((0, 1))
         places = opened.index.planner_data.items()
         tensors = {place[1]: opened.whole(key) for key, place in places if place[0] == WEIGHTS and len(place) == 2}

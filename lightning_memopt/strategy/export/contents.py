@@ -72,7 +72,7 @@ def contents(found: OpenedDirectory | OpenedFile, *, verify: bool) -> Contents:
 
 
 def outline(found: OpenedDirectory | OpenedFile, *, verify: bool) -> Contents:
-    """Return the same without reading tensors: those of a directory are on the meta device, those of a file mapped.
+    """Return the same without reading tensors of more than one number: they are on the meta device, or mapped files.
 
     Raises:
         ValueError: As for :func:`contents`.
@@ -84,8 +84,8 @@ def outline(found: OpenedDirectory | OpenedFile, *, verify: bool) -> Contents:
 
     def template(key: str) -> Any:
         entry = found.index.state_dict_metadata[key]
-        if not isinstance(entry, TensorStorageMetadata):
-            return found.object(key)
+        if not isinstance(entry, TensorStorageMetadata) or entry.size.numel() == 1:
+            return found.whole(key)  # a learning rate may be a tensor
         return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
     return _in_directory(found, template)

@@ -103,18 +103,19 @@ def _check(parser: Parser, options: argparse.Namespace, out: Path) -> None:
     elif out.suffix in (_SAFETENSORS, _PICKLED):
         if options.module or options.model_config:
             parser.error(f"--module and --model-config describe a folder, got the file {str(out)!r}.")
+    elif options.module or options.model_config:
+        if options.strip:
+            parser.error("--strip has no effect on a folder, which gets the names of the model.")
     elif out.suffix and not out.is_dir():
         parser.error(
             f"{str(out)!r}: unknown format {out.suffix!r}. Name a file that ends in {_SAFETENSORS} or {_PICKLED}, or a "
             "folder."
         )
-    elif not options.module and not options.model_config:
+    else:
         parser.error(
             f"The folder {str(out)!r} needs the model's configuration: name the LightningModule's class with --module, "
             "or a config.json with --model-config."
         )
-    elif options.strip:
-        parser.error("--strip has no effect on a folder, which gets the names of the model.")
 
 
 def _export(options: argparse.Namespace, out: Path) -> str:

@@ -122,7 +122,7 @@ def abandon(new: str) -> None:
 def discard(url: str) -> None:
     """Remove a checkpoint, a directory or a file. It is none any more as soon as the first object is gone."""
     fs, path = connect(url)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         fs.rm_file(f"{path}/{REST}")
     with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)

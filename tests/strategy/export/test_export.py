@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 import lightning_memopt as lm
 from lightning_memopt.strategy.export.export_command import main
+from lightning_memopt.strategy.export.inspect_command import main as inspect
 from tests._compare import assert_equal
 from tests.strategy.checkpoint._checkpoints import same_content
 from tests.strategy.export._saved import FORMATS, refused, save
@@ -263,3 +266,26 @@ def test_a_failed_write_changes_nothing(tmp_path, capsys, monkeypatch):
     assert "No space left on device" in refused(main, capsys, path, out, "--force")
     assert out.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "weights.safetensors"]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_on_the_page_run(tmp_path, capsys, monkeypatch):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "export.md").read_text()
+    commands = re.findall(r"^\| `lightning-memopt export ([^`]*)` \|", page, flags=re.MULTILINE)
+    commands += re.findall(r"^lightning-memopt (inspect .*)$", page, flags=re.MULTILINE)
+    assert len(commands) == 7
+    monkeypatch.chdir(tmp_path)
+    module = llama()
+    save(tmp_path / "last.ckpt", module, optimizer(module), format="directory", hyper_parameters=dict(module.hparams))
+    module.model.config.architectures = ["LlamaForCausalLM"]
+    module.model.config.to_json_file("config.json")
+    for command in commands:
+        args = command.replace("my_module.MyModel", "examples.llama.LlamaModule").split()
+        if args[0] == "inspect":
+            assert inspect(args[1:]) == 0
+        else:
+            assert main([*args, "--force"]) == 0
+    assert "recipe adapm_lean" in capsys.readouterr().out
+    assert_read("folder", module)

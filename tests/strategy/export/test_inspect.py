@@ -80,6 +80,10 @@ def test_other_optimizers_and_none(tmp_path, capsys):
     assert [(block["name"], block["momentum"], block["second_moment"]) for block in saved["blocks"]] == [
         (name, "momentum_buffer", "none") for name, _ in net.named_parameters()
     ]
+    rate = torch.tensor(0.125)
+    save(tmp_path / "c.ckpt", net, torch.optim.AdamW(net.parameters(), lr=rate), format="directory")
+    (saved,) = inspected(tmp_path / "c.ckpt", capsys)["optimizers"]
+    assert (saved["learning_rates"], {block["momentum"] for block in saved["blocks"]}) == ([0.125], {"dense"})
     save(tmp_path / "b.ckpt", net, format="directory")
     assert main([str(tmp_path / "b.ckpt")]) == 0
     assert "optimizer: none, the weights alone were saved" in capsys.readouterr().out
@@ -113,4 +117,7 @@ def test_nothing_is_run(tmp_path, capsys):
     assert "contains `os.system`, which is not allowed in a checkpoint" in message
     assert not (tmp_path / "was-run").exists()
     torch.save({"model": 1}, path)
-    assert "has no key 'state_dict', it has 'model': it was not saved by Lightning" in refused(main, capsys, path)
+    text = "has no key 'state_dict', it has 'model': it was not saved by Lightning"
+    assert text in refused(main, capsys, path)
+    with pytest.raises(ValueError, match=text):
+        lm.load_weights(path)
