@@ -93,6 +93,7 @@ class MemOptFabricStrategy(ModelParallelStrategy):
             timeout,
         )
         self._verify = verify
+        self._autocast = False
         self._known: WeakKeyDictionary[nn.Module, KnownParameters] = WeakKeyDictionary()
         # Ranks must agree about these, and may not collect a weak reference at the same time.
         self._with_loose: list[nn.Module] = []
@@ -166,8 +167,9 @@ class MemOptFabricStrategy(ModelParallelStrategy):
         with attributes_kept(module):
             called = not isinstance(module, LightningModule)
             users = self._sharder.shard(module, str(plugin.precision), self.root_device, called=called)
+            self._autocast |= users  # all modules share the plugin
             if isinstance(plugin, ShardedFabricMixedPrecision):
-                plugin.autocast = users
+                plugin.autocast = self._autocast
             if not self._sharder.cpu_offload:
                 module.to(self.root_device)
         if loose_parameters(module) and module not in self._with_loose:

@@ -276,9 +276,8 @@ def options_of_the_strategy_in_fabric() -> None:
 def compiled_modules_in_fabric() -> None:
     made, module = fabric(), network()
     compiled = torch.compile(module, backend="eager")
-    wrapped, optimizer = made.setup(compiled, adapm(compiled.parameters()))
-    made.backward(loss_of(wrapped, tokens(4)))
-    optimizer.step()
+    _, optimizer = made.setup(compiled, lm.AdaPMLean(compiled.named_parameters(), lr=0.01))
+    assert isinstance(module, FSDPModule)
     assert [block.name for block in optimizer.snapshot().blocks] == [name for name, _ in module.named_parameters()]
 
 
@@ -314,5 +313,10 @@ def a_module_that_its_user_sharded_in_fabric() -> None:
         optimizer.step()
         optimizer.zero_grad()
     close_weights(whole_weights(module), whole_weights(trained("ddp", adamw)[0]), 1e-5)
+    made = fabric(precision="bf16-mixed")
+    for shards, expected in ((None, False), (fully_shard, True), (None, True)):
+        made.setup(shards(network()) if shards else network())
+        with made.autocast():
+            assert torch.is_autocast_enabled("cpu") == expected
     with raises(ValueError, "`wrap` would have no effect"):
         fabric(MemOptFabricStrategy(wrap=nn.Linear)).setup(fully_shard(network()))
