@@ -54,7 +54,7 @@ def later(
     if end <= start:
         return f"changes nothing later: {last} at step {math.ceil(end)}, and the first decision is due at step {start}"
     until = f"step {math.ceil(end)}" if end < math.inf else "the end of training"
-    return f"may change up to {max_moves} of them every {every} steps, from step {start} until {until}"
+    return f"may change up to {max_moves} blocks every {every} steps, from step {start} until {until}"
 
 
 def changes(history: Sequence[Mapping[str, Any]]) -> str:

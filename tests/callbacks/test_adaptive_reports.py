@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_memopt import AdaptiveMomentum, OptimizerMemoryMonitor
+from lightning_memopt.callbacks.adaptive_report import later
 from tests.callbacks._adaptive import Module, fit, moved
 
 pytestmark = pytest.mark.slow
@@ -95,7 +96,7 @@ def test_messages(capsys):
     lines = capsys.readouterr().out.splitlines()
     aim, first, *changes, frozen, last = [line for line in lines if line.startswith("AdaptiveMomentum")]
     start = "AdaptiveMomentum, policy energy: divides a budget of 4.2 KiB among 8 blocks now; "
-    assert aim == f"{start}may change up to 8 of them every 4 steps, from step 4 until step 26."
+    assert aim == f"{start}may change up to 8 blocks every 4 steps, from step 4 until step 26."
     assert first.startswith("AdaptiveMomentum starts with ")
     assert first.endswith("of AdamW's, in 8 blocks.")
     told = [entry for entry in callback.history[1:] if entry["moves"]]
@@ -115,7 +116,7 @@ class Own(AdaptiveMomentum):
         return {}
 
 
-MOVES = "may change up to 8 of them every 3 steps, from step 3 until "
+MOVES = "may change up to 8 blocks every 3 steps, from step 3 until "
 TOO_LATE = "changes nothing later: the allocation freezes at step {}, and the first decision is due at step 3"
 
 
@@ -149,6 +150,13 @@ def test_it_says_at_the_start_what_it_will_do(callback, options, words, capsys):
         fit(Module(), made, Raises(RuntimeError("enough"), 0))
     first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("AdaptiveMomentum"))
     assert words in first
+
+
+def test_a_training_of_unknown_length_changes_blocks_until_its_end():
+    timing = {"every": 3, "start": 2, "end": float("inf"), "freezes": False, "max_moves": 4}
+    assert (
+        later(None, None, **timing) == "may change up to 4 blocks every 3 steps, from step 2 until the end of training"
+    )
 
 
 class Raises(Callback):
