@@ -203,7 +203,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
                 byte_ticks(axis)
             axis.set_xticks(ranks, [f"{count:,}" for count in ranks])
             axis.minorticks_off()
-            finish(axis, title=f"{model}: {label}", x="ranks" if row is axes[-1] else "")
+            finish(axis, title=f"{model}: {label}", x="ranks" if model == models[-1] else "")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(recipes), frameon=False)
     figure.savefig(path, dpi=DPI)
