@@ -24,13 +24,18 @@ from lightning_memopt.planner.role_table import RoleTable
 from lightning_memopt.planner.roles_command import print_roles
 from lightning_memopt.plans.recipes import recipe_names
 from lightning_memopt.terminal.parser import EXPECTED, Parser
-from lightning_memopt.terminal.tables import WIDE, console, table
+from lightning_memopt.terminal.tables import console, table
 
 MOST_RANKS = 64
 PICTURES = (".png", ".pdf", ".svg")
-# Column headers with line breaks, which keep the table narrower than 100 characters.
-_BREAKS = {"optimizer state": "optimizer\nstate", "largest block, unsharded": "largest\nblock,\nunsharded"}
-_BREAKS |= {"left for activations": "left for\nactivations"}
+# Column headers that keep the table within 80 columns.
+_BREAKS = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer state": "optimizer\nstate",
+    "largest block, unsharded": "largest\nblock,\nunsharded",
+    "left for activations": "left for\nactivations",
+}
 
 
 def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> int:
@@ -167,15 +172,15 @@ def _warn(plan: MemoryPlan, warning: str) -> None:
         )
 
 
-def _table(shown: Any, columns: Sequence[str]) -> Any:
-    return table(shown, columns, numbers=columns[1:], breaks=_BREAKS)
+def _table(columns: Sequence[str]) -> Any:
+    return table(columns, numbers=columns[1:], breaks=_BREAKS)
 
 
-def _label(shown: Any, label: str) -> Any:
-    """Return the label of a row, of which a narrow terminal need not break the first."""
+def _label(label: str) -> Any:
+    """Return the label of a row, short enough for a table of 80 columns."""
     from rich.text import Text
 
-    return Text("torch AdamW" if label == ADAMW and shown.width < WIDE else label)
+    return Text("torch AdamW" if label == ADAMW else label)
 
 
 def _print(plan: MemoryPlan, asked: list[str]) -> None:
@@ -183,12 +188,12 @@ def _print(plan: MemoryPlan, asked: list[str]) -> None:
 
     shown, limited = console(), plan.gpu_memory is not None
     shown.print(plan.title(), markup=False, soft_wrap=True)
-    found = _table(shown, COLUMNS if limited else COLUMNS[:-1])
+    found = _table(COLUMNS if limited else COLUMNS[:-1])
     fits, not_fits = ("✓", "✗") if shown.encoding.startswith("utf") else ("fits", "does not fit")
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
         mark = Text(f"{cells[-1]} {fits}", "green") if row.fits else Text(f"{cells[-1]} {not_fits}", "red")
         left = [mark] if limited else []
-        found.add_row(_label(shown, cells[0]), *map(Text, cells[1:-1]), *left)
+        found.add_row(_label(cells[0]), *map(Text, cells[1:-1]), *left)
     shown.print(found)
     lines = [plan.note()]
     if limited:
@@ -239,12 +244,12 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
     columns = ["recipe", *(f"{plan.world_size} rank{'s' * (plan.world_size > 1)}" for plan in plans)]
     shown = console()
     shown.print(title, markup=False, soft_wrap=True)
-    found = _table(shown, [*columns, "fits from"] if limited else columns)
+    found = _table([*columns, "fits from"] if limited else columns)
     for position in range(len(first.rows)):
         rows = [plan.rows[position] for plan in plans]
         colours = {None: "", True: "green", False: "red"}
         cells = [
-            _label(shown, first.cells()[position][0]),
+            _label(first.cells()[position][0]),
             *(Text(_gib(row.total_bytes), colours[row.fits]) for row in rows),
         ]
         if limited:

@@ -15,8 +15,10 @@ from lightning_memopt.planner.arguments import (
 )
 from lightning_memopt.planner.role_table import RoleRow, RoleTable
 from lightning_memopt.terminal.parser import EXPECTED, Parser
-from lightning_memopt.terminal.tables import WIDE, console, table
+from lightning_memopt.terminal.tables import console, table
 
+# From this width on, a row fits one line.
+WIDE = 100
 COLUMNS = ("weights", "role", "decided by", "shape", "part", "head size", "parameters")
 
 
@@ -76,7 +78,7 @@ def print_roles(roles: RoleTable) -> None:
     if shown.width < WIDE:
         shown.print("\n".join(_two_lines_each(roles)), markup=False, soft_wrap=True)
     else:
-        found = table(shown, COLUMNS, numbers=COLUMNS[-2:])
+        found = table(COLUMNS, numbers=COLUMNS[-2:])
         for row in roles.rows:
             found.add_row(*map(Text, _cells(row)))
         shown.print(found)

@@ -9,8 +9,6 @@ from typing import Any
 
 # Width for a file or a pipe, which has none: nobody looks for a row in two lines. COLUMNS sets another.
 WIDTH = 160
-# From this width on, nothing has to be shortened.
-WIDE = 100
 
 
 def console() -> Any:
@@ -29,7 +27,6 @@ def console() -> Any:
 
 
 def table(
-    console: Any,
     columns: Sequence[str],
     *,
     numbers: Container[str],
@@ -38,7 +35,6 @@ def table(
     """Return an empty table.
 
     Args:
-        console: Where it will be printed.
         columns: Headers.
         numbers: The columns that are aligned to the right.
         breaks: Headers with line breaks, which keep a table narrow.
@@ -46,8 +42,7 @@ def table(
     from rich import box
     from rich.table import Table
 
-    gap = 1 if console.width >= WIDE else 0
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for column in columns:
         # A narrow terminal folds text and truncates nothing.
         justify: Any = "right" if column in numbers else "left"

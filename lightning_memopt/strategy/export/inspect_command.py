@@ -54,7 +54,7 @@ def _print(found: Inspection) -> None:
         shown.print(line, markup=False, soft_wrap=True)
     for number, optimizer in enumerate(found.optimizers):
         shown.print(_title(number, optimizer), markup=False, soft_wrap=True)
-        made = table(shown, COLUMNS, numbers=("rank", "blocks", "state"))
+        made = table(COLUMNS, numbers=("rank", "blocks", "state"))
         for row in _rows(optimizer.blocks):
             made.add_row(*map(Text, row))
         if optimizer.blocks:
