@@ -1,6 +1,7 @@
 # make demo    train a small LLaMA with AdamW and with compressed state, and compare; make demo ARGS="--data.root DIR"
 # make test    lint, types and tests; make test ARGS="tests/kinds -k low_rank"
 # make test-quick    the tests that start no ranks and train no model, for daily work
+# make docs    write the pages that are generated from the sources
 # The virtual environment is made on first use, and again when the requirements change.
 
 PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)
@@ -11,7 +12,7 @@ PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-quick lint clean venv
+.PHONY: demo test test-quick docs lint clean venv
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -21,6 +22,11 @@ test: lint
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/tables.py > docs/recipes.md
+	$(BIN)/python docs/names.py > docs/names.md
+	$(BIN)/python docs/errors.py > docs/errors.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
