@@ -127,7 +127,7 @@ def test_parameters_that_train_later_are_counted():
 
 def test_ours_without_names_say_what_to_do():
     with pytest.raises(ValueError, match=r"bind\(model\)"):
-        fit(lambda module: lm.AdaPMLean(module.parameters(), lr=1e-3), OptimizerMemoryMonitor())
+        fit(lambda module: lm.AdaPMLean(list(module.parameters()), lr=1e-3), OptimizerMemoryMonitor())
 
 
 @pytest.mark.parametrize("make", [lean, adamw])
