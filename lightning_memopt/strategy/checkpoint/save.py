@@ -27,7 +27,8 @@ from lightning_memopt.strategy.files.directory import CHECKSUMS, check_replaceab
 from lightning_memopt.strategy.files.places import place_of
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
-CURRENT = "current_model_state"  # the weights that train, if Lightning's averaging callbacks save the average
+# The weights that train, if Lightning's averaging callbacks save the average, and how far that has come.
+CURRENT, AVERAGING_STATE = "current_model_state", "averaging_state"
 K = TypeVar("K")
 
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.strategy.checkpoint.restore import parts_of
-from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS
+from lightning_memopt.strategy.checkpoint.save import CURRENT, STATES, WEIGHTS
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
 from lightning_memopt.strategy.files.opening import open_checkpoint
@@ -33,7 +33,8 @@ class Contents:
     Attributes:
         weights: Name → tensor, and extra state of modules.
         optimizers: A state dict per optimizer, as a single device saves it.
-        rest: Everything else: counters, loops, callbacks, schedulers, hyperparameters.
+        rest: Everything else: counters, loops, callbacks, schedulers, hyperparameters, and the weights that train
+            where the others are averaged.
     """
 
     weights: dict[str, Any]
@@ -104,7 +105,8 @@ def _in_directory(found: OpenedDirectory, value: Callable[[str], Any]) -> Conten
         set_element(trees, place, value(key))
     names = [name for name in trees if name.startswith(_OPTIMIZER) and name.removeprefix(_OPTIMIZER).isdecimal()]
     ordered = sorted(names, key=lambda name: int(name.removeprefix(_OPTIMIZER)))
-    return Contents(trees.get(WEIGHTS, {}), [_by_position(trees[name]) for name in ordered], found.rest)
+    rest = found.rest if CURRENT not in trees else {**found.rest, CURRENT: trees[CURRENT]}
+    return Contents(trees.get(WEIGHTS, {}), [_by_position(trees[name]) for name in ordered], rest)
 
 
 def _by_position(tree: Mapping[str, Any]) -> dict[str, Any]:
