@@ -110,10 +110,17 @@ def _in_directory(found: OpenedDirectory, value: Callable[[str], Any]) -> Conten
 
 
 def _by_position(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return optimizer state by name as a state dict by position, with the names beside the groups."""
+    """Return optimizer state by name as a state dict by position, with the names beside the groups.
+
+    Raises:
+        ValueError: If there is state of a parameter that no group lists.
+    """
     groups = tree.get("param_groups", [])
     names = [list(group.get("params", [])) for group in groups]
     number = {name: position for position, name in enumerate(itertools.chain(*names))}
+    unknown = next((name for name in tree.get("state", {}) if name not in number), None)
+    if unknown is not None:
+        raise ValueError(f"The checkpoint has optimizer state for parameter {unknown!r}, which no group lists.")
     return {
         "state": {number[name]: entries for name, entries in tree.get("state", {}).items()},
         "param_groups": [
