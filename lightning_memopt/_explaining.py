@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -32,11 +33,24 @@ def _explaining(load: Callable[..., Any]) -> Callable[..., Any]:
     def explained(path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(path, *args, **kwargs)
-        except IsADirectoryError as error:
-            from lightning_memopt.strategy.files.directory import explanation, is_checkpoint
+        except (IsADirectoryError, FileNotFoundError) as error:  # object stores have no directories
+            with contextlib.suppress(Exception):  # only Lightning's error counts
+                if _is_checkpoint(path):
+                    from lightning_memopt.strategy.files.directory import explanation
 
-            if is_checkpoint(Path(path)):
-                error.add_note(explanation(str(path)))
+                    error.add_note(explanation(str(path)))
             raise
 
     return explained
+
+
+def _is_checkpoint(path: Any) -> bool:
+    from lightning_memopt.strategy.files.directory import REST, is_checkpoint
+    from lightning_memopt.strategy.files.places import place_of
+    from lightning_memopt.strategy.files.remote import connect
+
+    place = place_of(path)
+    if isinstance(place, Path):
+        return is_checkpoint(place)
+    fs, name = connect(place)
+    return bool(fs.isfile(f"{name}/{REST}"))

@@ -59,6 +59,17 @@ def test_a_trainer_and_load_from_checkpoint_name_the_command(path, tmp_path):
     assert explained(error)
 
 
+def test_so_does_one_at_a_url():
+    url = "memory://explained/last one.ckpt"
+    save(url, Module(), format="directory")
+    with pytest.raises((IsADirectoryError, FileNotFoundError)) as error:
+        Module.load_from_checkpoint(url)
+    assert explained(error)
+    with pytest.raises((IsADirectoryError, FileNotFoundError)) as error:
+        Module.load_from_checkpoint("memory://explained")
+    assert not hasattr(error.value, "__notes__")
+
+
 def test_other_directories_are_not_explained(tmp_path):
     with pytest.raises(IsADirectoryError) as error:
         Module.load_from_checkpoint(tmp_path)

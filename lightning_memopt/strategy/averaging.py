@@ -18,13 +18,12 @@ from typing_extensions import override
 
 from lightning_memopt.sharding.tensors import local_tensor
 from lightning_memopt.strategy.agreement import rank_and_size
-from lightning_memopt.strategy.checkpoint.save import CURRENT, WEIGHTS
+from lightning_memopt.strategy.checkpoint.save import AVERAGING_STATE, CURRENT, WEIGHTS
 from lightning_memopt.strategy.checkpoint.states import WRAPPERS, gathered
 from lightning_memopt.strategy.model.shard import sharded_modules
 
 # The class of averaging callbacks. Lightning before 2.6 lacks it.
 AVERAGING: tuple[Any, ...] = (callbacks.WeightAveraging,) if hasattr(callbacks, "WeightAveraging") else ()
-_AVERAGING_STATE = "averaging_state"
 _with_shards: WeakSet[Trainer] = WeakSet()
 
 
@@ -186,6 +185,6 @@ def shown_to_callbacks(rest: dict[str, Any], model: nn.Module, averaged: nn.Modu
         model: The model that trains.
         averaged: The module of its average.
     """
-    if _AVERAGING_STATE not in rest:
+    if AVERAGING_STATE not in rest:
         return {**rest, WEIGHTS: model.state_dict()}
     return {**rest, WEIGHTS: averaged.state_dict(), CURRENT: model.state_dict()}

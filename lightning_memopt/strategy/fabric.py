@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_memopt.strategy.checkpoint.fabric import load_state, save_state
-from lightning_memopt.strategy.checkpoint.io import atomic_io
+from lightning_memopt.strategy.checkpoint.io import atomic_io, finish, in_background
 from lightning_memopt.strategy.gradients import (
     average_gradients,
     clip_grad_norm_,
@@ -132,6 +133,8 @@ class MemOptFabricStrategy(ModelParallelStrategy):
     @override
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
+        if in_background(io) is not None:
+            atexit.register(finish, io)  # Fabric has no end, and Python does not show the errors of its threads
 
     # ------------------------------------------------------------------ processes
 

@@ -15,8 +15,12 @@ from torch import Tensor
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt.strategy.checkpoint.save import AVERAGING_STATE, CURRENT, WEIGHTS
+from lightning_memopt.strategy.export.export_command import main as export
+from lightning_memopt.strategy.export.inspection import inspect_checkpoint
 from tests.strategy._fabric_checkpoints import EXPECTED, FORMATS, STEPS, Ordered
-from tests.strategy._training import trainer, whole, whole_weights
+from tests.strategy._fabric_checkpoints import start as by_fabric
+from tests.strategy._training import raises, trainer, whole, whole_weights
 from tests.strategy.cases.averaging import Ema
 from tests.strategy.cases.shared import close_weights
 
@@ -124,6 +128,34 @@ def files_are_those_of_lightnings_other_strategies(folder: Path) -> None:
     close_weights(run("file", Extra(start=STEPS, seed=1), ckpt_path=folder / "ddp"), expected, 1e-5)
 
 
+def an_export_holds_both(folder: Path) -> None:
+    """One file made of a directory equals the one that the run saves, with which others go on."""
+    path = folder / "exported.ckpt"
+    if dist.get_rank() == 0:
+        assert export([str(folder / "directory"), str(path), "--optimizer"]) == 0
+        found, expected = (torch.load(each, weights_only=True) for each in (path, folder / "file"))
+        assert found.keys() == expected.keys()
+        for part in (WEIGHTS, CURRENT):
+            assert list(found[part]) == list(expected[part])
+            tensors = [{k: v for k, v in each[part].items() if isinstance(v, Tensor)} for each in (found, expected)]
+            close_weights(*tensors, 0)
+        assert all(inspect_checkpoint(folder / name).averaged for name in FORMATS)
+
+
+def fabric_goes_on_from_the_average(folder: Path) -> None:
+    """What it passes on to a Trainer does not bring back the weights that trained before, or half of an average."""
+    for name, distributed in FORMATS.items():
+        made, state = by_fabric(distributed, seed=1)
+        rest = made.load(folder / name, state, strict=False)  # it has no extra state
+        assert not {CURRENT, AVERAGING_STATE} & rest.keys()
+        made.save(folder / f"fabric-{name}", {**rest, **state})
+        starts, callback = start(name, STEPS)
+        starts.fit(Ordered(start=STEPS, seed=2), ckpt_path=folder / f"fabric-{name}")
+        close_weights(averaged(callback), whole_weights(state["model"].module), 0)
+        with raises(ValueError, f"The key '{CURRENT}' of the state is where"):
+            made.save(folder / "refused", {**state, CURRENT: {}})
+
+
 def a_run_without_averages_goes_on_with_them(folder: Path) -> None:
     for name in FORMATS:
         plain = start(name, STEPS, callbacks=[])[0]
@@ -141,5 +173,5 @@ def a_run_without_averages_goes_on_with_them(folder: Path) -> None:
 CONTINUED: dict[str, Callable[[Path], None]] = {
     f"averaging-{name}": partial(averaging_continues, name=name) for name in FORMATS
 }
-ON_TWO = (the_average_is_what_others_load, files_are_those_of_lightnings_other_strategies,
-          a_run_without_averages_goes_on_with_them)  # fmt: skip
+ON_TWO = (the_average_is_what_others_load, files_are_those_of_lightnings_other_strategies, an_export_holds_both,
+          fabric_goes_on_from_the_average, a_run_without_averages_goes_on_with_them)  # fmt: skip

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -71,8 +70,6 @@ class CheckpointingStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if self._save_distributed_checkpoint:
-            self._warn_of_waiting()
         save_checkpoint(
             completed(checkpoint, whole=not self._save_distributed_checkpoint),
             self.broadcast(filepath),  # all ranks save to the same place
@@ -80,13 +77,6 @@ class CheckpointingStrategy(ModelParallelStrategy):
             distributed=self._save_distributed_checkpoint,
             storage_options=storage_options,
         )
-
-    def _warn_of_waiting(self) -> None:
-        if isinstance(self.checkpoint_io, AsyncCheckpointIO):
-            rank_zero_warn(
-                "AsyncCheckpointIO has no effect on checkpoint directories, which all ranks write before training goes "
-                "on: set `save_distributed_checkpoint=False` to save one file in the background."
-            )
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

@@ -15,7 +15,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_memopt._registry import listed
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
-from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS, model_state, optimizer_state, save_checkpoint
+from lightning_memopt.strategy.checkpoint.save import (
+    AVERAGING_STATE,
+    CURRENT,
+    STATES,
+    WEIGHTS,
+    model_state,
+    optimizer_state,
+    save_checkpoint,
+)
 
 SCHEDULERS, VERSION = "lr_schedulers", "pytorch-lightning_version"
 
@@ -58,7 +66,7 @@ class _Contents:
         schedulers = {key: value for key, value in state.items() if isinstance(value, LRScheduler)}
         known = {*models, *optimizers, *schedulers}
         others = {key: value for key, value in state.items() if key not in known}
-        taken = [key for key in (WEIGHTS, STATES) if key in others]
+        taken = [key for key in (WEIGHTS, CURRENT, STATES) if key in others]
         if taken:
             raise ValueError(
                 f"The key {taken[0]!r} of the state is where a checkpoint holds the module or its optimizers: give the "
@@ -165,7 +173,8 @@ def load_state(
         for scheduler, value in zip(contents.schedulers.values(), rest.pop(SCHEDULERS, []), strict=strict):
             scheduler.load_state_dict(value)
     _give(rest, contents.others, state)
-    return rest
+    # Of an average that the module has taken and goes on from; passed on, a Trainer would take them for its average's.
+    return {key: value for key, value in rest.items() if key not in (CURRENT, AVERAGING_STATE)}
 
 
 def _load(path: Any, *args: Any, **options: Any) -> dict[str, Any]:

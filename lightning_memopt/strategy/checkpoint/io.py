@@ -95,6 +95,26 @@ def save_with_checksums(value: Any, stream: Any) -> None:
         set_crc32_options(before)
 
 
+def in_background(checkpoint_io: Any) -> AsyncCheckpointIO | None:
+    """Return the wrapper that saves in the background, which may be inside of others; None without one."""
+    while isinstance(checkpoint_io, _WrappingCheckpointIO) and not isinstance(checkpoint_io, AsyncCheckpointIO):
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io if isinstance(checkpoint_io, AsyncCheckpointIO) else None
+
+
+def wait(checkpoint_io: CheckpointIO) -> None:
+    """Wait for pending saves in the background, and let later ones follow.
+
+    Raises:
+        BaseException: The error of a save in the background.
+    """
+    background = in_background(checkpoint_io)
+    if background is not None and background._executor is not None:
+        background._executor.submit(lambda: None).result()  # one thread, so all saves before it are done
+        if background._error is not None:
+            raise background._error
+
+
 def finish(checkpoint_io: CheckpointIO) -> None:
     """Wait for saves in the background. Lightning's wrappers do not pass this on to what they wrap.
 
@@ -140,10 +160,8 @@ def remove_in_order(checkpoint_io: CheckpointIO, path: str | Path) -> None:
     Lightning's callbacks remove the old checkpoint once they have asked for the new one. A run that is killed before
     that one is complete would be left with none.
     """
-    background = checkpoint_io
-    while isinstance(background, _WrappingCheckpointIO) and not isinstance(background, AsyncCheckpointIO):
-        background = background.checkpoint_io  # type: ignore[assignment]
-    if not isinstance(background, AsyncCheckpointIO) or background._executor is None:
+    background = in_background(checkpoint_io)
+    if background is None or background._executor is None:
         checkpoint_io.remove_checkpoint(path)
         return
 

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_memopt.optim.checkpoint.resume import loading_from
 from lightning_memopt.strategy.agreement import on_all, rank_and_size
 from lightning_memopt.strategy.checkpoint.compatibility import Optimizers, check_counts, check_family, check_weights
-from lightning_memopt.strategy.checkpoint.io import reads_plainly
+from lightning_memopt.strategy.checkpoint.io import in_background, reads_plainly, wait
 from lightning_memopt.strategy.checkpoint.load_directory import load_directory, read_objects
 from lightning_memopt.strategy.checkpoint.restore import (
     Adapting,
@@ -71,6 +71,8 @@ def load_checkpoint(
         pickle.UnpicklingError: If a file contains objects that are not allowed.
     """
     place = place_of(path)
+    if in_background(checkpoint_io) is not None:
+        on_all(lambda: wait(checkpoint_io), group)  # the checkpoint may be the one that the first rank still writes
     if not is_web(place) and (reads_plainly(checkpoint_io) or is_directory(place)):
         opening = partial(open_checkpoint, place, weights_only=weights_only, verify=verify)
         with closing(open_together(place, opening, group)) as opened:

@@ -49,7 +49,7 @@ def load_directory(
     for target in targets.values():
         check_weights(target.saved, target.expected, strict, fitting=bool(trained))
     if trained:
-        _read_groups(opened, saved)
+        on_all(lambda: _read_groups(opened, saved), group)
     restore: list[Callable[[], None]] = []
     # Everything is read and checked before anything is written. So weights exist twice for a while, which takes as
     # much memory as gradients do in training.
@@ -67,10 +67,10 @@ def load_directory(
             for part, target in targets.items()
         }
         _read(opened, weights, weights_only, group)
-        for part, found in weights.items():
-            found |= read_objects(opened, part)
 
         def check() -> None:
+            for part, found in weights.items():
+                found |= read_objects(opened, part)
             for (state, named), optimizer in zip(ready, trained, strict=False):
                 restore.append(prepare_optimizer(state, optimizer, model, share, named=named, whole=False))
             for part, target in targets.items():

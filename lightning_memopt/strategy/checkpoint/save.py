@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan, save
 from torch.distributed.checkpoint.api import CheckpointException
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from lightning_memopt.optim.groups import NAMES, plain_group
 from lightning_memopt.strategy.agreement import describe, on_all, on_first, rank_and_size
-from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, innermost, save_with_checksums
+from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, in_background, innermost, save_with_checksums
 from lightning_memopt.strategy.checkpoint.states import by_name, gathered, names_of
 from lightning_memopt.strategy.files import atomic
 from lightning_memopt.strategy.files.checksums import Checksum
@@ -27,7 +28,8 @@ from lightning_memopt.strategy.files.directory import CHECKSUMS, check_replaceab
 from lightning_memopt.strategy.files.places import place_of
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
-CURRENT = "current_model_state"  # the weights that train, if Lightning's averaging callbacks save the average
+# The weights that train, if Lightning's averaging callbacks save the average, and how far that has come.
+CURRENT, AVERAGING_STATE = "current_model_state", "averaging_state"
 K = TypeVar("K")
 
 
@@ -93,6 +95,11 @@ def save_checkpoint(
             "`save_checkpoint(..., storage_options=...)` is not supported: pass them to a custom `CheckpointIO` plugin."
         )
     if distributed:
+        if in_background(checkpoint_io) is not None:
+            rank_zero_warn(
+                "AsyncCheckpointIO has no effect on checkpoint directories, which all ranks write before training goes "
+                "on: set `save_distributed_checkpoint=False` to save one file in the background."
+            )
         save_directory(checkpoint, path)
     else:
         save_file(checkpoint, path, checkpoint_io)

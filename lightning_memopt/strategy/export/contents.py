@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.strategy.checkpoint.restore import parts_of
-from lightning_memopt.strategy.checkpoint.save import STATES, WEIGHTS
+from lightning_memopt.strategy.checkpoint.save import CURRENT, STATES, WEIGHTS
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 from lightning_memopt.strategy.files.opened_file import OpenedFile
 from lightning_memopt.strategy.files.opening import open_checkpoint
@@ -33,7 +33,8 @@ class Contents:
     Attributes:
         weights: Name → tensor, and extra state of modules.
         optimizers: A state dict per optimizer, as a single device saves it.
-        rest: Everything else: counters, loops, callbacks, schedulers, hyperparameters.
+        rest: Everything else: counters, loops, callbacks, schedulers, hyperparameters, and the weights that train
+            where the others are averaged.
     """
 
     weights: dict[str, Any]
@@ -104,14 +105,22 @@ def _in_directory(found: OpenedDirectory, value: Callable[[str], Any]) -> Conten
         set_element(trees, place, value(key))
     names = [name for name in trees if name.startswith(_OPTIMIZER) and name.removeprefix(_OPTIMIZER).isdecimal()]
     ordered = sorted(names, key=lambda name: int(name.removeprefix(_OPTIMIZER)))
-    return Contents(trees.get(WEIGHTS, {}), [_by_position(trees[name]) for name in ordered], found.rest)
+    rest = found.rest if CURRENT not in trees else {**found.rest, CURRENT: trees[CURRENT]}
+    return Contents(trees.get(WEIGHTS, {}), [_by_position(trees[name]) for name in ordered], rest)
 
 
 def _by_position(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return optimizer state by name as a state dict by position, with the names beside the groups."""
+    """Return optimizer state by name as a state dict by position, with the names beside the groups.
+
+    Raises:
+        ValueError: If there is state of a parameter that no group lists.
+    """
     groups = tree.get("param_groups", [])
     names = [list(group.get("params", [])) for group in groups]
     number = {name: position for position, name in enumerate(itertools.chain(*names))}
+    unknown = next((name for name in tree.get("state", {}) if name not in number), None)
+    if unknown is not None:
+        raise ValueError(f"The checkpoint has optimizer state for parameter {unknown!r}, which no group lists.")
     return {
         "state": {number[name]: entries for name, entries in tree.get("state", {}).items()},
         "param_groups": [

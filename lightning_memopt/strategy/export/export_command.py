@@ -18,6 +18,7 @@ from lightning_memopt.strategy.export.contents import Contents, contents, opened
 from lightning_memopt.strategy.export.transformers_model import model_of_config, model_of_module, with_weights
 from lightning_memopt.strategy.export.weights import converted, without_prefix
 from lightning_memopt.strategy.export.writing import check_free, write_pickled, write_pretrained, write_safetensors
+from lightning_memopt.strategy.files.places import place_of
 from lightning_memopt.terminal.parser import EXPECTED, Parser
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +37,10 @@ def main(args: Sequence[str]) -> int:
     """
     parser = _parser()
     options = parser.parse_args(args)
-    out = Path(options.out)
+    place = place_of(options.out)
+    if not isinstance(place, Path):
+        parser.error(f"{options.out!r} is a URL, and an export is written to local files: name a path, and copy it.")
+    out = place
     _check(parser, options, out)
     try:
         check_free(out, force=options.force)

@@ -73,7 +73,7 @@ def _lines(found: Inspection) -> list[str]:
     lines = [f"{found.path}: {kind}, {size}", ", ".join(facts)]
     lines.append(
         f"weights: {found.weights} tensors, {found.parameters:,} elements, {format_bytes(found.weight_bytes)}, "
-        f"{', '.join(found.dtypes) or 'none'}"
+        f"{', '.join(found.dtypes) or 'none'}{', averaged, beside those that train' if found.averaged else ''}"
     )
     why = " (another tool or an earlier version saved it)" if found.checksums == "none" else ""
     lines.append(f"checksums: {found.checksums}{why}")

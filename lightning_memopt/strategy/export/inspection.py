@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from lightning_memopt.optim.checkpoint.names import saved_names
+from lightning_memopt.strategy.checkpoint.save import CURRENT
 from lightning_memopt.strategy.export.contents import Contents, opened, outline
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
 
@@ -76,6 +77,7 @@ class Inspection:
         parameters: Number of elements of all weights, with buffers.
         weight_bytes: Size of all weights.
         dtypes: The dtypes of weights.
+        averaged: Whether they are averages, beside which the weights that train are saved.
         optimizers: The optimizers.
     """
 
@@ -91,6 +93,7 @@ class Inspection:
     parameters: int
     weight_bytes: int
     dtypes: list[str]
+    averaged: bool
     optimizers: list[SavedOptimizer]
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +134,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = True) -> Inspection:
         parameters=sum(value.numel() for value in tensors),
         weight_bytes=sum(value.nbytes for value in tensors),
         dtypes=sorted({str(value.dtype).removeprefix("torch.") for value in tensors}),
+        averaged=CURRENT in content.rest,
         optimizers=_optimizers(content),
     )
 

@@ -15,7 +15,8 @@ CHECKSUMS = "lightning_memopt_checksums"  # key in `meta.pt`: size and CRC-32 of
 SAMPLED = "lightning_memopt_files"  # the key of earlier versions: checksums of samples
 NOTE = "HOW_TO_READ_THIS.txt"  # for whoever finds the folder; nothing reads it
 SHARDS = re.compile(r"__\d+_\d+\.distcp")
-_OURS = re.compile(rf"meta\.pt|\.metadata(\.tmp)?|{re.escape(NOTE)}|{SHARDS.pattern}")
+SAVE = re.compile(r"save-([0-9a-f]+)-(\d+)-(\d+)-[0-9a-f]+")  # of a save to a URL: machine, process, time, number
+_OURS = re.compile(rf"meta\.pt|\.metadata(\.tmp)?|{re.escape(NOTE)}|{SHARDS.pattern}|{SAVE.pattern}")
 
 
 def is_checkpoint(path: Path) -> bool:

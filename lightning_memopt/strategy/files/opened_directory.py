@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from lightning_memopt._registry import listed
 from lightning_memopt.strategy.files.atomic import current
 from lightning_memopt.strategy.files.checksums import Checksum, checksum, parsed
-from lightning_memopt.strategy.files.directory import CHECKSUMS, INDEX, REST, SAMPLED, SHARDS, is_checkpoint
+from lightning_memopt.strategy.files.directory import CHECKSUMS, INDEX, REST, SAMPLED, SAVE, SHARDS, is_checkpoint
 from lightning_memopt.strategy.files.folders import Folder, open_folder, whole_size
 from lightning_memopt.strategy.files.metadata import parse_metadata
 from lightning_memopt.strategy.files.opened_file import naming, verify_zip
 from lightning_memopt.strategy.files.places import Place, inside
-from lightning_memopt.strategy.files.remote import PARTS, SAVE
+from lightning_memopt.strategy.files.remote import PARTS
 
 
 class OpenedDirectory:

@@ -13,20 +13,20 @@ So a reader sees the old or the new save, and a save that is killed leaves no mo
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import os
-import re
+import pickletools
 import secrets
 import time
+import zipfile
 from typing import Any
 
-import torch
-
 from lightning_memopt.strategy.files.atomic import MAX_AGE
-from lightning_memopt.strategy.files.directory import INDEX, NOTE, REST, SHARDS
+from lightning_memopt.strategy.files.directory import INDEX, NOTE, REST, SAVE, SHARDS
 from lightning_memopt.strategy.files.processes import is_alive, machine
 
 PARTS = "lightning_memopt_parts"  # key in `meta.pt`: the folder of the save
-SAVE = re.compile(r"save-([0-9a-f]+)-(\d+)-(\d+)-[0-9a-f]+")
 
 _active: set[str] = set()
 
@@ -81,10 +81,11 @@ def begin(url: str) -> str:
     fs, path = connect(url)
     # In this order: a save that becomes current meanwhile was alive, and what is current now is kept.
     left = [name for name in _names(fs, path) if _is_abandoned(path, name)]
-    kept = current(fs, path)
-    for name in left:
-        if name != kept:
-            _remove(fs, f"{path}/{name}")
+    with contextlib.suppress(Exception):  # any folder may be the current one if `meta.pt` cannot be read
+        kept = current(fs, path) if left else None
+        for name in left:
+            if name != kept:
+                _remove(fs, f"{path}/{name}")
     name = f"save-{machine()}-{os.getpid()}-{int(time.time())}-{secrets.token_hex(4)}"
     _active.add(f"{path}/{name}")
     return f"{url.rstrip('/')}/{name}"
@@ -100,7 +101,9 @@ def commit(new: str, url: str, rest: bytes, note: bytes) -> None:
         note: The content of the note for readers.
     """
     fs, path = connect(url)
-    before = current(fs, path)
+    before = None
+    with contextlib.suppress(Exception):  # damaged, and replaced now: the next save removes its folder
+        before = current(fs, path)
     fs.pipe_file(f"{path}/{NOTE}", note)
     fs.pipe_file(f"{path}/{REST}", rest)
     _active.discard(connect(new)[1])
@@ -116,7 +119,11 @@ def abandon(new: str) -> None:
     fs, path = connect(new)
     if path in _active:
         _active.discard(path)
-        _remove(fs, path)
+        checkpoint, _, name = path.rpartition("/")
+        # The error may have come after the store had taken `meta.pt`: a request that timed out, or Ctrl-C.
+        with contextlib.suppress(Exception):
+            if current(fs, checkpoint) != name:
+                _remove(fs, path)
 
 
 def discard(url: str) -> None:
@@ -129,13 +136,22 @@ def discard(url: str) -> None:
 
 
 def current(fs: Any, path: str) -> str | None:
-    """Return the folder of the current save; None if there is none, or ``meta.pt`` cannot be read."""
-    with contextlib.suppress(Exception):  # damaged, or from another tool: nothing is known to be replaced
-        with fs.open(f"{path}/{REST}", "rb") as stream:
-            rest = torch.load(stream, map_location="cpu", weights_only=True)
-        if isinstance(rest.get(PARTS), str) and SAVE.fullmatch(rest[PARTS]):
-            return rest[PARTS]
-    return None
+    """Return the folder of the current save; None if there is none.
+
+    Nothing is unpickled: ``meta.pt`` may hold objects that only its user trusts.
+
+    Raises:
+        Exception: If ``meta.pt`` cannot be read. Then nothing is known of the folders.
+    """
+    try:
+        content = fs.cat_file(f"{path}/{REST}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    texts = [argument for opcode, argument, _ in pickletools.genops(pickled) if "UNICODE" in opcode.name]
+    found = [value for key, value in itertools.pairwise(texts) if key == PARTS and SAVE.fullmatch(str(value))]
+    return str(found[-1]) if found else None
 
 
 def _is_abandoned(path: str, name: str) -> bool:

@@ -80,11 +80,11 @@ def _opened(path: Place, open_: Callable[[], T], everywhere: Callable[[Callable[
 
 def _version(path: Place) -> object:
     """Return values that change when a path is replaced. Inode numbers alone are soon reused."""
-    if not isinstance(path, Path):
-        return version(path)
     try:
+        if not isinstance(path, Path):
+            return version(path)
         found = path.stat()
-    except OSError:
+    except Exception:  # opening raises it, on all ranks
         return None
     return found.st_dev, found.st_ino, found.st_ctime_ns
 

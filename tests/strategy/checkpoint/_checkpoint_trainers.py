@@ -375,8 +375,9 @@ def a_save_that_fails_in_the_background_ends_the_run(ranks: dict[int, World], fo
             super().save_checkpoint(checkpoint, path, storage_options)
 
     class Waiting(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            time.sleep(0.3)  # the save of the last step has failed by now
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if executor := trainer.strategy.checkpoint_io._executor:
+                executor.submit(lambda: None).result()  # the save of the last step has failed by now
 
     latest = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1)
     failing = trainer(folder, "file", latest, Waiting(), plugins=[AsyncCheckpointIO(Failing())])  # 4 steps

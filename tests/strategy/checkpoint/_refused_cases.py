@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_memopt.sharding.tensors import local_tensor
+from lightning_memopt.strategy.checkpoint import load_directory
 from lightning_memopt.strategy.files import same_save
 from lightning_memopt.strategy.files.checksums import ChecksummedStream
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
@@ -109,6 +110,24 @@ def what_one_rank_finds_unsound(ranks: dict[int, World], folder: Path) -> None:
                 save(path, model, optimizer, format=format, world=world)
                 with unchanged(other, twin), raises(ValueError, "The saved optimizer state", has, "the run diverged"):
                     load(path, other, twin, world=world)
+
+
+@case
+def what_one_rank_cannot_read(ranks: dict[int, World], folder: Path) -> None:
+    """As where another save removes it: the other ranks, which can read it, raise the error instead of waiting."""
+    world = ranks[2]
+    if not world.mine:
+        return
+    model, optimizer = after_a_step(adamw, world)
+    save(folder / "saved", model, optimizer, format="directory", world=world)
+    for owner, name in ((OpenedDirectory, "whole"), (load_directory, "read_objects"), (OpenedDirectory, "tensor")):
+        failing: Any = mock.patch.object(owner, name, side_effect=ValueError("gone"))
+        with (
+            failing if dist.get_rank() else contextlib.nullcontext(),
+            unchanged(model, optimizer),
+            raises(ValueError, "gone"),
+        ):
+            load(folder / "saved", model, optimizer, world=world)
 
 
 @case

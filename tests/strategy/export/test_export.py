@@ -186,6 +186,8 @@ def test_nothing_is_replaced_without_force(tmp_path, capsys):
     out = tmp_path / "weights.pt"
     out.write_text("mine")
     assert "exists: name another place, or add --force to replace it" in refused(main, capsys, path, out)
+    text = refused(main, capsys, path, "s3://bucket/weights.pt")
+    assert "'s3://bucket/weights.pt' is a URL, and an export is written to local files: name a path" in text
     assert out.read_text() == "mine"
     exported(path, out, "--force")
     assert_equal(torch.load(out, weights_only=True), dict(net.state_dict()))

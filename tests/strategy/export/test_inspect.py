@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("lightning.pytorch")
 
 import lightning_memopt as lm
+from lightning_memopt.strategy.checkpoint.save import save_directory
 from lightning_memopt.strategy.export.inspect_command import main
 from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE
 from tests.strategy.export._saved import FORMATS, refused, save
@@ -108,6 +109,14 @@ def test_a_checkpoint_without_checksums_is_shown_without_a_warning(tmp_path, cap
     assert main([str(path)]) == 0
     assert "checksums: none (another tool or an earlier version saved it)" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "checksums" in str(warning.message)]
+
+
+def test_state_that_no_group_lists_is_an_error(tmp_path, capsys):
+    """As a filter of Fabric may leave it."""
+    states = [{"state": {"weight": {"exp_avg": torch.ones(2)}}}]
+    save_directory({"state_dict": {"weight": torch.ones(2)}, "optimizer_states": states}, tmp_path / "last.ckpt")
+    text = refused(main, capsys, tmp_path / "last.ckpt")
+    assert "The checkpoint has optimizer state for parameter 'weight', which no group lists." in text
 
 
 def test_nothing_is_run(tmp_path, capsys):

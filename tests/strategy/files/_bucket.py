@@ -34,8 +34,9 @@ class Bucket(AbstractFileSystem):
             if key == path or key.startswith(f"{path}/"):
                 name = "/".join(key.split("/")[: path.count("/") + 2]) if key != path else key
                 if name == key:
-                    size = file.stat().st_size
-                    found[name] = {"name": name, "size": size, "type": "file", "changed": file.stat().st_ino}
+                    facts = file.stat()  # inode numbers alone are soon reused
+                    changed = facts.st_ino, facts.st_ctime_ns
+                    found[name] = {"name": name, "size": facts.st_size, "type": "file", "changed": changed}
                 else:
                     found.setdefault(name, {"name": name, "size": 0, "type": "directory"})
         if not found:

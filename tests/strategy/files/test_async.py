@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from lightning_memopt import MemOptFabricStrategy
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO, finish, remove_in_order
+from lightning_memopt.strategy.checkpoint.load import load_checkpoint
 from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_state, save_file
 from tests.strategy.files.test_atomic import NEW, OLD, left_at_any_moment, load, names, training
 
@@ -65,6 +69,10 @@ class Slow(AtomicCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+def full(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
 class Own(_WrappingCheckpointIO):
     """Somebody's wrapper around Lightning's."""
 
@@ -75,10 +83,7 @@ def test_a_save_that_fails_keeps_the_old_checkpoint_and_is_told(tmp_path, monkey
     background = AsyncCheckpointIO(Slow())
     outer = Own(background) if wrapped else background
 
-    def fail(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", full)
     save(tmp_path / "new.ckpt", NEW, outer)
     remove_in_order(outer, tmp_path / "old.ckpt")
     with pytest.raises(OSError, match="Saving '.*new.ckpt' failed: OSError: .*No space left on device"):
@@ -100,6 +105,43 @@ def test_a_removal_that_fails_is_told(tmp_path, monkeypatch):
     remove_in_order(background, tmp_path / "old.ckpt")
     with pytest.raises(PermissionError, match="Permission denied"):
         background.teardown()
+
+
+def test_a_load_waits_for_the_save(tmp_path):
+    outer = Own(AsyncCheckpointIO(Slow()))
+    for value in (OLD, NEW):
+        save(tmp_path / "last.ckpt", value, outer)
+        model, optimizer = training(0)
+        assert load_checkpoint(tmp_path / "last.ckpt", model, [optimizer], outer)["global_step"] == value
+    finish(outer)
+
+
+def test_a_load_after_a_save_that_failed_raises_its_error(tmp_path, monkeypatch):
+    """It would load what the save should have replaced."""
+    save(tmp_path / "last.ckpt", OLD, AtomicCheckpointIO())
+    background = AsyncCheckpointIO(Slow())
+    monkeypatch.setattr(os, "fsync", full)
+    save(tmp_path / "last.ckpt", NEW, background)
+    model, optimizer = training(0)
+    with pytest.raises(OSError, match="Saving '.*last.ckpt' failed: .*No space left on device"):
+        load_checkpoint(tmp_path / "last.ckpt", model, [optimizer], background)
+
+
+def test_a_process_with_fabric_waits_at_its_end_and_shows_an_error(tmp_path, monkeypatch):
+    at_end: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda function, *args: at_end.append(partial(function, *args)))
+    strategy = MemOptFabricStrategy()
+    strategy.checkpoint_io = AtomicCheckpointIO()
+    assert not at_end
+    strategy.checkpoint_io = Own(AsyncCheckpointIO(Slow()))
+    save(tmp_path / "last.ckpt", NEW, strategy.checkpoint_io)
+    (finishing,) = at_end
+    finishing()
+    assert load(tmp_path / "last.ckpt") == NEW
+    save(tmp_path / "missing" / "last.ckpt", NEW, strategy.checkpoint_io)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="Saving '.*last.ckpt' failed"):
+        finishing()
 
 
 def test_without_a_save_in_the_background_nothing_waits(tmp_path):

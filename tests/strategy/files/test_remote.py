@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -16,14 +17,15 @@ import torch
 import lightning_memopt as lm
 from lightning_memopt.strategy.checkpoint.io import AtomicCheckpointIO
 from lightning_memopt.strategy.checkpoint.load import load_checkpoint
+from lightning_memopt.strategy.checkpoint.save import save_directory
 from lightning_memopt.strategy.export.export_command import main as export
 from lightning_memopt.strategy.export.inspection import inspect_checkpoint
-from lightning_memopt.strategy.files import remote
-from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE
-from lightning_memopt.strategy.files.remote import PARTS, SAVE
+from lightning_memopt.strategy.files import remote, same_save
+from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE, SAVE
+from lightning_memopt.strategy.files.remote import PARTS
 from tests.strategy.files import _faults
 from tests.strategy.files._bucket import Bucket
-from tests.strategy.files._faults import forked, load, same, save
+from tests.strategy.files._faults import Hostile, forked, load, same, save
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +77,9 @@ def test_the_folder(bucket, tmp_path):
     ]
     Bucket().get(URL, str(tmp_path / "copy"), recursive=True)
     assert same(load(tmp_path / "copy"), expected)
+    expected = save(tmp_path / "copy", 5, whole=False)
+    assert same(load(tmp_path / "copy"), expected)
+    assert not any(map(SAVE.fullmatch, os.listdir(tmp_path / "copy"))), "the save that was replaced"
     save(tmp_path / "local", 3, whole=False)
     Bucket().put(str(tmp_path / "local") + "/", "bucket://runs/copied", recursive=True)
     assert load("bucket://runs/copied")[2]["global_step"] == 3
@@ -177,6 +182,60 @@ def test_a_write_that_fails_changes_nothing(bucket, monkeypatch, whole):
     Bucket.root = bucket
     assert same(load(URL), expected)
     assert keys() == before
+
+
+def test_a_save_with_objects_that_only_its_user_trusts_is_kept_until_the_next_is_complete(bucket, monkeypatch):
+    """Which save is current is read from `meta.pt` without unpickling it."""
+    weights = {"state_dict": {"weight": torch.ones(2)}, "hyper_parameters": Hostile(bucket / "was-run")}
+    save_directory(weights, URL)
+    (old,) = saves()
+
+    def complete(operation: str) -> None:
+        if operation == "put":
+            assert old in saves()
+
+    monkeypatch.setattr(Bucket, "before", staticmethod(complete))
+    save_directory(weights, URL)
+    assert len(saves() - {old}) == len(saves()) == 1
+    assert not (bucket / "was-run").exists()
+
+
+def test_nothing_is_removed_while_it_is_not_known_what_is_current(bucket):
+    save(URL, 1, whole=False)
+    (old,) = saves()
+    Bucket().pipe_file(f"{URL}/meta.pt", b"damaged")
+    new = remote.begin(URL)
+    assert saves() == {old}
+    remote.abandon(new)
+    save(URL, 2, whole=False)
+    save(URL, 3, whole=False)
+    assert len(saves()) == 1
+
+
+def test_an_error_after_the_store_has_taken_a_save_leaves_it(bucket, monkeypatch):
+    """As of a request that times out: nobody knows whether it has arrived."""
+    save(URL, 1, whole=False)
+    put = Bucket.pipe_file
+
+    def unknown(self: Bucket, path: str, value: bytes, **options: Any) -> None:
+        put(self, path, value, **options)
+        if path.endswith("meta.pt"):
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(Bucket, "pipe_file", unknown)
+    with pytest.raises(OSError, match="no answer"):
+        save(URL, 2, whole=False)
+    monkeypatch.setattr(Bucket, "pipe_file", put)
+    assert load(URL)[2]["global_step"] == 2
+    save(URL, 3, whole=False)
+    assert len(saves()) == 1
+
+
+def test_a_store_that_does_not_answer_is_an_error_of_opening(bucket, monkeypatch):
+    """All ranks get to that, and raise the error together. Before it, one alone would leave the others waiting."""
+    save(URL, 1, whole=False)
+    monkeypatch.setattr(Bucket, "info", lambda *args, **options: 1 / 0)
+    assert same_save._version(URL) is None
 
 
 @FORMATS
