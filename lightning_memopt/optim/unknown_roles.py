@@ -98,7 +98,9 @@ def _described(block: Block) -> str:
 def _of_nothing_saved(blocks: Sequence[Block]) -> Iterator[str]:
     """Report a recipe that compresses, but none of the matrices that train."""
     matrices = [block for block in blocks if not block.layout.vector and block.role != "vector"]
-    mine = [block for block in matrices if compresses_any(block.plan)]
+    plans = {id(block.plan): block.plan for block in matrices}
+    able = {key for key, plan in plans.items() if compresses_any(plan)}
+    mine = [block for block in matrices if id(block.plan) in able]
     if not mine or any(map(_is_kept_small, matrices)):
         return
     roles = listed(sorted({block.role for block in mine}))
