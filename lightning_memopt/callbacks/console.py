@@ -25,5 +25,8 @@ def warn_on_failed_write(callback: object, folder: Path) -> Iterator[None]:
     """Warn if a report cannot be written, for example to a full disk. This must not stop training, or hide an error."""
     try:
         yield
-    except OSError as error:
-        rank_zero_warn(f"{type(callback).__name__} could not write its report to {str(folder)!r}: {error}.")
+    except Exception as error:  # of any type: loggers have their own
+        rank_zero_warn(
+            f"{type(callback).__name__} could not write its report to {str(folder)!r} "
+            f"({type(error).__name__}: {error})."
+        )

@@ -140,7 +140,7 @@ class MemOptCLI(LightningCLI):
         """Return the optimizer and the scheduler of the command line.
 
         Raises:
-            MisconfigurationException: If a schedule needs the length of training, and training has no end.
+            MisconfigurationException: If a schedule needs the length of training, and it is unknown.
         """
         if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
             return super().configure_optimizers(lightning_module, optimizer, lr_scheduler)
@@ -152,11 +152,11 @@ class MemOptCLI(LightningCLI):
                     "--lr_scheduler.total_steps in epochs."
                 )
             steps = lightning_module.trainer.estimated_stepping_batches
-            if not math.isfinite(steps):
+            if steps < 0 or math.isinf(steps):  # -1 if the data have no length
                 raise MisconfigurationException(
-                    f"Training has no end, so the {lr_scheduler.decay} decay of WarmupSchedule has no length. Set "
-                    "--trainer.max_steps or --trainer.max_epochs, or --lr_scheduler.total_steps, or "
-                    "--lr_scheduler.decay=constant."
+                    "Training has no end, or an epoch no known length, so the "
+                    f"{lr_scheduler.decay} decay of WarmupSchedule has no length. Set --trainer.max_steps, or "
+                    "--lr_scheduler.total_steps, or --lr_scheduler.decay=constant."
                 )
             lr_scheduler.total_steps = max(1, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}

@@ -46,7 +46,7 @@ def _configs(args: Sequence[str]) -> Iterator[str]:
 
 def _project(file: Path) -> list[Path]:
     """Return the folders from a file up to the top of its project, or its own folder if there is no such top."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # nor does this fail on a config that is given as text
         return []
     folders = list(file.resolve().parents)
     for count, folder in enumerate(folders, start=1):

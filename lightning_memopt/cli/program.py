@@ -47,6 +47,11 @@ def run() -> None:
         # Otherwise the interpreter fails again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = READER_GONE
+    except SystemExit as end:
+        # Tables handle the error themselves, and end with status 1.
+        if isinstance(end.__context__, BrokenPipeError):
+            end.code = READER_GONE
+        raise
     sys.exit(status)
 
 

@@ -235,6 +235,11 @@ def all_layers(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
 
 
+def numel(block: Block) -> int:
+    """Return the number of elements of a block, over all ranks."""
+    return math.prod(block.layout.shape)
+
+
 def initial_state(blocks: Sequence[Block]) -> dict[str, Tensor]:
     """Return the state of a parameter before its first step."""
     state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}

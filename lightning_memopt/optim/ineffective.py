@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_memopt._registry import listed
-from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.block import Block, numel
 from lightning_memopt.plans.effect import PlanWarning
 from lightning_memopt.plans.plan import Plan, applies
 from lightning_memopt.plans.roles import NAMING_SCHEMES
 from lightning_memopt.sharding.consensus import rank
+
+# Share of the weights with a rank below which it does not matter that it is more than they can have.
+FEW = 0.1
 
 
 def warn_of_no_effect(
@@ -60,13 +63,19 @@ def _overrides(plan: Plan, training: Sequence[Block], frozen: Sequence[Block]) -
 
 
 def _ranks(training: Sequence[Block]) -> Iterator[str]:
-    """Report ranks that are larger than a block's short side."""
-    found: dict[int, list[Block]] = {}
+    """Report ranks that are larger than a block's short side, unless it is that of a few small blocks."""
+    asked: dict[int, list[Block]] = {}
     for block in training:
         wanted = getattr(block.plan.recipe(block.name, block.role).momentum, "rank", None)
-        if isinstance(wanted, int) and wanted > block.layout.short_side == getattr(block.recipe.momentum, "rank", None):
-            found.setdefault(wanted, []).append(block)
-    for wanted, blocks in found.items():
+        if isinstance(wanted, int):
+            asked.setdefault(wanted, []).append(block)
+    for wanted, those in asked.items():
+        blocks = [
+            block for block in those if wanted > block.layout.short_side == getattr(block.recipe.momentum, "rank", None)
+        ]
+        # Heads of two classes, and embeddings of two token types, are a part of many models.
+        if sum(map(numel, blocks)) <= FEW * sum(map(numel, those)):
+            continue
         names = listed([f"{block.name} ({block.layout.short_side})" for block in blocks], 3)
         yield (
             f"`rank` {wanted} is more than {len(blocks)} block{'s' * (len(blocks) > 1)} can have, whose rank is their "

@@ -38,6 +38,7 @@ class WarmupSchedule(LRScheduler):
         last_epoch: As in torch's schedulers: the last step that was taken, or -1.
 
     Raises:
+        TypeError: If a number of steps is not an integer.
         ValueError: If a value is out of range, or ``step`` is called while the length of a decay is unknown.
 
     Example:
@@ -65,6 +66,9 @@ class WarmupSchedule(LRScheduler):
         total_steps: int | None = None,
         last_epoch: int = -1,
     ) -> None:
+        for name, value in (("warmup_steps", warmup_steps), ("total_steps", 1 if total_steps is None else total_steps)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be a number of steps, not a share of them, got {value!r}.")
         if warmup_steps < 0:
             raise ValueError(f"`warmup_steps` must not be negative, got {warmup_steps}.")
         if decay not in DECAYS:
@@ -94,7 +98,10 @@ class WarmupSchedule(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of every group. Groups that were added later follow the schedule, too."""
         for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            self.base_lrs.append(group.setdefault("initial_lr", group["lr"]))
+            rate = group["lr"]
+            # A tensor is changed in place.
+            rate = rate.clone() if isinstance(rate, Tensor) else rate
+            self.base_lrs.append(group.setdefault("initial_lr", rate))
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:

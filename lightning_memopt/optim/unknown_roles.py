@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from lightning_memopt._registry import listed
-from lightning_memopt.optim.block import Block, all_layers
+from lightning_memopt.optim.block import Block, all_layers, numel
 from lightning_memopt.plans.effect import compresses, compresses_any
 from lightning_memopt.plans.recipe import AXES, Recipe
 from lightning_memopt.plans.roles import unsplit
@@ -20,6 +21,8 @@ KNOWN = "mlp"
 MANY = 0.1
 # Share of what is saved where all roles are known, below which fewer unknown ones are worth a warning, too.
 HALF = 0.5
+# Share of AdamW's state that nobody would miss.
+SLIGHT = 0.02
 
 
 class RoleWarning(UserWarning):
@@ -41,19 +44,19 @@ def warn_of_unknown_roles(training: Sequence[Block], *, bound: bool) -> None:
 
 
 def _of_roles(blocks: Sequence[Block], bound: bool) -> Iterator[str]:
-    unknown = sorted((block for block in blocks if _undecided(block)), key=_numel, reverse=True)
-    numel = sum(map(_numel, blocks))
-    share = sum(map(_numel, unknown)) / max(1, numel)
-    now = sum(_saved(block, block.recipe) for block in blocks) / max(1, 2 * numel)
+    unknown = sorted((block for block in blocks if _undecided(block)), key=numel, reverse=True)
+    total = sum(map(numel, blocks))
+    share = sum(map(numel, unknown)) / max(1, total)
+    now = sum(_saved(block, block.recipe) for block in blocks) / max(1, 2 * total)
     known = {id(block): block.plan.recipe(block.name, KNOWN).resolve(block.layout) for block in unknown}
-    then = sum(_saved(block, known.get(id(block), block.recipe)) for block in blocks) / max(1, 2 * numel)
-    little = now < HALF * then
+    then = sum(_saved(block, known.get(id(block), block.recipe)) for block in blocks) / max(1, 2 * total)
+    little = then > SLIGHT and now < HALF * then
     if not unknown or (share <= MANY and not little):
         return
     recipes = " and ".join(repr(name) for name in dict.fromkeys(block.plan.name for block in unknown))
     effect = f"saves {max(0, now):.0%} of AdamW's state here; with known roles it would be {then:.0%}"
     other = "gives these weights the kinds of 'linear' or 'other', as it gives every role its own"
-    first = all_layers(unknown[0].name)
+    first = _pattern(unknown, blocks)
     bind = "" if bound else "Call `optimizer.bind(model)` before the first step, which finds more than names tell. "
     yield (
         f"{share:.0%} of the parameters that train have no known role in the model "
@@ -72,7 +75,14 @@ def _undecided(block: Block) -> bool:
 def _saved(block: Block, recipe: Recipe) -> int:
     """Return how many numbers fewer than AdamW a recipe keeps for a block."""
     shapes = recipe.momentum.shapes(block.layout) | recipe.second_moment.shapes(block.layout)
-    return 2 * _numel(block) - sum(map(math.prod, shapes.values()))
+    return 2 * numel(block) - sum(map(math.prod, shapes.values()))
+
+
+def _pattern(unknown: Sequence[Block], blocks: Sequence[Block]) -> str:
+    """Return the pattern for the largest unknown weight in all layers, or its name where that would match others."""
+    pattern, own = all_layers(unknown[0].name), {block.name for block in unknown}
+    others = [block.name for block in blocks if block.name not in own and block.role != "vector"]
+    return unknown[0].name if any(fnmatchcase(name, pattern) for name in others) else pattern
 
 
 def _change(block: Block, known: Recipe) -> dict[str, str]:
@@ -88,7 +98,9 @@ def _described(block: Block) -> str:
 def _of_nothing_saved(blocks: Sequence[Block]) -> Iterator[str]:
     """Report a recipe that compresses, but none of the matrices that train."""
     matrices = [block for block in blocks if not block.layout.vector and block.role != "vector"]
-    mine = [block for block in matrices if compresses_any(block.plan)]
+    plans = {id(block.plan): block.plan for block in matrices}
+    able = {key for key, plan in plans.items() if compresses_any(plan)}
+    mine = [block for block in matrices if id(block.plan) in able]
     if not mine or any(map(_is_kept_small, matrices)):
         return
     roles = listed(sorted({block.role for block in mine}))
@@ -117,7 +129,3 @@ def _of_heads(blocks: Iterable[Block], bound: bool) -> Iterator[str]:
             f"number of its own: {listed(unknown)}. {'Pass' if bound else 'Call `optimizer.bind(model)`, or pass'} "
             "`head_dim`."
         )
-
-
-def _numel(block: Block) -> int:
-    return math.prod(block.layout.shape)

@@ -193,6 +193,17 @@ def test_an_interrupted_run_closes_and_draws(tmp_path, capsys, sigint):
     assert capsys.readouterr().out == ""
 
 
+def test_a_figure_that_fails_does_not_hide_why_training_ended(tmp_path, monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("the logger has no connection")
+
+    callback = AdaptiveMomentum(0.25, figures=True)
+    monkeypatch.setattr(callback, "plot", broken)
+    match = r"AdaptiveMomentum could not write its report to .* \(RuntimeError: the logger has no connection\)"
+    with pytest.warns(UserWarning, match=match), pytest.raises(ValueError, match="enough"):
+        fit(Module(), callback, Raises(ValueError("enough"), 2), default_root_dir=tmp_path)
+
+
 def test_a_figure_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="AdaptiveMomentum could not write its report to "):

@@ -172,7 +172,7 @@ def test_the_file_is_complete_after_a_failure(tmp_path):
 def test_a_report_that_cannot_be_written_stops_nothing(tmp_path):
     (tmp_path / "memory.json").mkdir()
     callback = OptimizerMemoryMonitor(2, figures=True)
-    with pytest.warns(UserWarning, match=r"could not write its report to .*: "):
+    with pytest.warns(UserWarning, match=r"could not write its report to .* \(IsADirectoryError: "):
         fit(lean, callback, max_steps=4, default_root_dir=tmp_path)
     assert steps(callback) == [0, 2, 4]
     assert not list(tmp_path.glob(".memory.json*"))

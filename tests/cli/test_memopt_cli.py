@@ -209,13 +209,31 @@ def test_a_warmup_takes_its_length_from_the_trainer_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--trainer.max_epochs=-1"], "Training has no end, so the cosine decay of WarmupSchedule has no length"),
+        (["--trainer.max_epochs=-1"], "Training has no end, or an epoch no known length, so the cosine decay of"),
         (["--scheduler_interval=epoch"], "WarmupSchedule counts optimizer steps: leave out --scheduler_interval=epoch"),
     ],
 )
 def test_a_warmup_without_a_length(args, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(*LEAN, *WARMUP, *args)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.randint(16, (4, 2, 5)))
+
+
+class Streamed(Tiny):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(Stream(), batch_size=None)
+
+
+def test_a_warmup_over_data_without_a_length():
+    args = [*LEAN, *WARMUP, "--trainer.limit_train_batches=null", "--trainer.limit_val_batches=0"]
+    with pytest.raises(MisconfigurationException, match="an epoch no known length, .* Set --trainer.max_steps, or"):
+        fit(*args, model=Streamed)
+    (config,) = fit(*args, "--trainer.max_steps=3", model=Streamed).trainer.lr_scheduler_configs
+    assert config.scheduler.total_steps == 3
 
 
 def test_an_unknown_interval_is_refused():

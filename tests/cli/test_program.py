@@ -19,6 +19,7 @@ from lightning_memopt.cli import completion, environment, main
 from lightning_memopt.cli.commands import COMMANDS
 from lightning_memopt.cli.environment import Check, Environment, Package
 from lightning_memopt.cli.module_folders import folders_of
+from lightning_memopt.terminal.tables import console
 
 pytestmark = pytest.mark.slow
 
@@ -205,6 +206,21 @@ def test_folders_of_configs(tmp_path):
     above = [str(project / "a" / "b"), str(project / "a"), str(project)]
     assert folders_of(["fit", "--config", str(inside)]) == folders_of([f"--config={inside}"]) == above
     assert folders_of(["-c", str(outside), "--config", "nothere.yaml", "--config"]) == [str(tmp_path)]
+    assert folders_of(["--config", "model: {}  # " + "a config as text, longer than names of files" * 99]) == []
+
+
+@pytest.mark.parametrize("printed", [print, lambda text: console().print(text)])
+def test_a_reader_that_has_left(monkeypatch, printed):
+    monkeypatch.setattr(sys, "argv", ["lightning-memopt", "inspect"])
+    stub(monkeypatch, "inspect", [])
+    monkeypatch.setattr(sys.modules[COMMANDS["inspect"].module], "main", lambda args: printed("a line"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as raised:
+            main()
+    assert raised.value.code == 141
 
 
 def test_an_installed_program_in_an_empty_folder(installed, tmp_path):
@@ -214,7 +230,7 @@ def test_an_installed_program_in_an_empty_folder(installed, tmp_path):
         f"{sys.executable} -m lightning_memopt fit --config {config} --print_config | head -2; echo ${{PIPESTATUS[0]}}"
     )
     done = subprocess.run(
-        ["bash", "-c", program], cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=120, check=True
+        ["bash", "-c", program], cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stderr == ""
     assert done.stdout.splitlines()[1:] == ["seed_everything: 0", done.stdout.splitlines()[-1]]
@@ -225,7 +241,7 @@ def test_an_installed_program_in_an_empty_folder(installed, tmp_path):
 def test_an_installed_program_starts(installed, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "lightning_memopt", "plan", "--model", "gpt2", "--recipe", "adapm_lean", "adam_mini"],
-        cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=120, check=True,
+        cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     assert done.stderr == ""
     assert "gpt2: 124,439,808 parameters" in done.stdout

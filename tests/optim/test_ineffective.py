@@ -47,6 +47,12 @@ def test_a_rank_that_no_block_can_have_is_said_once():
     assert "more than 1 block can have" in text
 
 
+def test_a_head_of_two_classes_is_no_reason_to_warn():
+    model = nn.ModuleDict({"up_proj": nn.Linear(32, 64), "token_type_embeddings": nn.Embedding(2, 32)})
+    model["classifier"] = nn.Linear(32, 2)
+    assert messages(lm.AdaPMLean(model.named_parameters(), rank=8)) == []
+
+
 def test_overrides_of_weights_that_do_not_train():
     model = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "lora_A": nn.Linear(16, 4), "lora_B": nn.Linear(4, 16)})
     model["q_proj"].requires_grad_(False)

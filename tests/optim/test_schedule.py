@@ -71,6 +71,10 @@ def test_groups_that_come_later_follow():
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 5.0})
     rates(optimizer, schedule, 2)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1, 3, 5])
+    optimizer, schedule = made(0, "linear", final=0.0, total_steps=4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": torch.tensor(1.0)})
+    rates(optimizer, schedule, 3)
+    assert optimizer.param_groups[2]["lr"].item() == pytest.approx(0.25), "a tensor is no reference to itself"
 
 
 def test_it_drives_our_optimizer_and_takes_tensors():
@@ -91,6 +95,10 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             made(*arguments)
+    with pytest.raises(TypeError, match="`warmup_steps` must be a number of steps, not a share of them, got 0.1"):
+        made(0.1)
+    with pytest.raises(TypeError, match="`total_steps` must be a number of steps, not a share of them, got inf"):
+        made(1, total_steps=float("inf"))
     with pytest.raises(ValueError, match="`final` must be between 0 and 1, got 2"):
         made(1, final=2)
     with pytest.raises(ValueError, match="`total_steps` must be at least 1, or None, got 0"):

@@ -93,6 +93,18 @@ def test_few_unknown_weights_matter_where_they_are_all_that_could_be_saved():
     assert "saves 0% of AdamW's state here; with known roles it would be 5%" in text
 
 
+def test_known_roles_that_would_save_nothing_are_no_way_out():
+    conv = [("conv.weight", nn.Parameter(torch.ones(32, 16, 3, 3))), ("4.weight", nn.Parameter(torch.ones(10, 32)))]
+    (text,) = messages(lm.AdaPM(conv, rank=8))
+    assert "saves nothing of AdamW's state here, since it keeps dense averages of convolution" in text
+
+
+def test_the_override_leaves_weights_with_a_role_alone():
+    entries = [("conv.weight", nn.Parameter(torch.ones(4, 4, 3, 3))), ("4.weight", nn.Parameter(torch.ones(16, 16)))]
+    (text,) = messages(lm.AdaPM(entries))
+    assert "overrides={'4.weight': {'momentum': 'low_rank'}}" in text
+
+
 @pytest.mark.parametrize(("recipe", "roles"), [("adam_snsm", "convolution, embedding"), ("adapm", "convolution")])
 def test_a_recipe_that_compresses_nothing_of_a_model_says_so(recipe, roles):
     model = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3), "norm": nn.BatchNorm2d(8)})
