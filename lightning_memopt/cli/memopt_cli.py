@@ -151,7 +151,8 @@ class MemOptCLI(LightningCLI):
                     "WarmupSchedule counts optimizer steps: leave out --scheduler_interval=epoch, or give "
                     "--lr_scheduler.total_steps in epochs."
                 )
-            steps = lightning_module.trainer.estimated_stepping_batches
+            trainer = lightning_module.trainer
+            steps = trainer.estimated_stepping_batches if trainer.limit_train_batches else 0
             if steps < 0 or math.isinf(steps):  # -1 if the data have no length
                 raise MisconfigurationException(
                     "Training has no end, or an epoch no known length, so the "

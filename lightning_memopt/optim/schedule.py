@@ -25,7 +25,8 @@ _STATE = ("base_lrs", "last_epoch", "_step_count", "_last_lr")
 class WarmupSchedule(LRScheduler):
     """Raise every group's learning rate linearly to its full value, then lower it. Call ``step`` after every step.
 
-    ``MemOptCLI`` takes ``total_steps`` from the trainer. Elsewhere, pass it. The learning rate depends on nothing but
+    ``MemOptCLI`` takes ``total_steps`` from the trainer. Elsewhere, pass it; a Trainer steps the schedule per epoch
+    unless ``configure_optimizers`` returns it with ``"interval": "step"``. The learning rate depends on nothing but
     the step, so resumed runs continue the schedule; they may change its settings.
 
     Args:

@@ -234,6 +234,7 @@ def test_a_warmup_over_data_without_a_length():
         fit(*args, model=Streamed)
     (config,) = fit(*args, "--trainer.max_steps=3", model=Streamed).trainer.lr_scheduler_configs
     assert config.scheduler.total_steps == 3
+    fit(*args, "--trainer.limit_train_batches=0", model=Streamed)  # nothing to schedule
 
 
 def test_an_unknown_interval_is_refused():
