@@ -86,6 +86,7 @@ def test_it_drives_our_optimizer_and_takes_tensors():
 
 def test_what_is_refused():
     for arguments, message in (
+        ((0.1,), "`warmup_steps` must be whole steps, no share of the training, got 0.1"),
         ((-1,), "`warmup_steps` must not be negative, got -1"),
         ((1, "cosin"), "Unknown decay 'cosin'. Did you mean 'cosine'?"),
     ):
