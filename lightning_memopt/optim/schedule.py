@@ -66,9 +66,7 @@ class WarmupSchedule(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         if warmup_steps != int(warmup_steps):
-            raise ValueError(
-                f"`warmup_steps` must be whole steps, no share of the training, got {warmup_steps}."
-            )
+            raise ValueError(f"`warmup_steps` must be whole steps, no share of the training, got {warmup_steps}.")
         if warmup_steps < 0:
             raise ValueError(f"`warmup_steps` must not be negative, got {warmup_steps}.")
         if decay not in DECAYS:
