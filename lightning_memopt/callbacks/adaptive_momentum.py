@@ -100,8 +100,9 @@ class AdaptiveMomentum(Callback):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not 0 < quality <= 1:
             raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
-        if freeze_after is not None and not (
-            freeze_after >= 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1
+        if freeze_after is not None and (
+            isinstance(freeze_after, bool | str)
+            or not (freeze_after >= 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1)
         ):
             raise ValueError(
                 f"`freeze_after` must be a fraction of the training in (0, 1], a number of steps, or None, got "

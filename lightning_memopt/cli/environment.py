@@ -53,12 +53,12 @@ class Check:
 
     Attributes:
         name: What was tried.
-        state: ``works``, ``missing`` (something that it needs is not here), or ``fails``.
+        state: ``works``, ``missing`` (something that it needs is not here), ``unused`` (of no use here), or ``fails``.
         detail: How, or why not.
     """
 
     name: str
-    state: Literal["works", "missing", "fails"]
+    state: Literal["works", "missing", "unused", "fails"]
     detail: str
 
 
@@ -145,7 +145,7 @@ def _checks(usable: dict[str, bool]) -> list[Check]:
     ]
     missing = kernels.missing(torch.device(device))
     if missing is not None:
-        return [*checks, Check("kernels", "missing", missing)]
+        return [*checks, Check("kernels", "missing" if device == "cuda" else "unused", missing)]
     problem = kernels.failure(torch.device(device))
     detail = problem or f"they agree with PyTorch on {device}"
     return [*checks, Check("kernels", "fails" if problem else "works", detail)]

@@ -173,6 +173,9 @@ class Snapshot:
         adamw = sum(block.adamw_bytes for block in self.blocks if not block.pending)
         return 1 - self.state_bytes / adamw if adamw else 0.0
 
+    def __str__(self) -> str:
+        return self.table()
+
     def table(self) -> str:
         """Return a plain-text table of all blocks, with totals. What no block has is left out."""
         columns = {

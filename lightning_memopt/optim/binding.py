@@ -262,16 +262,18 @@ class Binding:
         names = parsing.named(self.names, params_of(optimizer))
         for param in params_of(optimizer):
             name, plan = names[param], self.plans[param]
-            parts = self.parts.get(name, (Part("vector"),))
+            own = self.parts.get(name, (Part("vector"),))
             blocks[param] = tuple(
-                self._block(param, name, part, plan, len(known) + offset, fused=len(parts) > 1)
-                for offset, part in enumerate(parts)
+                self._block(param, name, part, plan, len(known) + offset, fused=len(own) > 1)
+                for offset, part in enumerate(own)
             )
             known += [(block.name, block.role, block.recipe) for block in blocks[param]]
         twice = [name for name, count in Counter(name for name, _, _ in known).items() if count > 1]
         if twice:
             raise ValueError(f"Two blocks have the name {twice[0]!r}; give every parameter a unique name.")
-        undecided = not self.bound and any(unsplit(part) for parts in self.parts.values() for part in parts)
+        # Modules tell both.
+        parts = [part for each in self.parts.values() for part in each]
+        undecided = not self.bound and any(unsplit(part) or part.role == "other" for part in parts)
         for plan in self.all_plans():
             plan.check_overrides(known, final=not undecided)
         return blocks

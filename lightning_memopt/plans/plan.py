@@ -26,6 +26,8 @@ from lightning_memopt.plans.roles import ROLES
 # Roles that a plan need not have: earlier versions called them `other`.
 _FORMERLY_OTHER = ("linear", "convolution", "router", "lora")
 
+BINDING_TELLS = " Some blocks have no known role (other): `optimizer.bind(model)` before the first step finds more."
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -183,6 +185,7 @@ class Plan:
                 f"{', '.join(sorted({role for _, role in blocks}))}; blocks: "
                 f"{', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}. "
                 "Patterns are matched against the whole name: start with '*' to match the end of it."
+                + (BINDING_TELLS if pattern in ROLES and any(role == "other" for _, role in blocks) else "")
             )
 
     def check_overrides(self, blocks: Iterable[tuple[str, str, Recipe]], *, final: bool = True) -> None:

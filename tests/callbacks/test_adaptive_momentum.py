@@ -208,6 +208,7 @@ def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatc
         ({"quality": 0}, "`quality` must be"),
         ({"freeze_after": 0}, "`freeze_after` must be"),
         ({"freeze_after": 1.5}, "`freeze_after` must be"),
+        ({"freeze_after": "30%"}, "`freeze_after` must be"),
         ({"dropped": "keep"}, "Unknown value of `dropped` 'keep'"),
     ],
     ids=str,

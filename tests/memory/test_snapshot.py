@@ -55,7 +55,7 @@ def test_a_reformat_shows_in_the_next_snapshot(model):
 
 def test_the_table_of_a_foreign_optimizer_adds_up(model):
     snapshot = lm.take_snapshot(stepped(model, torch.optim.AdamW), model)
-    *lines, rule, last = snapshot.table().splitlines()
+    *lines, rule, last = str(snapshot).splitlines()
     assert len(lines) == 2 + len(snapshot.blocks)
     assert set(rule) == {"─"}
     assert f"{8 * numel(model):,}" in last

@@ -199,6 +199,19 @@ def test_overrides_may_name_roles_that_a_model_has_yet_to_tell():
         lm.AdaPM(model.named_parameters(), overrides={"head": {"lr_multiplier": 2}}).bind(model)
 
 
+def test_overrides_may_name_roles_that_only_modules_tell():
+    model, change = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8)), {"embedding": {"lr_multiplier": 10}}
+    bound = lm.AdaPMLean(model.named_parameters(), overrides=change).bind(model)
+    assert [block.lr_multiplier for block in bound.snapshot().blocks if block.role == "embedding"] == [10.0]
+    unbound = lm.AdaPMLean(model.named_parameters(), overrides=change)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(
+        ValueError, match=r"'embedding' matches nothing.*no known role \(other\): `optimizer.bind\(model\)`"
+    ):
+        unbound.step()
+
+
 def test_state_that_was_split_needs_the_model():
     model = bloom()
     saved = stepped(lm.AdaPM(model.named_parameters()).bind(model)).state_dict()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +56,9 @@ def model_of_module(path: str, hyperparameters: Mapping[str, Any]) -> Any:
     """
     transformers = _transformers()
     module, _, name = path.rpartition(".")
+    # A console script searches its own folder instead. The end of the list, so that nothing is shadowed.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

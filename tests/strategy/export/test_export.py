@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,16 @@ def test_a_folder_for_transformers(tmp_path, format, tied):
     other = exported(path, tmp_path / "again", "--model-config", str(out))
     assert sorted(os.listdir(other)) == sorted(os.listdir(out))
     assert_read(other, module)
+
+
+def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
+    """A console script does not have the working directory in its path."""
+    (tmp_path / "mine_alone.py").write_text("from examples.llama import LlamaModule\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    module = llama()
+    path = save(tmp_path / "last.ckpt", module, format="directory", hyper_parameters=dict(module.hparams))
+    assert_read(exported(path, tmp_path / "model", "--module", "mine_alone.LlamaModule"), module)
 
 
 def assert_read(folder, module) -> None:
