@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_memopt._registry import Registry, nearest, unknown
+from lightning_memopt._registry import Registry, listed, nearest, unknown
 from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
@@ -164,13 +164,15 @@ def _from_mapping(data: Mapping[str, Any], fallback_name: str, folder: Path | No
 
 
 def _checked(plan: Plan, data: Mapping[str, Any], what: str) -> Plan:
-    """Return a plan. Warn if it compresses nothing because nobody has said what it starts from."""
-    if "base" not in data and not compresses_any(plan) and rank() == 0:
+    """Return a plan. Warn if nobody has said what it starts from, and some roles depend on that."""
+    left = [role for role in ROLES if role not in {*plan.named_roles, *plan.overrides, "vector"}]
+    if "base" not in data and left and rank() == 0:
+        if compresses_any(plan):
+            so_far = f"{what} has no `base`, so roles that it does not name ({listed(left, 3)}) are those of {_BASE!r}."
+        else:
+            so_far = f"{what} compresses nothing: it has no `base` and starts from {_BASE!r}."
         warnings.warn(
-            f"{what} compresses nothing: it has no `base` and starts from {_BASE!r}. Add `base: adapm_lean`, or "
-            f"`base: {_BASE}` if this is meant.",
-            PlanWarning,
-            stacklevel=4,
+            f"{so_far} Add `base: adapm_lean`, or `base: {_BASE}` if this is meant.", PlanWarning, stacklevel=4
         )
     return plan
 

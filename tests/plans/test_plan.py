@@ -547,5 +547,12 @@ def test_a_recipe_file_without_a_base_that_compresses_nothing_says_so(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lm.load_plan({"base": "adamw"})
-        lm.load_plan({"roles": {"mlp": {"momentum": "none"}}})
-        lm.load_plan({"overrides": {"mlp": {"second_moment": "factored"}}})
+        lm.load_plan({"base": "adamw", "roles": {"mlp": {"momentum": "none"}}})
+        lm.load_plan({"roles": dict.fromkeys(ROLES, {"momentum": "none"})})
+
+
+def test_a_recipe_file_without_a_base_names_the_one_that_its_other_roles_have(tmp_path):
+    match = r"no `base`, so roles that it does not name \(embedding, .*\) are those of 'adamw'\. Add `base: adapm_lean`"
+    for text in ("roles: {mlp: {momentum: none}}", "overrides: {mlp: {second_moment: factored}}"):
+        with pytest.warns(lm.PlanWarning, match=match):
+            lm.load_plan(write(tmp_path / "some.yaml", text))
