@@ -359,9 +359,8 @@ def reading_beside_a_writer(folder: Path, count: int, *, whole: bool) -> Counter
     return found
 
 
-def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) -> Counter[str]:
+def contended(path: Path | str, rng: random.Random, count: int, *, whole: bool) -> Counter[str]:
     """Two processes save under one name, one of them is killed at a random moment, the other one goes on."""
-    path = folder / "last.ckpt"
     expected = {seed: save(path, seed, whole=whole) for seed in (1, 2, 3)}
     found: Counter[str] = Counter()
     for _ in range(count):
@@ -372,6 +371,13 @@ def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) ->
             _, status = os.waitpid(survivor, 0)
             report.seek(0)
             found[f"THE OTHER WRITER FAILED ({status}): {report.read()}" if status else one_save(path, expected)] += 1
+    return found
+
+
+def two_writers(folder: Path, rng: random.Random, count: int, *, whole: bool) -> Counter[str]:
+    """Two writers contend for a name, and then a save leaves nothing else in the folder."""
+    path = folder / "last.ckpt"
+    found = contended(path, rng, count, whole=whole)
     save(path, 1, whole=whole)
     if [entry.name for entry in folder.iterdir()] != ["last.ckpt"]:
         found["LEFTOVERS"] += 1

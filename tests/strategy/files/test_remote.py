@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning_memopt.strategy.files.directory import CHECKSUMS, NOTE, SAVE
 from lightning_memopt.strategy.files.remote import PARTS
 from tests.strategy.files import _faults
 from tests.strategy.files._bucket import Bucket
-from tests.strategy.files._faults import Hostile, forked, load, same, save
+from tests.strategy.files._faults import Hostile, contended, forked, in_new_process, load, same, save
 
 pytestmark = pytest.mark.slow
 
@@ -256,17 +257,13 @@ def test_a_reader_beside_a_writer(bucket, whole):
     assert all("replaced" in message for message in late), late
 
 
+def contended_bucket(root: Path, rng: random.Random, count: int) -> Counter[str]:
+    Bucket.root = root
+    return contended(URL, rng, count, whole=False)
+
+
 def test_two_writers_and_one_is_killed(bucket):
-    rng = random.Random(0)
-    expected = {seed: save(URL, seed, whole=False) for seed in (1, 2, 3)}
-    for _ in range(4):
-        with _faults.saving_again_and_again(URL, (1,), whole=False):
-            survivor = forked(lambda: [save(URL, seed, whole=False) for seed in (2, 3)])
-            time.sleep(rng.random() * 0.1)
-        _, status = os.waitpid(survivor, 0)
-        assert status == 0
-        loaded = load(URL)
-        assert same(loaded, expected[loaded[2]["global_step"]])
+    assert in_new_process(contended_bucket, bucket, random.Random(0), 4) == {"loaded, the content is right": 4}
     save(URL, 1, whole=False)
     assert len(saves()) == 1
 
