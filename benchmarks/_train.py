@@ -1,14 +1,17 @@
-"""One training run of benchmarks/convergence.py: a small LLaMA in a plain loop on one core."""
+"""One training run of benchmarks/quality.py: a small language model in a plain loop on one core."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from _fidelity import Shadow
+from _models import build_model
 from _report import ROOT
 from _variants import VARIANTS
 from torch import Tensor, nn
@@ -20,8 +23,12 @@ TOKENS: Tokens = {}
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all runs of one comparison share."""
+    """Settings that all runs of one comparison share.
 
+    ``max_chars`` bounds the text; more makes other tokens. ``fidelity`` compares momentum with full Adam's.
+    """
+
+    model: str = "llama"
     steps: int = 600
     batch: int = 4
     length: int = 128
@@ -38,6 +45,8 @@ class Settings:
     validation_tokens: int = 65536
     curve_tokens: int = 8192
     data: str = "python standard library"
+    max_chars: int = 4_000_000
+    fidelity: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Run:
     variant: str
     lr: float
     seed: int
+    ratio: float = 1.0
 
 
 def load_tokens(settings: Settings, root: str | None) -> Tokens:
@@ -57,7 +67,7 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
     from text import TextDataModule
 
     options = {} if root is None else {"root": root}
-    data = TextDataModule(vocab_size=settings.vocabulary, **options)
+    data = TextDataModule(vocab_size=settings.vocabulary, max_chars=settings.max_chars, **options)
     data.prepare_data()
     data.setup("fit")
     return {"train": data.tokens["train"].flatten(), "validation": data.tokens["val"].flatten()}
@@ -73,23 +83,6 @@ def start_worker(path: str) -> None:
     """Prepare a worker process: one thread, and the tokens."""
     torch.set_num_threads(1)
     TOKENS.update(torch.load(path, weights_only=True))
-
-
-def build_model(settings: Settings) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=settings.length,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -127,7 +120,8 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = build_model(settings)
-    optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay)
+    optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay, run.ratio)
+    shadow = Shadow(optimizer) if settings.fidelity else None
     tokens, window = TOKENS["train"], torch.arange(settings.length + 1)
     curve: list[tuple[int, float]] = []
     finite = True
@@ -139,13 +133,16 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
         finite = bool(torch.isfinite(norm))
         if not finite:
             break
-        optimizer.step()
+        with shadow.watching(step, settings.steps) if shadow else nullcontext():
+            optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             seen = (step + 1) * settings.batch * settings.length
             curve.append((seen, validate(model, TOKENS["validation"], settings, settings.curve_tokens)))
     loss = validate(model, TOKENS["validation"], settings, settings.validation_tokens) if finite else math.nan
     result = {"loss": loss if math.isfinite(loss) else None, "curve": curve, **_state(optimizer, model)}
+    if shadow:
+        result["fidelity"] = shadow.found
     return {**asdict(run), **result, "seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -1,77 +1,111 @@
-"""The optimizers that benchmarks/convergence.py compares."""
+"""The optimizers that benchmarks/quality.py compares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-# Sums over a subset of 128 elements instead of means shrink the update by sqrt(128).
-_SUM = 11.3
-_RATIO = {"overrides": {"embedding": {"lr_multiplier": _SUM}, "vector": {"lr_multiplier": _SUM}}}
+REFERENCE = "AdamW"
+# The roles whose rate the ratio multiplies.
+RATIO_ROLES = ("embedding", "vector")
+Build = Callable[..., torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table.
+    """One optimizer.
 
     Attributes:
         name: Name in the results.
-        recipe: The recipe, or ``"torch"`` for ``torch.optim.AdamW``.
+        recipe: A recipe's name, the content of a recipe file, or the name of one of torch's optimizers or the controls.
         betas: The optimizer's betas.
-        lr_multiplier: Factor on the grid of learning rates.
         options: Other arguments of the recipe's class.
     """
 
     name: str
-    recipe: str
+    recipe: str | Mapping[str, Any]
     betas: tuple[float, float] = (0.9, 0.95)
-    lr_multiplier: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return the optimizer of all parameters of a model."""
-        shared: dict[str, Any] = {"lr": lr, "betas": self.betas, "weight_decay": weight_decay}
-        if self.recipe == "torch":
-            return torch.optim.AdamW(model.parameters(), **shared, fused=True)
+    def build(self, model: nn.Module, lr: float, weight_decay: float, ratio: float = 1.0) -> torch.optim.Optimizer:
+        """Return the optimizer of all parameters of a model.
+
+        Args:
+            model: The model.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            ratio: Factor of the learning rate for embeddings and vectors.
+        """
+        shared: dict[str, Any] = {"lr": lr, "betas": self.betas, "weight_decay": weight_decay, **self.options}
+        if isinstance(self.recipe, str) and self.recipe in _OTHERS:
+            assert ratio == 1.0, f"{self.name} has one rate for all"
+            return _OTHERS[self.recipe](model.parameters(), **shared)
         import lightning_memopt
 
-        if self.options.get("paper"):
-            build: Callable[..., Any] = lightning_memopt.AdamSNSM
+        if ratio != 1.0:
+            rates = {role: {"lr_multiplier": ratio} for role in RATIO_ROLES}
+            shared["overrides"] = {**shared.get("overrides", {}), **rates}
+        if shared.pop("paper", False):
+            optimizer: Any = lightning_memopt.AdamSNSM(model.named_parameters(), **shared, paper=True)
         else:
-            build = partial(lightning_memopt.MemOpt, recipe=self.recipe)
-        optimizer = build(model.named_parameters(), **shared, **self.options)
+            optimizer = lightning_memopt.MemOpt(model.named_parameters(), self.recipe, **shared)
         optimizer.bind(model)
         return optimizer
 
+    def definition(self) -> dict[str, Any]:
+        """Return what defines a run's optimizer, besides its rates. A changed variant trains again."""
+        return {**asdict(self), "betas": list(self.betas)}
 
-REFERENCE = "AdamW"
+
+def _qhadam(params: Any, **options: Any) -> torch.optim.Optimizer:
+    from _controls import QHAdam
+
+    return QHAdam(params, **options)
+
+
+_OTHERS: dict[str, Build] = {
+    "torch AdamW": lambda params, **options: torch.optim.AdamW(params, **options, fused=True),
+    "torch NAdam": lambda params, **options: torch.optim.NAdam(params, **options, decoupled_weight_decay=True),
+    "QHAdam": _qhadam,
+}
+
+
+def _mixed(momentum: Mapping[str, Any], second_moment: str = "factored") -> dict[str, Any]:
+    """Return a recipe with the same kinds for all matrices."""
+    kinds = {**momentum, "second_moment": second_moment}
+    roles = ("embedding", "query", "key", "value", "attention_output", "mlp", "head")
+    return {"name": "mixed", "base": "adamw", "roles": {role: kinds for role in roles}}
+
+
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant(REFERENCE, "torch"),
-        Variant("AdamW beta1=0.8", "torch", betas=(0.8, 0.95)),
+        Variant(REFERENCE, "torch AdamW"),
+        Variant("AdamW, beta1 0.8", "torch AdamW", betas=(0.8, 0.95)),
+        Variant("AdamW, beta1 0.95", "torch AdamW", betas=(0.95, 0.95)),
+        Variant("NAdam", "torch NAdam"),
+        Variant("QHAdam, nu 0.7", "QHAdam"),
+        # The control with rates by role: equal to torch's AdamW, as the tests show.
+        Variant("adamw", "adamw"),
         Variant("adapm", "adapm"),
         Variant("adapm_mini", "adapm_mini"),
         Variant("adapm_lean", "adapm_lean"),
+        *(Variant(f"adapm_lean, rank {rank}", "adapm_lean", options={"rank": rank}) for rank in (1, 2, 4, 8, 16, 32)),
         Variant("adam_sn", "adam_sn"),
         Variant("adam_snsm", "adam_snsm"),
-        Variant("adam_snsm paper", "adam_snsm", (0.9, 0.999), _SUM, {"paper": True}),
-        # AdaGrad also divides by the root of a sum over all steps so far.
-        Variant("adagrad_snsm", "adagrad_snsm", (0.9, 1.0), 2 * _SUM),
-        Variant("rmsprop_sn", "rmsprop_sn", (0.0, 0.999), _SUM),
+        Variant("adam_snsm paper", "adam_snsm", (0.9, 0.999), {"paper": True}),
+        Variant("adagrad_snsm", "adagrad_snsm", (0.9, 1.0)),
+        Variant("rmsprop_sn", "rmsprop_sn", (0.0, 0.999)),
         Variant("adam_mini", "adam_mini"),
         Variant("adafactor", "adafactor"),
-        # The variants that sum over subsets have larger rates for embeddings and norms than for linear weights. Two
-        # other variants get the same ratio, so that the ratio's effect is not taken for the method's.
-        Variant("AdamW ratio 11.3", "adamw", options=_RATIO),
-        Variant("adapm_lean ratio 11.3", "adapm_lean", options=_RATIO),
-        # Runs only on request: equal to the control, as the tests show.
-        Variant("adamw", "adamw"),
+        Variant("dense x factored", _mixed({"momentum": "dense"})),
+        *(
+            Variant(f"subspace 1/{32 // rank * 4} x factored", _mixed({"momentum": "subspace", "rank": rank}))
+            for rank in (4, 16)
+        ),
     )
 }
-DEFAULT = [name for name in VARIANTS if name != "adamw"]

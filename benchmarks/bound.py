@@ -5,7 +5,7 @@
 
 The cases are a ReLU net on inputs that are mostly zero, a small LLaMA with one gradient that is a million times too
 large, one matrix after 3,000 gradients of zero, a float16 matrix whose gradients are between 1e-12 and 1e4, and an
-ordinary training of a small LLaMA, as in ``convergence.py``. Each runs without a bound and with 10, 3 and 1, with betas
+ordinary training of a small LLaMA, as in ``quality.py``. Each runs without a bound and with 10, 3 and 1, with betas
 (0.9, 0.95).
 """
 
@@ -78,7 +78,7 @@ Not measured: {unmeasured}.
 
 
 def ordinary(recipe: str, bound: float | None, seed: int, settings: Settings) -> Outcome:
-    """Train as ``convergence.py`` does."""
+    """Train as ``quality.py`` does."""
     name = "AdamW"
     if recipe != CONTROL:
         name = f"{recipe} {bound}"

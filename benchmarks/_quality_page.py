@@ -1,0 +1,140 @@
+"""The tables and the page of benchmarks/quality.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from _curves import loss_or_inf
+from _fidelity import RANKS
+from _report import markdown, origins
+from _studies import Row, Study
+from _variants import REFERENCE
+
+Result = Mapping[str, Any]
+Found = Sequence[tuple[Study, Sequence[Result]]]
+
+
+def runs_of(results: Sequence[Result], row: Row) -> list[Result]:
+    """Return all runs of a row."""
+    return [run for run in results if run["variant"] == row.variant and run["ratio"] == row.ratio]
+
+
+def best_runs(results: Sequence[Result], row: Row) -> list[Result]:
+    """Return a row's runs at the best learning rate of its first seed, sorted by seed."""
+    mine = runs_of(results, row)
+    tuning = [run for run in mine if run["seed"] == row.seeds[0]]
+    if not tuning:
+        return []
+    lr = min(tuning, key=loss_or_inf)["lr"]
+    return sorted((run for run in mine if run["lr"] == lr), key=lambda run: run["seed"])
+
+
+def mean_loss(runs: Sequence[Result]) -> float:
+    """Return the mean loss over seeds."""
+    return statistics.fmean(map(loss_or_inf, runs))
+
+
+def shares(run: Result) -> tuple[float, float]:
+    """Return momentum and state as shares of AdamW's."""
+    return 2 * run["momentum_bytes"] / run["adamw_bytes"], run["state_bytes"] / run["adamw_bytes"]
+
+
+def table(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a study, best mean first."""
+    found = [(row, runs) for row in study.rows if (runs := best_runs(results, row))]
+    control = [mean_loss(runs) for row, runs in found if row.variant == REFERENCE and row.ratio == 1]
+    seeds = sorted({run["seed"] for _, runs in found for run in runs})
+    several = ["mean", "std"] if len(seeds) > 1 else []
+    head = ["optimizer", "ratio", "lr", *(f"seed {seed}" for seed in seeds), *several, "to AdamW", "momentum", "state"]
+    lines = []
+    for row, runs in sorted(found, key=lambda each: mean_loss(each[1])):
+        losses = {run["seed"]: loss_or_inf(run) for run in runs}
+        finite = [loss for loss in losses.values() if math.isfinite(loss)]
+        spread = f"{statistics.stdev(finite):.3f}" if len(finite) > 1 else ""
+        mean = [f"{mean_loss(runs):.3f}", spread] if several else []
+        other = f"{mean_loss(runs) / control[0] - 1:+.1%}" if control else ""
+        cells = [f"{losses[seed]:.3f}" if seed in losses else "" for seed in seeds]
+        sizes = [f"{share:.1%}" for share in shares(runs[0])]
+        lines.append([row.variant, f"{row.ratio:g}", f"{runs[0]['lr']:g}", *cells, *mean, other, *sizes])
+    return head, lines
+
+
+def tuning(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the table of all learning rates tried with the first seed."""
+    lines = []
+    for row in study.rows:
+        tried = {run["lr"]: loss_or_inf(run) for run in runs_of(results, row) if run["seed"] == row.seeds[0]}
+        if len(tried) > 1:
+            cells = ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))
+            lines.append([row.variant, f"{row.ratio:g}", cells])
+    return ["optimizer", "ratio", "loss at each rate, first seed"], lines
+
+
+def fidelity(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return what the runs of a study kept of full Adam's momentum, as means over moments, roles and seeds."""
+    lines = []
+    for row in study.rows:
+        records = [record for run in best_runs(results, row) for record in run.get("fidelity", [])]
+        if records:
+            means = [statistics.fmean(record[key] for record in records) for key in ("kept", "cosine", "gradient")]
+            lines.append([row.variant, *(f"{mean:.2f}" for mean in means)])
+    return ["optimizer", "energy kept", "cosine to full Adam's update", "the same for the gradient"], lines
+
+
+def spectra(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the share of the full momentum's energy that best approximations would keep, by role and moment."""
+    records = [record for run in results for record in run.get("fidelity", [])]
+    places = sorted({(record["role"], record["step"]) for record in records})
+    lines = []
+    for role, step in places:
+        best = [record["best"] for record in records if (record["role"], record["step"]) == (role, step)]
+        lines.append([role, str(step), *(f"{statistics.fmean(column):.2f}" for column in zip(*best, strict=True))])
+    return ["role", "step", *(f"rank {rank}" for rank in RANKS)], lines
+
+
+def page(found: Found) -> str:
+    """Return the markdown page."""
+    parts = [_intro(found[0][0])]
+    for study, results in found:
+        parts += [f"## {study.title}", _setting(study), markdown(*table(study, results))]
+        if study is found[0][0]:
+            parts.append("![validation loss against tokens](quality.png)")
+        if study.settings.fidelity:
+            parts += [_FIDELITY, markdown(*fidelity(study, results)), _SPECTRA, markdown(*spectra(study, results))]
+        if (tried := tuning(study, results))[1]:
+            parts += ["Rates tried:", markdown(*tried)]
+    everything = [run for _, results in found for run in results]
+    return "\n\n".join([*parts, "## Origin", origins(everything)]) + "\n"
+
+
+def _intro(study: Study) -> str:
+    settings = study.settings
+    shape = f"{settings.layers} layers, width {settings.hidden}, {settings.heads} heads, {settings.vocabulary:,} tokens"
+    return f"""# Quality
+
+Small language models ({shape}) trained from scratch on text of the {settings.data}, with {settings.warmup:.0%} linear
+warm-up, then a cosine to {settings.final_lr:.0%} of the learning rate, betas (0.9, 0.95) unless a name says otherwise,
+no weight decay, gradients clipped to norm {settings.clip:g}. At a given seed, all optimizers share initial weights and
+batches. The rate is tuned for each row with the first seed: half the middle rate, the middle, twice it, and further
+while the best is at an edge. The other seeds run at the best rate. Loss: mean over {settings.validation_tokens:,}
+held-out tokens at the end. "momentum" and "state" are shares of AdamW's bytes. "ratio" multiplies the rate of
+embeddings and norms: `overrides={{"embedding": {{"lr_multiplier": 11.3}}, "vector": {{"lr_multiplier": 11.3}}}}`.
+`adamw` is this package's AdamW, which equals torch's."""
+
+
+def _setting(study: Study) -> str:
+    settings = study.settings
+    tokens = settings.steps * settings.batch * settings.length
+    return (
+        f"{'GPT-2' if settings.model == 'gpt2' else 'LLaMA'}, {settings.steps:,} steps of {settings.batch} x "
+        f"{settings.length} tokens, {tokens / 1e6:.1f} million in all."
+    )
+
+
+_FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all matrices
+and seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and full Adam's
+change; and the same for a step along the gradient."""
+_SPECTRA = """The share of M's energy that its best approximation of a rank would keep:"""

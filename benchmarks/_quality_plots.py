@@ -1,0 +1,103 @@
+"""The plots of benchmarks/quality.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _quality_page import Found, Result, best_runs, mean_loss, shares
+from _studies import Study
+from _variants import REFERENCE
+
+from lightning_memopt.figures.style import COLORS, DPI, SMALL, TITLE, finish, new_figure
+from lightning_memopt.figures.style import REFERENCE as BLACK
+
+Curve = list[tuple[int, float]]
+SHOWN = 12  # curves
+
+
+def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
+    """Draw the mean validation loss against tokens, and the last quarter of it."""
+    found = {(row.variant, row.ratio): best_runs(results, row) for row in study.rows}
+    curves = {_label(*key): curve for key, runs in found.items() if (curve := _mean_curve(runs))}
+    if not curves:
+        return
+    best = sorted(curves, key=lambda name: curves[name][-1][1])
+    order = [name for name in best if name in best[: SHOWN - 1] or name == REFERENCE]
+    dashes = [(color, dash) for dash in ("-", "--", ":") for color in COLORS]
+    styles = {**dict(zip(order, dashes, strict=False)), REFERENCE: (BLACK, "-")}
+    figure = new_figure(14, 6.5)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    for name in order:
+        tokens, losses = [seen / 1e6 for seen, _ in curves[name]], [loss for _, loss in curves[name]]
+        color, line = styles[name]
+        for axis in (left, right):
+            axis.plot(tokens, losses, line, color=color, linewidth=2.2 if name == REFERENCE else 1.6, label=name)
+    for axis, title in ((left, "Whole run"), (right, "The last quarter")):
+        finish(axis, title=title, x="tokens (millions)", y="validation loss")
+    _zoom(right, curves, order, styles)
+    title = (
+        f"{study.title}: validation loss, rate tuned for each optimizer, mean of seeds; the best {SHOWN - 1} and AdamW"
+    )
+    figure.suptitle(title, fontsize=TITLE)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_ranks(found: Found, path: Path) -> None:
+    """Draw loss against state for the studies of the rank."""
+    studies = [(study, results) for study, results in found if study.settings.fidelity]
+    if not studies:
+        return
+    figure = new_figure(5.4 * len(studies), 4.6)
+    for axis, (study, results) in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
+        points = [(shares(runs[0])[1], runs) for row in study.rows if (runs := best_runs(results, row))]
+        spread = [statistics.stdev(_finite(runs)) if len(_finite(runs)) > 1 else 0.0 for _, runs in points]
+        losses = [mean_loss(runs) for _, runs in points]
+        axis.errorbar([100 * share for share, _ in points], losses, spread, marker="o", color=COLORS[0], capsize=3)
+        axis.set_xscale("log")
+        axis.set_xticks([100 * share for share, _ in points], [f"{share:.1%}" for share, _ in points], rotation=30)
+        axis.minorticks_off()
+        finish(axis, title=study.title, x="state, share of AdamW's", y="validation loss")
+    figure.suptitle("Rank of adapm_lean: 1, 2, 4, 8, 16, 32 of 128 (bars: deviation over seeds)", fontsize=TITLE)
+    figure.savefig(path, dpi=DPI)
+
+
+def _label(variant: str, ratio: float) -> str:
+    return variant if ratio == 1 else f"{variant}, ratio {ratio:g}"
+
+
+def _finite(runs: Sequence[Result]) -> list[float]:
+    return [run["loss"] for run in runs if run["loss"] is not None]
+
+
+def _mean_curve(runs: Sequence[Result]) -> Curve:
+    finished = [run["curve"] for run in runs if run["loss"] is not None]
+    return [(points[0][0], statistics.fmean(loss for _, loss in points)) for points in zip(*finished, strict=True)]
+
+
+def _zoom(axis: Any, curves: Mapping[str, Curve], order: Sequence[str], styles: Any) -> None:
+    """Show the last quarter and label the end of each line, without overlaps."""
+    last = max(curve[-1][0] for curve in curves.values()) / 1e6
+    tail = [loss for name in order for seen, loss in curves[name] if seen / 1e6 >= 0.75 * last]
+    low, high = min(tail), max(tail)
+    pad = 0.04 * (high - low or 1)
+    axis.set(xlim=(0.75 * last, last), ylim=(low - pad, high + pad))
+    gap = (high - low + 2 * pad) / 24
+    place = -math.inf
+    for name in order:
+        end = curves[name][-1][1]
+        place = max(end, place + gap)
+        axis.annotate(
+            f"{name}  {end:.3f}",
+            xy=(last, end),
+            xytext=(1.04, place),
+            textcoords=("axes fraction", "data"),
+            color=styles[name][0],
+            va="center",
+            fontsize=SMALL,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": styles[name][0], "linewidth": 0.7},
+        )

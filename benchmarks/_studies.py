@@ -1,0 +1,112 @@
+"""What benchmarks/quality.py trains: studies, each with settings and rows of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from _train import Settings
+
+SEEDS = (0, 1, 2)
+# Sums over a subset of 128 elements, as in SNSM's code, shrink the update of linear weights by sqrt(128) = 11.3.
+# Larger rates for them are larger rates for embeddings and norms than a mean would give. The same ratio for others.
+RATIO = 11.3
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer with one ratio of rates.
+
+    Attributes:
+        variant: Name of the optimizer.
+        lr: The middle of the grid of learning rates.
+        ratio: Factor of the rate for embeddings and vectors.
+        tuned: Whether to try other rates: half and twice the middle, and further while the best is at an edge.
+        seeds: The first tunes the rate.
+    """
+
+    variant: str
+    lr: float
+    ratio: float = 1.0
+    tuned: bool = True
+    seeds: tuple[int, ...] = SEEDS
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs with the same settings, which one table compares."""
+
+    title: str
+    settings: Settings
+    rows: tuple[Row, ...]
+
+
+def _rows(
+    *rows: tuple[str, float], ratio: float = 1.0, tuned: bool = True, seeds: tuple[int, ...] = SEEDS
+) -> list[Row]:
+    return [Row(variant, lr, ratio, tuned, seeds) for variant, lr in rows]
+
+
+RANKS = (1, 2, 4, 8, 16, 32)
+_RANKED = [(f"adapm_lean, rank {rank}", 2e-3) for rank in RANKS]
+_OURS = _rows(("AdamW", 2e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 4e-3), ("adapm_lean, rank 16", 2e-3))
+_WITH_RATIO = _rows(
+    ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 2e-3), ("adapm_lean, rank 16", 2e-3),
+    ratio=RATIO,
+)  # fmt: skip
+_LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
+
+STUDIES: dict[str, Study] = {
+    "4k": Study(
+        "4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        (
+            *_OURS,
+            *_WITH_RATIO,
+            *_rows(
+                ("adafactor", 2e-3),
+                ("dense x factored", 2e-3),
+                ("adam_snsm", 4e-3),
+                ("adapm", 2e-3),
+                ("NAdam", 2e-3),
+                ("AdamW, beta1 0.8", 2e-3),
+                ("AdamW, beta1 0.95", 2e-3),
+                ("QHAdam, nu 0.7", 2e-3),
+                ("adapm_lean, rank 2", 2e-3),
+                ("subspace 1/32 x factored", 4e-3),
+                ("adapm_mini", 2e-3),
+                ("adam_mini", 2e-3),
+                ("adam_sn", 2e-3),
+            ),
+        ),
+    ),
+    "512": Study(
+        "512 tokens a step",
+        Settings(steps=300, batch=4, every=50),
+        (*_OURS, *_WITH_RATIO, *_rows(("adafactor", 2e-3), ("adam_snsm", 4e-3), ("NAdam", 2e-3))),
+    ),
+    "rank 4k": Study(
+        "Rank at 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50, fidelity=True),
+        tuple(_rows(*_RANKED, tuned=False, seeds=(0,))),
+    ),
+    "rank 512": Study(
+        "Rank at 512 tokens a step",
+        Settings(steps=300, batch=4, every=50, fidelity=True),
+        tuple(_rows(*_RANKED, tuned=False)),
+    ),
+    "1000 steps": Study(
+        "1,000 steps of 4,096 tokens",
+        Settings(**_LONG, every=100),
+        tuple(
+            _rows(("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 2e-3), ratio=RATIO, tuned=False)
+        ),
+    ),
+    "gpt2": Study(
+        "GPT-2, 4,096 tokens a step", Settings(model="gpt2", steps=300, batch=32, every=50), tuple(_OURS[:3])
+    ),
+    "16k": Study(
+        "16,384 tokens a step",
+        Settings(steps=300, batch=128, every=50, max_chars=16_000_000),
+        tuple(_rows(("AdamW", 4e-3), ("adapm_lean", 4e-3), ("adapm_lean, rank 16", 4e-3), seeds=(0,))),
+    ),
+}

@@ -1,0 +1,146 @@
+"""Train small language models with each optimizer at its best learning rate, and compare validation losses.
+
+    python benchmarks/quality.py --jobs 2                   # everything: a day; can be stopped and started again
+    python benchmarks/quality.py --studies 512 --variants AdamW adapm_lean
+    python benchmarks/quality.py --minutes 60               # start no run after an hour
+    python benchmarks/quality.py --report                   # only rewrite the page and the plots from the results
+    python benchmarks/quality.py --trial                    # a minute, on made-up tokens, into a temporary folder
+
+Results are appended to ``quality.jsonl`` as they arrive, and a run recorded there with the same settings and the same
+optimizer is not repeated. Rows of a study run in their order: first the grid of learning rates with the first seed,
+extended by factors of two while the best rate is at an edge, then the other seeds at the best rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from _curves import loss_or_inf
+from _pool import train_in_pool
+from _quality_page import page, runs_of, table
+from _quality_plots import plot_curves, plot_ranks
+from _report import OUTPUT, command, commit, date, machine, show
+from _studies import STUDIES, Row, Study
+from _train import Run, Settings, load_tokens, train
+from _variants import VARIANTS
+
+MAX_EXTENSIONS = 4
+TRIAL = {"steps": 8, "batch": 2, "every": 4, "validation_tokens": 1024, "curve_tokens": 512, "data": "synthetic"}
+Result = dict[str, Any]
+
+
+def rounded(lr: float) -> float:
+    """Round off the last bits of a learning rate, so that it can be a key."""
+    return float(f"{lr:.4g}")
+
+
+def needed(row: Row, results: Sequence[Result]) -> list[Run]:
+    """Return the runs of a row that can start now, given the finished ones."""
+    done = {(run["lr"], run["seed"]): loss_or_inf(run) for run in runs_of(results, row)}
+    first, factors = row.seeds[0], (0.5, 1, 2) if row.tuned else (1,)
+    lrs = sorted({rounded(row.lr * factor) for factor in factors})
+    best = lrs[0]
+    for _ in range(MAX_EXTENSIONS + 1):
+        if missing := [lr for lr in lrs if (lr, first) not in done]:
+            return [Run(row.variant, lr, first, row.ratio) for lr in missing]
+        best = min(lrs, key=lambda lr: done[lr, first])
+        if len(lrs) == 1 or lrs[0] < best < lrs[-1]:
+            break
+        lrs = sorted([*lrs, rounded(best * 2 if best == lrs[-1] else best / 2)])
+    return [Run(row.variant, best, seed, row.ratio) for seed in row.seeds[1:] if (best, seed) not in done]
+
+
+def read(path: Path, settings: Settings) -> list[Result]:
+    """Return the finished runs with these settings and today's optimizers."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = [json.loads(line) for line in lines if line.strip()]
+    wanted = dataclasses.asdict(settings)
+    return [each for each in results if each["settings"] == wanted and each["optimizer"] == definition(each["variant"])]
+
+
+def definition(variant: str) -> dict[str, Any] | None:
+    """Return what defines the optimizer of a run; None if there is none of this name any more."""
+    return VARIANTS[variant].definition() if variant in VARIANTS else None
+
+
+def train_all(study: Study, rows: Sequence[Row], args: argparse.Namespace, until: float) -> None:
+    """Run everything of a study that is missing, in several processes."""
+    facts = {"date": date(), "machine": machine(threads=1), "commit": commit(), "command": command()}
+    results = read(args.results, study.settings)
+
+    def todo(found: list[Result]) -> list[Run]:
+        return [] if time.monotonic() > until else [run for row in rows for run in needed(row, found)]
+
+    if not todo(results):
+        return
+    tokens = load_tokens(study.settings, args.root)
+    for result in train_in_pool(train, study.settings, tokens, results=results, needed=todo, jobs=args.jobs):
+        loss = "diverged" if result["loss"] is None else f"loss {result['loss']:.4f}"
+        name = f"{study.title}: {result['variant']}, lr {result['lr']:g}, ratio {result['ratio']:g}"
+        print(f"{name}, seed {result['seed']}: {loss} ({result['seconds']:.0f} s)", flush=True)
+        optimizer, settings = definition(result["variant"]), dataclasses.asdict(study.settings)
+        with args.results.open("a") as file:
+            file.write(json.dumps({**result, "optimizer": optimizer, "settings": settings, **facts}) + "\n")
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Study]:
+    """Return the studies to run, as they run."""
+    studies = {name: STUDIES[name] for name in args.studies}
+    if not args.trial:
+        return studies
+    settings = {name: dataclasses.replace(study.settings, **TRIAL) for name, study in studies.items()}
+    rows = {
+        name: [dataclasses.replace(row, seeds=row.seeds[:1]) for row in study.rows] for name, study in studies.items()
+    }
+    return {name: Study(study.title, settings[name], tuple(rows[name])) for name, study in studies.items()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--root", help="folder of text files to train on instead of Python's standard library")
+    parser.add_argument("--output", type=Path, help="folder of the page, the plots and the results")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the page and the plots")
+    parser.add_argument("--trial", action="store_true", help="a few steps of everything")
+    args = parser.parse_args()
+    args.output = args.output or (Path(tempfile.mkdtemp(prefix="quality-")) if args.trial else OUTPUT)
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.results = args.output / "quality.jsonl"
+    return args
+
+
+def finished(studies: Iterable[Study], path: Path) -> list[tuple[Study, list[Result]]]:
+    """Return the studies that have results, with them."""
+    found = [(study, read(path, study.settings)) for study in studies]
+    return [(study, results) for study, results in found if results]
+
+
+def main() -> None:
+    args = parse()
+    studies, until = chosen(args), time.monotonic() + 60 * args.minutes
+    if not args.report:
+        for study in studies.values():
+            train_all(study, [row for row in study.rows if row.variant in args.variants], args, until)
+    found = finished(studies.values(), args.results)
+    if not found:
+        raise SystemExit(f"{args.results} holds no run of these studies: {', '.join(studies)}.")
+    for study, results in found:
+        show(study.title, *table(study, results))
+    (args.output / "quality.md").write_text(page(found))
+    plot_curves(found[0][1], found[0][0], args.output / "quality.png")
+    plot_ranks(found, args.output / "quality_rank.png")
+    print(f"written: {args.output / 'quality.md'}")
+
+
+if __name__ == "__main__":
+    main()
