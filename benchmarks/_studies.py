@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from _train import Settings
+from _variants import ROLES
 
 SEEDS = (0, 1, 2)
 # Sums over a subset of 128 elements, as in SNSM's code, shrink the update of linear weights by sqrt(128) = 11.3.
@@ -53,6 +54,11 @@ _WITH_RATIO = _rows(
     ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 2e-3), ("adapm_lean, rank 16", 2e-3),
     ratio=RATIO,
 )  # fmt: skip
+_PARTS = (
+    "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
+    "what is dropped, dropped for good", "momentum outside the subspace only", "adafactor", "dense x factored",
+    *(f"no momentum for {role}" for role in ROLES), "max_update None", "max_update 3.0", "max_update 1.0",
+)  # fmt: skip
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -83,6 +89,11 @@ STUDIES: dict[str, Study] = {
         "512 tokens a step",
         Settings(steps=300, batch=4, every=50),
         (*_OURS, *_WITH_RATIO, *_rows(("adafactor", 2e-3), ("adam_snsm", 4e-3), ("NAdam", 2e-3))),
+    ),
+    "parts": Study(
+        "Parts of adapm_lean, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(_rows(*((name, 2e-3) for name in _PARTS), tuned=False, seeds=(0,))),
     ),
     "rank 4k": Study(
         "Rank at 4,096 tokens a step",

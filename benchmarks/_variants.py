@@ -12,6 +12,7 @@ from torch import nn
 REFERENCE = "AdamW"
 # The roles whose rate the ratio multiplies.
 RATIO_ROLES = ("embedding", "vector")
+ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head")
 Build = Callable[..., torch.optim.Optimizer]
 
 
@@ -44,6 +45,8 @@ class Variant:
         if isinstance(self.recipe, str) and self.recipe in _OTHERS:
             assert ratio == 1.0, f"{self.name} has one rate for all"
             return _OTHERS[self.recipe](model.parameters(), **shared)
+        import _control_kinds  # noqa: F401 - registers the kind
+
         import lightning_memopt
 
         if ratio != 1.0:
@@ -77,8 +80,11 @@ _OTHERS: dict[str, Build] = {
 def _mixed(momentum: Mapping[str, Any], second_moment: str = "factored") -> dict[str, Any]:
     """Return a recipe with the same kinds for all matrices."""
     kinds = {**momentum, "second_moment": second_moment}
-    roles = ("embedding", "query", "key", "value", "attention_output", "mlp", "head")
-    return {"name": "mixed", "base": "adamw", "roles": {role: kinds for role in roles}}
+    return {"name": "mixed", "base": "adamw", "roles": {role: kinds for role in ROLES}}
+
+
+def _control(mode: str, iterations: int = 1) -> dict[str, Any]:
+    return _mixed({"momentum": "control", "rank": 4, "mode": mode, "iterations": iterations})
 
 
 VARIANTS = {
@@ -107,5 +113,16 @@ VARIANTS = {
             Variant(f"subspace 1/{32 // rank * 4} x factored", _mixed({"momentum": "subspace", "rank": rank}))
             for rank in (4, 16)
         ),
+        # What explains adapm_lean.
+        Variant("the same, written out", _control("low_rank")),
+        Variant("two iterations a step", _control("low_rank", iterations=2)),
+        Variant("the best basis", _control("best")),
+        Variant("what is dropped, dropped for good", _control("inside")),
+        Variant("momentum outside the subspace only", _control("inverse")),
+        *(
+            Variant(f"no momentum for {role}", "adapm_lean", options={"overrides": {role: {"momentum": "none"}}})
+            for role in ROLES
+        ),
+        *(Variant(f"max_update {bound}", "adapm_lean", options={"max_update": bound}) for bound in (None, 3.0, 1.0)),
     )
 }
