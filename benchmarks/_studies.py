@@ -49,9 +49,9 @@ def _rows(
 
 RANKS = (1, 2, 4, 8, 16, 32)
 _RANKED = [(f"adapm_lean, rank {rank}", 2e-3) for rank in RANKS]
-_OURS = _rows(("AdamW", 2e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 4e-3), ("adapm_lean, rank 16", 2e-3))
+_OURS = _rows(("AdamW", 2e-3), ("adapm_lean", 2e-3), ("snsm_lean", 4e-3), ("adapm_lean, rank 16", 2e-3))
 _WITH_RATIO = _rows(
-    ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 2e-3), ("adapm_lean, rank 16", 2e-3),
+    ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3), ("adapm_lean, rank 16", 2e-3),
     ratio=RATIO,
 )  # fmt: skip
 _PARTS = (
@@ -78,7 +78,7 @@ STUDIES: dict[str, Study] = {
                 ("AdamW, beta1 0.95", 2e-3),
                 ("QHAdam, nu 0.7", 2e-3),
                 ("adapm_lean, rank 2", 2e-3),
-                ("subspace 1/32 x factored", 4e-3),
+                ("snsm_lean, rank 4", 4e-3),
                 ("adapm_mini", 2e-3),
                 ("adam_mini", 2e-3),
                 ("adam_sn", 2e-3),
@@ -108,9 +108,7 @@ STUDIES: dict[str, Study] = {
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
-        tuple(
-            _rows(("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("subspace 1/8 x factored", 2e-3), ratio=RATIO, tuned=False)
-        ),
+        tuple(_rows(("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3), ratio=RATIO, tuned=False)),
     ),
     "gpt2": Study(
         "GPT-2, 4,096 tokens a step", Settings(model="gpt2", steps=300, batch=32, every=50), tuple(_OURS[:3])

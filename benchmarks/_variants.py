@@ -109,10 +109,8 @@ VARIANTS = {
         Variant("adam_mini", "adam_mini"),
         Variant("adafactor", "adafactor"),
         Variant("dense x factored", _mixed({"momentum": "dense"})),
-        *(
-            Variant(f"subspace 1/{32 // rank * 4} x factored", _mixed({"momentum": "subspace", "rank": rank}))
-            for rank in (4, 16)
-        ),
+        Variant("snsm_lean", "snsm_lean"),
+        Variant("snsm_lean, rank 4", "snsm_lean", options={"rank": 4}),
         # What explains adapm_lean.
         Variant("the same, written out", _control("low_rank")),
         Variant("two iterations a step", _control("low_rank", iterations=2)),

@@ -19,6 +19,7 @@ from lightning_memopt.optim.classes import (
     AdaPMLean,
     AdaPMMini,
     RMSPropSN,
+    SNSMLean,
 )
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
@@ -93,6 +94,7 @@ __all__ = [
     "ResumeWarning",
     "RoleWarning",
     "Rule",
+    "SNSMLean",
     "SecondMoment",
     "Snapshot",
     "WarmupSchedule",

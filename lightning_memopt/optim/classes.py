@@ -113,6 +113,23 @@ class AdaPMLean(RecipeOptimizer):
     _recipe = "adapm_lean"
 
 
+class SNSMLean(RecipeOptimizer):
+    """Subspace-Momentum for every matrix, with Adafactor's factored second moment.
+
+    U as in :class:`AdamSNSM`, and D as in :class:`AdaPMLean`::
+
+        U = X Pᵀ / (1−β₁ᵗ) + (G − G P Pᵀ),   D = √(a cᵀ / mean(a) / (1−β₂ᵗ)) + ε,   W ← (1 − ηλ) W − η U / D
+
+    Defaults: betas (0.9, 0.95), rank 1/8 of the short side, at least 4, a new subspace every 10 steps, in which the
+    momentum starts from zero.
+    State: 8 to 11% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: AdamW's or twice that, with warmup.
+    ``max_update`` bounds every element of U / D.
+    Sources: arXiv 2411.07120 (momentum), arXiv 1804.04235, section 3 (second moment).
+    """
+
+    _recipe = "snsm_lean"
+
+
 class AdamSN(RecipeOptimizer):
     """Adam with Subset-Norm step sizes on linear weights (arXiv 2411.07120).
 

@@ -63,6 +63,8 @@ ADAPM = _adapm("adapm", "dense")
 ADAPM_MINI = _adapm("adapm_mini", "blockwise")
 _LEAN_LORA = Recipe(LowRankMomentum(rank=_LORA_RANK), "factored")
 ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95), lora=_LEAN_LORA)
+_SNSM_LORA = Recipe(SubspaceMomentum(rank=_LORA_RANK), "factored")
+SNSM_LEAN = _named("snsm_lean", Recipe("subspace", "factored"), (0.9, 0.95), lora=_SNSM_LORA)
 ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
 ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
 # The authors run AdaGrad and RMSProp without bias correction, and with sums over subsets.

@@ -40,6 +40,11 @@ def test_adapm_lean_keeps_at_most_3_5_percent(models, name):
     assert shares(models[name], "adapm_lean")[1] <= 0.035
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_snsm_lean_keeps_at_most_11_percent(models, name):
+    assert shares(models[name], "snsm_lean")[1] <= 0.11
+
+
 @pytest.mark.parametrize("name", ["1B", "7B"])
 def test_adam_snsm_at_a_quarter_keeps_at_most_25_percent(models, name):
     assert shares(models[name], "adam_snsm", rank=1 / 4)[1] <= 0.25
