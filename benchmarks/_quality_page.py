@@ -10,7 +10,7 @@ from typing import Any
 from _curves import loss_or_inf
 from _fidelity import RANKS
 from _report import markdown, origins
-from _studies import Row, Study
+from _studies import RATIO, Row, Study
 from _variants import REFERENCE
 
 Result = Mapping[str, Any]
@@ -95,9 +95,34 @@ def spectra(study: Study, results: Sequence[Result]) -> tuple[list[str], list[li
     return ["role", "step", *(f"rank {rank}" for rank in RANKS)], lines
 
 
-def page(found: Found) -> str:
+def comparison(study: Study, results: Sequence[Result], costs: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return state, time and temporary memory of a step, and the loss of a study, with one rate and with the ratio."""
+    losses: dict[tuple[str, bool], float] = {}
+    for row in study.rows:
+        if runs := best_runs(results, row):
+            name = REFERENCE if row.variant == "adamw" else row.variant
+            losses[name, row.ratio != 1] = mean_loss(runs)
+    lines = []
+    for cost in sorted(costs, key=lambda cost: losses.get((cost["cost"], False), math.inf)):
+        found = [losses.get((cost["cost"], ratio)) for ratio in (False, True)]
+        cells = ["" if loss is None else f"{loss:.3f}" for loss in found]
+        numbers = [f"{cost['state']:.1%}", f"{cost['ratio']:.1f}", f"{cost['temporaries']:.2f}"]
+        lines.append([cost["cost"], *numbers, *cells])
+    return [
+        "optimizer",
+        "state",
+        "step, x fused AdamW",
+        "temporaries",
+        "loss, one rate",
+        f"loss, ratio {RATIO:g}",
+    ], lines
+
+
+def page(found: Found, costs: Sequence[Result]) -> str:
     """Return the markdown page."""
     parts = [_intro(found[0][0])]
+    if costs:
+        parts += ["## All optimizers", _COST, markdown(*comparison(*found[0], costs)), origins(costs)]
     for study, results in found:
         parts += [f"## {study.title}", _setting(study), markdown(*table(study, results))]
         if study is found[0][0]:
@@ -134,6 +159,9 @@ def _setting(study: Study) -> str:
     )
 
 
+_COST = """State, time of a step as a multiple of fused AdamW's, and temporary memory of a step as a multiple of the
+largest block, on the shapes of a LLaMA with 60 million parameters, from one run on a CPU. Losses are those of the next
+section."""
 _FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all matrices
 and seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and full Adam's
 change; and the same for a step along the gradient."""

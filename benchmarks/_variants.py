@@ -59,6 +59,11 @@ class Variant:
         optimizer.bind(model)
         return optimizer
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is a recipe, or an optimizer of torch, without other options."""
+        return isinstance(self.recipe, str) and not set(self.options) - {"paper"} and self.recipe != "QHAdam"
+
     def definition(self) -> dict[str, Any]:
         """Return what defines a run's optimizer, besides its rates. A changed variant trains again."""
         return {**asdict(self), "betas": list(self.betas)}

@@ -3,6 +3,7 @@
     python benchmarks/quality.py --jobs 2                   # everything: a day; can be stopped and started again
     python benchmarks/quality.py --studies 512 --variants AdamW adapm_lean
     python benchmarks/quality.py --minutes 60               # start no run after an hour
+    python benchmarks/quality.py --cost                     # only the time and the memory of a step: a quiet machine
     python benchmarks/quality.py --report                   # only rewrite the page and the plots from the results
     python benchmarks/quality.py --trial                    # a minute, on made-up tokens, into a temporary folder
 
@@ -24,6 +25,7 @@ from typing import Any
 
 from _curves import loss_or_inf
 from _pool import train_in_pool
+from _quality_cost import costs
 from _quality_page import page, runs_of, table
 from _quality_plots import plot_curves, plot_ranks
 from _report import OUTPUT, command, commit, date, machine, show
@@ -62,7 +64,18 @@ def read(path: Path, settings: Settings) -> list[Result]:
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines if line.strip()]
     wanted = dataclasses.asdict(settings)
-    return [each for each in results if each["settings"] == wanted and each["optimizer"] == definition(each["variant"])]
+    return [
+        each
+        for each in results
+        if "loss" in each and each["settings"] == wanted and each["optimizer"] == definition(each["variant"])
+    ]
+
+
+def read_costs(path: Path) -> list[Result]:
+    """Return the last measurement of the steps' cost."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [record for record in map(json.loads, lines) if "cost" in record]
+    return [record for record in records if record["started"] == records[-1]["started"]]
 
 
 def definition(variant: str) -> dict[str, Any] | None:
@@ -90,6 +103,17 @@ def train_all(study: Study, rows: Sequence[Row], args: argparse.Namespace, until
             file.write(json.dumps({**result, "optimizer": optimizer, "settings": settings, **facts}) + "\n")
 
 
+def measure_costs(studies: Iterable[Study], args: argparse.Namespace) -> None:
+    """Measure the steps of all optimizers of the studies that are recipes, or torch's."""
+    rows = {row.variant for study in studies for row in study.rows}
+    names = [name for name in args.variants if name in rows and VARIANTS[name].is_whole]
+    facts = {"date": date(), "machine": machine(), "commit": commit(), "command": command(), "started": time.time()}
+    for record in costs(names):
+        print(record, flush=True)
+        with args.results.open("a") as file:
+            file.write(json.dumps({**record, **facts}) + "\n")
+
+
 def chosen(args: argparse.Namespace) -> dict[str, Study]:
     """Return the studies to run, as they run."""
     studies = {name: STUDIES[name] for name in args.studies}
@@ -110,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--root", help="folder of text files to train on instead of Python's standard library")
     parser.add_argument("--output", type=Path, help="folder of the page, the plots and the results")
+    parser.add_argument("--cost", action="store_true", help="train nothing, measure steps of the optimizers")
     parser.add_argument("--report", action="store_true", help="train nothing, write the page and the plots")
     parser.add_argument("--trial", action="store_true", help="a few steps of everything")
     args = parser.parse_args()
@@ -128,7 +153,9 @@ def finished(studies: Iterable[Study], path: Path) -> list[tuple[Study, list[Res
 def main() -> None:
     args = parse()
     studies, until = chosen(args), time.monotonic() + 60 * args.minutes
-    if not args.report:
+    if args.cost:
+        measure_costs(studies.values(), args)
+    elif not args.report:
         for study in studies.values():
             train_all(study, [row for row in study.rows if row.variant in args.variants], args, until)
     found = finished(studies.values(), args.results)
@@ -136,7 +163,7 @@ def main() -> None:
         raise SystemExit(f"{args.results} holds no run of these studies: {', '.join(studies)}.")
     for study, results in found:
         show(study.title, *table(study, results))
-    (args.output / "quality.md").write_text(page(found))
+    (args.output / "quality.md").write_text(page(found, read_costs(args.results)))
     plot_curves(found[0][1], found[0][0], args.output / "quality.png")
     plot_ranks(found, args.output / "quality_rank.png")
     print(f"written: {args.output / 'quality.md'}")
