@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,23 @@ class Shadow:
             momentum's energy that the kept one holds, 1 − ‖M − M̂‖² / ‖M‖²; ``cosine`` between the change of the weights
             and full Adam's; ``gradient``, the cosine between full Adam's change and that without momentum; ``best``,
             the share that a best approximation of each of ``RANKS`` would keep.
+        swings: For each role, the mean over all steps of the cosine between a gradient and the momentum before it,
+            ``inside`` the directions that the kept momentum holds, and ``outside`` of them. Negative: the gradients
+            swing back and forth there. Empty for kinds without factors.
     """
 
     def __init__(self, optimizer: Any) -> None:
         self.found: list[dict[str, Any]] = []
         self._optimizer, self._steps = optimizer, 0
         self._averages: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cosines: dict[str, list[tuple[float, float]]] = {}
+
+    @property
+    def swings(self) -> dict[str, dict[str, float]]:
+        columns = {role: list(zip(*found, strict=True)) for role, found in self._cosines.items()}
+        return {
+            role: {"inside": _mean(inside), "outside": _mean(outside)} for role, (inside, outside) in columns.items()
+        }
 
     @contextmanager
     def watching(self, step: int, steps: int) -> Iterator[None]:
@@ -39,12 +50,24 @@ class Shadow:
             grad, (beta1, beta2) = block.layout.take(param.grad).float(), group["betas"]
             zeros = torch.zeros_like(grad)
             momentum, square = self._averages.get(block.name, (zeros, zeros))
+            self._compare(block, param, grad, momentum)
             self._averages[block.name] = momentum.lerp(grad, 1 - beta1), square.lerp(grad.square(), 1 - beta2)
         measured = step + 1 in {max(1, round(moment * steps)) for moment in MOMENTS}
         before = [block.layout.take(param.detach()).clone() for _, param, block in blocks] if measured else []
         yield
         if measured:
             self._measure(step + 1, blocks, before)
+
+    def _compare(self, block: Any, param: Tensor, grad: Tensor, momentum: Tensor) -> None:
+        """Compare a gradient with the momentum before it, inside and outside of the directions that are kept."""
+        kind = block.recipe.momentum
+        state = self._optimizer.state[param]
+        if not state or not kind.keys or (factors := kind.factors(block.part(state, kind.keys), block.layout)) is None:
+            return
+        left, right = (torch.linalg.qr(factor)[0] for factor in (factors[0], factors[1].mT))
+        inside = [left @ (left.mT @ each @ right) @ right.mT for each in (grad, momentum)]
+        outside = [grad - inside[0], momentum - inside[1]]
+        self._cosines.setdefault(block.role, []).append((_cosine(*inside), _cosine(*outside)))
 
     def _measure(self, step: int, blocks: list[Any], before: list[Tensor]) -> None:
         by_role: dict[str, list[dict[str, Any]]] = {}
@@ -77,5 +100,5 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return float(F.cosine_similarity(one.flatten(), other.flatten(), dim=0))
 
 
-def _mean(numbers: list[float]) -> float:
+def _mean(numbers: Sequence[float]) -> float:
     return round(sum(numbers) / len(numbers), 4)

@@ -118,6 +118,17 @@ def comparison(study: Study, results: Sequence[Result], costs: Sequence[Result])
     ], lines
 
 
+def swings(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the cosines between gradients and the momentum before them, inside and outside of what is kept."""
+    lines = []
+    for row in study.rows:
+        found = [run["swings"] for run in best_runs(results, row) if run.get("swings")]
+        for role in found[0] if found else ():
+            means = [statistics.fmean(run[role][side] for run in found) for side in ("inside", "outside")]
+            lines.append([row.variant, role, *(f"{mean:+.3f}" for mean in means)])
+    return ["optimizer", "role", "inside", "outside"], lines
+
+
 def page(found: Found, costs: Sequence[Result]) -> str:
     """Return the markdown page."""
     parts = [_intro(found[0][0])]
@@ -129,6 +140,7 @@ def page(found: Found, costs: Sequence[Result]) -> str:
             parts.append("![validation loss against tokens](quality.png)")
         if study.settings.fidelity:
             parts += [_FIDELITY, markdown(*fidelity(study, results)), _SPECTRA, markdown(*spectra(study, results))]
+            parts += [_SWINGS, markdown(*swings(study, results))]
         if (tried := tuning(study, results))[1]:
             parts += ["Rates tried:", markdown(*tried)]
     everything = [run for _, results in found for run in results]
@@ -166,3 +178,6 @@ _FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six m
 and seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and full Adam's
 change; and the same for a step along the gradient."""
 _SPECTRA = """The share of M's energy that its best approximation of a rank would keep:"""
+_SWINGS = """The cosine between a gradient and full Adam's momentum before it, averaged over all steps: inside the
+directions that the kept momentum holds (its row and column space), and outside of them. Negative: gradients swing back
+and forth there."""

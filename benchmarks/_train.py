@@ -142,7 +142,7 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     loss = validate(model, TOKENS["validation"], settings, settings.validation_tokens) if finite else math.nan
     result = {"loss": loss if math.isfinite(loss) else None, "curve": curve, **_state(optimizer, model)}
     if shadow:
-        result["fidelity"] = shadow.found
+        result |= {"fidelity": shadow.found, "swings": shadow.swings}
     return {**asdict(run), **result, "seconds": round(time.perf_counter() - started, 1)}
 
 
