@@ -29,9 +29,12 @@ class Tick:
     key: int | tuple[int, ...]
     index: int
 
-    def due(self, gap: int) -> bool:
-        """Return whether work that recurs every ``gap`` steps is due now; always true at step 1."""
-        return self.step == 1 or (self.step + self.index) % gap == 0
+    def due(self, gap: int, *, stagger: bool = True) -> bool:
+        """Return whether work that recurs every ``gap`` steps is due now; always true at step 1.
+
+        Staggered, blocks take turns; otherwise it is due for all of them at the multiples of ``gap``.
+        """
+        return self.step == 1 or (self.step + (self.index if stagger else 0)) % gap == 0
 
     def salted(self, purpose: str = "") -> int | tuple[int, ...]:
         """Return a 63-bit number that depends only on the block, the step and the purpose; one per block of a batch."""

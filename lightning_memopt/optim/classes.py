@@ -141,6 +141,10 @@ class AdamSN(RecipeOptimizer):
     Defaults: betas (0.9, 0.999), mean squares over rows or columns.
     State: AdamW's momentum, and almost no second moment except for embeddings: slightly more than half of AdamW's.
     Learning rate: AdamW's. With ``reduction="sum"``, as in the paper, multiply it by √(subset's size).
+
+    With ``reduction="sum", correct_eps=True, eps=1e-6``, steps equal those of the authors' code, except that theirs
+    multiplies by 1 − ηλ after the update, has no ``max_update``, and lets runs of ``subset_size`` continue in the next
+    row.
     """
 
     _recipe = "adam_sn"
@@ -155,6 +159,10 @@ class RMSPropSN(AdamSN):
     State: one number per row or column of linear weights; a full second moment for all other weights.
     Learning rate: √(subset's size) times RMSProp's for linear weights, and RMSProp's for all other weights. With
     ``reduction="mean"``, RMSProp's for both. The first steps are 1/√(1−β₂) = 32 times larger than Adam's.
+
+    With ``eps=1e-6, max_update=None``, steps equal those of the authors' code, except that theirs multiplies by 1 − ηλ
+    after the update. In linear weights, the default ``max_update`` of 10 cuts elements that are most of their subset's
+    norm, in the first 10 steps and at spikes.
     """
 
     _recipe = "rmsprop_sn"
@@ -181,15 +189,25 @@ class AdamSNSM(RecipeOptimizer):
         betas: Decay rates; None for (0.9, 0.999).
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        paper: Follow the authors' code: sums over subsets, the complement also divided by 1−β₁ᵗ, and a new subspace by
-            SVD every 200 steps. Their code uses the old momentum's coordinates in the new basis for one step before
-            the reset. This is not copied, since the signs of singular vectors are arbitrary.
+        paper: Follow the authors' code: sums over subsets, the complement and ε also corrected for bias, and a new
+            subspace by SVD at step 1 and at every multiple of 200, for all weights at once: these steps take longer.
+            With ``eps=1e-6``, as theirs, steps are equal until the second subspace. Then theirs uses the coordinates
+            of the old momentum in the new basis for one step, and drops that step's gradient from the momentum. This
+            is not copied, since the signs of singular vectors are arbitrary. Theirs also multiplies by 1 − ηλ after
+            the update, and has no ``max_update``.
         options: Any other option of :class:`MemOpt`. The defaults are ``rank`` 1/8 of the short side, at least 4,
             ``gap`` 10, ``projection`` ``power``, ``handover`` ``reset`` and ``reduction`` ``mean``.
     """
 
     _recipe = "adam_snsm"
-    _paper: Mapping[str, Any] = {"reduction": "sum", "correct_complement": True, "gap": 200, "projection": "svd"}
+    _paper: Mapping[str, Any] = {
+        "reduction": "sum",
+        "correct_complement": True,
+        "correct_eps": True,
+        "gap": 200,
+        "stagger": False,
+        "projection": "svd",
+    }
 
     def __init__(
         self,
@@ -218,7 +236,7 @@ class AdaGradSNSM(AdamSNSM):
     """
 
     _recipe = "adagrad_snsm"
-    _paper: Mapping[str, Any] = {"gap": 200, "projection": "svd"}
+    _paper: Mapping[str, Any] = {"gap": 200, "stagger": False, "projection": "svd"}
 
 
 class AdamMini(RecipeOptimizer):

@@ -115,16 +115,19 @@ def test_subspace_with_all_options_together(projection, handover, bias_correctio
         assert max(found) <= FP32
 
 
-@pytest.mark.parametrize("index", [0, 1, 2, 3])
-def test_subspace_refreshes_are_staggered(index):
-    kind, layout = SubspaceMomentum(rank=2, gap=4, projection="random"), layout_of((6, 5))
+@pytest.mark.parametrize(
+    ("stagger", "index", "shift"), [*((True, index, index) for index in range(4)), (False, 0, 0), (False, 3, 0)]
+)
+def test_subspace_refreshes_are_staggered_unless_told_otherwise(stagger, index, shift):
+    kind = SubspaceMomentum(rank=2, gap=4, stagger=stagger, projection="random")
+    layout = layout_of((6, 5))
     state, refreshed = kind.init(layout), []
     for number in range(1, 14):
         before = state["subspace_p"].clone()
         step(kind, gradient((6, 5), number), state, layout, tick_at(number, index=index))
         if not torch.equal(before, state["subspace_p"]):
             refreshed.append(number)
-    assert refreshed == [1, *(number for number in range(2, 14) if (number + index) % 4 == 0)]
+    assert refreshed == [1, *(number for number in range(2, 14) if (number + shift) % 4 == 0)]
 
 
 def test_subspace_survives_ill_conditioned_gradients():

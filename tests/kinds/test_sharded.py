@@ -97,7 +97,7 @@ CASES = [
 ]
 
 # What an option's value changes in the requests is to be seen here; plain numbers and switches change nothing in them.
-PLAIN = ("bias_correction", "correct_complement", "gap")
+PLAIN = ("bias_correction", "correct_complement", "correct_eps", "gap", "stagger")
 KINDS = [
     kind
     for kind in all_momenta() + all_second_moments()

@@ -83,6 +83,8 @@ def test_paper_variants():
     assert recipe.second_moment.reduction == "sum"
     assert (recipe.momentum.gap, recipe.momentum.projection, recipe.momentum.handover) == (50, "svd", "reset")
     assert recipe.momentum.correct_complement
+    assert recipe.second_moment.correct_eps
+    assert not recipe.momentum.stagger
 
 
 def test_state_is_complete_before_the_first_step():

@@ -34,7 +34,9 @@ class SubspaceMomentum(Momentum):
 
     Attributes:
         rank: k: an integer, or a fraction of the short side (then at least 4).
-        gap: Steps between two choices of the subspace. Blocks take turns.
+        gap: Steps between two choices of the subspace.
+        stagger: Let blocks take turns, so that all steps take about as long. Otherwise all of them choose at step 1 and
+            at every multiple of ``gap``, as in the authors' code.
         projection: ``power`` (warm-started power iteration), ``svd`` (exact), ``random``, ``topk`` (coordinates).
         handover: What happens to the momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
         bias_correction: Divide the momentum by 1−β₁ᵗ.
@@ -48,6 +50,7 @@ class SubspaceMomentum(Momentum):
 
     rank: int | float = 1 / 8
     gap: int = 10
+    stagger: bool = True
     projection: str = "power"
     handover: str = "reset"
     bias_correction: bool = True
@@ -76,7 +79,7 @@ class SubspaceMomentum(Momentum):
 
     def phase(self, tick: Tick) -> Hashable:
         """Return whether a new subspace is due."""
-        return tick.due(self.gap)
+        return tick.due(self.gap, stagger=self.stagger)
 
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
@@ -85,7 +88,7 @@ class SubspaceMomentum(Momentum):
         long, short = _sides(layout)
         tall = grad if long == -2 else grad.mT
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
-        old, due = basis, tick.due(self.gap)
+        old, due = basis, tick.due(self.gap, stagger=self.stagger)
         if due:
             basis = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
         (projected,), momentum = yield from interleave(

@@ -77,11 +77,14 @@ class SecondMoment(Kind):
     Attributes:
         normalizes: Whether the denominator has the unit of a gradient, so that U / D has no unit and can be bounded.
         bias_correction: Divide by 1−β₂ᵗ, as Adam does. Has no effect with β₂ = 1, which accumulates.
+        correct_eps: Divide ε by √(1−β₂ᵗ) too, as optimizers do that add it before the bias correction. In the first
+            steps, ε is then larger.
     """
 
     normalizes: ClassVar[bool] = True
 
     bias_correction: bool = True
+    correct_eps: bool = False
 
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -112,7 +115,7 @@ class SecondMoment(Kind):
 
         State and layout describe a whole block on one process.
         """
-        return Denominator((self.to_dense(state, layout),), self.correction(beta2, tick), eps)
+        return self.over(self.to_dense(state, layout), beta2=beta2, eps=eps, tick=tick)
 
     def accumulate_(
         self, state: Mapping[str, Any], key: str, value: Tensor, *, beta2: float, layout: Layout, tick: Tick
@@ -122,9 +125,10 @@ class SecondMoment(Kind):
         store_(state[key], new, self.rounding(layout, tick, key))
         return new
 
-    def correction(self, beta2: float, tick: Tick) -> float:
-        """Return the bias correction of this step."""
-        return 1 - beta2**tick.step if self.bias_correction and beta2 < 1 else 1.0
+    def over(self, *squares: Large, beta2: float, eps: float, tick: Tick, run: int | None = None) -> Denominator:
+        """Return the denominator with these squares, and with this step's bias correction and ε."""
+        correction = 1 - beta2**tick.step if self.bias_correction and beta2 < 1 else 1.0
+        return Denominator(squares, correction, eps / correction**0.5 if self.correct_eps else eps, run)  # type: ignore[arg-type]
 
 
 SECOND_MOMENTS: Registry[type[SecondMoment]] = Registry("second-moment kind")

@@ -74,7 +74,7 @@ class BlockwiseSecondMoment(SecondMoment):
         (value,) = yield from request(Sum(sums(grad, layout.dtype), layout, over))
         value = self._per_head(value / layout.matrix[over], layout)
         square = self.accumulate_(state, "blockwise_sq", value, beta2=beta2, layout=layout, tick=tick)
-        return Denominator((self._spread(square, layout),), self.correction(beta2, tick), eps)
+        return self.over(self._spread(square, layout), beta2=beta2, eps=eps, tick=tick)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Spread each mean over its head or output."""

@@ -44,7 +44,7 @@ class DenseSecondMoment(SecondMoment):
             part = grad[index].to(layout.dtype)
             new = average[index].to(layout.dtype).mul_(beta2).addcmul_(part, part, value=weight)
             store_chunk_(average, index, new, noise)
-        return Denominator((average,), self.correction(beta2, tick), eps)
+        return self.over(average, beta2=beta2, eps=eps, tick=tick)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return ``exp_avg_sq``."""

@@ -54,7 +54,7 @@ class FactoredSecondMoment(SecondMoment):
             Sum(columns, layout, -2), Sum(row.sum(-2, keepdim=True, dtype=torch.float64), layout, -2)
         )
         column = self.accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
-        return Denominator((row / _mean(total.to(row.dtype), m), column), self.correction(beta2, tick), eps)
+        return self.over(row / _mean(total.to(row.dtype), m), column, beta2=beta2, eps=eps, tick=tick)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return a cᵀ / mean(a)."""

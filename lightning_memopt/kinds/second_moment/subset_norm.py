@@ -89,14 +89,14 @@ class SubsetNormSecondMoment(SecondMoment):
         square = self.accumulate_(state, "subset_norm_sq", value / sizes, beta2=beta2, layout=layout, tick=tick)
         # The state is the mean with either reduction, so a checkpoint does not depend on it.
         square = square * sizes if self.reduction == "sum" else square
-        return Denominator((square,), self.correction(beta2, tick), eps, run)
+        return self.over(square, beta2=beta2, eps=eps, tick=tick, run=run)
 
     def denominator(self, state: State, layout: Layout, *, beta2: float, eps: float, tick: Tick) -> Denominator:
         """Return the denominator of the last step again."""
         square = state["subset_norm_sq"].to(layout.dtype)
         square = square * self._sizes(layout) if self.reduction == "sum" else square
         dense = self.to_dense({"subset_norm_sq": square}, layout)
-        return Denominator((dense,), self.correction(beta2, tick), eps)
+        return self.over(dense, beta2=beta2, eps=eps, tick=tick)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Spread each subset's mean over its elements."""

@@ -59,8 +59,8 @@ def errors(
         matrix = grad.reshape(layout.matrix)
         if isinstance(kind, Momentum):
             actual = step(kind, grad, state, layout, tick, beta1=beta1)
-            gap = getattr(kind, "gap", 1)
-            expected = reference.momentum(matrix, beta1=beta1, tick=tick, gap=gap, like=state)
+            due = tick.due(getattr(kind, "gap", 1), stagger=getattr(kind, "stagger", True))
+            expected = reference.momentum(matrix, beta1=beta1, tick=tick, due=due, like=state)
         else:
             actual = step(kind, grad, state, layout, tick, beta2=beta2)
             expected = reference.second_moment(matrix, beta2=beta2, eps=EPS, tick=tick)

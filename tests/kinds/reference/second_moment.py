@@ -7,13 +7,22 @@ from torch import Tensor
 
 
 class _SecondMoment:
-    """V ← β₂ V + (1−β₂) reduce(G²), or V ← V + reduce(G²) with β₂ = 1;  D = √(spread(V) / b₂) + ε."""
+    """V ← β₂ V + (1−β₂) reduce(G²), or V ← V + reduce(G²) with β₂ = 1;  D = √(spread(V) / b₂) + ε.
+
+    With ``correct_eps``, D = (√spread(V) + ε) / √b₂.
+    """
 
     def __init__(
-        self, shape: tuple[int, int], bias_correction: bool, outputs_per_number: int | None = None, output_dim: int = -2
+        self,
+        shape: tuple[int, int],
+        bias_correction: bool,
+        correct_eps: bool,
+        outputs_per_number: int | None = None,
+        output_dim: int = -2,
     ) -> None:
         self.shape = shape
         self.bias_correction = bias_correction
+        self.correct_eps = correct_eps
         self.outputs_per_number = outputs_per_number
         self.output_dim = output_dim
         self.average = [torch.zeros_like(part) for part in self.reduce(torch.zeros(shape, dtype=torch.float64))]
@@ -23,6 +32,8 @@ class _SecondMoment:
         fresh = self.reduce(grad**2)
         self.average = [beta2 * old + weight * new for old, new in zip(self.average, fresh, strict=True)]
         b2 = 1 - beta2**step if self.bias_correction and beta2 < 1 else 1.0
+        if self.correct_eps:
+            return (self.spread(*self.average).sqrt() + eps) / b2**0.5
         return (self.spread(*self.average) / b2).sqrt() + eps
 
     def reduce(self, square: Tensor) -> list[Tensor]:
@@ -66,16 +77,14 @@ class BlockwiseSecondMoment(_SecondMoment):
 class SubsetNormSecondMoment(_SecondMoment):
     """One number for each row of a tall block, column of a wide one, or run of ``subset_size`` elements of a row."""
 
-    def __init__(
-        self, shape: tuple[int, int], bias_correction: bool, reduction: str, subset_size: int | None, **facts: object
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], reduction: str, subset_size: int | None, **options: bool) -> None:
         m, n = shape
         row, column = torch.arange(m)[:, None], torch.arange(n)
         self.subsets = (row if m >= n else column).expand(shape)
         if subset_size is not None:
             self.subsets = row * -(-n // subset_size) + column // subset_size
         self.reduction = reduction
-        super().__init__(shape, bias_correction)
+        super().__init__(shape, **options)
 
     def reduce(self, square: Tensor) -> list[Tensor]:
         subsets = self.subsets.flatten()

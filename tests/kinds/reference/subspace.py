@@ -44,6 +44,7 @@ class SubspaceMomentum:
         shape: tuple[int, int],
         rank: int,
         gap: int,
+        stagger: bool,
         projection: str,
         handover: str,
         bias_correction: bool,
