@@ -121,6 +121,8 @@ def train(run: Run, settings: Settings, session: Session) -> Result | None:
             progress.peak_bytes = max(progress.peak_bytes, torch.cuda.max_memory_allocated())
         over = time.monotonic() > session.until
         if over or now - saved >= session.save_every:
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr  # what the run that goes on is built with
             content = {"model": session.model.state_dict(), "optimizer": optimizer.state_dict()}
             save({**content, "progress": asdict(progress)}, path)
             saved = now

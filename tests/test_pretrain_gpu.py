@@ -20,7 +20,7 @@ sys.path.insert(0, "benchmarks")
 import pretrain_gpu
 
 def call(folder, *given):
-    shared = ["--toy", "--roots", "lightning_memopt", "--steps", "3", "--lrs", "1e-3", "4e-3"]
+    shared = ["--toy", "--roots", "lightning_memopt", "--steps", "4", "--lrs", "1e-3", "4e-3"]
     pretrain_gpu.main([*shared, "--output", folder, "--work", folder, *given])
     return open(f"{folder}/pretrain_gpu.jsonl").read().splitlines()
 
@@ -66,7 +66,7 @@ def test_rates_are_tuned_before_long_runs_share_the_best_one_of_adamw(called):
     ]
     best = min(tuning[:2], key=lambda each: each["loss"])["lr"]
     assert [(each["variant"], each["lr"]) for each in final[:2]] == [("AdamW", best), ("adapm_lean", best)]
-    assert len(final[0]["curve"]) == 3
+    assert len(final[0]["curve"]) == 4
     assert final[1]["state_bytes"] < 0.2 * final[0]["state_bytes"]
 
 
@@ -80,7 +80,7 @@ def test_the_page_shows_losses_and_where_they_come_from(called):
 
 def test_a_run_in_pieces_is_a_run_in_one(called):
     output, whole, pieces, _ = called
-    assert "calls: 3\n" in output
+    assert "calls: 4\n" in output
     assert "out of time; call again to go on" in output
     keys = ("variant", "lr", "loss", "curve", "state_bytes")
     assert [[each[key] for key in keys] for each in results(pieces)] == [
