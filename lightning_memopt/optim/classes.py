@@ -233,6 +233,8 @@ class AdaGradSNSM(AdamSNSM):
 
     State: as in :class:`AdamSNSM`. Learning rate: AdaGrad's, far larger than AdamW's, since V only grows. The best one
     in ``benchmarks/convergence.py`` was 180 times AdamW's.
+
+    With ``paper=True, eps=1e-6``, steps equal those of the authors' code as far as those of :class:`AdamSNSM` do.
     """
 
     _recipe = "adagrad_snsm"

@@ -78,10 +78,10 @@ def test_weights_equal_the_reference(momentum, second, bound, dtype):
         optimizer.step()
         tick, state = tick_at(number), optimizer.state[param]
         exact = param.grad.double()
+        gap = getattr(momentum, "gap", 1)
         like = {key: value for key, value in state.items() if key in momentum.keys}
         draw = type(tick)(number, block.key, block.index)
-        due = draw.due(getattr(momentum, "gap", 1))
-        direction = directions.momentum(exact, beta1=BETAS[0], tick=draw, due=due, like=like)
+        direction = directions.momentum(exact, beta1=BETAS[0], tick=draw, gap=gap, like=like)
         divisor = denominators.second_moment(exact, beta2=BETAS[1], eps=EPS, tick=tick)
         limit = bound if applies else None
         expected = REFERENCE(before, direction, divisor, lr=1e-2, weight_decay=0.1, max_update=limit)

@@ -52,6 +52,7 @@ def errors(
 
     The direction's error is relative to its norm; where the exact direction is zero, the error is absolute.
     """
+    index = index if getattr(kind, "stagger", True) else 0
     reference, state = reference_of(kind, layout), kind.init(layout)
     found = []
     for number, grad in enumerate(grads, start=1):
@@ -59,8 +60,8 @@ def errors(
         matrix = grad.reshape(layout.matrix)
         if isinstance(kind, Momentum):
             actual = step(kind, grad, state, layout, tick, beta1=beta1)
-            due = tick.due(getattr(kind, "gap", 1), stagger=getattr(kind, "stagger", True))
-            expected = reference.momentum(matrix, beta1=beta1, tick=tick, due=due, like=state)
+            gap = getattr(kind, "gap", 1)
+            expected = reference.momentum(matrix, beta1=beta1, tick=tick, gap=gap, like=state)
         else:
             actual = step(kind, grad, state, layout, tick, beta2=beta2)
             expected = reference.second_moment(matrix, beta2=beta2, eps=EPS, tick=tick)

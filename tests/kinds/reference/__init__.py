@@ -46,7 +46,7 @@ class Stack:
         self.count = stack[0] if stack else 1
         self.references = [make((m, n), **options) for _ in range(self.count)]
 
-    def momentum(self, grad: Tensor, *, beta1: float, tick: Any, due: bool, like: dict[str, Tensor]) -> Tensor:
+    def momentum(self, grad: Tensor, *, beta1: float, tick: Any, gap: int, like: dict[str, Tensor]) -> Tensor:
         """Return the directions of one step, ``[..., m, n]`` in float64."""
         results = []
         for position, (reference, part) in enumerate(zip(self.references, self._matrices(grad), strict=True)):
@@ -61,7 +61,7 @@ class Stack:
                 for key, value in like.items()
                 if value.ndim >= 2
             }
-            results.append(reference.update(part, beta1=beta1, step=tick.step, due=due, draw=draw, like=mine))
+            results.append(reference.update(part, beta1=beta1, step=tick.step, due=tick.due(gap), draw=draw, like=mine))
         return torch.stack(results).reshape(self.matrix)
 
     def second_moment(self, grad: Tensor, *, beta2: float, eps: float, tick: Any) -> Tensor:
