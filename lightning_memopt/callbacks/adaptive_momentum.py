@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.callbacks import adaptive_report as report
-from lightning_memopt.callbacks.allocation import (
-    Changes,
-    adamw_momentum_bytes,
-    adaptable,
-    candidate,
-    change_to,
-    compressed_kind,
-    fixed_bytes,
-    matrix_bytes,
-    momentum_bytes,
-    trained_matrices,
-)
+from lightning_memopt.callbacks.allocation import adaptable, compressed_kind
 from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure, log_folder
-from lightning_memopt.callbacks.budget import check_budget, parse_budget
+from lightning_memopt.callbacks.allocator import Allocator
+from lightning_memopt.callbacks.budget import parse_budget
 from lightning_memopt.callbacks.console import say, warn_on_failed_write
-from lightning_memopt.callbacks.moves import moves, restless
-from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
-from lightning_memopt.callbacks.policies.base import answer
-from lightning_memopt.memory.sizes import format_bytes
+from lightning_memopt.callbacks.policies import POLICIES, Policy
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
@@ -120,9 +107,8 @@ class AdaptiveMomentum(Callback):
         self.optimizer_idx, self.log, self.figures = optimizer_idx, log, figures
         self.history: list[dict[str, Any]] = []
         self._loaded: Mapping[str, Any] | None = None
-        self._optimizer: Any = None
+        self._allocator: Any = None
         self._probe: Any = None
-        self._compressed = ""
         self._names: set[str] = set()
         self._seen, self._frozen, self._length, self._running = 0, False, 0.0, False
         self._folder: Path | None = None
@@ -136,8 +122,7 @@ class AdaptiveMomentum(Callback):
             snapshot: The blocks and their state.
             signals: Statistics of the gradients, by block name.
         """
-        problem = self._problem(signals, restless(self.history))
-        return self._changes(moves(problem, answer(self.policy, problem), self.max_moves))
+        return self._allocator.moves(signals, self.history, self._until_frozen())
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -152,8 +137,17 @@ class AdaptiveMomentum(Callback):
         Raises:
             ValueError: If no optimizer can be adapted, or several can.
         """
-        self._optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
-        self._compressed = compressed_kind(self._optimizer)
+        optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
+        self._allocator = Allocator(
+            optimizer,
+            compressed_kind(optimizer),
+            policy=self.policy,
+            budget=self.budget,
+            quality=self.quality,
+            min_rank=self.min_rank,
+            max_moves=self.max_moves,
+            dropped=self.dropped,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resume from a checkpoint, or divide the budget.
@@ -161,7 +155,7 @@ class AdaptiveMomentum(Callback):
         Raises:
             ValueError: If the budget is too small, or the policy needs the length of training and it is unknown.
         """
-        self._trainer, self._probe = trainer, Probe(self._optimizer)
+        self._trainer, self._probe = trainer, Probe(self._allocator.optimizer)
         self._frozen, self._seen = False, 0
         self._length, self._folder = _length(trainer), log_folder(trainer)
         if isinstance(self.freeze_after, float) and not self._has_end():
@@ -171,9 +165,8 @@ class AdaptiveMomentum(Callback):
             )
         if self._loaded is None:
             self.history, self._names = [], set()
-            say(
-                f"{report.aim(self.policy, self._budget_bytes(), self.quality, len(self._trained()))}; {self._later()}."
-            )
+            blocks = len(self._allocator.trained())
+            say(f"{report.aim(self.policy, self._allocator.budget_bytes(), self.quality, blocks)}; {self._later()}.")
             self._allocate()
             self._running = True
             return
@@ -184,9 +177,9 @@ class AdaptiveMomentum(Callback):
         if self._frozen:
             self._probe.rest()
         rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
-        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._size()}; {rest}.")
-        budget = self._budget_bytes()
-        if budget is not None and self._bytes({}) > budget:  # the budget is smaller than in the saved run
+        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._allocator.size()}; {rest}.")
+        budget = self._allocator.budget_bytes()
+        if budget is not None and self._allocator.nbytes() > budget:  # the budget is smaller than in the saved run
             self._allocate()
         self._running = True
 
@@ -208,7 +201,7 @@ class AdaptiveMomentum(Callback):
             self._freeze()
         elif self._decisions(self._seen) > before:
             signals = self._probe.read()
-            self._carry_out(self._agreed(lambda: self.propose(self._optimizer.snapshot(), signals)), signals)
+            self._change(lambda: self.propose(self._allocator.optimizer.snapshot(), signals), signals)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a summary, and draw the allocation if ``figures`` is set."""
@@ -244,13 +237,13 @@ class AdaptiveMomentum(Callback):
         run = f"AdaptiveMomentum, policy {report.policy_name(self.policy)}"
         if self._probe is None:
             return allocation_figure(self.history, value, run=run)
-        return allocation_figure(self.history, value, until=self._probe.steps, run=f"{run}; {self._size()}")
+        return allocation_figure(self.history, value, until=self._probe.steps, run=f"{run}; {self._allocator.size()}")
 
     def _close(self, trainer: Trainer, how: str) -> None:
         """Print a summary and draw the allocation. No rank waits for another one."""
         self._running = False
         self._probe.stop()
-        say(f"AdaptiveMomentum {how} with {self._size()}: {report.closing(self.history)}.")
+        say(f"AdaptiveMomentum {how} with {self._allocator.size()}: {report.closing(self.history)}.")
         if self.figures and self.history and self._folder is not None:
             with warn_on_failed_write(self, self._folder):
                 add_figure(trainer, self._folder, "allocation", self.plot)
@@ -280,79 +273,24 @@ class AdaptiveMomentum(Callback):
     def _is_over(self) -> bool:
         return self.freeze_after is not None and self._phase() >= 1
 
-    def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
-        """Return the policy's input: all blocks that are not pinned, and the budget that the pinned ones leave."""
-        blocks = self._candidates(signals)
-        fixed = fixed_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
-        budget = self._budget_bytes()
-        return Problem(
-            blocks=tuple(block for block in blocks if block.name not in pinned),
-            budget=None if budget is None else budget - fixed,
-            quality=self.quality,
-            min_rank=self.min_rank,
-            progress=min(1.0, self._phase()) if self._has_end() else None,
-        )
-
-    def _changes(self, ranks: Mapping[str, int]) -> Changes:
-        blocks = {block.name: block for block in self._candidates({})}
-        return {name: change_to(blocks[name], rank, self._compressed) for name, rank in ranks.items()}
+    def _until_frozen(self) -> float | None:
+        """Return the completed fraction of the time until the allocation freezes; None if it is unknown."""
+        return min(1.0, self._phase()) if self._has_end() else None
 
     def _make_room(self) -> None:
         """Divide the budget again if parameters have started training."""
-        if not self._trained() <= self._names:
+        if not self._allocator.trained() <= self._names:
             self._allocate()
 
     def _allocate(self) -> None:
         """Change all blocks to the policy's target at once."""
-        self._names |= self._trained()
-        self._carry_out(self._agreed(self._target_changes), {})
+        self._names |= self._allocator.trained()
+        self._change(lambda: self._allocator.division(self._until_frozen()), {})
 
-    def _target_changes(self) -> Changes:
-        """Return the changes from the current allocation to the policy's target, for all blocks."""
-        problem = self._problem({}, pinned=())
-        check_budget(problem, fixed_bytes(self._optimizer))
-        target = answer(self.policy, problem)
-        # A recipe may give small blocks a rank that takes more bytes than dense momentum. Such a rank counts as dense.
-        sizes = matrix_bytes(self._optimizer)
-        differing = [
-            block
-            for block in problem.blocks
-            if target[block.name] != block.rank or sizes[block.name] > block.nbytes(block.rank)
-        ]
-        differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
-        return self._changes({block.name: target[block.name] for block in differing})
-
-    def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
-        """Apply the changes if they fit the budget, and record them in the history."""
-        blocks = self._candidates(signals)
-        if changes:
-            size, budget = self._bytes(changes), self._budget_bytes()
-            if budget is not None and size > budget:
-                raise ValueError(
-                    f"The policy, or propose(), requested changes that need {format_bytes(size)} of momentum, but the "
-                    f"budget is {format_bytes(budget)}. Nothing has changed."
-                )
-            self._optimizer.reformat(changes, dropped=self.dropped)
-        after = {block.name: block.rank for block in self._candidates({})}
-        seen = [(block, block.signals) for block in blocks if block.signals is not None]
-        entry = {
-            "step": self._probe.steps,
-            "moves": {
-                block.name: [block.rank, after[block.name]] for block in blocks if block.rank != after[block.name]
-            },
-            "ranks": after,
-            "dense": [
-                block.name for block in trained_matrices(self._optimizer) if block.recipe.momentum.name == "dense"
-            ],
-            "momentum_bytes": self._bytes({}),
-            "oscillation": {block.name: shown.oscillation for block, shown in seen},
-            "residual": {
-                block.name: 0.0 if block.rank >= block.dense_rank else shown.residual(block.rank)
-                for block, shown in seen
-            },
-        }
-        self.history.append(entry)
-        self._report(entry)
+    def _change(self, decide: Callable[[], Mapping[str, Any]], signals: Mapping[str, BlockSignals]) -> None:
+        """Decide on all ranks, carry the decision out, and report it."""
+        self.history.append(self._allocator.carry_out(self._agreed(decide), signals, self._probe.steps))
+        self._report(self.history[-1])
 
     def _agreed(self, decide: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the changes after checking that all processes have decided the same, even without sharding."""
@@ -368,24 +306,9 @@ class AdaptiveMomentum(Callback):
     def _freeze(self) -> None:
         self._frozen = True
         self._probe.rest()
-        say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._size()}.")
+        say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._allocator.size()}.")
 
-    # ------------------------------------------------------------------ facts
-
-    def _trained(self) -> set[str]:
-        return {block.name for block in trained_matrices(self._optimizer)}
-
-    def _candidates(self, signals: Mapping[str, BlockSignals]) -> tuple[Candidate, ...]:
-        return tuple(candidate(block, signals) for block in trained_matrices(self._optimizer))
-
-    def _bytes(self, changes: Mapping[str, Any]) -> int:
-        return momentum_bytes(self._optimizer, changes)
-
-    def _budget_bytes(self) -> int | None:
-        return parse_budget(self.budget, adamw_momentum_bytes(self._optimizer))
-
-    def _size(self) -> str:
-        return report.share_of_adamw(self._bytes({}), adamw_momentum_bytes(self._optimizer))
+    # ------------------------------------------------------------------ words
 
     def _later(self) -> str:
         """Return what this callback does after the start, in words."""
@@ -393,14 +316,15 @@ class AdaptiveMomentum(Callback):
         length = self._length / len(self._trainer.optimizers)  # the trainer counts the steps of all optimizers
         freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
         timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": min(freeze, length)}
-        budget = self._budget_bytes()
+        budget = self._allocator.budget_bytes()
         return report.later(policy, budget, **timing, freezes=freeze < length, max_moves=self.max_moves)
 
     def _report(self, entry: Mapping[str, Any]) -> None:
+        size = self._allocator.size()
         if len(self.history) == 1:
-            say(f"AdaptiveMomentum starts with {self._size()}, in {len(self._names)} blocks.")
+            say(f"AdaptiveMomentum starts with {size}, in {len(self._names)} blocks.")
         elif entry["moves"]:
-            say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {self._size()}.")
+            say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {size}.")
         if self.log:
             values = {"rank": entry["ranks"], "oscillation": entry["oscillation"], "residual": entry["residual"]}
             scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}
