@@ -21,6 +21,7 @@ from lightning_memopt.callbacks.allocator import Allocator
 from lightning_memopt.callbacks.budget import parse_budget
 from lightning_memopt.callbacks.console import say, warn_on_failed_write
 from lightning_memopt.callbacks.policies import POLICIES, Policy
+from lightning_memopt.callbacks.policies.base import decides_once
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
@@ -41,7 +42,8 @@ class AdaptiveMomentum(Callback):
             (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
         every_n_steps: Number of steps between two decisions.
         start: Step after which the first decision is made; None means `every_n_steps`.
-        freeze_after: When the allocation freezes: a fraction of the training, or a number of steps; None means never.
+        freeze_after: When the allocation freezes: a fraction of the training in (0, 1], or a number of steps from 2 on;
+            None means never. The integer 1 could mean both, and is refused.
         quality: The share of momentum's energy to keep. Only used without a budget.
         min_rank: The smallest rank of a block that has momentum.
         max_moves: Maximum number of blocks that change in one decision.
@@ -49,9 +51,10 @@ class AdaptiveMomentum(Callback):
             :meth:`~lightning_memopt.MemOpt.reformat`.
         optimizer_idx: Index of the optimizer to adapt. Required if several of the module's optimizers can be adapted.
         log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
-            every decision.
+            every decision. With an `optimizer_idx` of 1, the names start with ``memopt/rank_1/`` and so on.
         figures: Whether to draw the allocation over time when training ends or is interrupted, to ``allocation.png``
-            in the log directory and to loggers that accept figures.
+            (with an `optimizer_idx` of 1, ``allocation_1.png``) in the log directory and to loggers that accept
+            figures.
 
     Attributes:
         history: One entry per decision: ``step``, ``moves`` (block → ranks before and after), ``ranks`` (of all
@@ -87,14 +90,8 @@ class AdaptiveMomentum(Callback):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not 0 < quality <= 1:
             raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
-        if freeze_after is not None and (
-            isinstance(freeze_after, bool | str)
-            or not (freeze_after >= 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1)
-        ):
-            raise ValueError(
-                f"`freeze_after` must be a fraction of the training in (0, 1], a number of steps, or None, got "
-                f"{freeze_after!r}."
-            )
+        if freeze_after is not None:
+            _check_freeze(freeze_after)
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
         if figures and find_spec("matplotlib") is None:  # fail now, not after days of training
@@ -170,18 +167,20 @@ class AdaptiveMomentum(Callback):
             self._allocate()
             self._running = True
             return
-        self._probe.load_state_dict(self._loaded["probe"])
-        self._seen = self._probe.steps
-        self._loaded, self._names = None, {name for entry in self.history for name in entry["ranks"]}
+        saved, self._loaded = self._loaded, None
+        self._probe.load_state_dict(saved["probe"])
+        self._seen = saved.get("seen", self._probe.steps)
+        self._names = {name for entry in self.history for name in entry["ranks"]}
         self._frozen = self._is_over()
         if self._frozen:
             self._probe.rest()
         rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
-        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._allocator.size()}; {rest}.")
-        budget = self._allocator.budget_bytes()
-        if budget is not None and self._allocator.nbytes() > budget:  # the budget is smaller than in the saved run
+        say(f"AdaptiveMomentum resumes after step {self._probe.steps} with {self._allocator.size()}; {rest}.")
+        same = self._allocator.is_budget(saved.get("budget", self.budget))  # earlier versions did not save it
+        if not same or self._allocator.exceeds_budget():
             self._allocate()
         self._running = True
+        self._catch_up()  # a callback before this one may have saved when a decision was due
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -193,15 +192,7 @@ class AdaptiveMomentum(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Change the allocation if a decision is due."""
-        self._make_room()  # steps without Lightning's optimizer wrapper call no hook
-        before, self._seen = self._decisions(self._seen), self._probe.steps
-        if self._frozen:
-            return
-        if self._is_over():
-            self._freeze()
-        elif self._decisions(self._seen) > before:
-            signals = self._probe.read()
-            self._change(lambda: self.propose(self._allocator.optimizer.snapshot(), signals), signals)
+        self._catch_up()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a summary, and draw the allocation if ``figures`` is set."""
@@ -222,7 +213,10 @@ class AdaptiveMomentum(Callback):
         """Return history and signals as numbers and tensors, equal on every rank. All ranks must call this method."""
         if self._probe is None or self._loaded is not None:  # training has not started
             return dict(self._loaded or {})
-        return {"history": list(self.history), "probe": self._probe.state_dict()}
+        # Before this callback's turn at the end of a batch, the last steps have not been seen yet.
+        budget = float(self.budget) if isinstance(self.budget, float) else self.budget  # NumPy's cannot be loaded
+        decided = {"history": list(self.history), "seen": self._seen, "budget": budget}
+        return {**decided, "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
@@ -243,10 +237,12 @@ class AdaptiveMomentum(Callback):
         """Print a summary and draw the allocation. No rank waits for another one."""
         self._running = False
         self._probe.stop()
-        say(f"AdaptiveMomentum {how} with {self._allocator.size()}: {report.closing(self.history)}.")
+        once = decides_once(self._decider(), self._allocator.budget_bytes())
+        missed = "" if once else report.too_early(self.start, self._frozen)
+        say(f"AdaptiveMomentum {how} with {self._allocator.size()}: {report.closing(self.history, missed)}.")
         if self.figures and self.history and self._folder is not None:
             with warn_on_failed_write(self, self._folder):
-                add_figure(trainer, self._folder, "allocation", self.plot)
+                add_figure(trainer, self._folder, f"allocation{self._suffix()}", self.plot)
 
     # ------------------------------------------------------------------ deciding
 
@@ -277,6 +273,18 @@ class AdaptiveMomentum(Callback):
         """Return the completed fraction of the time until the allocation freezes; None if it is unknown."""
         return min(1.0, self._phase()) if self._has_end() else None
 
+    def _catch_up(self) -> None:
+        """Decide what the steps so far ask for."""
+        self._make_room()  # steps without Lightning's optimizer wrapper call no hook
+        before, self._seen = self._decisions(self._seen), self._probe.steps
+        if self._frozen:
+            return
+        if self._is_over():
+            self._freeze()
+        elif self._decisions(self._seen) > before:
+            signals = self._probe.read()
+            self._change(lambda: self.propose(self._allocator.optimizer.snapshot(), signals), signals)
+
     def _make_room(self) -> None:
         """Divide the budget again if parameters have started training."""
         if not self._allocator.trained() <= self._names:
@@ -285,7 +293,8 @@ class AdaptiveMomentum(Callback):
     def _allocate(self) -> None:
         """Change all blocks to the policy's target at once."""
         self._names |= self._allocator.trained()
-        self._change(lambda: self._allocator.division(self._until_frozen()), {})
+        signals = self._probe.read()
+        self._change(lambda: self._allocator.division(signals, self._until_frozen()), signals)
 
     def _change(self, decide: Callable[[], Mapping[str, Any]], signals: Mapping[str, BlockSignals]) -> None:
         """Decide on all ranks, carry the decision out, and report it."""
@@ -310,14 +319,22 @@ class AdaptiveMomentum(Callback):
 
     # ------------------------------------------------------------------ words
 
+    def _decider(self) -> Policy | None:
+        """Return the policy, or None if a subclass decides."""
+        return self.policy if type(self).propose is AdaptiveMomentum.propose else None
+
     def _later(self) -> str:
         """Return what this callback does after the start, in words."""
-        policy = self.policy if type(self).propose is AdaptiveMomentum.propose else None
         length = self._length / len(self._trainer.optimizers)  # the trainer counts the steps of all optimizers
         freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
         timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": min(freeze, length)}
         budget = self._allocator.budget_bytes()
-        return report.later(policy, budget, **timing, freezes=freeze < length, max_moves=self.max_moves)
+        freezes = self.freeze_after is not None and freeze <= length < math.inf
+        return report.later(self._decider(), budget, **timing, freezes=freezes, max_moves=self.max_moves)
+
+    def _suffix(self) -> str:
+        """Return what tells apart the figures and scalars of several callbacks, one per optimizer."""
+        return "" if self.optimizer_idx is None else f"_{self.optimizer_idx}"
 
     def _report(self, entry: Mapping[str, Any]) -> None:
         size = self._allocator.size()
@@ -327,9 +344,27 @@ class AdaptiveMomentum(Callback):
             say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {size}.")
         if self.log:
             values = {"rank": entry["ranks"], "oscillation": entry["oscillation"], "residual": entry["residual"]}
-            scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}
+            scalars = {
+                f"memopt/{key}{self._suffix()}/{name}": float(x)
+                for key, table in values.items()
+                for name, x in table.items()
+            }
             for logger in self._trainer.loggers:
                 logger.log_metrics(scalars, step=self._trainer.global_step)
+
+
+def _check_freeze(freeze_after: int | float) -> None:
+    if type(freeze_after) is int and freeze_after == 1:
+        raise ValueError(
+            "`freeze_after` 1 could mean one step or the whole training: write 1.0 for the whole training, or a number "
+            "of steps from 2 on."
+        )
+    number = isinstance(freeze_after, int | float) and not isinstance(freeze_after, bool)
+    if not number or not (freeze_after > 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1):
+        raise ValueError(
+            "`freeze_after` must be a fraction of the training in (0, 1], a number of steps from 2 on, or None, got "
+            f"{freeze_after!r}."
+        )
 
 
 def _length(trainer: Trainer) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_memopt.callbacks import adaptive_report as report
@@ -19,8 +19,8 @@ from lightning_memopt.callbacks.allocation import (
 )
 from lightning_memopt.callbacks.budget import check_budget, parse_budget
 from lightning_memopt.callbacks.moves import moves, restless
-from lightning_memopt.callbacks.policies import Candidate, Policy, Problem
-from lightning_memopt.callbacks.policies.base import answer
+from lightning_memopt.callbacks.policies import Candidate, Policy, Problem, uniform
+from lightning_memopt.callbacks.policies.base import answer, divides_once
 from lightning_memopt.memory.sizes import format_bytes
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.signals import BlockSignals
@@ -65,15 +65,19 @@ class Allocator:
         problem = self._problem(signals, restless(history), progress)
         return self._changes(moves(problem, answer(self.policy, problem), self.max_moves))
 
-    def division(self, progress: float | None) -> Changes:
+    def division(self, signals: Signals, progress: float | None) -> Changes:
         """Return the changes from the current allocation to the policy's target, for all blocks.
+
+        Args:
+            signals: As for :meth:`moves`; empty before the first step.
+            progress: As for :meth:`moves`.
 
         Raises:
             ValueError: If the budget is too small, or the policy needs the length of training and it is unknown.
         """
-        problem = self._problem({}, (), progress)
+        problem = self._problem(signals, (), progress)
         check_budget(problem, fixed_bytes(self.optimizer))
-        target = answer(self.policy, problem)
+        target = self._target(problem)
         # A recipe may give small blocks a rank that takes more bytes than dense momentum. Such a rank counts as dense.
         sizes = matrix_bytes(self.optimizer)
         differing = [
@@ -83,6 +87,24 @@ class Allocator:
         ]
         differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
         return self._changes({block.name: target[block.name] for block in differing})
+
+    def _target(self, problem: Problem) -> Mapping[str, int]:
+        """Return the policy's target. Blocks that begin to train among others get the rank of an even division.
+
+        A policy that goes by signals would give such a block next to nothing, for as long as it knows nothing of it.
+        """
+        seen = tuple(block for block in problem.blocks if block.signals is not None)
+        if len(seen) in (0, len(problem.blocks)) or divides_once(self.policy):
+            return answer(self.policy, problem)
+        even = uniform(problem)
+        fresh = {block.name: even[block.name] for block in problem.blocks if block.signals is None}
+        left = (
+            None
+            if problem.budget is None
+            else problem.budget
+            - sum(block.nbytes(fresh[block.name]) for block in problem.blocks if block.name in fresh)
+        )
+        return {**fresh, **answer(self.policy, replace(problem, blocks=seen, budget=left))}
 
     def _problem(self, signals: Signals, pinned: Collection[str], progress: float | None) -> Problem:
         """Return the policy's input: all blocks that are not pinned, and the budget that the pinned ones leave."""
@@ -149,7 +171,19 @@ class Allocator:
 
     def budget_bytes(self) -> int | None:
         """Return the budget in bytes, if there is one."""
-        return parse_budget(self.budget, adamw_momentum_bytes(self.optimizer))
+        return self._parsed(self.budget)
+
+    def exceeds_budget(self) -> bool:
+        """Return whether the momentum takes more than the budget."""
+        budget = self.budget_bytes()
+        return budget is not None and self.nbytes() > budget
+
+    def is_budget(self, other: int | float | str | None) -> bool:
+        """Return whether another budget is as large as this one."""
+        return self._parsed(other) == self.budget_bytes()
+
+    def _parsed(self, budget: int | float | str | None) -> int | None:
+        return parse_budget(budget, adamw_momentum_bytes(self.optimizer))
 
     def size(self) -> str:
         """Return the bytes of momentum, in words."""

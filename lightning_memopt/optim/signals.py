@@ -154,32 +154,44 @@ class Probe:
 
     @torch.no_grad()
     def read(self) -> dict[str, BlockSignals]:
-        """Return the signals of every block with a gradient so far. All ranks call it together, with equal results."""
+        """Return the signals of every block with a gradient so far. All ranks call it together, with equal results.
+
+        While the probe rests, these are the signals of its last reading.
+        """
+        if not (self._follows and self._rows):
+            return self._known()
         energies = self._put_together()
         spectra = _spectra(self._matrices(), self._optimizer.state)
-        signals = {}
         for name, row in self._rows.items():
-            product, grads, averages, steps = self._combined[row.position].tolist()
-            scale = row.numel / row.sampled
-            now = scale * energies[name]
+            now = row.scale * energies[name]
             shares = [value / now for value in spectra.get(name, ())] if now > 0 else []
-            energy, *spectrum = self._averaged(name, [now, *shares])
-            signals[name] = BlockSignals(
-                oscillation=product / (grads * averages) ** 0.5 if grads * averages > 0 else 0.0,
-                gradient_energy=scale * grads / steps if steps else 0.0,
-                momentum_energy=energy,
-                spectrum=tuple(sorted((energy * share for share in spectrum), reverse=True)),
-            )
+            self._keep(name, [now, *shares])
+        signals = self._known()
         self._combined = self._combined * MEMORY
         return signals
 
-    def _averaged(self, name: str, values: list[float]) -> list[float]:
-        """Return averages over all readings. A single batch says little about the spectrum of a momentum."""
+    def _keep(self, name: str, values: list[float]) -> None:
+        """Add values to the averages over all readings. A single batch says little about a momentum's spectrum."""
         readings = self._readings.setdefault(name, [])
         readings += [[0.0, 0.0] for _ in range(len(values) - len(readings))]
         for pair, value in zip(readings, values, strict=False):
             pair[:] = MEMORY * pair[0] + value, MEMORY * pair[1] + 1.0
-        return [total / weight for total, weight in readings]
+
+    def _known(self) -> dict[str, BlockSignals]:
+        """Return the signals of every block that has been read."""
+        signals = {}
+        for name, row in self._rows.items():
+            if name not in self._readings:
+                continue
+            product, grads, averages, steps = self._combined[row.position].tolist()
+            energy, *spectrum = (total / weight for total, weight in self._readings[name])
+            signals[name] = BlockSignals(
+                oscillation=product / (grads * averages) ** 0.5 if grads * averages > 0 else 0.0,
+                gradient_energy=row.scale * grads / steps if steps else 0.0,
+                momentum_energy=energy,
+                spectrum=tuple(sorted((energy * share for share in spectrum), reverse=True)),
+            )
+        return signals
 
     def _put_together(self) -> dict[str, float]:
         """Combine the sums of all ranks. Return the energy of every block's average on the sample."""
@@ -260,6 +272,11 @@ class _Row:
     def numel(self) -> int:
         """Number of elements of the block, over all ranks."""
         return math.prod(self.layout.matrix)
+
+    @property
+    def scale(self) -> float:
+        """Elements of the block per element of the sample."""
+        return self.numel / self.sampled
 
     @property
     def share(self) -> float:

@@ -82,9 +82,14 @@ def once(policy: Policy) -> Policy:
     return policy
 
 
-def decides_once(policy: Policy, budget: int | None) -> bool:
+def divides_once(policy: Policy | None) -> bool:
+    """Return whether a policy's division of a budget depends on neither signals nor progress; not known for None."""
+    return policy in _ONCE
+
+
+def decides_once(policy: Policy | None, budget: int | None) -> bool:
     """Return whether a policy divides the budget before the first step, and changes nothing later."""
-    return budget is not None and policy in _ONCE
+    return budget is not None and divides_once(policy)
 
 
 def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
