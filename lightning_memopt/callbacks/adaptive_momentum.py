@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_memopt._registry import unknown
 from lightning_memopt.callbacks import adaptive_report as report
-from lightning_memopt.callbacks.allocation import (
-    Changes,
-    adamw_momentum_bytes,
-    adaptable,
-    candidate,
-    change_to,
-    compressed_kind,
-    fixed_bytes,
-    matrix_bytes,
-    momentum_bytes,
-    trained_matrices,
-)
+from lightning_memopt.callbacks.allocation import adaptable, compressed_kind
 from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure, log_folder
-from lightning_memopt.callbacks.budget import check_budget, parse_budget
+from lightning_memopt.callbacks.allocator import Allocator
+from lightning_memopt.callbacks.budget import parse_budget
 from lightning_memopt.callbacks.console import say, warn_on_failed_write
-from lightning_memopt.callbacks.moves import moves, restless
-from lightning_memopt.callbacks.policies import POLICIES, Candidate, Policy, Problem
-from lightning_memopt.callbacks.policies.base import answer
-from lightning_memopt.memory.sizes import format_bytes
+from lightning_memopt.callbacks.policies import POLICIES, Policy
+from lightning_memopt.callbacks.policies.base import decides_once
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
@@ -50,21 +38,24 @@ class AdaptiveMomentum(Callback):
     Args:
         budget: Bytes of momentum over all ranks, projections included: a fraction of AdamW's momentum, a number of
             bytes, or text such as ``"512MiB"`` or ``"5%"``. None selects the smallest allocation that keeps `quality`.
-        policy: ``uniform``, ``energy``, ``benefit``, ``schedule``, ``paper``, or a function
+        policy: ``uniform``, ``energy``, ``benefit``, ``fidelity``, ``schedule``, ``paper``, or a function
             (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
         every_n_steps: Number of steps between two decisions.
         start: Step after which the first decision is made; None means `every_n_steps`.
-        freeze_after: When the allocation freezes: a fraction of the training, or a number of steps; None means never.
-        quality: The share of momentum's energy to keep. Only used without a budget.
+        freeze_after: When the allocation freezes: a fraction of the training in (0, 1], or a number of steps from 2 on;
+            None means never. The integer 1 could mean both, and is refused.
+        quality: The share of momentum's energy to keep; with ``fidelity``, the cosine that the update of every block
+            must reach. Only used without a budget.
         min_rank: The smallest rank of a block that has momentum.
         max_moves: Maximum number of blocks that change in one decision.
         dropped: How to treat momentum that does not fit into a smaller rank: ``release`` or ``discard``, as in
             :meth:`~lightning_memopt.MemOpt.reformat`.
         optimizer_idx: Index of the optimizer to adapt. Required if several of the module's optimizers can be adapted.
         log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
-            every decision.
+            every decision. With an `optimizer_idx` of 1, the names start with ``memopt/rank_1/`` and so on.
         figures: Whether to draw the allocation over time when training ends or is interrupted, to ``allocation.png``
-            in the log directory and to loggers that accept figures.
+            (with an `optimizer_idx` of 1, ``allocation_1.png``) in the log directory and to loggers that accept
+            figures.
 
     Attributes:
         history: One entry per decision: ``step``, ``moves`` (block → ranks before and after), ``ranks`` (of all
@@ -100,14 +91,8 @@ class AdaptiveMomentum(Callback):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not 0 < quality <= 1:
             raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
-        if freeze_after is not None and (
-            isinstance(freeze_after, bool | str)
-            or not (freeze_after >= 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1)
-        ):
-            raise ValueError(
-                f"`freeze_after` must be a fraction of the training in (0, 1], a number of steps, or None, got "
-                f"{freeze_after!r}."
-            )
+        if freeze_after is not None:
+            _check_freeze(freeze_after)
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
         if figures and find_spec("matplotlib") is None:  # fail now, not after days of training
@@ -120,9 +105,8 @@ class AdaptiveMomentum(Callback):
         self.optimizer_idx, self.log, self.figures = optimizer_idx, log, figures
         self.history: list[dict[str, Any]] = []
         self._loaded: Mapping[str, Any] | None = None
-        self._optimizer: Any = None
+        self._allocator: Any = None
         self._probe: Any = None
-        self._compressed = ""
         self._names: set[str] = set()
         self._seen, self._frozen, self._length, self._running = 0, False, 0.0, False
         self._folder: Path | None = None
@@ -136,8 +120,7 @@ class AdaptiveMomentum(Callback):
             snapshot: The blocks and their state.
             signals: Statistics of the gradients, by block name.
         """
-        problem = self._problem(signals, restless(self.history))
-        return self._changes(moves(problem, answer(self.policy, problem), self.max_moves))
+        return self._allocator.moves(signals, self.history, self._until_frozen())
 
     # ------------------------------------------------------------------ Lightning's hooks
 
@@ -152,8 +135,17 @@ class AdaptiveMomentum(Callback):
         Raises:
             ValueError: If no optimizer can be adapted, or several can.
         """
-        self._optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
-        self._compressed = compressed_kind(self._optimizer)
+        optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
+        self._allocator = Allocator(
+            optimizer,
+            compressed_kind(optimizer),
+            policy=self.policy,
+            budget=self.budget,
+            quality=self.quality,
+            min_rank=self.min_rank,
+            max_moves=self.max_moves,
+            dropped=self.dropped,
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resume from a checkpoint, or divide the budget.
@@ -161,7 +153,7 @@ class AdaptiveMomentum(Callback):
         Raises:
             ValueError: If the budget is too small, or the policy needs the length of training and it is unknown.
         """
-        self._trainer, self._probe = trainer, Probe(self._optimizer)
+        self._trainer, self._probe = trainer, Probe(self._allocator.optimizer)
         self._frozen, self._seen = False, 0
         self._length, self._folder = _length(trainer), log_folder(trainer)
         if isinstance(self.freeze_after, float) and not self._has_end():
@@ -171,24 +163,25 @@ class AdaptiveMomentum(Callback):
             )
         if self._loaded is None:
             self.history, self._names = [], set()
-            say(
-                f"{report.aim(self.policy, self._budget_bytes(), self.quality, len(self._trained()))}; {self._later()}."
-            )
+            blocks = len(self._allocator.trained())
+            say(f"{report.aim(self.policy, self._allocator.budget_bytes(), self.quality, blocks)}; {self._later()}.")
             self._allocate()
             self._running = True
             return
-        self._probe.load_state_dict(self._loaded["probe"])
-        self._seen = self._probe.steps
-        self._loaded, self._names = None, {name for entry in self.history for name in entry["ranks"]}
+        saved, self._loaded = self._loaded, None
+        self._probe.load_state_dict(saved["probe"])
+        self._seen = saved.get("seen", self._probe.steps)
+        self._names = {name for entry in self.history for name in entry["ranks"]}
         self._frozen = self._is_over()
         if self._frozen:
             self._probe.rest()
         rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
-        say(f"AdaptiveMomentum resumes after step {self._seen} with {self._size()}; {rest}.")
-        budget = self._budget_bytes()
-        if budget is not None and self._bytes({}) > budget:  # the budget is smaller than in the saved run
+        say(f"AdaptiveMomentum resumes after step {self._probe.steps} with {self._allocator.size()}; {rest}.")
+        same = self._allocator.is_budget(saved.get("budget", self.budget))  # earlier versions did not save it
+        if not same or self._allocator.exceeds_budget():
             self._allocate()
         self._running = True
+        self._catch_up()  # a callback before this one may have saved when a decision was due
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -200,15 +193,7 @@ class AdaptiveMomentum(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Change the allocation if a decision is due."""
-        self._make_room()  # steps without Lightning's optimizer wrapper call no hook
-        before, self._seen = self._decisions(self._seen), self._probe.steps
-        if self._frozen:
-            return
-        if self._is_over():
-            self._freeze()
-        elif self._decisions(self._seen) > before:
-            signals = self._probe.read()
-            self._carry_out(self._agreed(lambda: self.propose(self._optimizer.snapshot(), signals)), signals)
+        self._catch_up()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print a summary, and draw the allocation if ``figures`` is set."""
@@ -229,7 +214,10 @@ class AdaptiveMomentum(Callback):
         """Return history and signals as numbers and tensors, equal on every rank. All ranks must call this method."""
         if self._probe is None or self._loaded is not None:  # training has not started
             return dict(self._loaded or {})
-        return {"history": list(self.history), "probe": self._probe.state_dict()}
+        # Before this callback's turn at the end of a batch, the last steps have not been seen yet.
+        budget = float(self.budget) if isinstance(self.budget, float) else self.budget  # NumPy's cannot be loaded
+        decided = {"history": list(self.history), "seen": self._seen, "budget": budget}
+        return {**decided, "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
@@ -244,16 +232,18 @@ class AdaptiveMomentum(Callback):
         run = f"AdaptiveMomentum, policy {report.policy_name(self.policy)}"
         if self._probe is None:
             return allocation_figure(self.history, value, run=run)
-        return allocation_figure(self.history, value, until=self._probe.steps, run=f"{run}; {self._size()}")
+        return allocation_figure(self.history, value, until=self._probe.steps, run=f"{run}; {self._allocator.size()}")
 
     def _close(self, trainer: Trainer, how: str) -> None:
         """Print a summary and draw the allocation. No rank waits for another one."""
         self._running = False
         self._probe.stop()
-        say(f"AdaptiveMomentum {how} with {self._size()}: {report.closing(self.history)}.")
+        once = decides_once(self._decider(), self._allocator.budget_bytes())
+        missed = "" if once else report.too_early(self.start, self._frozen)
+        say(f"AdaptiveMomentum {how} with {self._allocator.size()}: {report.closing(self.history, missed)}.")
         if self.figures and self.history and self._folder is not None:
             with warn_on_failed_write(self, self._folder):
-                add_figure(trainer, self._folder, "allocation", self.plot)
+                add_figure(trainer, self._folder, f"allocation{self._suffix()}", self.plot)
 
     # ------------------------------------------------------------------ deciding
 
@@ -280,79 +270,37 @@ class AdaptiveMomentum(Callback):
     def _is_over(self) -> bool:
         return self.freeze_after is not None and self._phase() >= 1
 
-    def _problem(self, signals: Mapping[str, BlockSignals], pinned: Collection[str]) -> Problem:
-        """Return the policy's input: all blocks that are not pinned, and the budget that the pinned ones leave."""
-        blocks = self._candidates(signals)
-        fixed = fixed_bytes(self._optimizer) + sum(b.nbytes(b.rank) for b in blocks if b.name in pinned)
-        budget = self._budget_bytes()
-        return Problem(
-            blocks=tuple(block for block in blocks if block.name not in pinned),
-            budget=None if budget is None else budget - fixed,
-            quality=self.quality,
-            min_rank=self.min_rank,
-            progress=min(1.0, self._phase()) if self._has_end() else None,
-        )
+    def _until_frozen(self) -> float | None:
+        """Return the completed fraction of the time until the allocation freezes; None if it is unknown."""
+        return min(1.0, self._phase()) if self._has_end() else None
 
-    def _changes(self, ranks: Mapping[str, int]) -> Changes:
-        blocks = {block.name: block for block in self._candidates({})}
-        return {name: change_to(blocks[name], rank, self._compressed) for name, rank in ranks.items()}
+    def _catch_up(self) -> None:
+        """Decide what the steps so far ask for."""
+        self._make_room()  # steps without Lightning's optimizer wrapper call no hook
+        before, self._seen = self._decisions(self._seen), self._probe.steps
+        if self._frozen:
+            return
+        if self._is_over():
+            self._freeze()
+        elif self._decisions(self._seen) > before:
+            signals = self._probe.read()
+            self._change(lambda: self.propose(self._allocator.optimizer.snapshot(), signals), signals)
 
     def _make_room(self) -> None:
         """Divide the budget again if parameters have started training."""
-        if not self._trained() <= self._names:
+        if not self._allocator.trained() <= self._names:
             self._allocate()
 
     def _allocate(self) -> None:
         """Change all blocks to the policy's target at once."""
-        self._names |= self._trained()
-        self._carry_out(self._agreed(self._target_changes), {})
+        self._names |= self._allocator.trained()
+        signals = self._probe.read()
+        self._change(lambda: self._allocator.division(signals, self._until_frozen()), signals)
 
-    def _target_changes(self) -> Changes:
-        """Return the changes from the current allocation to the policy's target, for all blocks."""
-        problem = self._problem({}, pinned=())
-        check_budget(problem, fixed_bytes(self._optimizer))
-        target = answer(self.policy, problem)
-        # A recipe may give small blocks a rank that takes more bytes than dense momentum. Such a rank counts as dense.
-        sizes = matrix_bytes(self._optimizer)
-        differing = [
-            block
-            for block in problem.blocks
-            if target[block.name] != block.rank or sizes[block.name] > block.nbytes(block.rank)
-        ]
-        differing.sort(key=lambda block: block.nbytes(target[block.name]) - block.nbytes(block.rank))
-        return self._changes({block.name: target[block.name] for block in differing})
-
-    def _carry_out(self, changes: Mapping[str, Any], signals: Mapping[str, BlockSignals]) -> None:
-        """Apply the changes if they fit the budget, and record them in the history."""
-        blocks = self._candidates(signals)
-        if changes:
-            size, budget = self._bytes(changes), self._budget_bytes()
-            if budget is not None and size > budget:
-                raise ValueError(
-                    f"The policy, or propose(), requested changes that need {format_bytes(size)} of momentum, but the "
-                    f"budget is {format_bytes(budget)}. Nothing has changed."
-                )
-            self._optimizer.reformat(changes, dropped=self.dropped)
-        after = {block.name: block.rank for block in self._candidates({})}
-        seen = [(block, block.signals) for block in blocks if block.signals is not None]
-        entry = {
-            "step": self._probe.steps,
-            "moves": {
-                block.name: [block.rank, after[block.name]] for block in blocks if block.rank != after[block.name]
-            },
-            "ranks": after,
-            "dense": [
-                block.name for block in trained_matrices(self._optimizer) if block.recipe.momentum.name == "dense"
-            ],
-            "momentum_bytes": self._bytes({}),
-            "oscillation": {block.name: shown.oscillation for block, shown in seen},
-            "residual": {
-                block.name: 0.0 if block.rank >= block.dense_rank else shown.residual(block.rank)
-                for block, shown in seen
-            },
-        }
-        self.history.append(entry)
-        self._report(entry)
+    def _change(self, decide: Callable[[], Mapping[str, Any]], signals: Mapping[str, BlockSignals]) -> None:
+        """Decide on all ranks, carry the decision out, and report it."""
+        self.history.append(self._allocator.carry_out(self._agreed(decide), signals, self._probe.steps))
+        self._report(self.history[-1])
 
     def _agreed(self, decide: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return the changes after checking that all processes have decided the same, even without sharding."""
@@ -368,44 +316,56 @@ class AdaptiveMomentum(Callback):
     def _freeze(self) -> None:
         self._frozen = True
         self._probe.rest()
-        say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._size()}.")
+        say(f"AdaptiveMomentum: frozen after step {self._probe.steps} with {self._allocator.size()}.")
 
-    # ------------------------------------------------------------------ facts
+    # ------------------------------------------------------------------ words
 
-    def _trained(self) -> set[str]:
-        return {block.name for block in trained_matrices(self._optimizer)}
-
-    def _candidates(self, signals: Mapping[str, BlockSignals]) -> tuple[Candidate, ...]:
-        return tuple(candidate(block, signals) for block in trained_matrices(self._optimizer))
-
-    def _bytes(self, changes: Mapping[str, Any]) -> int:
-        return momentum_bytes(self._optimizer, changes)
-
-    def _budget_bytes(self) -> int | None:
-        return parse_budget(self.budget, adamw_momentum_bytes(self._optimizer))
-
-    def _size(self) -> str:
-        return report.share_of_adamw(self._bytes({}), adamw_momentum_bytes(self._optimizer))
+    def _decider(self) -> Policy | None:
+        """Return the policy, or None if a subclass decides."""
+        return self.policy if type(self).propose is AdaptiveMomentum.propose else None
 
     def _later(self) -> str:
         """Return what this callback does after the start, in words."""
-        policy = self.policy if type(self).propose is AdaptiveMomentum.propose else None
         length = self._length / len(self._trainer.optimizers)  # the trainer counts the steps of all optimizers
         freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
         timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": min(freeze, length)}
-        budget = self._budget_bytes()
-        return report.later(policy, budget, **timing, freezes=freeze < length, max_moves=self.max_moves)
+        budget = self._allocator.budget_bytes()
+        freezes = self.freeze_after is not None and freeze <= length < math.inf
+        return report.later(self._decider(), budget, **timing, freezes=freezes, max_moves=self.max_moves)
+
+    def _suffix(self) -> str:
+        """Return what tells apart the figures and scalars of several callbacks, one per optimizer."""
+        return "" if self.optimizer_idx is None else f"_{self.optimizer_idx}"
 
     def _report(self, entry: Mapping[str, Any]) -> None:
+        size = self._allocator.size()
         if len(self.history) == 1:
-            say(f"AdaptiveMomentum starts with {self._size()}, in {len(self._names)} blocks.")
+            say(f"AdaptiveMomentum starts with {size}, in {len(self._names)} blocks.")
         elif entry["moves"]:
-            say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {self._size()}.")
+            say(f"AdaptiveMomentum, step {entry['step']}, new ranks: {report.changes(self.history)}; {size}.")
         if self.log:
             values = {"rank": entry["ranks"], "oscillation": entry["oscillation"], "residual": entry["residual"]}
-            scalars = {f"memopt/{key}/{name}": float(x) for key, table in values.items() for name, x in table.items()}
+            scalars = {
+                f"memopt/{key}{self._suffix()}/{name}": float(x)
+                for key, table in values.items()
+                for name, x in table.items()
+            }
             for logger in self._trainer.loggers:
                 logger.log_metrics(scalars, step=self._trainer.global_step)
+
+
+def _check_freeze(freeze_after: int | float) -> None:
+    if type(freeze_after) is int and freeze_after == 1:
+        raise ValueError(
+            "`freeze_after` 1 could mean one step or the whole training: write 1.0 for the whole training, or a number "
+            "of steps from 2 on."
+        )
+    number = isinstance(freeze_after, int | float) and not isinstance(freeze_after, bool)
+    if not number or not (freeze_after > 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1):
+        raise ValueError(
+            "`freeze_after` must be a fraction of the training in (0, 1], a number of steps from 2 on, or None, got "
+            f"{freeze_after!r}."
+        )
 
 
 def _length(trainer: Trainer) -> float:

@@ -27,10 +27,7 @@ def aim(policy: Policy, budget: int | None, quality: float, blocks: int) -> str:
     """Return what the callback does at the start, in words."""
     name = f"AdaptiveMomentum, policy {policy_name(policy)}"
     if budget is None:
-        return (
-            f"{name}, no budget: looks for the smallest ranks of {blocks} blocks that keep {quality:.0%} of "
-            "momentum's energy"
-        )
+        return f"{name}, no budget: looks for the smallest ranks of {blocks} blocks with a quality of {quality:.0%}"
     return f"{name}: divides a budget of {format_bytes(budget)} among {blocks} blocks now"
 
 
@@ -48,11 +45,12 @@ def later(
         freezes: Whether the allocation freezes then.
         max_moves: Maximum number of blocks that change in one decision.
     """
-    if policy is not None and decides_once(policy, budget):
+    if decides_once(policy, budget):
         return "changes nothing later"
-    last = "the allocation freezes" if freezes else "training ends"
-    if end <= start:
-        return f"changes nothing later: {last} at step {math.ceil(end)}, and the first decision is due at step {start}"
+    if end < start or (freezes and end == start):
+        last = "the allocation freezes" if freezes else "training ends"
+        due = f"the first decision is due at step {start}"
+        return f"changes nothing later: {last} at step {math.ceil(end)}, and {due}; {_way_out(freezes)}"
     until = f"step {math.ceil(end)}" if end < math.inf else "the end of training"
     return f"may change up to {max_moves} blocks every {every} steps, from step {start} until {until}"
 
@@ -72,10 +70,26 @@ def changes(history: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(moved[:SHOWN_MOVES])}{more}"
 
 
-def closing(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of decisions and changes, in words."""
+def closing(history: Sequence[Mapping[str, Any]], missed: str = "") -> str:
+    """Return the number of decisions and changes, in words.
+
+    Args:
+        history: The history of :class:`~lightning_memopt.AdaptiveMomentum`.
+        missed: Why no decision was taken, although some was to come.
+    """
     decisions = [entry for entry in history if entry["step"] > 0]
+    if not decisions and missed:
+        return f"no decision was taken, {missed}"
     count = sum(len(entry["moves"]) for entry in decisions)
     late = sum(len(entry["moves"]) for entry in decisions[len(decisions) // 2 :])
     moved = f"{count} move{'s' * (count != 1)}, {late} of them in the later half" if count else "no moves"
     return f"{len(decisions)} decision{'s' * (len(decisions) != 1)}, {moved}"
+
+
+def too_early(start: int, frozen: bool) -> str:
+    """Return why no decision was taken, and the way out, in words."""
+    return f"since the first was due at step {start}; {_way_out(frozen)}"
+
+
+def _way_out(frozen: bool) -> str:
+    return "lower `every_n_steps` or `start`" + ", or raise `freeze_after`" * frozen

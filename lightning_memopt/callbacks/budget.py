@@ -74,6 +74,7 @@ def _of_text(budget: str, momentum_of_adamw: int) -> int:
 def _without_unit(size: int, budget: object) -> int:
     if 0 < size < SMALLEST:
         share = f", '{size}%' of AdamW's momentum" if size <= 100 else ""
+        share += ", 1.0 for all of it" * (size == 1)
         raise ValueError(f"`budget` {budget!r} has no unit: write '{size}B' for bytes{share}, or '{size}MiB'.")
     return _positive(size, budget)
 

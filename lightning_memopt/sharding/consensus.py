@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -48,67 +49,80 @@ def decided_alike(
 ) -> T:
     """Return this rank's decision after checking that all ranks decide the same.
 
+    If they do, this takes one collective of 16 bytes per group.
+
     Args:
-        what: As in :func:`require_same`.
+        what: What is decided, for the message.
         decide: Makes the decision; may raise.
         lines: Returns the lines by which decisions are compared.
-        groups: As in :func:`require_same`. Empty if this rank is on its own.
-        device: As in :func:`require_same`.
+        groups: The process groups that connect the ranks, such as those of all dimensions of a mesh. Empty if this
+            rank is on its own.
+        device: A device from which the groups can send.
 
     Raises:
         Exception: Any exception that `decide` raised on this rank.
-        RuntimeError: If another rank raised or decided otherwise.
+        RuntimeError: On the other ranks, if one raised, with its number and its error. On all ranks, if they decided
+            otherwise; the message names the first difference.
     """
-    error = None
+    error: Exception | None = None
+    found: list[str] = []
     try:
         decision = decide()
         found = list(lines(decision))
     except Exception as caught:  # of any type: the other ranks must know
-        error, found = caught, [f"{type(caught).__name__}: {caught}"]
-    if groups:
-        try:
-            require_same(what, found, groups, device)
-        except RuntimeError:
-            if error is None:
-                raise
+        error = caught
+    everyone = _if_different(_Found(rank(), found, "" if error is None else _named(error)), groups, device)
     if error is not None:
         raise error
+    failed = [entry for entry in everyone if entry.error]
+    if failed:
+        raise RuntimeError(
+            f"Rank {failed[0].rank} could not decide about {what}: {failed[0].error} Nothing has changed."
+        )
+    if everyone:
+        raise RuntimeError(
+            f"{_difference(what, everyone)} Nothing has changed. Base decisions on numbers that all ranks share."
+        )
     return decision
 
 
-def require_same(what: str, lines: Sequence[str], groups: Sequence[Any], device: torch.device) -> None:
-    """Check that all ranks have the same lines. If they do, this takes one collective of 16 bytes per group.
+@dataclass(frozen=True)
+class _Found:
+    """What one rank has decided, in lines, or the error that kept it from it."""
 
-    Args:
-        what: The subject of the lines, for the message.
-        lines: The lines to compare.
-        groups: The process groups that connect the ranks, such as those of all dimensions of a mesh.
-        device: A device from which the groups can send.
+    rank: int
+    lines: list[str]
+    error: str
 
-    Raises:
-        RuntimeError: On all ranks, if the lines differ. The message names the first difference.
-    """
-    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
+
+def _named(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _if_different(mine: _Found, groups: Sequence[Any], device: torch.device) -> list[_Found]:
+    """Return what all ranks have found, by rank; nothing if it is the same."""
+    if not groups:
+        return []
+    digest = hashlib.blake2b("\n".join([mine.error, *mine.lines]).encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "big") >> 1
     extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
     for group in groups:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes.tolist()
     if largest == -smallest:
-        return
-    found = [(dist.get_rank(), list(lines))]
+        return []
+    found = {mine.rank: mine}
     for group in groups:
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, found, group=group)
-        found = [entry for part in gathered for entry in part]
-    raise RuntimeError(
-        f"{_difference(what, found)} Nothing has changed. Base decisions on numbers that all ranks share."
-    )
+        found = {number: entry for part in gathered for number, entry in part.items()}
+    return [found[number] for number in sorted(found)]
 
 
-def _difference(what: str, found: list[tuple[int, list[str]]]) -> str:
+def _difference(what: str, found: Sequence[_Found]) -> str:
     """Return a sentence about the first line that differs between the first rank and another one."""
-    first, mine = min(found)
-    other, theirs = next(entry for entry in sorted(found) if entry[1] != mine)
-    ours, its = next(pair for pair in zip_longest(mine, theirs, fillvalue="nothing") if pair[0] != pair[1])
-    return f"Ranks disagree about {what}: rank {first} has {ours!r}, rank {other} has {its!r}."
+    first = found[0]
+    other = next(entry for entry in found if entry.lines != first.lines)
+    ours, its = next(pair for pair in zip_longest(first.lines, other.lines, fillvalue="nothing") if pair[0] != pair[1])
+    return f"Ranks disagree about {what}: rank {first.rank} has {ours!r}, rank {other.rank} has {its!r}."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_memopt as lm
 from lightning_memopt import AdaptiveMomentum
+from lightning_memopt.callbacks.policies import energy
 from tests.callbacks._adaptive import Module, Network, StopsAt, Watch, dense_bytes, fit, steps_of, tokens, trainer
 
 pytestmark = [
@@ -142,6 +146,13 @@ def test_a_callback_for_each_optimizer(tmp_path):
     made.save_checkpoint(tmp_path / "two.ckpt")
     keys = [key for key in torch.load(tmp_path / "two.ckpt")["callbacks"] if "Adaptive" in key]
     assert keys == ["AdaptiveMomentum{'optimizer_idx': 0}", "AdaptiveMomentum{'optimizer_idx': 1}"]
+    for callback in callbacks:
+        callback.figures = callback.log = True
+    run_again = {"default_root_dir": tmp_path, "logger": CSVLogger(tmp_path, "csv")}
+    again = fit(TwoOptimizers(), *callbacks, max_epochs=1, log_every_n_steps=1, **run_again)
+    assert {path.name for path in Path(again.log_dir).glob("*.png")} == {"allocation_0.png", "allocation_1.png"}
+    columns = (Path(again.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"memopt/rank_0/lm_head.weight", "memopt/rank_1/lm_head.weight"} <= set(columns)
     resumed, again, _ = run(max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
     _, uninterrupted, _ = run(max_epochs=3)
     assert [callback.history for callback in again] == [callback.history for callback in uninterrupted]
@@ -176,7 +187,7 @@ def test_a_layer_that_trains_from_the_middle_on(where, frozen):
     """Also if it begins in the very batch whose step counts, and if the allocation is frozen already."""
     budget = int(0.25 * dense_bytes(Network(2))) // 2
     module, watch = HalfFrozen(unfreeze=where == "step"), Watch(budget)
-    callback = AdaptiveMomentum(budget, "energy", every_n_steps=3, freeze_after=1 if frozen else None)
+    callback = AdaptiveMomentum(budget, "energy", every_n_steps=3, freeze_after=2 if frozen else None)
     others = [] if where == "step" else [Unfreezes(where)]
     options = {"max_epochs": 6, "limit_train_batches": 1} if where == "on_train_epoch_start" else {"max_steps": 6}
     fit(module, callback, *others, watch, **options)
@@ -200,6 +211,33 @@ class Raw(HalfFrozen):
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch_idx))
         optimizer.step()
+
+
+@pytest.mark.parametrize("freeze_after", [None, 4], ids=["deciding", "frozen"])
+def test_a_layer_that_begins_leaves_the_others_what_the_signals_give_them(freeze_after):
+    """The newcomers get the rank of an even division; the others divide the rest as the policy would."""
+
+    class Late(HalfFrozen):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.model.layers[1].requires_grad_(self.global_step >= 6)
+            return Module.training_step(self, batch, batch_idx)
+
+    asked: list[tuple[Any, Any]] = []
+
+    def policy(problem: Any) -> Any:
+        asked.append((problem, energy(problem)))
+        return asked[-1][1]
+
+    budget = int(0.3 * dense_bytes(Network(2)))
+    callback, watch = AdaptiveMomentum(budget, policy, every_n_steps=2, freeze_after=freeze_after), Watch(budget)
+    fit(Late(), callback, watch, max_steps=7)
+    before, entry = next(pair for pair in pairwise(callback.history) if len(pair[1]["ranks"]) == 14)
+    assert (entry["step"], list(entry["residual"])) == (6, list(before["ranks"]))
+    fresh = [name for name in entry["ranks"] if "layers.1" in name]
+    assert len({entry["ranks"][name] for name in fresh}) <= 2, "an even division"
+    problem, answer = next(pair for pair in asked if len(pair[0].blocks) == 8 and pair[0].budget < 0.7 * budget)
+    assert all(block.signals is not None for block in problem.blocks)
+    assert {name: rank for name, rank in entry["ranks"].items() if name not in fresh} == answer
 
 
 def test_a_raw_optimizer():

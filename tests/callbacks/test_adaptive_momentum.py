@@ -51,7 +51,7 @@ def test_when_decisions_are_due():
     assert steps(every_n_steps=4, start=1, freeze_after=None) == [0, 1, 5, 9]
     assert steps(every_n_steps=3, freeze_after=1.0) == [0, 3, 6, 9]
     assert steps(every_n_steps=50) == [0]
-    assert steps(every_n_steps=2, freeze_after=1) == [0]
+    assert steps(every_n_steps=2, freeze_after=2) == [0]
 
 
 def test_history_tells_what_happened():
@@ -207,6 +207,8 @@ def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatc
         ({"max_moves": True}, "`max_moves` must be"),
         ({"quality": 0}, "`quality` must be"),
         ({"freeze_after": 0}, "`freeze_after` must be"),
+        ({"freeze_after": 1}, "`freeze_after` 1 could mean one step or the whole training: write 1.0"),
+        ({"freeze_after": True}, "`freeze_after` must be"),
         ({"freeze_after": 1.5}, "`freeze_after` must be"),
         ({"freeze_after": "30%"}, "`freeze_after` must be"),
         ({"dropped": "keep"}, "Unknown value of `dropped` 'keep'"),
@@ -216,3 +218,22 @@ def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatc
 def test_values_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
         AdaptiveMomentum(**options)
+
+
+@pytest.mark.parametrize(("name", "match"), [("budget", "`budget` 1 has no unit"), ("freeze_after", "could mean one")])
+def test_one_means_the_same_in_yaml_and_python(name, match, tmp_path):
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AdaptiveMomentum, "adaptive")
+    parser.add_argument("--config", action="config")
+    config = tmp_path / "config.yaml"
+    for text in ("1", "1.0"):
+        config.write_text(f"adaptive:\n  {name}: {text}\n")
+        for given in (["--config", str(config)], [f"--adaptive.{name}", text]):
+            value = getattr(parser.parse_args(given).adaptive, name)
+            assert type(value) is type(json.loads(text))
+            if text == "1.0":
+                assert getattr(AdaptiveMomentum(**{name: value}), name) == 1.0
+                continue
+            with pytest.raises(ValueError, match=match):
+                AdaptiveMomentum(**{name: value})

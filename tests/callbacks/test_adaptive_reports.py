@@ -117,7 +117,8 @@ class Own(AdaptiveMomentum):
 
 
 MOVES = "may change up to 8 blocks every 3 steps, from step 3 until "
-TOO_LATE = "changes nothing later: the allocation freezes at step {}, and the first decision is due at step 3"
+DUE = "and the first decision is due at step 3; lower `every_n_steps` or `start`"
+TOO_LATE = "changes nothing later: the allocation freezes at step {}, " + DUE + ", or raise `freeze_after`."
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ TOO_LATE = "changes nothing later: the allocation freezes at step {}, and the fi
         (
             lambda **o: AdaptiveMomentum(None, "energy", **o),
             {},
-            "no budget: looks for the smallest ranks of 8 blocks that keep 50% of momentum's energy; ",
+            "no budget: looks for the smallest ranks of 8 blocks with a quality of 50%; ",
         ),
         (lambda **o: AdaptiveMomentum(None, **o), {}, f"{MOVES}step 6"),
         (lambda **o: Own(0.3, **o), {}, f"{MOVES}step 6"),
@@ -150,6 +151,34 @@ def test_it_says_at_the_start_what_it_will_do(callback, options, words, capsys):
         fit(Module(), made, Raises(RuntimeError("enough"), 0))
     first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("AdaptiveMomentum"))
     assert words in first
+
+
+@pytest.mark.parametrize("policy", ["energy", "uniform"])
+@pytest.mark.parametrize("budget", [0.3, None])
+def test_a_run_that_ends_before_its_first_decision_says_so(budget, policy, capsys):
+    fit(Module(layers=0), AdaptiveMomentum(budget, policy, freeze_after=None), max_steps=3)
+    aim, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("AdaptiveMomentum"))
+    if budget and policy == "uniform":
+        assert aim.endswith("; changes nothing later.")
+        assert last.endswith(": 0 decisions, no moves.")
+        return
+    due = "the first decision is due at step 100; lower `every_n_steps` or `start`."
+    assert aim.endswith(f"changes nothing later: training ends at step 3, and {due}")
+    assert last.startswith("AdaptiveMomentum ends with ")
+    missed = "no decision was taken, since the first was due at step 100; lower `every_n_steps` or `start`."
+    assert last.endswith(missed)
+
+
+def test_a_run_that_freezes_before_its_first_decision_says_so(capsys):
+    fit(Module(layers=0), AdaptiveMomentum(0.3, "energy", freeze_after=2), max_steps=4)
+    assert "or `start`, or raise `freeze_after`." in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_last_step_may_decide(capsys):
+    callback = AdaptiveMomentum(0.3, "energy", every_n_steps=4, freeze_after=None)
+    fit(Module(layers=0), callback, max_steps=4)
+    assert "from step 4 until step 4." in capsys.readouterr().out
+    assert [entry["step"] for entry in callback.history] == [0, 4]
 
 
 def test_a_training_of_unknown_length_changes_blocks_until_its_end():

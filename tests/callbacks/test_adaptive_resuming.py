@@ -77,6 +77,83 @@ def test_resuming_with_another_budget_or_without_the_callback(tmp_path, capsys):
     assert set(watch.sizes) == {saved.history[-1]["momentum_bytes"]}, "the allocation is the optimizer's"
 
 
+class SavesFirst(Callback):
+    """Saves at the end of some batches, before the callbacks that come after it."""
+
+    def __init__(self, *steps: int, path: Any) -> None:
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.path / f"first {trainer.global_step}.ckpt")
+
+
+def scheduled(module: Module) -> Any:
+    """Released momentum moves weights by the rate of its moment."""
+    optimizer = lm.AdaPMLean(module.named_parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_a_decision_that_was_due_when_an_earlier_callback_saved(tmp_path):
+    """Step 10 has a decision with moves, and step 13 has none; from step 27 on everything is frozen."""
+    whole, one = Module(scheduled), adaptive()
+    fit(whole, SavesFirst(10, 13, 27, path=tmp_path), one, max_steps=30)
+    assert moved(one)[2] > 0
+    assert steps_of(one)[3] == 10
+    for step in (10, 13, 27):
+        resumed, other = Module(scheduled), adaptive()
+        fit(resumed, other, max_steps=30, ckpt_path=tmp_path / f"first {step}.ckpt")
+        assert other.history == one.history, step
+        assert_equal(weights(resumed), weights(whole))
+
+
+def evenly(budget: float) -> dict[str, int]:
+    fit(Module(), callback := adaptive("uniform", budget), max_steps=1)
+    return callback.history[0]["ranks"]
+
+
+@pytest.mark.parametrize("policy", ["energy", "uniform"])
+def test_another_budget_after_the_freeze(tmp_path, policy):
+    """It is divided at once, by the signals from before the freeze."""
+    options = {"policy": policy, "freeze_after": 7}
+    fit(Module(), saved := adaptive(**options), StopsAt(12, path=tmp_path), max_steps=30)
+    for budget in (0.5, 0.15):
+        watch = Watch(int(budget * dense_bytes(Module())))
+        other = adaptive(budget=budget, **options)
+        fit(Module(), other, watch, max_steps=14, ckpt_path=tmp_path / "12.ckpt")
+        assert other.history[:-1] == saved.history
+        assert other.history[-1]["step"] == 12
+        assert watch.sizes[0] > 0.85 * watch.budget
+        assert (other.history[-1]["ranks"] == evenly(budget)) == (policy == "uniform")
+    same = adaptive(budget="25%", **options)
+    fit(Module(), same, max_steps=14, ckpt_path=tmp_path / "12.ckpt")
+    assert same.history == saved.history
+
+
+def test_a_smaller_budget_is_divided_by_the_signals(tmp_path):
+    fit(Module(), adaptive(), StopsAt(13, path=tmp_path), max_steps=30)
+    lower = adaptive(budget=0.15)
+    fit(Module(), lower, max_steps=14, ckpt_path=tmp_path / "13.ckpt")
+    entry = lower.history[-1]
+    assert entry["step"] == 13
+    assert entry["oscillation"]
+    assert entry["ranks"] != evenly(0.15)
+
+
+def test_a_checkpoint_of_an_earlier_version(tmp_path):
+    """It did not say which steps had been seen, nor what the budget was."""
+    fit(Module(), one := adaptive(), StopsAt(13, path=tmp_path), max_steps=30)
+    saved = torch.load(tmp_path / "13.ckpt", weights_only=True)
+    state = next(state for key, state in saved["callbacks"].items() if "Adaptive" in key)
+    for key in ("seen", "budget"):
+        del state[key]
+    torch.save(saved, tmp_path / "old.ckpt")
+    fit(Module(), other := adaptive(), max_steps=14, ckpt_path=tmp_path / "old.ckpt")
+    assert other.history[: len(one.history)] == one.history
+    assert steps_of(other) == [0, 2, 6, 10]
+
+
 def test_a_checkpoint_of_the_very_first_moment(tmp_path):
     """Another callback may save before this one has begun, also in a resumed run: what it brought is not lost."""
 

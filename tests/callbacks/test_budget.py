@@ -58,7 +58,7 @@ def test_budget_of_the_wrong_type(budget):
 @pytest.mark.parametrize(
     ("budget", "ways"),
     [
-        (1, "'1B' for bytes, '1%' of AdamW's momentum, or '1MiB'"),
+        (1, "'1B' for bytes, '1%' of AdamW's momentum, 1.0 for all of it, or '1MiB'"),
         (5, "'5B' for bytes, '5%' of AdamW's momentum, or '5MiB'"),
         ("5", "'5B' for bytes, '5%' of AdamW's momentum, or '5MiB'"),
         (512, "'512B' for bytes, or '512MiB'"),

@@ -264,8 +264,9 @@ def ranks_that_disagree_all_refuse(mesh: DeviceMesh) -> None:
 
 
 def a_mistake_on_one_rank_stops_all(mesh: DeviceMesh) -> None:
-    """That rank learns what is wrong; the others learn that they were not all asked for the same."""
-    mine = dist.get_rank() == mesh.size() - 1
+    """That rank learns what is wrong; the others learn which rank has made which mistake."""
+    last = mesh.size() - 1
+    mine = dist.get_rank() == last
     good = {"model.embed_tokens.weight": {"rank": 2}}
     for bad, match in (
         ({"lm_head": {"rank": 2}}, "Unknown block 'lm_head'"),
@@ -276,7 +277,7 @@ def a_mistake_on_one_rank_stops_all(mesh: DeviceMesh) -> None:
             mesh,
             lambda optimizer, bad=bad: optimizer.reformat({**good, **bad} if mine else good),
             ValueError if mine else RuntimeError,
-            match if mine else "Ranks disagree about what to reformat",
+            match if mine else f"Rank {last} could not decide about what to reformat: ValueError: .*{match}",
         )
         refused(mesh, lambda optimizer, bad=bad: optimizer.reformat({**good, **bad}), ValueError, match)
     refused(mesh, lambda optimizer: optimizer.reformat(good, dropped="keep"), ValueError, "Unknown value of `dropped`")

@@ -58,7 +58,7 @@ class Problem:
     Attributes:
         blocks: The blocks whose momentum can be changed, in the model's order.
         budget: Maximum bytes of their momentum; None asks for the smallest allocation that keeps `quality`.
-        quality: The share of momentum's energy to keep. Only used without a budget.
+        quality: The share of momentum's energy to keep, or another measure of the policy. Only used without a budget.
         min_rank: The smallest rank other than 0.
         progress: Completed fraction of the time until the allocation freezes, from 0 to 1; None if unknown.
     """
@@ -82,9 +82,14 @@ def once(policy: Policy) -> Policy:
     return policy
 
 
-def decides_once(policy: Policy, budget: int | None) -> bool:
+def divides_once(policy: Policy | None) -> bool:
+    """Return whether a policy's division of a budget depends on neither signals nor progress; not known for None."""
+    return policy in _ONCE
+
+
+def decides_once(policy: Policy | None, budget: int | None) -> bool:
     """Return whether a policy divides the budget before the first step, and changes nothing later."""
-    return budget is not None and policy in _ONCE
+    return budget is not None and divides_once(policy)
 
 
 def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
