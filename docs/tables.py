@@ -25,11 +25,12 @@ COVERED = {
     "linear": (
         "Linear layers of unknown part: Mamba's projections, latent projections, poolers, projectors.",
         "`adapm*`: as `mlp`, since most are projections in and out of a layer. `adam_sn*`, `adagrad_snsm`,"
-        " `rmsprop_sn`: as all linear layers, which is how the papers choose.",
+        " `rmsprop_sn`, `muon`: as all linear layers, which is how the papers choose.",
     ),
     "convolution": (
         "Kernels of convolutions, but for patch embeddings.",
-        "As `other`: the papers' models have none, and they are a small part of most models.",
+        "As `other`: the papers' models have none, and they are a small part of most models. `muon`: as linear layers,"
+        " flattened to matrices, as its author does.",
     ),
     "router": (
         "Routers of a mixture of experts.",
@@ -46,8 +47,8 @@ COVERED = {
     ),
     "other": (
         "Matrices whose part in the model is unknown.",
-        "`adapm`, `adapm_mini`: dense momentum. `adapm_lean`: as all matrices. `adam_sn*`: Adam's kinds, since nothing"
-        " says that they are linear layers.",
+        "`adapm`, `adapm_mini`: dense momentum. `adapm_lean`, `scale`: as all matrices. `adam_sn*`, `muon`: Adam's"
+        " kinds, since nothing says that they are linear layers.",
     ),
 }
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {
@@ -65,6 +66,8 @@ where U is not. Without a bound, one step has moved a weight by millions of lear
 
 - Not bounded: dense or no momentum with dense second moment (AdamW, RMSProp). There |U / D| is at most about
   1/√(1 − β₂) without momentum: 4.5 for 0.95, 32 for 0.999. So `adamw` stays equal to torch's AdamW.
+- Not bounded: second moment `normalized` or `orthogonal`. U is divided by a norm of its own, which bounds U / D by the
+  root of the number of weights that share it, and by 1.2 times the factor of `adjust_lr_fn`.
 - Not bounded: second moment `none`. There U has the unit of a gradient, so clip gradients to bound it.
 - Momentum that a smaller rank releases at once is bounded like one step, for all kinds.
 - The plan table shows the bound of each block. If more than 1% of all elements in bounded blocks exceed it in three
@@ -104,7 +107,8 @@ then, a `PlanWarning` says so. Patterns that begin with `*` need quotes in YAML.
 override. Before the first step, a `PlanWarning` names roles of the file that no weight has.
 """
 NOTES = """
-`adam_snsm` keeps AdamW's full state for embeddings, so small models with large vocabularies keep more.
+`adam_snsm` and `muon` keep AdamW's full state for embeddings, and `muon` also for the head, so small models with large
+vocabularies keep more. `scale` keeps the head's momentum: next to nothing where embeddings are tied.
 With `state_dtype="bfloat16"`, every number above is halved.
 """
 

@@ -10,6 +10,7 @@ from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, Se
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
 from lightning_memopt.optim.checkpoint.resume import ResumeWarning
 from lightning_memopt.optim.classes import (
+    SCALE,
     Adafactor,
     AdaGradSNSM,
     AdamMini,
@@ -18,6 +19,7 @@ from lightning_memopt.optim.classes import (
     AdaPM,
     AdaPMLean,
     AdaPMMini,
+    Muon,
     RMSPropSN,
     SNSMLean,
 )
@@ -83,6 +85,7 @@ __all__ = [
     "MemOptFabricStrategy",
     "MemoryPlan",
     "Momentum",
+    "Muon",
     "NamingScheme",
     "OptimizerMemoryMonitor",
     "PartBytes",
@@ -90,6 +93,7 @@ __all__ = [
     "PlanWarning",
     "ProcessMemory",
     "RMSPropSN",
+    "SCALE",
     "Recipe",
     "ResumeWarning",
     "RoleWarning",

@@ -84,6 +84,10 @@ class Kind:
         """
         return False
 
+    def scratch(self, layout: Layout) -> int:
+        """Return the bytes that the kind holds for a block while ranks add up sums, if these are larger than state."""
+        return 0
+
     def phase(self, tick: Tick) -> Hashable:
         """Return what all blocks of a batch must share in a step, such as whether recurring work is due."""
         return None

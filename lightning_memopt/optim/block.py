@@ -132,7 +132,7 @@ class Block:
 
     @cached_property
     def stacked_bytes(self) -> int:
-        """Bytes that a batch stacks for this block: state as large as over all ranks, and gradients of small blocks."""
+        """Bytes that a batch stacks for this block: state as large as over all ranks, small gradients, scratch."""
         shapes = [
             shape_of(self.layout, sizes)
             for kind in self.kinds
@@ -140,7 +140,12 @@ class Block:
             if sizes != ELEMENTWISE
         ]
         elements = sum(math.prod(shape) for shape in shapes) + (self.share if self.small else 0)
-        return elements * self.layout.dtype.itemsize
+        return elements * self.layout.dtype.itemsize + self.scratch
+
+    @cached_property
+    def scratch(self) -> int:
+        """Bytes that its kinds hold while ranks add up sums, beyond what is as large as state."""
+        return sum(kind.scratch(self.layout) for kind in self.kinds)
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
@@ -208,7 +213,9 @@ class Block:
             mine = getattr(self.recipe, axis)
             names = [name for name in table.names() if table.get(name).keys and keys.issuperset(table.get(name).keys)]
             name = names[0] if names else "none"
-            kind = mine if mine.name == name else self.plan.kind(axis, name, self.name, self.role)
+            # A kind without state leaves no trace, so it may be any of these: take the plan's.
+            same = mine.name == name or not (names or mine.keys)
+            kind = mine if same else self.plan.kind(axis, name, self.name, self.role)
             found[axis] = kind.infer({key: state[self.prefix + key] for key in kind.keys}, self.layout)
             keys -= set(kind.keys)
         if keys:

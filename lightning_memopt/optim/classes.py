@@ -268,3 +268,76 @@ class Adafactor(RecipeOptimizer):
     """
 
     _recipe = "adafactor"
+
+
+class SCALE(RecipeOptimizer):
+    """SCALE: gradients over the norms of their own columns, with momentum for the head only (arXiv 2506.16659).
+
+    With M ← β₁ M + (1−β₁) G for the head and M = G elsewhere::
+
+        W ← (1 − ηλ) W − η M / (rms(M) + ε)
+
+    where rms is over the weights of each output: a row of a linear weight, a column of an embedding. In the authors'
+    code, 1e-8 is a lower bound of the root instead of a summand. Vectors get AdamW's update, as there. An embedding
+    that is also the head counts as an embedding.
+
+    Defaults: betas (0.9, 0.999); the second one is for vectors.
+    State: the head's momentum, and AdamW's state of vectors: 1 to 14% of AdamW's on LLaMA shapes, under 0.1% where
+    embeddings are tied.
+    Learning rate: AdamW's, since every row has an update of unit size: 1e-3 at 60M and 130M parameters and 2e-4 at 1B
+    in the paper, after 10% warmup. Vectors have a higher one there, 5 times (1B) or 20 times the others':
+    ``overrides={"vector": {"lr_multiplier": 5}}``.
+    """
+
+    _recipe = "scale"
+
+
+class Muon(RecipeOptimizer):
+    """Muon: orthogonalized momentum for hidden matrices, AdamW for the rest (kellerjordan.github.io/posts/muon).
+
+    With M ← β₁ M + (1−β₁) G and N = β₁ M + (1−β₁) G, or N = M without ``nesterov``::
+
+        X ← N / ‖N‖,   5 times: X ← a X + b X XᵀX + c X (XᵀX)²,   W ← (1 − ηλ) W − η · 0.2 √max(m, n) · X
+
+    All of it follows from the k × k matrix NᵀN of the short side, in float64, so ranks that hold some rows need one
+    sum. ``torch.optim.Muon`` makes the same update of matrices, up to its iteration in bfloat16. Embeddings, heads,
+    routers, vectors and weights of unknown role get AdamW's update.
+
+    Defaults: betas (0.95, 0.95).
+    State: half of AdamW's for hidden matrices. Learning rate: AdamW's, thanks to the factor (arXiv 2502.16982). With
+    ``adjust_lr_fn="original"``, which replaces it by √max(1, outputs / inputs), about 0.02, and a smaller
+    ``lr_multiplier`` for embeddings, heads and vectors.
+
+    Args:
+        params: As for :class:`MemOpt`.
+        lr: Learning rate.
+        betas: Decay rates; None for (0.95, 0.95). The first one is torch's ``momentum``.
+        eps: Added to AdamW's denominator.
+        weight_decay: Decoupled weight decay.
+        nesterov: Orthogonalize N, instead of M.
+        ns_coefficients: a, b, c.
+        ns_steps: Number of iterations.
+        adjust_lr_fn: ``match_rms_adamw`` or ``original``.
+        options: Any other option of :class:`MemOpt`.
+    """
+
+    _recipe = "muon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] | None = None,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = None,
+        **options: Any,
+    ) -> None:
+        options |= {"ns_coefficients": ns_coefficients, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
+        # Not for AdamW's momentum, which has the option as well: without one for all, the recipe's is True.
+        options["nesterov"] = None if nesterov is True else nesterov
+        super().__init__(params, lr, betas, eps, weight_decay, **options)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import Scratch, chunks
-from lightning_memopt.kinds.momentum import Momentum
+from lightning_memopt.kinds.momentum import Direction, Momentum
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
+from lightning_memopt.sharding.collectives import finished
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.tensors import fill_, full_tensor
 
@@ -49,7 +50,8 @@ def converted(
             source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
             if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
                 on_loss(whole, source)
-            if group is not None and isinstance(after, Momentum) and not before.elementwise and not new.recipe.bounded:
+            unbounded = not (new.recipe.bounded or new.recipe.second_moment.of_direction)
+            if group is not None and isinstance(after, Momentum) and not before.elementwise and unbounded:
                 source = _limited(old, after, source, new.layout.whole(), state, group)
         if not (stays and keep and old.work.gathered == new.work.gathered):
             target = after.init(new.work)
@@ -93,8 +95,16 @@ def _limited(
 
 
 def denominator_of(old: Block, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> Denominator:
-    """Return the denominator of the last step for the whole block."""
-    kind, (_, beta2) = old.recipe.second_moment, group["betas"]
+    """Return the denominator of the last step for the whole block.
+
+    A norm of the direction is not kept: the momentum's takes its place.
+    """
+    kind, (beta1, beta2) = old.recipe.second_moment, group["betas"]
+    if kind.of_direction:
+        layout, momentum = old.layout.whole(), old.recipe.momentum
+        average = momentum.to_dense({key: full_tensor(state[old.prefix + key]) for key in momentum.keys}, layout)
+        scale = 1 / (1 - beta1 ** max(1, int(state["step"].item())))
+        return finished(kind.of(Direction(average, scale), layout, eps=group["eps"]))
     tick = Tick(int(state["step"].item()), old.key, old.index)
     square = {key: full_tensor(state[old.prefix + key]) for key in kind.keys}
     return kind.denominator(square, old.layout.whole(), beta2=beta2, eps=group["eps"], tick=tick)

@@ -78,13 +78,15 @@ class Step:
 
 
 def _held(entry: tuple[Update, list[Gather]]) -> int:
-    """Return the bytes that a block holds during its wave: what it gathers, and its gradient if that is stacked.
+    """Return the bytes that a block holds during its wave: what it gathers, its gradient if that is stacked, scratch.
 
     Ranks may have other blocks that are not sharded. These are finished one batch after the other.
     """
     block, requests = entry[0].block, entry[1]
-    gradient = block.share * block.layout.dtype.itemsize if block.small and block.layout.sharded else 0
-    return sum(request.nbytes for request in requests) + gradient
+    own = 0
+    if block.layout.sharded:
+        own = block.scratch + (block.share * block.layout.dtype.itemsize if block.small else 0)
+    return sum(request.nbytes for request in requests) + own
 
 
 def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watch: Watch) -> Iterator[Task]:

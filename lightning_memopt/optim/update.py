@@ -142,12 +142,14 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
     state = {key: _state(updates, gathered, kind, key) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
-    direction, denominator = yield from interleave(
-        momentum.update(gradient, {key: state[key] for key in momentum.keys}, beta1=beta1, **now),
-        second_moment.update(
-            gradient, {key: state[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now
-        ),
-    )
+    turning = momentum.update(gradient, {key: state[key] for key in momentum.keys}, beta1=beta1, **now)
+    if second_moment.of_direction:
+        direction = yield from turning
+        denominator = yield from second_moment.of(direction, layout, eps=group["eps"])
+    else:
+        mine = {key: state[key] for key in second_moment.keys}
+        dividing = second_moment.update(gradient, mine, beta2=beta2, eps=group["eps"], **now)
+        direction, denominator = yield from interleave(turning, dividing)
     _keep(updates, state)
     blocks, params = [one.block for one in updates], [one.param for one in updates]
     apply(blocks, params, direction, denominator, first.rates, watch, fused=first.fused)
@@ -274,6 +276,7 @@ def apply_(
     The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
+    direction = denominator.turned(direction)
     arguments = for_kernel(weights, direction, denominator, dtype)
     if arguments is not None:
         return apply_fused_(arguments, rates, watch)

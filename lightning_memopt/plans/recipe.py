@@ -41,11 +41,11 @@ class Recipe:
     def bounded(self) -> bool:
         """Whether ``max_update`` bounds |U / D|: if it has no unit and the kinds do not bound it themselves.
 
-        If both kinds average each element's own gradients, the betas bound |U / D| (Cauchy-Schwarz). A direction that
-        mixes elements can be large where the denominator is almost 0.
+        If both kinds average each element's own gradients, the betas bound |U / D| (Cauchy-Schwarz). A norm of U itself
+        bounds it, too. Any other direction that mixes elements can be large where the denominator is almost 0.
         """
         alone = self.momentum.elementwise and self.second_moment.elementwise
-        return self.second_moment.normalizes and not alone
+        return self.second_moment.normalizes and not alone and not self.second_moment.of_direction
 
     def options(self) -> set[str]:
         """Return the names of the options of both kinds."""

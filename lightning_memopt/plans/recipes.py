@@ -12,7 +12,12 @@ from typing import Any
 from lightning_memopt._registry import Registry, listed, nearest, unknown
 from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
 from lightning_memopt.kinds.ranges import check_betas
-from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
+from lightning_memopt.kinds.second_moment import (
+    DenseSecondMoment,
+    NormalizedSecondMoment,
+    SecondMoment,
+    SubsetNormSecondMoment,
+)
 from lightning_memopt.plans.effect import PlanWarning, compresses_any
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe, located
@@ -55,7 +60,7 @@ def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, f
     lora = linear
     if isinstance(linear.momentum, SubspaceMomentum):
         lora = linear.with_options({"rank": _LORA_RANK})
-    return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora}, **roles)
+    return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora, **roles})
 
 
 ADAMW = _named("adamw", _ADAM)
@@ -78,6 +83,11 @@ _RMSPROP = Recipe("none", _RAW)
 RMSPROP_SN = _on_linear("rmsprop_sn", _RMSPROP, Recipe("none", _SUMS), (0.0, 0.999), vector=_RMSPROP)
 ADAM_MINI = _named("adam_mini", Recipe("dense", "blockwise"))
 ADAFACTOR = _named("adafactor", Recipe("none", "factored"))
+# One number per output of a layer, which are the columns of an embedding.
+_OUTPUTS = Recipe("none", NormalizedSecondMoment(per="input"))
+SCALE = _named("scale", Recipe("none", "normalized"), embedding=_OUTPUTS, head=Recipe("dense", "normalized"))
+_MUON = Recipe(DenseMomentum(nesterov=True), "orthogonal")
+MUON = _on_linear("muon", _ADAM, _MUON, (0.95, 0.95), head=_ADAM, convolution=_MUON)
 
 
 def recipe_names() -> list[str]:

@@ -12,7 +12,7 @@ from tests.callbacks._adaptive import Module, Watch, dense_bytes, fit, steps_of
 
 pytestmark = pytest.mark.slow
 
-RECIPES = ("adapm", "adapm_lean", "adam_snsm", "adamw", "adam_mini")
+RECIPES = ("adapm", "adapm_lean", "adam_snsm", "adamw", "adam_mini", "muon")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

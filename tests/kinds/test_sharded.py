@@ -44,7 +44,7 @@ from tests.kinds.contract.cases import (
     tick_at,
     variants,
 )
-from tests.kinds.contract.running import dense, step
+from tests.kinds.contract.running import Quotient, dense, step
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,10 @@ def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: A
     """Keep direction and denominator instead of updating weights, by block."""
     work, count = blocks[0].work, len(blocks)
     for position, block in enumerate(blocks):
-        result = denominator if "second moment" in block.name else direction
+        result = direction
+        if "second moment" in block.name:
+            norm = block.recipe.second_moment.of_direction
+            result = Quotient(direction, denominator) if norm else denominator
         RESULTS[block.name] = dense(result, work.batched(count))[position] if count > 1 else dense(result, work)
 
 
@@ -435,7 +438,10 @@ def test_what_is_refused(outcomes):
     for case in CASES:
         refused = [{kind for kind, text in o.items() if text.startswith("refused")} for o in outcomes[case.name]]
         assert all(names == refused[0] for names in refused)
-        assert all(any(o in name for o in ("projection", "outputs_per_number", "subset_size")) for name in refused[0])
+        assert all(
+            any(o in name for o in ("projection", "outputs_per_number", "subset_size", "orthogonal"))
+            for name in refused[0]
+        )
         assert len(case.mesh) == 2 or not refused[0], "with one sharded dimension everything works"
         total += len(refused[0])
     assert 0 < total < 0.2 * sum(len(kinds_for(case)) for case in CASES)

@@ -15,7 +15,7 @@ from tests._models import fill_grads, tiny_gpt2, tiny_llama, train
 
 CLASSES = [
     lm.AdaPM, lm.AdaPMMini, lm.AdaPMLean, lm.AdamSN, lm.AdamSNSM, lm.AdaGradSNSM, lm.RMSPropSN, lm.AdamMini,
-    lm.Adafactor,
+    lm.Adafactor, lm.SCALE, lm.Muon,
 ]  # fmt: skip
 
 

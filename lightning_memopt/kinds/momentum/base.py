@@ -6,40 +6,14 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
-from lightning_memopt.kinds.batch import Index, Large, Scratch, take, take_stack
+from lightning_memopt.kinds.batch import Large
+from lightning_memopt.kinds.direction import Direction
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A direction ``scale · base + left @ right``, computed one chunk at a time.
-
-    Attributes:
-        base: ``[..., m, n]``; the gradient or a momentum, never a copy.
-        scale: Factor of ``base``.
-        left: ``[..., m, r]``, scaled already, or None.
-        right: ``[..., r, n]``, or None.
-    """
-
-    base: Large
-    scale: float = 1.0
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    def at(self, index: Index, scratch: Scratch) -> tuple[Tensor, float]:
-        """Return one chunk of the direction, and the factor that it still needs. Only the scratch may be modified."""
-        base = scratch.cast("base", self.base[index])
-        if self.left is None or self.right is None:
-            return base, self.scale
-        product = scratch.take("update", base.shape)
-        torch.matmul(take(self.left, index), take_stack(self.right, index), out=product)
-        return product.add_(base, alpha=self.scale), 1.0
 
 
 @dataclass(frozen=True)

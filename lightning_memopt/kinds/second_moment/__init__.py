@@ -5,6 +5,8 @@ from lightning_memopt.kinds.second_moment.blockwise import BlockwiseSecondMoment
 from lightning_memopt.kinds.second_moment.dense import DenseSecondMoment
 from lightning_memopt.kinds.second_moment.factored import FactoredSecondMoment
 from lightning_memopt.kinds.second_moment.none import NoSecondMoment
+from lightning_memopt.kinds.second_moment.normalized import NormalizedSecondMoment
+from lightning_memopt.kinds.second_moment.orthogonal import OrthogonalSecondMoment
 from lightning_memopt.kinds.second_moment.subset_norm import SubsetNormSecondMoment
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "DenseSecondMoment",
     "FactoredSecondMoment",
     "NoSecondMoment",
+    "NormalizedSecondMoment",
+    "OrthogonalSecondMoment",
     "SecondMoment",
     "SubsetNormSecondMoment",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_memopt._registry import Registry
 from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import Index, Large, Scratch, take
+from lightning_memopt.kinds.direction import Direction
 from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -33,6 +34,10 @@ class Denominator:
     correction: float = 1.0
     eps: float = 0.0
     run: int | None = None
+
+    def turned(self, direction: Direction) -> Direction:
+        """Return the direction that remains to be divided element by element: by a number each, nothing else to do."""
+        return direction
 
     def part(self, layout: Layout) -> Denominator:
         """Return the local part of the denominator of a whole block. The denominator must have no runs."""
@@ -76,12 +81,15 @@ class SecondMoment(Kind):
 
     Attributes:
         normalizes: Whether the denominator has the unit of a gradient, so that U / D has no unit and can be bounded.
+        of_direction: Whether the denominator is a norm of the direction U itself, from :meth:`of`. It bounds U / D, so
+            ``max_update`` does not.
         bias_correction: Divide by 1−β₂ᵗ, as Adam does. Has no effect with β₂ = 1, which accumulates.
         correct_eps: Divide ε by √(1−β₂ᵗ) too, as optimizers do that add it before the bias correction. In the first
             steps, ε is then larger.
     """
 
     normalizes: ClassVar[bool] = True
+    of_direction: ClassVar[bool] = False
 
     bias_correction: bool = True
     correct_eps: bool = False
@@ -100,6 +108,16 @@ class SecondMoment(Kind):
             beta2: Decay rate of the average, in [0, 1); 1 sums instead of averaging.
             eps: Added to the root.
             tick: The current step.
+        """
+        raise NotImplementedError
+
+    def of(self, direction: Direction, layout: Layout, *, eps: float) -> Generator[Any, Any, Denominator]:
+        """Return the denominator of a direction, if the kind reads that instead of the gradient.
+
+        Args:
+            direction: U.
+            layout: The block's layout, or the batch's.
+            eps: Added to the root.
         """
         raise NotImplementedError
 

@@ -12,6 +12,8 @@ from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.kinds.momentum.projections import HANDOVERS, PROJECTIONS
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
+from lightning_memopt.kinds.second_moment.normalized import SIDES
+from lightning_memopt.kinds.second_moment.orthogonal import ADJUSTMENTS
 from lightning_memopt.kinds.second_moment.subset_norm import REDUCTIONS
 from lightning_memopt.kinds.tick import Tick, block_key
 from lightning_memopt.sharding.layout import Layout
@@ -26,6 +28,10 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "reduction": list(REDUCTIONS),
     "subset_size": [None, 5, 1, 1000],
     "outputs_per_number": [None, 4],
+    "per": list(SIDES),
+    "ns_coefficients": [(2.0, -1.5, 0.5)],
+    "ns_steps": [3],
+    "adjust_lr_fn": list(ADJUSTMENTS),
 }
 BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "rank": [0, -1, 1.5, 0.0, float("nan"), True, "4", None],
@@ -35,6 +41,18 @@ BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "reduction": ["max", None, 2],
     "subset_size": [0, -1, 2.5, True, "128"],
     "outputs_per_number": [0, -1, 2.5, True, "64"],
+    "per": ["head", None, 1],
+    "ns_coefficients": [
+        (3.4, -4.8),
+        (1.0, "2", 3.0),
+        (0.0, 0.0, 0.0),
+        (9.0, 1.0, 1.0),
+        (float("nan"), 1.0, 1.0),
+        3.4,
+        None,
+    ],
+    "ns_steps": [0, 11, 2.5, True, "5", None],
+    "adjust_lr_fn": ["rms", None, 0.2],
 }
 
 SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,19 +50,39 @@ def finish(task: Task, on_request: Callable[[Task], None] | None = None) -> Any:
             pending.answered = True
 
 
-def task_of(kind: Kind, grad: Tensor, state: State, layout: Layout, tick: Tick, **changes: float) -> Task:
+@dataclass(frozen=True)
+class Quotient:
+    """U / D: what a kind whose denominator is a norm of the direction is judged by."""
+
+    direction: Direction
+    denominator: Denominator
+
+    def at(self, index: Any, scratch: Scratch, columns: int) -> Tensor:
+        part, scale = self.denominator.turned(self.direction).at(index, scratch)
+        divisor = self.denominator.at(index, scratch, columns)
+        return part * scale / (1.0 if divisor is None else divisor)
+
+
+def task_of(kind: Any, grad: Tensor, state: State, layout: Layout, tick: Tick, **changes: float) -> Task:
     """Return the kind's update of one step, whichever axis it belongs to."""
     if isinstance(kind, Momentum):
         return kind.update(grad, state, layout, **{"beta1": BETAS[0], "tick": tick, **changes})
-    return kind.update(grad, state, layout, **{"beta2": BETAS[1], "eps": EPS, "tick": tick, **changes})
+    task = kind.update(grad, state, layout, **{"beta2": BETAS[1], "eps": EPS, "tick": tick, **changes})
+    return _quotient(grad, task) if kind.of_direction else task
 
 
-def dense(result: Direction | Denominator, layout: Layout) -> Tensor:
-    """Write a direction or a denominator out as ``[..., m, n]``, chunk by chunk as the optimizer does."""
+def _quotient(grad: Tensor, task: Task) -> Task:
+    return Quotient(Direction(grad), (yield from task))
+
+
+def dense(result: Direction | Denominator | Quotient, layout: Layout) -> Tensor:
+    """Write a direction, a denominator or U / D out as ``[..., m, n]``, chunk by chunk as the optimizer does."""
     out = torch.ones(layout.local, dtype=layout.dtype)
     scratch = Scratch(out, layout.dtype)
     for index in chunks(out):
-        if isinstance(result, Direction):
+        if isinstance(result, Quotient):
+            out[index] = result.at(index, scratch, layout.local[-1])
+        elif isinstance(result, Direction):
             part, scale = result.at(index, scratch)
             out[index] = part * scale
         elif (part := result.at(index, scratch, layout.local[-1])) is not None:

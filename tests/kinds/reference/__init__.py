@@ -2,7 +2,8 @@
 
 A kind without an entry here fails ``tests/kinds/test_reference.py``. A momentum reference has
 ``update(grad, *, beta1, step, due, draw, like)`` → U, a second-moment reference ``update(grad, *, beta2, eps, step)``
-→ D; both for one ``[m, n]`` matrix. :class:`Stack` makes a stack of matrices out of it.
+→ D, or U / D if that is a norm of the direction; both for one ``[m, n]`` matrix. :class:`Stack` makes a stack of
+matrices out of it.
 
 Attributes of the call:
     due: Whether a refresh falls on this step.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.noise import Noise
-from tests.kinds.reference import momentum, second_moment, subspace
+from tests.kinds.reference import momentum, normalizing, second_moment, subspace
 
 MOMENTA: dict[str, Callable[..., Any]] = {
     "none": momentum.NoMomentum,
@@ -34,6 +35,8 @@ SECOND_MOMENTS: dict[str, Callable[..., Any]] = {
     "blockwise": second_moment.BlockwiseSecondMoment,
     "subset_norm": second_moment.SubsetNormSecondMoment,
     "factored": second_moment.FactoredSecondMoment,
+    "normalized": normalizing.NormalizedSecondMoment,
+    "orthogonal": normalizing.OrthogonalSecondMoment,
 }
 
 

@@ -33,13 +33,15 @@ class NoMomentum:
 
 
 class DenseMomentum:
-    def __init__(self, shape: tuple[int, int], bias_correction: bool) -> None:
+    def __init__(self, shape: tuple[int, int], bias_correction: bool, nesterov: bool) -> None:
         self.average = torch.zeros(shape, dtype=torch.float64)
         self.bias_correction = bias_correction
+        self.nesterov = nesterov
 
     def update(self, grad: Tensor, *, beta1: float, step: int, **_: Any) -> Tensor:
         self.average = beta1 * self.average + (1 - beta1) * grad
-        return self.average / (1 - beta1**step) if self.bias_correction else self.average
+        ahead, step = (beta1 * self.average + (1 - beta1) * grad, step + 1) if self.nesterov else (self.average, step)
+        return ahead / (1 - beta1**step) if self.bias_correction else ahead
 
 
 class LowRankMomentum:

@@ -22,7 +22,7 @@ from lightning_memopt.strategy.checkpoint.save import model_state, optimizer_sta
 from lightning_memopt.strategy.checkpoint.states import gathered
 from tests._compare import assert_equal
 
-FAMILIES = ("adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor")
+FAMILIES = ("adamw", "adapm", "adapm_mini", "adapm_lean", "adam_sn", "adam_snsm", "adam_mini", "adafactor", "muon")
 FORMATS = ("directory", "file")
 Optimizer = torch.optim.Optimizer
 
