@@ -142,11 +142,11 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
     state = {key: _state(updates, gathered, kind, key) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
+    squares = {"beta2": beta2, "eps": group["eps"]}
+    averages = {"beta1": beta1, **(squares if momentum.averages_squares else {})}
     direction, denominator = yield from interleave(
-        momentum.update(gradient, {key: state[key] for key in momentum.keys}, beta1=beta1, **now),
-        second_moment.update(
-            gradient, {key: state[key] for key in second_moment.keys}, beta2=beta2, eps=group["eps"], **now
-        ),
+        momentum.update(gradient, {key: state[key] for key in momentum.keys}, **averages, **now),
+        second_moment.update(gradient, {key: state[key] for key in second_moment.keys}, **squares, **now),
     )
     _keep(updates, state)
     blocks, params = [one.block for one in updates], [one.param for one in updates]
@@ -274,7 +274,7 @@ def apply_(
     The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
-    arguments = for_kernel(weights, direction, denominator, dtype)
+    arguments = for_kernel(weights, direction, denominator, rates, dtype)
     if arguments is not None:
         return apply_fused_(arguments, rates, watch)
     lost = torch.zeros((), device=weights.device) if rates.checked else None
@@ -286,8 +286,9 @@ def apply_(
             part.mul_(1 - rates.lr * rates.weight_decay)
         update, scale = direction.at(index, scratch)
         divisor = denominator.at(index, scratch, weights.shape[-1])
-        if divisor is not None and rates.max_update is not None:
-            quotient = torch.div(update, divisor, out=scratch.take("update", part.shape))
+        if rates.max_update is not None:
+            quotient = scratch.take("update", part.shape)
+            quotient.copy_(update) if divisor is None else torch.div(update, divisor, out=quotient)
             update, divisor = limit_(quotient, scale, rates.max_update, watch), None
         if divisor is None:
             part.add_(update, alpha=-rates.lr * scale)

@@ -45,7 +45,7 @@ class Recipe:
         mixes elements can be large where the denominator is almost 0.
         """
         alone = self.momentum.elementwise and self.second_moment.elementwise
-        return self.second_moment.normalizes and not alone
+        return (self.second_moment.normalizes or self.momentum.averages_squares) and not alone
 
     def options(self) -> set[str]:
         """Return the names of the options of both kinds."""

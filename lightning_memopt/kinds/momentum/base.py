@@ -18,23 +18,27 @@ from lightning_memopt.sharding.layout import Layout
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction ``scale · base + left @ right``, computed one chunk at a time.
+    """A direction ``scale · gains · base + left @ right``, computed one chunk at a time.
 
     Attributes:
         base: ``[..., m, n]``; the gradient or a momentum, never a copy.
         scale: Factor of ``base``.
         left: ``[..., m, r]``, scaled already, or None.
         right: ``[..., r, n]``, or None.
+        gains: Factors of the rows or columns of ``base``, or of all of it, that broadcast against it; None for 1.
     """
 
     base: Large
     scale: float = 1.0
     left: Tensor | None = None
     right: Tensor | None = None
+    gains: Tensor | None = None
 
     def at(self, index: Index, scratch: Scratch) -> tuple[Tensor, float]:
         """Return one chunk of the direction, and the factor that it still needs. Only the scratch may be modified."""
         base = scratch.cast("base", self.base[index])
+        if self.gains is not None:
+            base = torch.mul(base, take(self.gains, index), out=scratch.take("gained", base.shape))
         if self.left is None or self.right is None:
             return base, self.scale
         product = scratch.take("update", base.shape)
@@ -49,9 +53,13 @@ class Momentum(Kind):
     Attributes:
         projection_keys: The ``keys`` that hold the basis of a subspace. The basis is counted separately from the
             momentum inside the subspace.
+        averages_squares: Whether the kind averages squares, too, inside of a projection, and divides by their root:
+            its direction has no unit. Its ``update`` gets ``beta2`` and ``eps`` as well, and the second moment of its
+            blocks is ``none``. It starts from both averages of another recipe (:meth:`from_moments`).
     """
 
     projection_keys: ClassVar[tuple[str, ...]] = ()
+    averages_squares: ClassVar[bool] = False
 
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
@@ -80,6 +88,13 @@ class Momentum(Kind):
             raise NotImplementedError(f"The momentum kind {self.name!r} defines neither factors nor to_dense.")
         left, right = factors
         return left @ right
+
+    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout) -> State:
+        """Return the state that best approximates M and V, if the kind averages squares.
+
+        State and layout describe a whole block on one process.
+        """
+        raise NotImplementedError
 
     def resized(self, state: State, layout: Layout) -> State | None:
         """Return this kind's state at another rank, made from the old state, or None to convert through the dense form.

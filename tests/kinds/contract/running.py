@@ -52,9 +52,17 @@ def finish(task: Task, on_request: Callable[[Task], None] | None = None) -> Any:
 
 def task_of(kind: Kind, grad: Tensor, state: State, layout: Layout, tick: Tick, **changes: float) -> Task:
     """Return the kind's update of one step, whichever axis it belongs to."""
+    now = {"tick": tick}
     if isinstance(kind, Momentum):
-        return kind.update(grad, state, layout, **{"beta1": BETAS[0], "tick": tick, **changes})
-    return kind.update(grad, state, layout, **{"beta2": BETAS[1], "eps": EPS, "tick": tick, **changes})
+        now |= {"beta1": BETAS[0]}
+    if averages_squares(kind):
+        now |= {"beta2": BETAS[1], "eps": EPS}
+    return kind.update(grad, state, layout, **now | changes)
+
+
+def averages_squares(kind: Kind) -> bool:
+    """Return whether a kind takes the second moment's decay rate and ε."""
+    return not isinstance(kind, Momentum) or kind.averages_squares
 
 
 def dense(result: Direction | Denominator, layout: Layout) -> Tensor:
