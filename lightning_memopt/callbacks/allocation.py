@@ -56,6 +56,12 @@ def _reason_against(optimizer: torch.optim.Optimizer) -> str:
     blocks = list(trained_matrices(optimizer))
     if not blocks:
         return "it trains no matrix"
+    inner = next((block for block in blocks if block.recipe.momentum.averages_squares), None)
+    if inner is not None:
+        return (
+            f"the momentum {inner.recipe.momentum.name!r} of {inner.name!r} holds a second moment as well, which no "
+            "other rank could continue from"
+        )
     if not any(block.recipe.momentum.keys for block in blocks):
         return f"its recipe {optimizer.param_groups[0]['recipe']!r} has no momentum"
     if any(group["betas"][0] == 0 for group in optimizer.param_groups):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _MASK = (1 << 63) - 1
 _STEP_STRIDE = 0x9E3779B97F4A7C15
@@ -35,6 +35,13 @@ class Tick:
         Staggered, blocks take turns; otherwise it is due for all of them at the multiples of ``gap``.
         """
         return self.step == 1 or (self.step + (self.index if stagger else 0)) % gap == 0
+
+    def of_period(self, gap: int) -> Tick:
+        """Return a tick for draws that last until work that recurs every ``gap`` steps is due again.
+
+        Its step is the number of times that it was due after step 1.
+        """
+        return replace(self, step=(self.step + self.index % gap) // gap)
 
     def salted(self, purpose: str = "") -> int | tuple[int, ...]:
         """Return a 63-bit number that depends only on the block, the step and the purpose; one per block of a batch."""

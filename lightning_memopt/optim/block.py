@@ -70,6 +70,12 @@ class Block:
                     f"{kind.name!r} needs a matrix, but {self.name!r} has shape {self.layout.shape}; "
                     "choose 'dense' or 'none' for it."
                 )
+        momentum, second_moment = self.kinds
+        if momentum.averages_squares and second_moment.name != "none":
+            raise ValueError(
+                f"The momentum {momentum.name!r} divides by a second moment of its own, but {self.name!r} has "
+                f"{second_moment.name!r} as well: choose 'none' for its second moment."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is computed from the fields: a copy of the family would be another one."""

@@ -41,13 +41,17 @@ def converted(
         on_loss: Called with the whole momentum state before and after, if the rank becomes smaller.
         group: Hyperparameters. If given, bound momentum that the steps of the new block will not bound.
     """
+    require_squares(old, new)
     result: dict[str, Tensor] = {}
     for before, after in zip(old.kinds, new.kinds, strict=True):
         source = {key: state[old.prefix + key] for key in before.keys}
         stays = after.keeps_state_of(before, new.layout)
         if not stays:
             whole = {key: full_tensor(value) for key, value in source.items()}
-            source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
+            if new.recipe.momentum.averages_squares and isinstance(after, Momentum):
+                source = _started(old, new, whole, state)
+            else:
+                source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
             if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
                 on_loss(whole, source)
             unbounded = not (new.recipe.bounded or new.recipe.second_moment.of_direction)
@@ -71,6 +75,36 @@ def _carried(before: Kind, after: Kind, state: State, old: Layout, new: Layout) 
         if resized is not None:
             return resized
     return after.from_dense(before.to_dense(state, old), new)
+
+
+def require_squares(old: Block, new: Block) -> None:
+    """Check that a momentum that averages squares has a second moment to start from, if it does not stay as it is.
+
+    Starting from zero in the middle of a run, it would make the next updates several times too large.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    after = new.recipe.momentum
+    if not after.averages_squares or after.keeps_state_of(old.recipe.momentum, new.layout):
+        return
+    if not old.recipe.second_moment.restorable:
+        raise ValueError(
+            f"The block {old.name!r} has no second moment that the momentum {after.name!r} could start from; create a "
+            "new optimizer instead."
+        )
+
+
+def _started(old: Block, new: Block, momentum: State, state: Mapping[str, Tensor]) -> State:
+    """Return the whole state of a momentum that averages squares, which starts from both averages of the old block."""
+    before, second_moment = old.kinds
+    layout, after = old.layout.whole(), new.layout.whole()
+    if old.layout.empty:
+        return new.recipe.momentum.init(after)
+    square = {key: full_tensor(state[old.prefix + key]) for key in second_moment.keys}
+    return new.recipe.momentum.from_moments(
+        before.to_dense(momentum, layout), second_moment.to_dense(square, layout), after
+    )
 
 
 def _limited(

@@ -15,10 +15,17 @@ from lightning_memopt.optim.bounds import Rates, Watch
 Fused = tuple[Stack, kernel.Direction, kernel.Denominator]
 
 
-def for_kernel(weights: Large, direction: Direction, denominator: Denominator, dtype: torch.dtype) -> Fused | None:
-    """Return the arguments of the kernel for an update in ``dtype``, or None if it has to be made without a kernel."""
+def for_kernel(
+    weights: Large, direction: Direction, denominator: Denominator, rates: Rates, dtype: torch.dtype
+) -> Fused | None:
+    """Return the arguments of the kernel for an update in ``dtype``, or None if it has to be made without a kernel.
+
+    The kernel knows no gains, and bounds quotients only.
+    """
     stack, base = stack_of(weights, dtype), stack_of(direction.base, dtype)
     if stack is None or base is None or not direction.plain:
+        return None
+    if rates.max_update is not None and not denominator.squares:
         return None
     squares = [_square(square, weights.shape[:-2], dtype) for square in denominator.squares]
     if any(square is None for square in squares):

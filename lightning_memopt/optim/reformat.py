@@ -13,7 +13,7 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.optim.binding import Binding
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Watch
-from lightning_memopt.optim.conversion import converted
+from lightning_memopt.optim.conversion import converted, require_squares
 from lightning_memopt.optim.release import DROPPED, release
 from lightning_memopt.plans.hints import unknown_block
 from lightning_memopt.plans.plan import applies
@@ -86,6 +86,7 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
                     f"The block {name!r} has kind {old_kind.name!r}, which keeps no state that {new_kind.name!r} could "
                     "continue from; create a new optimizer instead."
                 )
+        require_squares(old, new)
         new.check()
         if new.recipe != old.recipe:
             planned.append((group, param, old, new))

@@ -142,13 +142,15 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
     state = {key: _state(updates, gathered, kind, key) for kind in block.kinds for key in kind.keys}
     beta1, beta2 = group["betas"]
     now: dict[str, Any] = {"layout": layout, "tick": tick}
-    turning = momentum.update(gradient, {key: state[key] for key in momentum.keys}, beta1=beta1, **now)
+    squares = {"beta2": beta2, "eps": group["eps"]}
+    averages = {"beta1": beta1, **(squares if momentum.averages_squares else {})}
+    turning = momentum.update(gradient, {key: state[key] for key in momentum.keys}, **averages, **now)
     if second_moment.of_direction:
         direction = yield from turning
         denominator = yield from second_moment.of(direction, layout, eps=group["eps"])
     else:
         mine = {key: state[key] for key in second_moment.keys}
-        dividing = second_moment.update(gradient, mine, beta2=beta2, eps=group["eps"], **now)
+        dividing = second_moment.update(gradient, mine, **squares, **now)
         direction, denominator = yield from interleave(turning, dividing)
     _keep(updates, state)
     blocks, params = [one.block for one in updates], [one.param for one in updates]
@@ -277,7 +279,7 @@ def apply_(
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
     direction = denominator.turned(direction)
-    arguments = for_kernel(weights, direction, denominator, dtype)
+    arguments = for_kernel(weights, direction, denominator, rates, dtype)
     if arguments is not None:
         return apply_fused_(arguments, rates, watch)
     lost = torch.zeros((), device=weights.device) if rates.checked else None
@@ -289,8 +291,9 @@ def apply_(
             part.mul_(1 - rates.lr * rates.weight_decay)
         update, scale = direction.at(index, scratch)
         divisor = denominator.at(index, scratch, weights.shape[-1])
-        if divisor is not None and rates.max_update is not None:
-            quotient = torch.div(update, divisor, out=scratch.take("update", part.shape))
+        if rates.max_update is not None:
+            quotient = scratch.take("update", part.shape)
+            quotient.copy_(update) if divisor is None else torch.div(update, divisor, out=quotient)
             update, divisor = limit_(quotient, scale, rates.max_update, watch), None
         if divisor is None:
             part.add_(update, alpha=-rates.lr * scale)

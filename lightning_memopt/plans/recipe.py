@@ -45,7 +45,8 @@ class Recipe:
         bounds it, too. Any other direction that mixes elements can be large where the denominator is almost 0.
         """
         alone = self.momentum.elementwise and self.second_moment.elementwise
-        return self.second_moment.normalizes and not alone and not self.second_moment.of_direction
+        divides = self.second_moment.normalizes or self.momentum.averages_squares
+        return divides and not alone and not self.second_moment.of_direction
 
     def options(self) -> set[str]:
         """Return the names of the options of both kinds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memopt._registry import Registry, listed, nearest, unknown
-from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
+from lightning_memopt.kinds.momentum import (
+    ApolloMomentum,
+    DenseMomentum,
+    FiraMomentum,
+    GaLoreMomentum,
+    LowRankMomentum,
+    Momentum,
+    SubspaceMomentum,
+)
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import (
     DenseSecondMoment,
@@ -63,6 +72,14 @@ def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, f
     return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora, **roles})
 
 
+def _on_layers(name: str, momentum: Momentum) -> Plan:
+    """Register a plan with Adam in a projection for the linear weights of attention and MLP.
+
+    All else gets Adam, as in the authors' code, and so do adapters, which are small already.
+    """
+    return _on_linear(name, _ADAM, Recipe(momentum, "none"), (0.9, 0.999), head=_ADAM, lora=_ADAM)
+
+
 ADAMW = _named("adamw", _ADAM)
 ADAPM = _adapm("adapm", "dense")
 ADAPM_MINI = _adapm("adapm_mini", "blockwise")
@@ -88,6 +105,10 @@ _OUTPUTS = Recipe("none", NormalizedSecondMoment(per="input"))
 SCALE = _named("scale", Recipe("none", "normalized"), embedding=_OUTPUTS, head=Recipe("dense", "normalized"))
 _MUON = Recipe(DenseMomentum(nesterov=True), "orthogonal")
 MUON = _on_linear("muon", _ADAM, _MUON, (0.95, 0.95), head=_ADAM, convolution=_MUON)
+GALORE = _on_layers("galore", GaLoreMomentum())
+FIRA = _on_layers("fira", FiraMomentum())
+APOLLO = _on_layers("apollo", ApolloMomentum())
+APOLLO_MINI = _on_layers("apollo_mini", ApolloMomentum(rank=1, scale=math.sqrt(128), scaling="tensor"))
 
 
 def recipe_names() -> list[str]:

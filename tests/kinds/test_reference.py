@@ -79,10 +79,14 @@ def test_float64_equals_the_reference(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
 def test_bfloat16_state_stays_near_the_reference(kind):
-    """2⁻⁸ of relative error in what is stored; a low rank has coefficients of 1/(1−β₁) on it."""
+    """2⁻⁸ of relative error in what is stored; a low rank has coefficients of 1/(1−β₁) on it.
+
+    Fira divides by the norm of R, which at rank 1 is a single number and may be almost 0.
+    """
+    bound = 0.1 if getattr(kind, "averages_squares", False) else 0.05
     for shape in ((3, 20, 12),):
         found, _ = errors(kind, gradients("drifting", shape), layout_of(shape, state_dtype=torch.bfloat16))
-        assert max(found) <= 0.05, f"shape {shape}: {max(found):.1e}"
+        assert max(found) <= bound, f"shape {shape}: {max(found):.1e}"
 
 
 @pytest.mark.parametrize("kind", all_second_moments(), ids=label)
@@ -95,9 +99,12 @@ def test_second_moment_adds_up_with_beta2_of_one(kind):
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("kind", all_momenta(), ids=label)
 def test_momentum_with_other_decays(kind, beta1):
-    """At β₁ = 0.99 the low rank's two coefficients are 99 and −99: ten times the rounding of β₁ = 0.9."""
+    """At β₁ = 0.99 the low rank's two coefficients are 99 and −99: ten times the rounding of β₁ = 0.9.
+
+    APOLLO divides by the norm of a sketch, which at rank 1 is a single number and may be almost 0.
+    """
     found, _ = errors(kind, gradients("random", (20, 12)), layout_of((20, 12)), beta1=beta1)
-    assert max(found) <= FP32 * (10 if beta1 == 0.99 else 1)
+    assert max(found) <= FP32 * (10 if beta1 == 0.99 or kind.averages_squares else 1)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +290,9 @@ def test_low_rank_follows_gradients_whose_space_changes(shape, rank):
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.keys and is_basic(kind)], ids=label)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.keys and kind.restorable and is_basic(kind)], ids=label
+)
 def test_rounding_of_the_state_is_unbiased(kind: Kind):
     """Over many seeds, the mean of the stored statistic is the one that was to be stored."""
     shape, seeds = (12, 16), 128

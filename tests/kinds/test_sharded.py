@@ -434,12 +434,12 @@ def test_sharded_equals_unsharded(outcomes, case):
 
 def test_what_is_refused(outcomes):
     """Only what needs a dimension whole, only where that is cut, and on all ranks alike."""
-    total = 0
+    total, options = 0, {title(kind): kind.options() for kind in KINDS}
     for case in CASES:
         refused = [{kind for kind, text in o.items() if text.startswith("refused")} for o in outcomes[case.name]]
         assert all(names == refused[0] for names in refused)
         assert all(
-            any(o in name for o in ("projection", "outputs_per_number", "subset_size", "orthogonal"))
+            "orthogonal" in name or {"projection", "outputs_per_number", "subset_size"} & {*options[name]}
             for name in refused[0]
         )
         assert len(case.mesh) == 2 or not refused[0], "with one sharded dimension everything works"

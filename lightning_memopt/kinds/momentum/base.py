@@ -23,9 +23,13 @@ class Momentum(Kind):
     Attributes:
         projection_keys: The ``keys`` that hold the basis of a subspace. The basis is counted separately from the
             momentum inside the subspace.
+        averages_squares: Whether the kind averages squares, too, inside of a projection, and divides by their root:
+            its direction has no unit. Its ``update`` gets ``beta2`` and ``eps`` as well, and the second moment of its
+            blocks is ``none``. It starts from both averages of another recipe (:meth:`from_moments`).
     """
 
     projection_keys: ClassVar[tuple[str, ...]] = ()
+    averages_squares: ClassVar[bool] = False
 
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
@@ -54,6 +58,13 @@ class Momentum(Kind):
             raise NotImplementedError(f"The momentum kind {self.name!r} defines neither factors nor to_dense.")
         left, right = factors
         return left @ right
+
+    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout) -> State:
+        """Return the state that best approximates M and V, if the kind averages squares.
+
+        State and layout describe a whole block on one process.
+        """
+        raise NotImplementedError
 
     def resized(self, state: State, layout: Layout) -> State | None:
         """Return this kind's state at another rank, made from the old state, or None to convert through the dense form.

@@ -36,6 +36,19 @@ HANDOVERS: Registry[Callable[..., Basis]] = Registry("handover")
 NEED_SHORT_SIDE_WHOLE = ("svd", "topk")
 
 
+def sides(layout: Layout) -> tuple[int, int]:
+    """Return the long and the short dimension of the block, in this order."""
+    m, n = layout.matrix[-2:]
+    return (-2, -1) if m >= n else (-1, -2)
+
+
+def axes(basis: Tensor, layout: Layout, short: int) -> Tensor:
+    """Return this rank's part of the first unit vectors, as many as a basis has columns."""
+    rows = torch.arange(basis.shape[-2], device=basis.device) + layout.offset[short]
+    columns = torch.arange(basis.shape[-1], device=basis.device)
+    return (rows.unsqueeze(-1) == columns).to(basis.dtype)
+
+
 def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
     noise = Noise.like(layout, (short, basis.shape[-1]), tick)
     return noise.normal(basis.shape, basis.device).to(basis.dtype)

@@ -33,11 +33,14 @@ class Turned(Direction):
         wide: Whether the block is wide, so that the matrix multiplies from the left.
     """
 
-    plain: ClassVar[bool] = False
-
     tall: Direction
     matrix: Tensor
     wide: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether kernels can compute it: they do not multiply by the matrix."""
+        return False
 
     def at(self, index: Index, scratch: Scratch) -> tuple[Tensor, float]:
         """Return one chunk of the direction, and the factor that it still needs."""

@@ -59,9 +59,10 @@ def errors(
         tick = tick_at(number, index=index)
         matrix = grad.reshape(layout.matrix)
         if isinstance(kind, Momentum):
-            actual = step(kind, grad, state, layout, tick, beta1=beta1)
+            betas = {"beta1": beta1, **({"beta2": beta2, "eps": EPS} if kind.averages_squares else {})}
+            actual = step(kind, grad, state, layout, tick, **betas)
             gap = getattr(kind, "gap", 1)
-            expected = reference.momentum(matrix, beta1=beta1, tick=tick, gap=gap, like=state)
+            expected = reference.momentum(matrix, tick=tick, gap=gap, like=state, **betas)
         else:
             actual = step(kind, grad, state, layout, tick, beta2=beta2)
             expected = reference.second_moment(matrix, beta2=beta2, eps=EPS, tick=tick)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_memopt.kinds.base import Kind
 from lightning_memopt.kinds.momentum import MOMENTA
+from lightning_memopt.kinds.momentum.apollo import SCALINGS
 from lightning_memopt.kinds.momentum.projections import HANDOVERS, PROJECTIONS
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from lightning_memopt.kinds.second_moment.normalized import SIDES
@@ -32,6 +34,8 @@ OPTION_VALUES: dict[str, list[Any]] = {
     "ns_coefficients": [(2.0, -1.5, 0.5)],
     "ns_steps": [3],
     "adjust_lr_fn": list(ADJUSTMENTS),
+    "scale": [0.25, 1.0],
+    "scaling": list(SCALINGS),
 }
 BAD_OPTION_VALUES: dict[str, list[Any]] = {
     "rank": [0, -1, 1.5, 0.0, float("nan"), True, "4", None],
@@ -53,6 +57,9 @@ BAD_OPTION_VALUES: dict[str, list[Any]] = {
     ],
     "ns_steps": [0, 11, 2.5, True, "5", None],
     "adjust_lr_fn": ["rms", None, 0.2],
+    "scale": [0, -0.5, float("nan"), True, "1", None],
+    "scaling": ["row", "", None, 1],
+    "growth": [1, 0.9, float("inf"), True, "1.01", None],
 }
 
 SHAPES: list[tuple[int, ...]] = [(12, 20), (20, 12), (8, 8), (1, 9), (9, 1), (3, 12, 20), (5, 3, 2, 2)]
@@ -80,6 +87,16 @@ def all_momenta() -> list[Kind]:
 
 def all_second_moments() -> list[Kind]:
     return [kind for name in SECOND_MOMENTS.names() for kind in variants(SECOND_MOMENTS.get(name))]
+
+
+def all_pairs(keep: Callable[[Kind], bool]) -> list[tuple[Kind, Kind]]:
+    """Return the kinds that go together: a momentum that averages squares has no second moment beside it."""
+    return [
+        (momentum, second)
+        for momentum in filter(keep, all_momenta())
+        for second in filter(keep, all_second_moments())
+        if second.name == "none" or not momentum.averages_squares
+    ]
 
 
 def label(case: object) -> str | None:

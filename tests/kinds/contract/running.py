@@ -65,10 +65,18 @@ class Quotient:
 
 def task_of(kind: Any, grad: Tensor, state: State, layout: Layout, tick: Tick, **changes: float) -> Task:
     """Return the kind's update of one step, whichever axis it belongs to."""
+    now = {"tick": tick}
     if isinstance(kind, Momentum):
-        return kind.update(grad, state, layout, **{"beta1": BETAS[0], "tick": tick, **changes})
-    task = kind.update(grad, state, layout, **{"beta2": BETAS[1], "eps": EPS, "tick": tick, **changes})
-    return _quotient(grad, task) if kind.of_direction else task
+        now |= {"beta1": BETAS[0]}
+    if averages_squares(kind):
+        now |= {"beta2": BETAS[1], "eps": EPS}
+    task = kind.update(grad, state, layout, **now | changes)
+    return _quotient(grad, task) if getattr(kind, "of_direction", False) else task
+
+
+def averages_squares(kind: Kind) -> bool:
+    """Return whether a kind takes the second moment's decay rate and ε."""
+    return not isinstance(kind, Momentum) or kind.averages_squares
 
 
 def _quotient(grad: Tensor, task: Task) -> Task:

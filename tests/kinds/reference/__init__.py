@@ -1,13 +1,14 @@
 """Naive float64 versions of every kind, written from the formulas: one process, one matrix, M and V written out.
 
 A kind without an entry here fails ``tests/kinds/test_reference.py``. A momentum reference has
-``update(grad, *, beta1, step, due, draw, like)`` → U, a second-moment reference ``update(grad, *, beta2, eps, step)``
-→ D, or U / D if that is a norm of the direction; both for one ``[m, n]`` matrix. :class:`Stack` makes a stack of
-matrices out of it.
+``update(grad, *, beta1, step, due, draw, like)`` → U (with ``beta2`` and ``eps`` if the kind averages squares), a
+second-moment reference ``update(grad, *, beta2, eps, step)`` → D, or U / D if that is a norm of the direction; both for
+one ``[m, n]`` matrix. :class:`Stack` makes a stack of matrices out of it.
 
 Attributes of the call:
     due: Whether a refresh falls on this step.
-    draw: Random numbers of a shape; those of the library's ``Noise``, since they are part of no formula.
+    draw: Random numbers of a shape; those of the library's ``Noise``, since they are part of no formula. ``shared``
+        ones last until the next refresh and are the same for all matrices of a stack.
     like: The library's state of this matrix, for the one thing that no formula fixes: signs and order of a basis.
 """
 
@@ -20,13 +21,16 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.noise import Noise
-from tests.kinds.reference import momentum, normalizing, second_moment, subspace
+from tests.kinds.reference import inner_adam, momentum, normalizing, second_moment, subspace
 
 MOMENTA: dict[str, Callable[..., Any]] = {
     "none": momentum.NoMomentum,
     "dense": momentum.DenseMomentum,
     "low_rank": momentum.LowRankMomentum,
     "subspace": subspace.SubspaceMomentum,
+    "galore": inner_adam.GaLoreMomentum,
+    "fira": inner_adam.FiraMomentum,
+    "apollo": inner_adam.ApolloMomentum,
 }
 
 SECOND_MOMENTS: dict[str, Callable[..., Any]] = {
@@ -49,12 +53,15 @@ class Stack:
         self.count = stack[0] if stack else 1
         self.references = [make((m, n), **options) for _ in range(self.count)]
 
-    def momentum(self, grad: Tensor, *, beta1: float, tick: Any, gap: int, like: dict[str, Tensor]) -> Tensor:
+    def momentum(self, grad: Tensor, *, tick: Any, gap: int, like: dict[str, Tensor], **betas: float) -> Tensor:
         """Return the directions of one step, ``[..., m, n]`` in float64."""
         results = []
         for position, (reference, part) in enumerate(zip(self.references, self._matrices(grad), strict=True)):
 
-            def draw(*shape: int, position: int = position) -> Tensor:
+            def draw(*shape: int, shared: bool = False, position: int = position) -> Tensor:
+                if shared:
+                    seed = tick.of_period(gap).salted()
+                    return Noise.of(seed, shape, (0,) * len(shape)).normal(shape, torch.device("cpu"))
                 sizes = (*self.matrix[:-2], *shape)
                 whole = Noise.of(tick.salted(), sizes, (0,) * len(sizes)).normal(sizes, torch.device("cpu"))
                 return whole.reshape(self.count, *shape)[position]
@@ -64,7 +71,8 @@ class Stack:
                 for key, value in like.items()
                 if value.ndim >= 2
             }
-            results.append(reference.update(part, beta1=beta1, step=tick.step, due=tick.due(gap), draw=draw, like=mine))
+            now = {"step": tick.step, "due": tick.due(gap), "draw": draw, "like": mine}
+            results.append(reference.update(part, **betas, **now))
         return torch.stack(results).reshape(self.matrix)
 
     def second_moment(self, grad: Tensor, *, beta2: float, eps: float, tick: Any) -> Tensor:
