@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_memopt.kinds.linalg import gram
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.sharding.collectives import Sum, Task, gather, packed, request, run_tasks
+from lightning_memopt.optim.spectra import spectra_of
+from lightning_memopt.sharding.collectives import Sum, Task, request, run_tasks
 from lightning_memopt.sharding.layout import Layout
 
 # Number of elements per block whose full momentum is tracked. It gives a cosine over 100 steps to about 0.01.
 SAMPLE = 512
 # Weight of earlier observations each time that signals are read.
 MEMORY = 0.7
+# What is held of every block, in one row of each of these tables. M and V are there where this rank has the sample, and
+# zero elsewhere. Their weights are 1−β₁ᵗ and 1−β₂ᵗ. The sums are those of G·M₋, ‖G‖², ‖M₋‖² and steps, then those of
+# G·M, ‖G‖² and ‖M‖² over Adam's denominators: of all ranks until they last combined theirs, and of this rank since.
+_TABLES = {
+    "average": (SAMPLE, torch.float32),
+    "square": (SAMPLE, torch.float32),
+    "weights": (2, torch.float32),
+    "sums": (7, torch.float64),
+    "latest": (7, torch.float64),
+}
 
 
 @dataclass(frozen=True)
@@ -33,14 +43,22 @@ class BlockSignals:
         momentum_energy: ‖M‖² of the full average, however much of it the block keeps. Like the spectrum, this is an
             average over all readings, and recent ones weigh most.
         spectrum: Squared singular values of the kept momentum, in descending order. In a stack, values of the same
-            position are summed. After a reduction of the rank, the values of the larger rank remain. Empty if no
-            value is known (no momentum, or a dense one).
+            position are summed. After a reduction of the rank, the values of the larger rank remain. Of dense momentum,
+            the 64 largest. Empty if no value is known: the block has no momentum.
+        agreement: Cosine between G and M, both divided by the denominators of Adam. M includes G here. So close an
+            update without momentum comes to full Adam's.
+        damping: ‖M‖² / ‖G‖² of the same two: small where most of a gradient is noise, which averaging removes. 0 if
+            unknown.
+        noise_damping: The damping of pure noise, (1−β₁) / (1+β₁).
     """
 
     oscillation: float
     gradient_energy: float
     momentum_energy: float
     spectrum: tuple[float, ...] = ()
+    agreement: float = 0.0
+    damping: float = 0.0
+    noise_damping: float = 0.0
 
     @property
     def residual_energy(self) -> float:
@@ -56,9 +74,10 @@ class BlockSignals:
 class Probe:
     """Tracks the gradients of an optimizer's steps, at a fixed random sample of each matrix's elements.
 
-    On the sample, it keeps the full average M that no compressed kind has, even for blocks without momentum. The cost
-    does not depend on the size of a block: each step reads 512 elements per block. The sample is the same on every
-    sharding. Ranks combine their parts only when signals are read, in one collective.
+    On the sample, it keeps what no compressed kind has, even for blocks without momentum: the full averages of Adam, M
+    of the gradients and V of their squares. The cost does not depend on the size of a block: each step reads 512
+    elements per block. The sample is the same on every sharding. Ranks combine their parts only when signals are read,
+    in one collective.
 
     Attributes:
         steps: Number of steps seen.
@@ -70,10 +89,7 @@ class Probe:
         self._optimizer, self._follows = optimizer, True
         self._skipped = optimizer.skipped
         self._rows: dict[str, _Row] = {}
-        # One row per block. Holds M where this rank has the sample, and zero elsewhere.
-        self._average = torch.zeros(0, SAMPLE)
-        # Sums of G·M, G², M² and of steps: of this rank since ranks last combined theirs, and of all ranks until then.
-        self._local = self._combined = torch.zeros(0, 4, dtype=torch.float64)
+        self._held = {name: torch.zeros(0, size, dtype=dtype) for name, (size, dtype) in _TABLES.items()}
         # For every block, ‖M‖² and the spectrum's shares of it, as pairs of a weighted sum over readings and a weight.
         self._readings: dict[str, list[list[float]]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
@@ -98,33 +114,44 @@ class Probe:
         if not self._follows:
             return
         seen = [
-            (group["betas"][0], param.grad, self._row(block))
+            (group["betas"], param.grad, self._row(block))
             for group, param, block in self._matrices()
             if param.grad is not None
         ]
         if not seen:
             return
-        places, rows, share, decay = self._tables([(beta, row) for beta, _, row in seen])
-        new = self._average.new_zeros(len(seen), SAMPLE)
+        held = self._held
+        places, rows, share, beta1, beta2, weight = self._constants([(betas, row) for betas, _, row in seen])
+        new = held["average"].new_zeros(len(seen), SAMPLE)
         new.view(-1)[places] = torch.cat([row.take(grad).to(new) for _, grad, row in seen])
-        old = self._average[rows]
+        old = held["average"][rows]
+        square = held["square"][rows] * beta2 + new.square() * weight
+        average = held["average"][rows] = old * beta1 + new * (1 - beta1)
+        weights = held["weights"][rows] * torch.cat([beta1, beta2], dim=1) + torch.cat([1 - beta1, weight], dim=1)
+        held["square"][rows], held["weights"][rows] = square, weights
+        of_average, of_square = weights.split(1, dim=1)
+        inverse = torch.where(square > 0, (of_square / square).sqrt(), 0.0)
+        # The gradient gets M's bias, instead of M its correction: the first steps, whose M averages little, count less.
+        short, full = new * inverse * of_average, average * inverse
         sums = [(new * old).sum(1), new.square().sum(1), old.square().sum(1), share]
-        self._local[rows] += torch.stack(sums, dim=1).double()
-        self._average[rows] = old * decay + new * (1 - decay)
+        sums += [(short * full).sum(1), short.square().sum(1), full.square().sum(1)]
+        held["latest"][rows] += torch.stack(sums, dim=1).double()
 
-    def _tables(self, seen: list[tuple[float, _Row]]) -> tuple[Tensor, ...]:
-        """Return places, rows, shares and decay rates of these blocks: the same tensors as long as nothing changes.
+    def _constants(self, seen: list[tuple[tuple[float, float], _Row]]) -> tuple[Tensor, ...]:
+        """Return places, rows, shares and rates of these blocks: the same tensors as long as nothing changes.
 
         Creating them from numbers on the CPU would take a copy to the device for each of them in every step.
         """
-        key = [(beta, id(row)) for beta, row in seen]
+        key = [(betas, id(row)) for betas, row in seen]
         if self._latest is None or self._latest[0] != key:
-            new = self._average.new_tensor
+            new = self._held["average"].new_tensor
             tables = (
                 torch.cat([row.places + index * SAMPLE for index, (_, row) in enumerate(seen)]),
-                torch.tensor([row.position for _, row in seen], device=self._average.device),
+                torch.tensor([row.position for _, row in seen], device=self._held["average"].device),
                 new([row.share for _, row in seen]),
-                new([beta for beta, _ in seen]).unsqueeze(1),
+                new([beta1 for (beta1, _), _ in seen]).unsqueeze(1),
+                new([beta2 for (_, beta2), _ in seen]).unsqueeze(1),
+                new([1 - beta2 if beta2 < 1 else 1.0 for (_, beta2), _ in seen]).unsqueeze(1),
             )
             self._latest = (key, tables)
         return self._latest[1]
@@ -137,14 +164,9 @@ class Probe:
         row = self._rows.get(block.name)
         if row is None:
             row = _Row.of(block, len(self._rows))
-            if not self._rows:
-                self._average, self._local, self._combined = (
-                    tensor.to(block.layout.device) for tensor in (self._average, self._local, self._combined)
-                )
-            self._average, self._local, self._combined = (
-                torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
-                for tensor in (self._average, self._local, self._combined)
-            )
+            device = block.layout.device
+            for key, table in self._held.items():
+                self._held[key] = torch.cat([table.to(device), table.new_zeros(1, table.shape[1], device=device)])
         elif row.layout is not block.layout:  # the block has moved
             row = _Row.of(block, row.position)
         self._rows[block.name] = row
@@ -161,13 +183,13 @@ class Probe:
         if not (self._follows and self._rows):
             return self._known()
         energies = self._put_together()
-        spectra = _spectra(self._matrices(), self._optimizer.state)
+        spectra = spectra_of(self._matrices(), self._optimizer.state)
         for name, row in self._rows.items():
             now = row.scale * energies[name]
             shares = [value / now for value in spectra.get(name, ())] if now > 0 else []
             self._keep(name, [now, *shares])
         signals = self._known()
-        self._combined = self._combined * MEMORY
+        self._held["sums"] = self._held["sums"] * MEMORY
         return signals
 
     def _keep(self, name: str, values: list[float]) -> None:
@@ -179,26 +201,31 @@ class Probe:
 
     def _known(self) -> dict[str, BlockSignals]:
         """Return the signals of every block that has been read."""
-        signals = {}
+        signals, betas = {}, {block.name: group["betas"][0] for group, _, block in self._matrices()}
         for name, row in self._rows.items():
             if name not in self._readings:
                 continue
-            product, grads, averages, steps = self._combined[row.position].tolist()
+            beta1 = betas.get(name, 0.0)
+            product, grads, averages, steps, inner, short, full = self._held["sums"][row.position].tolist()
             energy, *spectrum = (total / weight for total, weight in self._readings[name])
             signals[name] = BlockSignals(
                 oscillation=product / (grads * averages) ** 0.5 if grads * averages > 0 else 0.0,
                 gradient_energy=row.scale * grads / steps if steps else 0.0,
                 momentum_energy=energy,
                 spectrum=tuple(sorted((energy * share for share in spectrum), reverse=True)),
+                agreement=inner / (short * full) ** 0.5 if short * full > 0 else 0.0,
+                damping=full / short if short > 0 else 0.0,
+                noise_damping=(1 - beta1) / (1 + beta1),
             )
         return signals
 
     def _put_together(self) -> dict[str, float]:
         """Combine the sums of all ranks. Return the energy of every block's average on the sample."""
-        energy = self._average.double().square().sum(1, keepdim=True)
-        sums = self._over_ranks(torch.cat([self._local, energy], dim=1))
-        self._combined = self._combined + sums[:, :-1]
-        self._local = torch.zeros_like(self._local)
+        held = self._held
+        energy = held["average"].double().square().sum(1, keepdim=True)
+        sums = self._over_ranks(torch.cat([held["latest"], energy], dim=1))
+        held["sums"] = held["sums"] + sums[:, :-1]
+        held["latest"] = torch.zeros_like(held["latest"])
         return dict(zip(self._rows, sums[:, -1].tolist(), strict=True))
 
     def _over_ranks(self, mine: Tensor) -> Tensor:
@@ -211,28 +238,44 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         """Return names, numbers and tensors, without side effects. All ranks call this together, with equal results."""
+        held = self._held
+        mine = torch.cat([held["average"], held["square"]], dim=1)
+        average, square = self._over_ranks(mine).cpu().split(SAMPLE, dim=1)
         return {
             "steps": self.steps,
             "blocks": list(self._rows),
-            "average": self._over_ranks(self._average).cpu(),
-            "sums": self._combined.cpu(),
+            "average": average,
+            "square": square,
+            "weights": held["weights"].cpu().clone(),
+            "sums": held["sums"].cpu(),
             # Kept separate from the sums: adding them here would change the rounding compared with an unsaved run.
-            "latest": self._over_ranks(self._local).cpu(),
+            "latest": self._over_ranks(held["latest"]).cpu(),
             "readings": {name: [list(pair) for pair in pairs] for name, pairs in self._readings.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, on any number of ranks. Blocks that no longer exist are left out."""
+        """Continue from :meth:`state_dict`, on any number of ranks. Blocks that no longer exist are left out.
+
+        Earlier versions did not save V. It starts again from the mean of all squares.
+        """
         self.steps = int(state["steps"])
         self._readings = {name: [list(pair) for pair in pairs] for name, pairs in state["readings"].items()}
         blocks = {block.name: block for *_, block in self._matrices()}
         for position, name in enumerate(state["blocks"]):
-            if name in blocks:
-                row = self._row(blocks[name])
-                mine = row.places
-                self._average[row.position, mine] = state["average"][position].to(self._average)[mine]
-                self._combined[row.position] = state["sums"][position].to(self._combined)
-                self._local[row.position] = row.share * state["latest"][position].to(self._local)
+            if name not in blocks:
+                continue
+            row = self._row(blocks[name])
+            _, squares, _, steps, *_ = (state["sums"][position] + state["latest"][position]).tolist()
+            self._held["square"][row.position, row.places] = squares / max(steps, 1.0) / row.sampled
+            self._held["weights"][row.position] = 1.0
+            for key, table in self._held.items():
+                if key not in state:
+                    continue
+                saved = state[key][position].to(table)
+                if key == "latest":
+                    saved = row.share * saved
+                mine = row.places if key in ("average", "square") else slice(len(saved))
+                table[row.position, mine] = saved[mine]
 
 
 @dataclass(frozen=True)
@@ -291,44 +334,3 @@ class _Row:
 def _summed(rows: list[Tensor], position: int, layout: Layout) -> Task:
     for dim in range(-len(layout.matrix), 0):
         (rows[position],) = yield from request(Sum(rows[position], layout, dim))
-
-
-def _spectra(
-    blocks: Iterable[tuple[Any, Tensor, Block]], states: Mapping[Tensor, dict[str, Tensor]]
-) -> dict[str, tuple[float, ...]]:
-    """Return the squared singular values of every factored momentum, computed from Gram matrices."""
-    spectra: dict[str, Tensor] = {}
-    wanted = [
-        (block, states[param], block.requests_for(states[param], block.recipe.momentum.keys))
-        for _, param, block in blocks
-        if states.get(param)
-    ]
-    for wave in packed(wanted, lambda entry: sum(piece.nbytes for piece in entry[2])):
-        found = gather([piece for *_, pieces in wave for piece in pieces])
-        tasks = []
-        for block, state, pieces in wave:
-            mine, found = found[: len(pieces)], found[len(pieces) :]
-            tasks.append(_spectrum(spectra, block, block.with_gathered(state, block.recipe.momentum.keys, mine)))
-        run_tasks(tasks)
-    return {name: tuple(values.tolist()) for name, values in spectra.items()}
-
-
-def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]) -> Task:
-    """Compute the eigenvalues of (LᵀL) (R Rᵀ), the squared singular values of L R."""
-    factors = block.recipe.momentum.factors(state, block.work)
-    if factors is None:
-        return
-    rows, columns = (_mine(factor, dim, block.work) for factor, dim in zip(factors, (-2, -1), strict=True))
-    left, right = yield from request(Sum(gram(rows), block.work, -2), Sum(gram(columns.mT), block.work, -1))
-    values, vectors = torch.linalg.eigh(left)
-    root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
-    squares = torch.linalg.eigvalsh(root @ right @ root).clamp(min=0).flip(-1)
-    squares = squares.reshape(-1, squares.shape[-1]).sum(0)
-    if len(block.work.matrix) > 2:
-        (squares,) = yield from request(Sum(squares, block.work, -3))
-    spectra[block.name] = squares
-
-
-def _mine(factor: Tensor, dim: int, layout: Layout) -> Tensor:
-    """Return the local part of a factor along a dimension of the block. Some kinds keep it whole on every rank."""
-    return layout.along(factor, at=dim, dim=dim) if factor.shape[dim] == layout.matrix[dim] else factor

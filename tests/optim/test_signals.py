@@ -6,7 +6,7 @@ import copy
 import functools
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
 from lightning_memopt.optim.signals import MEMORY, SAMPLE, BlockSignals, Probe
+from lightning_memopt.optim.spectra import spectra_of
 from tests._attempt import attempt
 from tests._compare import assert_equal
 from tests._models import tiny_gpt2, train
@@ -48,27 +49,39 @@ class Dense:
     """One block's signals by their definitions, from all its elements, in float64."""
 
     average: Any = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    square: Any = 0.0
+    steps: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(7, dtype=torch.float64))
     energies: list[float] = field(default_factory=list)
 
     def see(self, grad: Tensor) -> None:
         grad = grad.double()
         old = self.average + torch.zeros_like(grad)
-        self.sums += torch.stack([(grad * old).sum(), grad.square().sum(), old.square().sum(), torch.tensor(1.0)])
+        self.steps += 1
         self.average = BETA * old + (1 - BETA) * grad
+        self.square = 0.99 * self.square + 0.01 * grad.square()
+        denominator = (self.square / (1 - 0.99**self.steps)).sqrt() + 1e-300
+        update, full = grad * (1 - BETA**self.steps) / denominator, self.average / denominator
+        products = [(grad * old).sum(), grad.square().sum(), old.square().sum(), torch.tensor(1.0)]
+        products += [(update * full).sum(), update.square().sum(), full.square().sum()]
+        self.sums += torch.stack(products)
 
-    def read(self) -> tuple[float, float, float]:
-        product, grads, averages, steps = self.sums.tolist()
+    def read(self) -> tuple[float, ...]:
+        product, grads, averages, steps, inner, short, full = self.sums.tolist()
         self.energies.insert(0, float(self.average.square().sum()))
         weights = [MEMORY**age for age in range(len(self.energies))]
         energy = sum(w * e for w, e in zip(weights, self.energies, strict=True)) / sum(weights)
         self.sums *= MEMORY
-        return product / max((grads * averages) ** 0.5, 1e-300), grads / max(steps, 1e-300), energy
+        oscillation = product / max((grads * averages) ** 0.5, 1e-300)
+        return oscillation, grads / max(steps, 1e-300), energy, inner / (short * full) ** 0.5, full / short
 
 
-def close(found: BlockSignals, expected: tuple[float, float, float], rel: float = 1e-5, cosine: float = 1e-5) -> None:
-    assert found.oscillation == pytest.approx(expected[0], abs=cosine)
-    assert (found.gradient_energy, found.momentum_energy) == pytest.approx(expected[1:], rel=rel)
+def close(found: BlockSignals, expected: tuple[float, ...], rel: float = 1e-5, cosine: float = 1e-5) -> None:
+    oscillation, gradient, momentum, agreement, damping = expected
+    assert found.oscillation == pytest.approx(oscillation, abs=cosine)
+    assert (found.gradient_energy, found.momentum_energy) == pytest.approx((gradient, momentum), rel=rel)
+    assert found.agreement == pytest.approx(agreement, abs=cosine)
+    assert found.damping == pytest.approx(damping, rel=rel)
 
 
 # --- what signals are ------------------------------------------------------------------------------------------------
@@ -131,7 +144,7 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             expected = torch.linalg.svdvals(momentum_of(optimizer, param)).square()
             expected = expected.reshape(-1, expected.shape[-1]).sum(0)[: block.recipe.momentum.rank]
             if content == "zero":
-                assert found == BlockSignals(0.0, 0.0, 0.0)
+                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0)
                 assert found.residual(1) == found.residual_energy == 0
                 continue
             assert list(found.spectrum) == sorted(found.spectrum, reverse=True)
@@ -145,15 +158,53 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             assert found.residual(1) == pytest.approx(1 - float(expected[0]) / found.momentum_energy, abs=1e-4)
 
 
-def test_spectrum_is_empty_where_none_is_known():
-    for momentum in ("dense", "none"):
-        optimizer = optimizer_of({NAME: (16, 20)}, "adamw", overrides={NAME: {"momentum": momentum}})
+def test_spectrum_is_empty_where_there_is_no_momentum():
+    optimizer = optimizer_of({NAME: (16, 20)}, "adamw", overrides={NAME: {"momentum": "none"}})
+    probe = Probe(optimizer)
+    step(optimizer, {NAME: gradient((16, 20), 1)})
+    signals = probe.read()[NAME]
+    assert signals.spectrum == ()
+    assert signals.residual(5) == 1
+    assert signals.residual_energy == signals.momentum_energy > 0
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("shape", [(16, 20), (3, 12, 20), (100, 70), (70, 300)], ids=str)
+def test_spectrum_of_dense_momentum(shape, state_dtype):
+    """All of it up to 64 values; of larger blocks the largest, which leave their sum to the rest."""
+    optimizer = optimizer_of({NAME: shape}, "adamw", state_dtype=state_dtype)
+    probe = Probe(optimizer)
+    low = torch.linalg.svd(gradient(shape, 1))
+    decay = torch.diag_embed(0.8 ** torch.arange(min(shape[-2:])).float())
+    smooth = low.U[..., : decay.shape[-1]] @ decay @ low.Vh[..., : decay.shape[-1], :]
+    for number in range(1, 4):
+        step(optimizer, {NAME: 1e-12 * (smooth + 0.01 * gradient(shape, number))})
+    ((_, param, block),) = optimizer.blocks()
+    expected = torch.linalg.svdvals(optimizer.state[param]["exp_avg"].view(block.layout.local).double()).square()
+    expected = expected.reshape(-1, expected.shape[-1]).sum(0)
+    found = torch.tensor(spectra_of(optimizer.blocks(), optimizer.state)[NAME], dtype=torch.float64)
+    assert len(found) == min(64, *shape[-2:])
+    if min(shape[-2:]) <= 64:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected[0]))
+    else:
+        torch.testing.assert_close(found[:10], expected[:10], rtol=0.02, atol=0)
+        assert bool((found <= 1.001 * expected[:64]).all())
+    assert len(probe.read()[NAME].spectrum) == len(found)
+
+
+def test_agreement_and_damping_tell_noise_from_signal():
+    """Of pure noise, M keeps (1−β₁)/(1+β₁) of the energy; of a constant gradient, all."""
+    found = {}
+    for name, noise in (("constant", 0.0), ("noise", 1.0)):
+        optimizer = optimizer_of({NAME: (16, 20)}, betas=(BETA, 0.999))
         probe = Probe(optimizer)
-        step(optimizer, {NAME: gradient((16, 20), 1)})
-        signals = probe.read()[NAME]
-        assert signals.spectrum == ()
-        assert signals.residual(5) == 1
-        assert signals.residual_energy == signals.momentum_energy > 0
+        for number in range(200):
+            step(optimizer, {NAME: (1 - noise) * gradient((16, 20), 0) + noise * gradient((16, 20), number)})
+        found[name] = probe.read()[NAME]
+    assert (found["constant"].agreement, found["constant"].damping) == pytest.approx((1, 1), rel=1e-5)
+    kept = (1 - BETA) / (1 + BETA)
+    assert found["noise"].damping == pytest.approx(kept, rel=0.2)
+    assert found["noise"].agreement == pytest.approx((1 - BETA) / kept**0.5, abs=0.05)
 
 
 def test_spectrum_remembers_what_a_larger_rank_knew():
@@ -252,7 +303,7 @@ def test_blocks_of_fused_weights(fused):
     else:
         model = nn.MultiheadAttention(22, 2)
         name, dim = "in_proj_weight", 0
-    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3, betas=(BETA, 0.95))
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3, betas=(BETA, 0.99))
     optimizer.bind(model)
     probe, params = Probe(optimizer), dict(model.named_parameters())
     shape = tuple(params[name].shape)
@@ -338,6 +389,16 @@ def test_a_loaded_probe_goes_on_bit_by_bit():
     steps(never_saved, range(7, 10))
     assert rest(never_saved, probe) == expected
 
+    old = {key: value for key, value in state.items() if key not in ("square", "weights")}
+    old |= {key: state[key][:, :4] for key in ("sums", "latest")}  # as earlier versions saved it
+    resumed.load_state_dict(weights)
+    again = Probe(resumed)
+    again.load_state_dict(old)
+    for found, theirs in zip(rest(resumed, again), expected, strict=True):
+        for name, ours in found[1].items():
+            assert replace(ours, agreement=0, damping=0) == replace(theirs[1][name], agreement=0, damping=0)
+            assert 0 < ours.damping < 1
+
     fewer = optimizer_of({"lm_head.weight": (16, 20)})
     part = Probe(fewer)
     part.load_state_dict(state)
@@ -412,7 +473,8 @@ def same_signals(found: list[dict[str, BlockSignals]], expected: list[dict[str, 
     for ours, theirs in zip(found, expected, strict=True):
         assert list(ours) == list(theirs)
         for name, other in theirs.items():
-            close(ours[name], (other.oscillation, other.gradient_energy, other.momentum_energy))
+            energies = other.gradient_energy, other.momentum_energy
+            close(ours[name], (other.oscillation, *energies, other.agreement, other.damping))
             size = max(other.spectrum, default=1.0)
             assert ours[name].spectrum == pytest.approx(other.spectrum, rel=1e-3, abs=1e-5 * size), name
 
@@ -430,7 +492,10 @@ def whole_group(mesh: DeviceMesh) -> Any:
 
 
 def collectives_are_few(mesh: DeviceMesh, expected: Any) -> None:
-    """None in a step; per reading one sum, and for the spectra a gather, a sum of Gram matrices, one over stacks."""
+    """None in a step; per reading one sum, and for the spectra a gather, a sum of Gram matrices, one over stacks.
+
+    The sketch of dense momentum takes two more for each of its two iterations.
+    """
     quiet, watched = Traffic(), Traffic()
     for traffic in (quiet, watched):
         optimizer = sharded_optimizer(mesh)
@@ -441,7 +506,7 @@ def collectives_are_few(mesh: DeviceMesh, expected: Any) -> None:
     assert probe is not None
     with Traffic() as traffic:
         probe.read()
-    assert traffic.calls["allreduce"] <= 3
+    assert traffic.calls["allreduce"] <= 3 + 2 * 2
     assert traffic.calls["all_gather_into_tensor"] <= 1
     with Traffic() as traffic:
         probe.state_dict()
