@@ -38,13 +38,14 @@ class AdaptiveMomentum(Callback):
     Args:
         budget: Bytes of momentum over all ranks, projections included: a fraction of AdamW's momentum, a number of
             bytes, or text such as ``"512MiB"`` or ``"5%"``. None selects the smallest allocation that keeps `quality`.
-        policy: ``uniform``, ``energy``, ``benefit``, ``schedule``, ``paper``, or a function
+        policy: ``uniform``, ``energy``, ``benefit``, ``fidelity``, ``schedule``, ``paper``, or a function
             (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
         every_n_steps: Number of steps between two decisions.
         start: Step after which the first decision is made; None means `every_n_steps`.
         freeze_after: When the allocation freezes: a fraction of the training in (0, 1], or a number of steps from 2 on;
             None means never. The integer 1 could mean both, and is refused.
-        quality: The share of momentum's energy to keep. Only used without a budget.
+        quality: The share of momentum's energy to keep; with ``fidelity``, the cosine that the update of every block
+            must reach. Only used without a budget.
         min_rank: The smallest rank of a block that has momentum.
         max_moves: Maximum number of blocks that change in one decision.
         dropped: How to treat momentum that does not fit into a smaller rank: ``release`` or ``discard``, as in

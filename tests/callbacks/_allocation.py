@@ -39,4 +39,6 @@ def _signals(rng: random.Random, block: Candidate, rank: int) -> BlockSignals:
     scale = 10.0 ** rng.randint(-20, 5)
     residual = rng.choice((0.0, rng.random(), 10 * rng.random()))
     energy = sum(spectrum) * rng.choice((1.0, 0.9)) + residual
-    return BlockSignals(rng.uniform(-0.1, 0.1), scale, energy * scale, tuple(scale * value for value in spectrum))
+    adam = rng.uniform(-0.2, 1.0), rng.choice((0.0, rng.uniform(0.01, 1.2))), rng.choice((1 / 19, 1.0))
+    shown = tuple(scale * value for value in spectrum)
+    return BlockSignals(rng.uniform(-0.1, 0.1), scale, energy * scale, shown, *adam)

@@ -46,7 +46,18 @@ def test_no_budget_but_a_quality():
             callback = AdaptiveMomentum(None, policy, quality=quality, every_n_steps=2, freeze_after=None, max_moves=99)
             fit(Module(), callback, max_steps=4)
             sizes.append(callback.history[-1]["momentum_bytes"])
-        assert 0 < sizes[0] < sizes[1] < dense_bytes(Module()), policy
+        assert 0 < sizes[0] < sizes[1] <= dense_bytes(Module()), policy
+        assert sizes[1] < dense_bytes(Module()) or policy == "fidelity", "such a cosine takes all of the momentum"
+
+
+def test_quality_with_dense_blocks():
+    """The spectrum of dense momentum is known, so it can shrink to what keeps the quality, with no budget to meet."""
+    for policy in ("uniform", "energy", "fidelity"):
+        callback = AdaptiveMomentum(None, policy, quality=0.5, every_n_steps=4, freeze_after=None, max_moves=99)
+        fit(Module("adamw"), callback, max_steps=8)
+        first, *_, last = callback.history
+        assert first["momentum_bytes"] == dense_bytes(Module())
+        assert last["momentum_bytes"] < 0.5 * dense_bytes(Module()), policy
 
 
 @pytest.mark.parametrize("recipe", ["adapm_lean", "adam_snsm"])

@@ -3,8 +3,20 @@
 from lightning_memopt.callbacks.policies.base import POLICIES, Candidate, Policy, Problem
 from lightning_memopt.callbacks.policies.benefit import benefit
 from lightning_memopt.callbacks.policies.energy import energy
+from lightning_memopt.callbacks.policies.fidelity import fidelity
 from lightning_memopt.callbacks.policies.paper import paper
 from lightning_memopt.callbacks.policies.schedule import schedule
 from lightning_memopt.callbacks.policies.uniform import uniform
 
-__all__ = ["POLICIES", "Candidate", "Policy", "Problem", "benefit", "energy", "paper", "schedule", "uniform"]
+__all__ = [
+    "POLICIES",
+    "Candidate",
+    "Policy",
+    "Problem",
+    "benefit",
+    "energy",
+    "fidelity",
+    "paper",
+    "schedule",
+    "uniform",
+]

@@ -58,7 +58,7 @@ class Problem:
     Attributes:
         blocks: The blocks whose momentum can be changed, in the model's order.
         budget: Maximum bytes of their momentum; None asks for the smallest allocation that keeps `quality`.
-        quality: The share of momentum's energy to keep. Only used without a budget.
+        quality: The share of momentum's energy to keep, or another measure of the policy. Only used without a budget.
         min_rank: The smallest rank other than 0.
         progress: Completed fraction of the time until the allocation freezes, from 0 to 1; None if unknown.
     """
