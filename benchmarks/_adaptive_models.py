@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from _adaptive_images import CLASSES, SIDE, images
-from _train import Settings, Tokens, batches, build_model, loss_of
+from _models import gpt2, llama
+from _train import Settings, Tokens, batches, loss_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,25 +39,6 @@ class Family:
     held_out: Callable[[Tokens, Settings], Batches]
     loss: Callable[..., Tensor]
     lrs: tuple[float, ...]
-
-
-def gpt2(settings: Settings) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=settings.vocabulary,
-        n_embd=settings.hidden,
-        n_layer=settings.layers,
-        n_head=settings.heads,
-        n_positions=settings.length,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return GPT2LMHeadModel(config)
 
 
 def vit(settings: Settings) -> nn.Module:
@@ -118,7 +100,7 @@ _IMAGES: dict[str, Any] = {
     "lrs": (5e-4, 1e-3, 2e-3),
 }
 FAMILIES = {
-    "llama": Family("LLaMA", "untied head; the next token of Python's standard library", build_model, **_TEXT),
+    "llama": Family("LLaMA", "untied head; the next token of Python's standard library", llama, **_TEXT),
     "gpt2": Family("GPT-2", "tied head, query, key and value in one weight; the same tokens", gpt2, **_TEXT),
     "vit": Family("ViT", f"{CLASSES} classes of made images", vit, **_IMAGES),
 }

@@ -8,31 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from _adaptive_models import FAMILIES
-from _adaptive_report import Result, by_seed, chosen, mean_of, middle, spread
-from _adaptive_train import ADAMW, LEAN, PLOTTED, POLICIES
+from _adaptive_report import Result, by_seed, chosen, mean_of, middle, spread, with_ratio
+from _adaptive_train import ADAMW, LEAN, PLOTTED, POLICIES, Comparison
 
 from lightning_memopt.figures.heat_map import figure_size, heat_map
 from lightning_memopt.figures.style import COLORS, DPI, SMALL, STRONG, TITLE, finish, new_figure
 
-MARKERS = dict(zip(POLICIES, "osD^v", strict=True))
-LINES = dict(zip(POLICIES, COLORS[:5], strict=True))
-SHOWN = ("benefit", "energy")
+# Colors and markers of policies do not depend on which of them a figure shows.
+_STYLED = (*(policy for policy in POLICIES if policy != "fidelity"), "fidelity")
+MARKERS = dict(zip(_STYLED, "osD^vP", strict=True))
+LINES = dict(zip(_STYLED, COLORS[:6], strict=True))
 
 
 def finished(runs: Mapping[int, Result]) -> list[Result]:
     return [run for run in runs.values() if run["loss"] is not None]
 
 
-def plot_losses(results: Sequence[Result], budgets: Sequence[float], path: Path) -> None:
-    """Plot loss against momentum, one panel per model."""
+def plot_losses(results: Sequence[Result], comparison: Comparison, path: Path) -> None:
+    """Plot loss against momentum, one panel per model and ratio of rates."""
+    budgets = comparison.budgets
     here = chosen(results, middle(budgets))
-    models = [model for model in FAMILIES if any(run["model"] == model for run in here)]
-    if not models:
+    panels = [(ratio, model) for ratio in comparison.ratios for model in comparison.models]
+    panels = [(r, model) for r, model in panels if any(run["model"] == model for run in with_ratio(here, r))]
+    if not panels:
         return
-    figure = new_figure(5.6 * len(models), 5.4)
-    axes = figure.subplots(1, len(models), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        _losses(axis, here, model, budgets)
+    figure = new_figure(5.6 * len(panels), 5.4)
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (ratio, model) in zip(axes[0], panels, strict=True):
+        _losses(axis, with_ratio(here, ratio), model, budgets, "" if ratio == 1.0 else f", ratio {ratio:g}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=SMALL)
     title = "Held-out loss at equal momentum (markers moved apart sideways; bars: deviation over seeds)"
@@ -40,15 +43,17 @@ def plot_losses(results: Sequence[Result], budgets: Sequence[float], path: Path)
     figure.savefig(path, dpi=DPI)
 
 
-def _losses(axis: Any, results: Sequence[Result], model: str, budgets: Sequence[float]) -> None:
+def _losses(axis: Any, results: Sequence[Result], model: str, budgets: Sequence[float], rates: str) -> None:
     for index, policy in enumerate(POLICIES):
         rows = [runs for b in sorted(budgets) if (runs := finished(by_seed(results, model, policy, b)))]
         # Equal bytes would put all markers on top of each other.
         shift = 1 + 0.035 * (index - (len(POLICIES) - 1) / 2)
+        if not rows:
+            continue
         _points(axis, rows, shift, color=LINES[policy], marker=MARKERS[policy], label=policy, alpha=0.9)
     if lean := finished(by_seed(results, model, LEAN, None)):
         _points(axis, [lean], 1.0, color=STRONG, marker="*", markersize=12, label=f"{LEAN} without callback")
-    title = FAMILIES[model].title
+    title = FAMILIES[model].title + rates
     if adamw := [run["loss"] for run in finished(by_seed(results, model, ADAMW, None))]:
         own = f" ± {spread(adamw):.3f}" if len(adamw) > 1 else ""
         title += f"\nAdamW, 100% of the momentum: {statistics.fmean(adamw):.3f}{own}"
@@ -65,10 +70,11 @@ def _points(axis: Any, rows: Sequence[Sequence[Result]], shift: float, **style: 
     axis.errorbar(shares, means, yerr=bars, capsize=3, linewidth=1.0, **{"markersize": 7, **style})
 
 
-def plot_allocation(results: Sequence[Result], budget: float, path: Path) -> None:
-    """Plot the rank of each block over the steps, one panel per policy."""
-    here = chosen(results, budget)
-    runs = {policy: next(iter(by_seed(here, PLOTTED, policy, budget).values()), None) for policy in SHOWN}
+def plot_allocation(results: Sequence[Result], comparison: Comparison, path: Path) -> None:
+    """Plot the rank of each block over the steps at one rate for all, one panel per policy."""
+    budget = middle(comparison.budgets)
+    here = with_ratio(chosen(results, budget), 1.0)
+    runs = {policy: next(iter(by_seed(here, PLOTTED, policy, budget).values()), None) for policy in comparison.shown}
     found = {policy: run["allocation"] for policy, run in runs.items() if run and run["allocation"]}
     if not found:
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from _adaptive_models import FAMILIES
-from _adaptive_train import POLICIES, REFERENCES, UNIFORM, AdaptiveSettings
+from _adaptive_train import POLICIES, REFERENCES, UNIFORM, Comparison
 from _curves import loss_or_inf
 from _report import markdown, origins
 
@@ -21,9 +21,14 @@ def middle(budgets: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
+def with_ratio(results: Sequence[Result], ratio: float) -> list[Result]:
+    """Return the runs with a ratio of rates. Earlier results have none."""
+    return [r for r in results if r.get("ratio", 1.0) == ratio]
+
+
 def tried(results: Sequence[Result], model: str, budget: float) -> dict[float, float]:
-    """Return the losses by learning rate of the tuning runs: uniform, at this budget, with the first seed."""
-    mine = [r for r in results if (r["model"], r["policy"], r["budget"]) == (model, UNIFORM, budget)]
+    """Return the losses by learning rate of the tuning runs: uniform, at this budget, one rate, the first seed."""
+    mine = [r for r in with_ratio(results, 1.0) if (r["model"], r["policy"], r["budget"]) == (model, UNIFORM, budget)]
     first = min((r["seed"] for r in mine), default=None)
     return {r["lr"]: loss_or_inf(r) for r in sorted(mine, key=lambda r: r["lr"]) if r["seed"] == first}
 
@@ -124,21 +129,22 @@ def cost_rows(seconds: Mapping[str, Sequence[float]]) -> list[list[str]]:
     return [[name, f"{value * 1e3:.2f}", f"{value / step:.1%}"] for name, value in rows]
 
 
-def model_section(results: Sequence[Result], model: str, budgets: Sequence[float]) -> str:
-    family, grid = FAMILIES[model], tried(results, model, middle(budgets))
+def model_section(results: Sequence[Result], model: str, comparison: Comparison) -> str:
+    """Return the tables of a model, one of each kind per ratio of rates."""
+    family, budget = FAMILIES[model], middle(comparison.budgets)
+    grid = tried(results, model, budget)
     best = min(grid, key=lambda lr: grid[lr])
     losses = ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in grid.items())
-    here = chosen(results, middle(budgets))
-    return f"""## {family.title}
-
-{family.task[0].upper()}{family.task[1:]}. Learning rate {best:g} for all (tried with {UNIFORM}: {losses}).
-
-{markdown(HEAD, rows_of(here, model, budgets))}
-
-Mean rank of a role's matrices at the end, at {middle(budgets):.1%} (0: no momentum):
-
-{markdown(*role_rows(here, model, middle(budgets)))}
-"""
+    found = f"tried with {UNIFORM}: {losses}" if len(grid) > 1 else "not tuned"
+    parts = [f"### {family.title}", f"{family.task[0].upper()}{family.task[1:]}. Learning rate {best:g} ({found})."]
+    for ratio in comparison.ratios:
+        here = with_ratio(chosen(results, budget), ratio)
+        if ratio != 1.0:
+            parts.append(f"Embeddings and norms at {ratio:g} times that rate:")
+        parts.append(markdown(HEAD, rows_of(here, model, comparison.budgets)))
+        parts.append(f"Mean rank of a role's matrices at the end, at {budget:.1%} (0: no momentum):")
+        parts.append(markdown(*role_rows(here, model, budget)))
+    return "\n\n".join(parts)
 
 
 def cost_section(cost: Result | None) -> str:
@@ -156,20 +162,47 @@ small operations per block beside a short forward and backward of 512 tokens.
 """
 
 
-def page(results: Sequence[Result], cost: Result | None, settings: AdaptiveSettings, budgets: Sequence[float]) -> str:
+def comparison_section(results: Sequence[Result], comparison: Comparison) -> str:
+    """Return the section of one setting."""
+    settings, budget = comparison.settings, middle(comparison.budgets)
+    models = [model for model in comparison.models if tried(results, model, budget)]
+    if not models:
+        return f"## {comparison.title}\n\nNot measured yet."
+    images = " (ViT: 16 images of 37 patches)" if "vit" in models else ""
+    stated = ", ".join(f"{each:.1%}" for each in sorted(comparison.budgets))
+    tables = "\n\n".join(model_section(results, model, comparison) for model in models)
+    return f"""## {comparison.title}
+
+Budgets of {stated}; {settings.steps} steps of {settings.batch} x {settings.length} tokens{images},
+{settings.warmup:.0%} linear warm-up, then a cosine to {settings.final_lr:.0%} of the learning rate, weight decay
+{settings.weight_decay:g}, gradients clipped to norm {settings.clip:g}; {settings.validation_tokens:,} held-out tokens;
+decisions every {settings.every_n_steps} steps from step {settings.start} on, until {settings.freeze_after:.0%} of the
+training.
+
+![loss against momentum](adaptive{comparison.suffix}.png)
+
+{tables}
+
+Ranks over the steps on the LLaMA at {budget:.1%}, with the first seed:
+
+![rank of every block over the steps](adaptive_allocation{comparison.suffix}.png)
+
+### Origin
+
+{origins(results)}"""
+
+
+def page(found: Sequence[tuple[Comparison, Sequence[Result]]], cost: Result | None) -> str:
     """Return the markdown page."""
-    models = [model for model in FAMILIES if tried(results, model, middle(budgets))]
-    stated = ", ".join(f"{budget:.1%}" for budget in sorted(budgets))
+    settings = found[0][0].settings
+    sections = "\n\n".join(comparison_section(results, comparison) for comparison, results in found)
     return f"""# Policies of AdaptiveMomentum
 
-Which blocks deserve momentum, when all of it may take only {stated} of AdamW's? The policies of the callback
-`AdaptiveMomentum` at equal bytes, on three small models ({settings.layers} layers, width {settings.hidden},
-{settings.heads} heads; vocabulary {settings.vocabulary} for text) under the Lightning Trainer: {settings.steps} steps
-of {settings.batch} x {settings.length} tokens (ViT: 16 images of 37 patches), {settings.warmup:.0%} linear warm-up,
-then a cosine to {settings.final_lr:.0%} of the learning rate, weight decay {settings.weight_decay:g}, gradients clipped
-to norm {settings.clip:g}; decisions every {settings.every_n_steps} steps from step {settings.start} on, until
-{settings.freeze_after:.0%} of the training. Everything except momentum is `adapm_lean`'s. The first rows are without
-the callback; AdamW is torch's.
+Which blocks deserve momentum, when all of it may take only a few percent of AdamW's? The policies of the callback
+`AdaptiveMomentum` at equal bytes, on small models ({settings.layers} layers, width {settings.hidden},
+{settings.heads} heads; vocabulary {settings.vocabulary} for text) under the Lightning Trainer. Everything except
+momentum is `adapm_lean`'s. The first rows of a table are without the callback; AdamW is torch's, or the recipe `adamw`
+where rates differ by role.
 
 At a given seed all runs have the same initial weights and batches. The learning rate is chosen with {UNIFORM} at the
 middle budget and the first seed, and then used for all, including AdamW, which is therefore not tuned. "loss" is
@@ -177,20 +210,13 @@ the mean over held-out data at the end, "spread" its standard deviation over see
 {UNIFORM} at the same budget and seed, mean ± standard deviation over seeds; "beyond the spread" says whether its mean
 is more than the larger of the two spreads. Momentum is in units of AdamW's; "moves" counts changed
 ranks after the first division of the budget. Bytes differ slightly: ranks are whole numbers, `schedule` goes down
-to half of the budget, and `paper` gives values twice the rank of the rest where their dense momentum does not fit.
+to half of the budget, and `paper` gives values twice the rank of the rest where their dense momentum does not fit. The
+smallest possible budget of the LLaMA, rank 1 for every matrix, is 1.3%.
 Small models and short trainings show what a policy does, not what it is worth at scale.
 
-![loss against momentum](adaptive.png)
+{sections}
 
-{chr(10).join(model_section(results, model, budgets) for model in models)}
-## Allocation
-
-Ranks over the steps on the LLaMA at {middle(budgets):.1%}, with the first seed:
-
-![rank of every block over the steps](adaptive_allocation.png)
+## Time
 
 {cost_section(cost)}
-## Origin of the losses
-
-{origins(results)}
 """

@@ -25,7 +25,7 @@ from lightning_memopt.optim.signals import Probe
 
 ADAMW, LEAN, UNIFORM = "AdamW", "adapm_lean", "uniform"
 REFERENCES = (ADAMW, LEAN)
-POLICIES = (UNIFORM, "energy", "benefit", "schedule", "paper")
+POLICIES = (UNIFORM, "energy", "benefit", "fidelity", "schedule", "paper")
 PLOTTED = "llama"  # the model whose ranks are drawn block by block
 WARM_UP = 5  # steps that are not timed
 BETAS = (0.9, 0.95)  # adapm_lean's
@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
 
 @dataclass(frozen=True)
 class AdaptiveSettings(Settings):
-    """Settings that all runs share; the last three belong to the callback."""
+    """Settings that all runs of a comparison share; the last three belong to the callback."""
 
     steps: int = 250
     validation_tokens: int = 32768
@@ -56,11 +56,19 @@ class Run:
     budget: float | None
     lr: float
     seed: int
+    ratio: float = 1.0  # of the rate of embeddings and norms to that of all others
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Run:
-        """Return the run of a result."""
-        return cls(**{key: result[key] for key in cls.__dataclass_fields__})
+        """Return the run of a result. Earlier results have no ratio."""
+        return cls(**{key: result[key] for key in cls.__dataclass_fields__ if key in result})
+
+    @property
+    def overrides(self) -> dict[str, Any] | None:
+        """The rates by role."""
+        if self.ratio == 1.0:
+            return None
+        return {role: {"lr_multiplier": self.ratio} for role in ("embedding", "vector")}
 
     def callback(self, settings: AdaptiveSettings) -> Any:
         """Return the callback, or None for a reference."""
@@ -73,6 +81,57 @@ class Run:
             start=settings.start,
             freeze_after=settings.freeze_after,
         )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A setting with its runs.
+
+    Attributes:
+        title: Heading on the page.
+        suffix: Of the names of its plots.
+        settings: What all runs share.
+        models: The models.
+        policies: The policies.
+        budgets: Shares of AdamW's momentum.
+        lrs: Learning rates to try with the uniform policy; None takes those of each model.
+        ratios: Ratios of the rate of embeddings and norms to that of all others.
+        shown: Policies whose ranks are drawn.
+    """
+
+    title: str
+    suffix: str
+    settings: AdaptiveSettings
+    models: tuple[str, ...]
+    policies: tuple[str, ...]
+    budgets: tuple[float, ...]
+    lrs: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] = (1.0,)
+    shown: tuple[str, ...] = ("benefit", "energy")
+
+
+# Weights, batches, schedule and validation of the large one are those of _train.py at its batch and number of steps.
+COMPARISONS = {
+    "4096": Comparison(
+        "4,096 tokens a step",
+        "_4096",
+        AdaptiveSettings(steps=300, batch=32, validation_tokens=65536),
+        models=("llama",),
+        policies=(UNIFORM, "fidelity", "energy", "benefit"),
+        budgets=(0.015, 0.025, 0.05),
+        lrs=(2e-3,),
+        ratios=(1.0, 11.3),
+        shown=("fidelity", "energy"),
+    ),
+    "512": Comparison(
+        "512 tokens a step",
+        "",
+        AdaptiveSettings(),
+        models=("llama", "gpt2", "vit"),
+        policies=POLICIES,
+        budgets=(0.025, 0.05),
+    ),
+}
 
 
 class Module(LightningModule):
@@ -95,10 +154,13 @@ class Module(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer with warm-up and cosine."""
         options: dict[str, Any] = {"lr": self.run.lr, "betas": BETAS, "weight_decay": self.settings.weight_decay}
-        if self.run.policy == ADAMW:
+        if self.run.policy == ADAMW and self.run.overrides is None:
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), **options, fused=True)
         else:
-            optimizer = lightning_memopt.AdaPMLean(self.named_parameters(), **options)
+            recipe = "adamw" if self.run.policy == ADAMW else LEAN
+            optimizer = lightning_memopt.MemOpt(
+                self.model.named_parameters(), recipe, **options, overrides=self.run.overrides
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning_memopt.callbacks.budget import parse_budget
 from lightning_memopt.callbacks.console import say, warn_on_failed_write
 from lightning_memopt.callbacks.policies import POLICIES, Policy
 from lightning_memopt.callbacks.policies.base import decides_once
+from lightning_memopt.callbacks.timing import Timing, check_freeze, length_of
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.release import DROPPED
 from lightning_memopt.optim.signals import BlockSignals, Probe
@@ -91,8 +91,7 @@ class AdaptiveMomentum(Callback):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
         if not 0 < quality <= 1:
             raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
-        if freeze_after is not None:
-            _check_freeze(freeze_after)
+        check_freeze(freeze_after)
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
         if figures and find_spec("matplotlib") is None:  # fail now, not after days of training
@@ -108,7 +107,8 @@ class AdaptiveMomentum(Callback):
         self._allocator: Any = None
         self._probe: Any = None
         self._names: set[str] = set()
-        self._seen, self._frozen, self._length, self._running = 0, False, 0.0, False
+        self._timing: Any = None
+        self._seen, self._frozen, self._running = 0, False, False
         self._folder: Path | None = None
 
     # ------------------------------------------------------------------ what a subclass may override
@@ -155,8 +155,9 @@ class AdaptiveMomentum(Callback):
         """
         self._trainer, self._probe = trainer, Probe(self._allocator.optimizer)
         self._frozen, self._seen = False, 0
-        self._length, self._folder = _length(trainer), log_folder(trainer)
-        if isinstance(self.freeze_after, float) and not self._has_end():
+        timing = self.every_n_steps, self.start, self.freeze_after, length_of(trainer), len(trainer.optimizers)
+        self._timing, self._folder = Timing(*timing), log_folder(trainer)
+        if isinstance(self.freeze_after, float) and not self._timing.is_known:
             rank_zero_warn(
                 f"`freeze_after` {self.freeze_after:g} is a fraction of the training, but its length is unknown: the "
                 "allocation never freezes. Set max_steps or max_epochs, or give a number of steps."
@@ -247,42 +248,21 @@ class AdaptiveMomentum(Callback):
 
     # ------------------------------------------------------------------ deciding
 
-    def _decisions(self, steps: int) -> int:
-        """Return the number of decisions that are due in the first ``steps`` steps."""
-        return 0 if steps < self.start else (steps - self.start) // self.every_n_steps + 1
-
-    def _progress(self) -> float | None:
-        """Return the completed fraction of the training; None if its length is unknown."""
-        if self._length == float("inf"):
-            return None
-        return min(1.0, self._trainer.global_step / max(1, self._length))
-
-    def _phase(self) -> float:
-        """Return the completed fraction of the time until the allocation freezes; 0 if it is unknown."""
-        if isinstance(self.freeze_after, int):
-            return self._probe.steps / self.freeze_after
-        return (self._progress() or 0.0) / (self.freeze_after or 1.0)
-
-    def _has_end(self) -> bool:
-        """Return whether the step at which the allocation freezes, or training ends, is known."""
-        return isinstance(self.freeze_after, int) or self._progress() is not None
+    def _until_frozen(self) -> float | None:
+        return self._timing.until_frozen(self._probe.steps, self._trainer.global_step)
 
     def _is_over(self) -> bool:
-        return self.freeze_after is not None and self._phase() >= 1
-
-    def _until_frozen(self) -> float | None:
-        """Return the completed fraction of the time until the allocation freezes; None if it is unknown."""
-        return min(1.0, self._phase()) if self._has_end() else None
+        return self._timing.is_over(self._probe.steps, self._trainer.global_step)
 
     def _catch_up(self) -> None:
         """Decide what the steps so far ask for."""
         self._make_room()  # steps without Lightning's optimizer wrapper call no hook
-        before, self._seen = self._decisions(self._seen), self._probe.steps
+        before, self._seen = self._timing.decisions(self._seen), self._probe.steps
         if self._frozen:
             return
         if self._is_over():
             self._freeze()
-        elif self._decisions(self._seen) > before:
+        elif self._timing.decisions(self._seen) > before:
             signals = self._probe.read()
             self._change(lambda: self.propose(self._allocator.optimizer.snapshot(), signals), signals)
 
@@ -326,12 +306,9 @@ class AdaptiveMomentum(Callback):
 
     def _later(self) -> str:
         """Return what this callback does after the start, in words."""
-        length = self._length / len(self._trainer.optimizers)  # the trainer counts the steps of all optimizers
-        freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
-        timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": min(freeze, length)}
-        budget = self._allocator.budget_bytes()
-        freezes = self.freeze_after is not None and freeze <= length < math.inf
-        return report.later(self._decider(), budget, **timing, freezes=freezes, max_moves=self.max_moves)
+        end, freezes = self._timing.end
+        timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": end, "freezes": freezes}
+        return report.later(self._decider(), self._allocator.budget_bytes(), **timing, max_moves=self.max_moves)
 
     def _suffix(self) -> str:
         """Return what tells apart the figures and scalars of several callbacks, one per optimizer."""
@@ -352,25 +329,3 @@ class AdaptiveMomentum(Callback):
             }
             for logger in self._trainer.loggers:
                 logger.log_metrics(scalars, step=self._trainer.global_step)
-
-
-def _check_freeze(freeze_after: int | float) -> None:
-    if type(freeze_after) is int and freeze_after == 1:
-        raise ValueError(
-            "`freeze_after` 1 could mean one step or the whole training: write 1.0 for the whole training, or a number "
-            "of steps from 2 on."
-        )
-    number = isinstance(freeze_after, int | float) and not isinstance(freeze_after, bool)
-    if not number or not (freeze_after > 1 if isinstance(freeze_after, int) else 0 < freeze_after <= 1):
-        raise ValueError(
-            "`freeze_after` must be a fraction of the training in (0, 1], a number of steps from 2 on, or None, got "
-            f"{freeze_after!r}."
-        )
-
-
-def _length(trainer: Trainer) -> float:
-    """Return the number of steps of all optimizers in the whole training; infinity if it is unknown."""
-    limit = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    # The estimate is for one optimizer, and -1 if the data have no length.
-    estimate = trainer.estimated_stepping_batches
-    return limit if estimate == -1 else min(limit, estimate * len(trainer.optimizers))

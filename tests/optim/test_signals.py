@@ -144,7 +144,7 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             expected = torch.linalg.svdvals(momentum_of(optimizer, param)).square()
             expected = expected.reshape(-1, expected.shape[-1]).sum(0)[: block.recipe.momentum.rank]
             if content == "zero":
-                assert found == BlockSignals(0.0, 0.0, 0.0)
+                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0)
                 assert found.residual(1) == found.residual_energy == 0
                 continue
             assert list(found.spectrum) == sorted(found.spectrum, reverse=True)
