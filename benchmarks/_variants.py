@@ -13,6 +13,7 @@ REFERENCE = "AdamW"
 # The roles whose rate the ratio multiplies.
 RATIO_ROLES = ("embedding", "vector")
 ROLES = ("embedding", "query", "key", "value", "attention_output", "mlp", "head")
+HIDDEN = ("query", "key", "value", "attention_output", "mlp")
 Build = Callable[..., torch.optim.Optimizer]
 
 
@@ -85,7 +86,12 @@ _OTHERS: dict[str, Build] = {
 def _mixed(momentum: Mapping[str, Any], second_moment: str = "factored") -> dict[str, Any]:
     """Return a recipe with the same kinds for all matrices."""
     kinds = {**momentum, "second_moment": second_moment}
-    return {"name": "mixed", "base": "adamw", "roles": {role: kinds for role in ROLES}}
+    return {"name": "mixed", "base": "adamw", "roles": dict.fromkeys(ROLES, kinds)}
+
+
+def _muon(momentum: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Muon with another momentum of hidden matrices."""
+    return {"name": "muon", "base": "muon", "roles": dict.fromkeys(HIDDEN, momentum)}
 
 
 def _control(mode: str, iterations: int = 1) -> dict[str, Any]:
@@ -116,6 +122,17 @@ VARIANTS = {
         Variant("dense x factored", _mixed({"momentum": "dense"})),
         Variant("snsm_lean", "snsm_lean"),
         Variant("snsm_lean, rank 4", "snsm_lean", options={"rank": 4}),
+        Variant("scale", "scale"),
+        Variant("galore", "galore"),
+        Variant("fira", "fira"),
+        Variant("apollo", "apollo"),
+        Variant("apollo_mini", "apollo_mini"),
+        Variant("muon", "muon", betas=(0.95, 0.95)),
+        Variant("muon, low rank 1/32", _muon({"momentum": "low_rank", "rank": 1 / 32}), betas=(0.95, 0.95)),
+        Variant(
+            "muon in adapm_lean",
+            {"name": "mixed", "base": "adapm_lean", "roles": dict.fromkeys(HIDDEN, {"second_moment": "orthogonal"})},
+        ),
         # What explains adapm_lean.
         Variant("the same, written out", _control("low_rank")),
         Variant("two iterations a step", _control("low_rank", iterations=2)),
