@@ -51,8 +51,8 @@ class MemOpt(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
-            Unused where the betas bound U / D (dense second moment, momentum dense or none), or where U has the unit of
-            a gradient and no second moment divides it.
+            Unused where U / D has a bound (dense × dense, none × dense, a norm of U), and where U has the unit of a
+            gradient and no second moment divides it.
         fused: Whether to use Triton kernels on CUDA. None: where they pass a check; True: always. Not saved.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).

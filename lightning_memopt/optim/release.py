@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.base import State
+from lightning_memopt.kinds.batch import Scratch, chunks
 from lightning_memopt.kinds.momentum import Direction
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch
 from lightning_memopt.optim.conversion import Loss, denominator_of
 from lightning_memopt.optim.guards import exact_arithmetic
 from lightning_memopt.optim.update import apply
+from lightning_memopt.sharding.layout import Layout
 
 # What happens to momentum that a smaller state cannot hold.
 DROPPED = ("release", "discard")
@@ -35,9 +37,12 @@ def release(
     """
 
     def on_loss(before: State, after: State) -> None:
-        beta1 = group["betas"][0]
-        lost = _difference(old, new, before, after, beta1 / (1 - beta1))
-        denominator = denominator_of(old, state, group).part(old.work)
+        beta1, denominator = group["betas"][0], denominator_of(old, state, group)
+        by_norm = old.recipe.second_moment.of_direction  # which needs the whole direction
+        lost = _difference(old, new, before, after, beta1 / (1 - beta1), old.layout.whole() if by_norm else old.work)
+        if by_norm:
+            lost = Direction(old.work.part(_written(denominator.turned(lost), old.layout.dtype)))
+        denominator = denominator.part(old.work)
         # Where the gradient was always 0, the factors still hold noise, which eps would amplify.
         known = tuple(square.where(square > 0, torch.inf) for square in denominator.squares)  # type: ignore[union-attr,operator,arg-type]
         denominator = replace(denominator, squares=known)  # type: ignore[arg-type]
@@ -51,9 +56,19 @@ def release(
     return on_loss
 
 
-def _difference(old: Block, new: Block, before: State, after: State, weight: float) -> Direction:
-    """Return ``weight`` times the local part of the momentum that ``before`` holds and ``after`` does not."""
-    layout, work = old.layout.whole(), old.work
+def _written(direction: Direction, dtype: torch.dtype) -> Tensor:
+    """Return the direction as one tensor."""
+    out = direction.base.new_empty(direction.base.shape, dtype=dtype)
+    scratch = Scratch(out, dtype)
+    for index in chunks(out):
+        part, scale = direction.at(index, scratch)
+        torch.mul(part, scale, out=out[index])
+    return out
+
+
+def _difference(old: Block, new: Block, before: State, after: State, weight: float, work: Layout) -> Direction:
+    """Return ``weight`` times the momentum that ``before`` holds and ``after`` does not, for the part of ``work``."""
+    layout = old.layout.whole()
     base = torch.zeros((), dtype=layout.dtype, device=layout.device).expand(work.local)
     lefts, rights = [], []
     for block, state, sign in ((old, before, weight), (new, after, -weight)):

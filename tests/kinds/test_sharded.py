@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import time
 import traceback
 from dataclasses import dataclass
@@ -342,6 +343,26 @@ def bounded_updates_are_those_of_one_process(mesh: Any) -> None:
     assert error <= TOLERANCE, f"{error:.1e}"
 
 
+def a_release_over_a_norm_is_that_of_one_process(mesh: Any) -> None:
+    """Its matrix root needs all of the short side, of which a rank holds a part in one of the shapes."""
+    for shape, recipe in itertools.product([(6, 10), (10, 6)], ["muon", "scale"]):
+        found = []
+        for weight in (torch.zeros(shape), place_on(mesh, torch.zeros(shape))):
+            param = torch.nn.Parameter(weight)
+            name = "lm_head.weight" if recipe == "scale" else "mlp.up_proj.weight"
+            optimizer = lm.MemOpt([(name, param)], recipe, lr=0.1)
+            for number in range(1, 6):
+                grad = gradient(shape, number)
+                param.grad = place_on(mesh, grad) if isinstance(param, DTensor) else grad
+                optimizer.step()
+                if number == 3:
+                    optimizer.reformat({name: {"momentum": "low_rank", "rank": 2}})
+            found.append(param)
+        whole, sharded = found
+        error = relative_error(sharded.full_tensor().detach(), whole.detach())
+        assert error <= TOLERANCE, f"{shape}, {recipe}: {error:.1e}"
+
+
 def weights_that_leave_their_range_are_an_error_on_all_ranks(mesh: Any) -> None:
     """Also on the rank whose weights are fine: the first row is on one rank only."""
     (_, (optimizer, param)) = optimizers_on(mesh, (8, 4), torch.float16, lr=1e4, max_update=None)
@@ -398,6 +419,7 @@ EXTRAS = [
     torn_fused_blocks,
     rounding_is_that_of_one_process,
     bounded_updates_are_those_of_one_process,
+    a_release_over_a_norm_is_that_of_one_process,
     weights_that_leave_their_range_are_an_error_on_all_ranks,
     other_placements_are_refused,
 ]
@@ -438,10 +460,7 @@ def test_what_is_refused(outcomes):
     for case in CASES:
         refused = [{kind for kind, text in o.items() if text.startswith("refused")} for o in outcomes[case.name]]
         assert all(names == refused[0] for names in refused)
-        assert all(
-            "orthogonal" in name or {"projection", "outputs_per_number", "subset_size"} & {*options[name]}
-            for name in refused[0]
-        )
+        assert all({"projection", "outputs_per_number", "subset_size"} & {*options[name]} for name in refused[0])
         assert len(case.mesh) == 2 or not refused[0], "with one sharded dimension everything works"
         total += len(refused[0])
     assert 0 < total < 0.2 * sum(len(kinds_for(case)) for case in CASES)

@@ -366,8 +366,6 @@ def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
         "b.q_proj.weight": ((12, 12), both),
     }
     for recipe in RECIPES:
-        if recipe == "muon":
-            continue  # it needs the short side whole, which is refused
         reference = {name: nn.Parameter(gradient(shape, 3)) for name, (shape, _) in blocks.items()}
         params = {
             name: nn.Parameter(distribute_tensor(p.detach(), mesh, blocks[name][1], src_data_rank=None))

@@ -39,7 +39,6 @@ KINDS = [
     {"momentum": momentum, "second_moment": second_moment, **options}
     for momentum in MOMENTA.names()
     for second_moment in SECOND_MOMENTS.names()
-    if second_moment != "orthogonal"  # needs the short side whole, which is refused
     for options in MOMENTUM.get(momentum, [{}])
     if second_moment == "none" or not MOMENTA.get(momentum).averages_squares
 ]
@@ -139,22 +138,14 @@ def test_all_kinds_together(mesh, recorder, places, dtype, limit):
         assert max(Counter(entry.split()[0] for entry in found).values()) <= limit, found
 
 
-def test_a_norm_of_the_direction_adds_a_collective(mesh, recorder):
+def test_a_norm_of_the_direction_adds_two_collectives_at_most(mesh, recorder):
     for found in steps(mesh, recorder, KINDS, BOTH, torch.float32):
-        assert max(Counter(entry.split()[0] for entry in found).values()) <= 5, found
-
-
-def test_a_matrix_root_refuses_a_sharded_short_side_that_cannot_be_gathered(mesh, recorder):
-    change = {"momentum": "dense", "second_moment": "orthogonal"}
-    with pytest.raises(
-        NotImplementedError, match=r"A block of shape \(20, 12\) must be gathered, but its parameter is"
-    ):
-        steps(mesh, recorder, [change], [(TALL, ROWS_FIRST)], torch.float32)
+        assert max(Counter(entry.split()[0] for entry in found).values()) <= 6, found
 
 
 @pytest.mark.parametrize("change", KINDS, ids=lambda change: "-".join(map(str, change.values())))
 def test_each_kind_alone_takes_no_more(mesh, recorder, change):
-    limit = 4 if change in BESIDE else 5
+    limit = 4 if change in BESIDE else 6
     for found in steps(mesh, recorder, [change], BOTH, torch.float32):
         assert max([0, *Counter(entry.split()[0] for entry in found).values()]) <= limit, found
         assert not any("gather" in entry for entry in found)

@@ -67,19 +67,25 @@ class Root(Denominator):
     """A denominator that is a matrix.
 
     Attributes:
-        inverse: ``[..., k, k]``: its inverse, which multiplies the short side of the whole block.
+        inverse: ``[..., k, k]``: its inverse, which multiplies the short side of the whole block; or ``[..., k, j]``,
+            the columns for the part of the short side that this rank holds.
         wide: Whether the short side is that of the rows.
+        complete: The direction along the whole short side, ``[..., rows, k]``, if this rank holds a part only.
     """
 
     inverse: Tensor
     wide: bool
+    complete: Tensor | None = None
 
-    def part(self, layout: Layout) -> Root:
-        """Return the denominator itself: every rank needs the whole short side."""
-        return self
+    def part(self, layout: Layout) -> Denominator:
+        """Return what is left to divide by, given that the whole block has been turned: nothing."""
+        return Denominator()
 
     def turned(self, direction: Direction) -> Direction:
         """Return the direction over the matrix."""
+        if self.complete is not None:
+            tall = Direction(direction.base.mT if self.wide else direction.base, 0.0, self.complete, self.inverse)
+            return tall.mT if self.wide else tall
         tall = direction.mT if self.wide else direction
         return Turned(base=direction.base, tall=tall, matrix=self.inverse, wide=self.wide)
 
@@ -129,13 +135,10 @@ class OrthogonalSecondMoment(SecondMoment):
             )
         object.__setattr__(self, "ns_coefficients", coefficients)  # YAML has lists, which cannot be hashed
 
-    def needs_whole(self, layout: Layout) -> bool:
-        """Return whether the short side, whose parts are compared with each other, is on different ranks."""
-        return layout.divides(_sides(layout)[1])
-
     def scratch(self, layout: Layout) -> int:
-        """Return the bytes of the Gram matrix of the short side."""
-        return 8 * math.prod(layout.matrix[:-2]) * layout.short_side**2
+        """Return the bytes of the Gram matrix, and of the block where a rank needs more of the short side."""
+        gathered = math.prod(layout.matrix[-2:]) * layout.dtype.itemsize if layout.divides(_sides(layout)[1]) else 0
+        return math.prod(layout.matrix[:-2]) * (8 * layout.short_side**2 + gathered)
 
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
@@ -144,12 +147,21 @@ class OrthogonalSecondMoment(SecondMoment):
         return (yield from self.of(Direction(grad), layout, eps=eps))
 
     def of(self, direction: Direction, layout: Layout, *, eps: float) -> Generator[Any, Any, Denominator]:
-        """Return the root for a direction: one sum of a k × k matrix, where k is the short side."""
+        """Return the root for a direction: one sum of a k × k matrix, where k is the short side.
+
+        Parts of the short side are compared with each other. If ranks hold different ones, they first add up their
+        rows, each with zeros for what others hold.
+        """
         long, short = _sides(layout)
-        tall = direction if long == -2 else direction.mT
+        tall, complete = direction if long == -2 else direction.mT, None
+        if layout.group(short) is not None:
+            (complete,) = yield from request(Sum(_placed(tall, layout, short), layout, short))
+            tall = Direction(complete)
         (square,) = yield from request(Sum(_gram(tall, layout.dtype), layout, long))
         inverse = inverse_root(square, self.ns_coefficients, self.ns_steps).mul_(self._adjustment(layout))
-        return Root(inverse=inverse.to(layout.dtype), wide=long == -1)
+        if complete is not None:
+            inverse = layout.along(inverse, at=-1, dim=short)
+        return Root(inverse=inverse.to(layout.dtype), wide=long == -1, complete=complete)
 
     def from_dense(self, square: Tensor, layout: Layout) -> State:
         """Drop the second moment."""
@@ -160,6 +172,16 @@ class OrthogonalSecondMoment(SecondMoment):
             return 0.2 * math.sqrt(max(layout.matrix[-2:]))
         outputs = layout.matrix[layout.output_dim]
         return math.sqrt(max(1.0, outputs / max(1, layout.matrix[-3 - layout.output_dim])))
+
+
+def _placed(tall: Direction, layout: Layout, short: int) -> Tensor:
+    """Return rows along the whole short side, zero where other ranks hold it."""
+    rows = tall.base.new_zeros((*tall.base.shape[:-1], layout.matrix[short]), dtype=layout.dtype)
+    mine, scratch = layout.along(rows, at=-1, dim=short), Scratch(tall.base, layout.dtype)
+    for index in chunks(tall.base):
+        part, scale = tall.at(index, scratch)
+        torch.mul(part, scale, out=mine[index])
+    return rows
 
 
 def _gram(tall: Direction, dtype: torch.dtype) -> Tensor:
