@@ -24,8 +24,8 @@ Each cell is momentum × second moment. Ranks are fractions of a matrix's short 
 COVERED = {
     "linear": (
         "Linear layers of unknown part: Mamba's projections, latent projections, poolers, projectors.",
-        "`adapm*`: as `mlp`, since most are projections in and out of a layer. `adam_sn*`, `adagrad_snsm`,"
-        " `rmsprop_sn`: as all linear layers, which is how the papers choose.",
+        "`adapm*`, `galore`, `fira`, `apollo*`: as `mlp`, since most are projections in and out of a layer. `adam_sn*`,"
+        " `adagrad_snsm`, `rmsprop_sn`: as all linear layers, which is how the papers choose.",
     ),
     "convolution": (
         "Kernels of convolutions, but for patch embeddings.",
@@ -38,7 +38,7 @@ COVERED = {
     "lora": (
         "Both factors of low-rank adapters.",
         "As linear layers, with momentum of rank 2: with r=16, that did better than AdamW"
-        " ([benchmarks/lora.md](benchmarks/lora.md)).",
+        " ([benchmarks/lora.md](benchmarks/lora.md)). `galore`, `fira`, `apollo*`: Adam's kinds.",
     ),
     "vector": (
         "Everything whose sizes are 1 but for one, norms, and biases of any shape.",
@@ -65,7 +65,8 @@ where U is not. Without a bound, one step has moved a weight by millions of lear
 
 - Not bounded: dense or no momentum with dense second moment (AdamW, RMSProp). There |U / D| is at most about
   1/√(1 − β₂) without momentum: 4.5 for 0.95, 32 for 0.999. So `adamw` stays equal to torch's AdamW.
-- Not bounded: second moment `none`. There U has the unit of a gradient, so clip gradients to bound it.
+- Not bounded: second moment `none`, except beside `galore`, `fira` and `apollo`, which divide by a root of squares
+  themselves. Elsewhere U has the unit of a gradient, so clip gradients to bound it.
 - Momentum that a smaller rank releases at once is bounded like one step, for all kinds.
 - The plan table shows the bound of each block. If more than 1% of all elements in bounded blocks exceed it in three
   counts in a row (every tenth step, from step 20), the first process warns once.
@@ -81,7 +82,8 @@ The tables count bytes of momentum and second moments, projections included, in 
 embeddings.
 """
 MOMENTUM = """
-Momentum only, as a share of AdamW's momentum:
+Momentum only, as a share of AdamW's momentum. For `galore`, `fira` and `apollo*`, that includes the second moment
+inside of the projection, which belongs to the momentum kind:
 """
 FILES = """
 ## Recipe files

@@ -231,3 +231,83 @@ class Adafactor(RecipeOptimizer):
     """
 
     _recipe = "adafactor"
+
+
+class GaLore(RecipeOptimizer):
+    """GaLore: Adam in the leading subspace of the gradient (arXiv 2403.03507).
+
+    For linear weights of attention and MLP, m ≥ n (wide ones are transposed). All other weights get AdamW. Every
+    ``gap`` steps, P becomes the k leading right singular vectors of G. M and V keep their numbers::
+
+        R = G P,  M ← β₁ M + (1−β₁) R,  V ← β₂ V + (1−β₂) R²
+        W ← (1 − ηλ) W − η · ``scale`` · √(1−β₂ᵗ) / (1−β₁ᵗ) · M / (√V + ε) Pᵀ
+
+    Defaults: betas (0.9, 0.999), ``rank`` 1/4 of the short side, ``gap`` 200, ``scale`` 0.25, ``projection`` ``svd``.
+    State: k(2m + n) numbers for an m × n weight, and AdamW's state for embeddings and head. Learning rate: the authors
+    use 0.01 for LLaMA from 60M to 1B, with warmup, and ε = 1e-6.
+
+    Differences from the authors' package: blocks take turns with new subspaces, where the package renews all of them at
+    steps 1, ``gap`` + 1, 2 ``gap`` + 1; signs of singular vectors are fixed, where the package has LAPACK's, so M
+    continues otherwise in a new subspace; directions without a gradient do not move, where the package divides rounding
+    noise by its own size; weight decay acts before the update.
+    """
+
+    _recipe = "galore"
+
+
+class Fira(RecipeOptimizer):
+    """Fira: GaLore, and the rest of the gradient, scaled by norms (arXiv 2410.01623).
+
+    P, R, M and V as in :class:`GaLore`, N = M / (√V + ε), a = ``scale``, and one s for each row of a tall weight (each
+    column of a wide one)::
+
+        S = s (G − a R Pᵀ),  s = ‖N‖ / ‖R‖,  S ← S · min(1, ``growth`` ‖S₋‖ / ‖S‖)
+        W ← (1 − ηλ) W − η · √(1−β₂ᵗ) / (1−β₁ᵗ) · (a N Pᵀ + S)
+
+    As in the authors' code, S holds the part 1 − a of the gradient inside the subspace, too.
+
+    Defaults: betas (0.9, 0.999), ``rank`` 1/4 of the short side, ``gap`` 200, ``scale`` 0.25, ``projection`` ``svd``,
+    ``growth`` 1.01. State: as in :class:`GaLore`, and one number for each weight. Learning rate: the authors use 0.01
+    for LLaMA from 60M to 1B, with warmup, and at 1B a ``scale`` of 0.0625.
+
+    Differences from the authors' package: those of :class:`GaLore`; no 1e-8 is added to norms, so that gradients of any
+    size do; a step without a gradient leaves the limiter as it is.
+    """
+
+    _recipe = "fira"
+
+
+class Apollo(RecipeOptimizer):
+    """APOLLO: the gradient, scaled by what Adam does to the norms of a random sketch of it (arXiv 2412.05270).
+
+    For linear weights of attention and MLP, m ≥ n (wide ones are transposed). All other weights get AdamW. P is random,
+    n × k with variance 1/k, new every ``gap`` steps and never stored; one s for each row (each column of a wide
+    weight)::
+
+        R = G P,  M ← β₁ M + (1−β₁) R,  V ← β₂ V + (1−β₂) R²,  N = M / (√V + ε)
+        S = s G,  s = ‖N‖ / ‖R‖,  S ← S · min(1, ``growth`` ‖S₋‖ / ‖S‖)
+        W ← (1 − ηλ) W − η · ``scale`` · √(1−β₂ᵗ) / (1−β₁ᵗ) · S
+
+    Defaults: betas (0.9, 0.999), ``rank`` 1/4 of the short side, ``gap`` 200, ``scale`` 1, ``scaling`` ``channel``,
+    ``growth`` 1.01. State: 2km + 1 numbers for an m × n weight, and AdamW's state for embeddings and head. Learning
+    rate: the authors use 0.01 for LLaMA from 60M to 1B, with warmup, and ε = 1e-6.
+
+    Differences from the authors' package: ``scale`` is the factor itself, where the package takes the root of its
+    option; P comes from another generator, and all matrices of a stack share it; blocks take turns with new
+    projections; no 1e-8 is added to norms; a step without a gradient leaves the limiter as it is; weight decay acts
+    before the update. Whether the limiter comes before or after the scale (``scale_front``) changes nothing.
+    """
+
+    _recipe = "apollo"
+
+
+class ApolloMini(Apollo):
+    """APOLLO-Mini: APOLLO with a sketch of rank 1 and one factor for each weight (arXiv 2412.05270).
+
+    As :class:`Apollo`, with s = ‖N‖ / ‖R‖ of the whole matrix.
+
+    Defaults: ``rank`` 1, ``scale`` √128 (128 in the authors' package), ``scaling`` ``tensor``. State: 2m + 1 numbers
+    for an m × n weight, and AdamW's state for embeddings and head. Learning rate: as for :class:`Apollo`.
+    """
+
+    _recipe = "apollo_mini"

@@ -51,7 +51,8 @@ class MemOpt(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         max_update: Bound c on every element of |U / D|, which is about 1 in ordinary training; None for no bound.
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
-            Unused where the betas bound U / D (dense second moment, momentum dense or none), or with no second moment.
+            Unused where the betas bound U / D (dense second moment, momentum dense or none), or where U has the unit of
+            a gradient and no second moment divides it.
         fused: Whether to use Triton kernels on CUDA. None: where they pass a check; True: always. Not saved.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
@@ -62,6 +63,9 @@ class MemOpt(torch.optim.Optimizer):
         handover: What happens to momentum in a new subspace: ``reset``, ``rotate`` or ``keep``.
         reduction: How to reduce a subset's squares: ``mean`` or ``sum``.
         subset_size: Elements per subset of a subset norm.
+        scale: Factor on the update of Adam in a projection (``galore``, ``fira``, ``apollo``).
+        scaling: What shares a factor with ``apollo``: each ``channel`` or the whole ``tensor``.
+        growth: Bound on the growth of the norm of a scaled gradient from one step to the next (``fira``, ``apollo``).
         options: Options of kinds that another package registered.
 
     Raises:
@@ -92,10 +96,14 @@ class MemOpt(torch.optim.Optimizer):
         handover: str | None = None,
         reduction: str | None = None,
         subset_size: int | None = None,
+        scale: float | None = None,
+        scaling: str | None = None,
+        growth: float | None = None,
         **options: Any,
     ) -> None:
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
+        options |= {"scale": scale, "scaling": scaling, "growth": growth}
         check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
         plan = load_plan(recipe).updated(overrides=overrides, options=options)
         given: dict[str, Any] = {"betas": betas, "state_dtype": parsing.state_dtype(state_dtype), "seed": seed}

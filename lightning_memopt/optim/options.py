@@ -17,6 +17,7 @@ OF_THE_OPTIMIZER = ("fused", "head_dim", "nonfinite", "overrides", "seed", "stat
 # Other names for options of the optimizer or of a group.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
 OTHER_NAMES |= {"update_proj_gap": "gap", "proj_type": "projection"}  # GaLore's
+OTHER_NAMES |= {"scale_type": "scaling", "alpha": "scale"}  # APOLLO's and Fira's
 # Options of torch's AdamW without a meaning here, and why.
 TORCHS = {
     "amsgrad": "no second moment keeps a maximum",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memopt._registry import Registry, listed, nearest, unknown
-from lightning_memopt.kinds.momentum import DenseMomentum, LowRankMomentum, SubspaceMomentum
+from lightning_memopt.kinds.momentum import (
+    ApolloMomentum,
+    DenseMomentum,
+    FiraMomentum,
+    GaLoreMomentum,
+    LowRankMomentum,
+    Momentum,
+    SubspaceMomentum,
+)
 from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.kinds.second_moment import DenseSecondMoment, SecondMoment, SubsetNormSecondMoment
 from lightning_memopt.plans.effect import PlanWarning, compresses_any
@@ -55,7 +64,15 @@ def _on_linear(name: str, default: Recipe, linear: Recipe, betas: tuple[float, f
     lora = linear
     if isinstance(linear.momentum, SubspaceMomentum):
         lora = linear.with_options({"rank": _LORA_RANK})
-    return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora}, **roles)
+    return _named(name, default, betas, **{**dict.fromkeys(_LINEAR, linear), "lora": lora, **roles})
+
+
+def _on_layers(name: str, momentum: Momentum) -> Plan:
+    """Register a plan with Adam in a projection for the linear weights of attention and MLP.
+
+    All else gets Adam, as in the authors' code, and so do adapters, which are small already.
+    """
+    return _on_linear(name, _ADAM, Recipe(momentum, "none"), (0.9, 0.999), head=_ADAM, lora=_ADAM)
 
 
 ADAMW = _named("adamw", _ADAM)
@@ -76,6 +93,10 @@ _RMSPROP = Recipe("none", _RAW)
 RMSPROP_SN = _on_linear("rmsprop_sn", _RMSPROP, Recipe("none", _SUMS), (0.0, 0.999), vector=_RMSPROP)
 ADAM_MINI = _named("adam_mini", Recipe("dense", "blockwise"))
 ADAFACTOR = _named("adafactor", Recipe("none", "factored"))
+GALORE = _on_layers("galore", GaLoreMomentum())
+FIRA = _on_layers("fira", FiraMomentum())
+APOLLO = _on_layers("apollo", ApolloMomentum())
+APOLLO_MINI = _on_layers("apollo_mini", ApolloMomentum(rank=1, scale=math.sqrt(128), scaling="tensor"))
 
 
 def recipe_names() -> list[str]:

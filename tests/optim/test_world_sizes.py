@@ -38,8 +38,14 @@ pytestmark = pytest.mark.slow
 STEPS, GAP = (1, 2, 4, 6, 7), {"gap": 3}  # what `fill` gives; every subspace is chosen again, once or twice
 TOLERANCE = 1e-5
 MESHES = {"two": (2,), "three": (3,), "four": (4,), "hybrid": (2, 2)}
+
+
+def recurs(name: str) -> bool:
+    return any("gap" in recipe.options() for recipe in lm.load_plan(name).roles.values())
+
+
 RECIPES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    name: functools.partial(lm.MemOpt, recipe=name, lr=1e-2, weight_decay=0.1, **(GAP if "snsm" in name else {}))
+    name: functools.partial(lm.MemOpt, recipe=name, lr=1e-2, weight_decay=0.1, **(GAP if recurs(name) else {}))
     for name in lm.recipe_names()
 }
 RATES: dict[str, dict[str, float]] = {
@@ -60,7 +66,7 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 # What one process finds, by name: computed once, and read by all ranks.
 EXPECTED: dict[str, Any] = {}
 REBOUND = (lm.AdaPMLean, lm.AdamSNSM, lm.AdamMini)
-CONTINUED = ("adapm", "adapm_mini", "adapm_lean", "adam_snsm", "adamw")
+CONTINUED = ("adapm", "adapm_mini", "adapm_lean", "adam_snsm", "adamw", "galore", "apollo")
 CHANGES: dict[str, dict[str, Any]] = {
     "model.layers.0.mlp.gate_proj.weight": {"rank": 7},
     "model.layers.0.self_attn.q_proj.weight": {"momentum": "dense"},
@@ -345,7 +351,10 @@ def refusals_change_nothing(mesh: DeviceMesh) -> None:
 
 
 def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
-    """Whichever mesh dimension shards the rows. The gradient check is one collective of all ranks."""
+    """Whichever mesh dimension shards the rows. The gradient check is one collective of all ranks.
+
+    Fira takes five: its limiter asks for a norm after all that a new subspace asks. Exact subspaces are refused here.
+    """
     if mesh.ndim < 2:
         return
     both, swapped = [Shard(0), Shard(1)], [Shard(1), Shard(0)]
@@ -362,7 +371,8 @@ def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
             name: nn.Parameter(distribute_tensor(p.detach(), mesh, blocks[name][1], src_data_rank=None))
             for name, p in reference.items()
         }
-        one, two = RECIPES[recipe](named(reference)), RECIPES[recipe](named(params))
+        options = {"projection": "power"} if recipe in ("galore", "fira") else {}
+        one, two = (RECIPES[recipe](named(each), **options) for each in (reference, params))
         for step in range(1, 6):
             fill(reference, step)
             fill(params, step)
@@ -371,7 +381,7 @@ def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
             two.step()
             after = [group._get_sequence_number_for_group() for group in mesh.get_all_groups()]
             counts = [late - early for early, late in zip(before, after, strict=True)]
-            assert max(counts) <= 4, f"{recipe}, step {step}: {counts}"
+            assert max(counts) <= (5 if recipe == "fira" else 4), f"{recipe}, step {step}: {counts}"
         for name in params:
             assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, recipe
 
