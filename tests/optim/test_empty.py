@@ -24,7 +24,10 @@ def parameters(*shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer(named: list[tuple[str, nn.Parameter]], kind: Kind) -> lm.MemOpt:
-    recipe = lm.Recipe(kind, "dense") if isinstance(kind, Momentum) else lm.Recipe("dense", kind)
+    if isinstance(kind, Momentum):
+        recipe = lm.Recipe(kind, "none" if kind.averages_squares else "dense")
+    else:
+        recipe = lm.Recipe("dense", kind)
     return lm.MemOpt(named, recipe="adamw", lr=1e-2, overrides={"*": recipe})
 
 
