@@ -55,7 +55,7 @@ _WITH_RATIO = _rows(
     ratio=RATIO,
 )  # fmt: skip
 _PARTS = (
-    "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
+    "AdamW", "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
     "what is dropped, dropped for good", "momentum outside the subspace only", "adafactor", "dense x factored",
     *(f"no momentum for {role}" for role in ROLES), "max_update None", "max_update 3.0", "max_update 1.0",
 )  # fmt: skip
