@@ -59,6 +59,7 @@ _PARTS = (
     "what is dropped, dropped for good", "momentum outside the subspace only", "adafactor", "dense x factored",
     *(f"no momentum for {role}" for role in ROLES), "max_update None", "max_update 3.0", "max_update 1.0",
 )  # fmt: skip
+_SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -121,6 +122,30 @@ STUDIES: dict[str, Study] = {
     "gpt2": Study(
         "GPT-2, 4,096 tokens a step", Settings(model="gpt2", steps=300, batch=32, every=50), tuple(_OURS[:3])
     ),
+    "ratio": Study(
+        "Ratio of rates, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(
+            row
+            for ratio in (1.0, 3.0, RATIO, 32.0)
+            for row in _rows(
+                ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3), ratio=ratio, tuned=False, seeds=(0,)
+            )
+        ),
+    ),
+    "subspaces": Study(
+        "Choice of subspaces and handover of momentum, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(_rows(*((name, 4e-3) for name in ("AdamW", *_SUBSPACES)), tuned=False, seeds=(0,))),
+    ),
+    **{
+        f"{share} tokens": Study(
+            f"{share} of the tokens, 4,096 tokens a step",
+            Settings(steps=steps, batch=32, every=steps // 3),
+            tuple(_rows(("AdamW", 2e-3), ("adam_snsm", 4e-3), ("adapm_lean", 2e-3), tuned=False, seeds=(0,))),
+        )
+        for share, steps in (("50%", 150), ("65%", 195), ("80%", 240))
+    },
     "16k": Study(
         "16,384 tokens a step",
         Settings(steps=300, batch=128, every=50, max_chars=16_000_000),
