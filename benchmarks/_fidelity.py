@@ -62,7 +62,9 @@ class Shadow:
         """Compare a gradient with the momentum before it, inside and outside of the directions that are kept."""
         kind = block.recipe.momentum
         state = self._optimizer.state[param]
-        if not state or not kind.keys or (factors := kind.factors(block.part(state, kind.keys), block.layout)) is None:
+        if not (state and kind.keys and momentum.any()):  # in the first step there is none before it
+            return
+        if (factors := kind.factors(block.part(state, kind.keys), block.layout)) is None:
             return
         left, right = (torch.linalg.qr(factor)[0] for factor in (factors[0], factors[1].mT))
         inside = [left @ (left.mT @ each @ right) @ right.mT for each in (grad, momentum)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ Losses after {short} steps, {short * tokens:.3g} million tokens.
 
 def plot(final: Results, path: Path) -> None:
     """Draw the validation loss against tokens, and the second half of it."""
+    if find_spec("matplotlib") is None:
+        print(f"{path.name} needs matplotlib: --report draws it on a machine that has it", flush=True)
+        return
     curves = {f"{run['variant']}, lr {run['lr']:g}": run for run in final if run["curve"]}
     if not curves:
         return

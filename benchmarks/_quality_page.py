@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from _curves import loss_or_inf
 from _fidelity import RANKS
+from _quality_rows import Result, best_runs, needed, runs_of
 from _report import markdown, origins
-from _studies import RATIO, Row, Study
+from _studies import RATIO, Study
 from _variants import REFERENCE
 
-Result = Mapping[str, Any]
+# AdamW of torch, and of this package for rates by role.
+CONTROLS = (REFERENCE, "adamw")
 Found = Sequence[tuple[Study, Sequence[Result]]]
-
-
-def runs_of(results: Sequence[Result], row: Row) -> list[Result]:
-    """Return all runs of a row."""
-    return [run for run in results if run["variant"] == row.variant and run["ratio"] == row.ratio]
-
-
-def best_runs(results: Sequence[Result], row: Row) -> list[Result]:
-    """Return a row's runs at the best learning rate of its first seed, sorted by seed."""
-    mine = runs_of(results, row)
-    tuning = [run for run in mine if run["seed"] == row.seeds[0]]
-    if not tuning:
-        return []
-    lr = min(tuning, key=loss_or_inf)["lr"]
-    return sorted((run for run in mine if run["lr"] == lr), key=lambda run: run["seed"])
 
 
 def mean_loss(runs: Sequence[Result]) -> float:
@@ -43,23 +30,40 @@ def shares(run: Result) -> tuple[float, float]:
 
 
 def table(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of a study, best mean first."""
+    """Return the header and the rows of a study, best mean first. Rows whose rate is not tuned yet are left out."""
     found = [(row, runs) for row in study.rows if (runs := best_runs(results, row))]
-    control = [mean_loss(runs) for row, runs in found if row.variant == REFERENCE and row.ratio == 1]
+    controls = {row.ratio: by_seed(runs) for row, runs in found if row.variant in CONTROLS}
     seeds = sorted({run["seed"] for _, runs in found for run in runs})
     several = ["mean", "std"] if len(seeds) > 1 else []
-    head = ["optimizer", "ratio", "lr", *(f"seed {seed}" for seed in seeds), *several, "to AdamW", "momentum", "state"]
+    against = ["to AdamW"] if controls else []
+    head = ["optimizer", "ratio", "lr", *(f"seed {seed}" for seed in seeds), *several, *against, "momentum", "state"]
     lines = []
     for row, runs in sorted(found, key=lambda each: mean_loss(each[1])):
-        losses = {run["seed"]: loss_or_inf(run) for run in runs}
+        losses = by_seed(runs)
         finite = [loss for loss in losses.values() if math.isfinite(loss)]
         spread = f"{statistics.stdev(finite):.3f}" if len(finite) > 1 else ""
-        mean = [f"{mean_loss(runs):.3f}", spread] if several else []
-        other = f"{mean_loss(runs) / control[0] - 1:+.1%}" if control else ""
-        cells = [f"{losses[seed]:.3f}" if seed in losses else "" for seed in seeds]
+        mean = [_shown(mean_loss(runs)), spread] if several else []
+        cells = [_shown(losses[seed]) if seed in losses else "" for seed in seeds]
         sizes = [f"{share:.1%}" for share in shares(runs[0])]
-        lines.append([row.variant, f"{row.ratio:g}", f"{runs[0]['lr']:g}", *cells, *mean, other, *sizes])
+        other = [relative(losses, controls.get(row.ratio, {}))] if controls else []
+        lines.append([row.variant, f"{row.ratio:g}", f"{runs[0]['lr']:g}", *cells, *mean, *other, *sizes])
     return head, lines
+
+
+def by_seed(runs: Sequence[Result]) -> dict[int, float]:
+    """Return the losses of a row."""
+    return {run["seed"]: loss_or_inf(run) for run in runs}
+
+
+def relative(losses: Mapping[int, float], control: Mapping[int, float]) -> str:
+    """Return how much higher the mean loss is than the control's, over the seeds that both have."""
+    seeds = losses.keys() & control.keys()
+    means = [statistics.fmean(each[seed] for seed in seeds) for each in (losses, control)] if seeds else [math.inf]
+    return f"{means[0] / means[1] - 1:+.1%}" if all(map(math.isfinite, means)) else ""
+
+
+def _shown(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
 
 
 def tuning(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -68,7 +72,7 @@ def tuning(study: Study, results: Sequence[Result]) -> tuple[list[str], list[lis
     for row in study.rows:
         tried = {run["lr"]: loss_or_inf(run) for run in runs_of(results, row) if run["seed"] == row.seeds[0]}
         if len(tried) > 1:
-            cells = ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))
+            cells = ", ".join(f"{lr:g}: {_shown(tried[lr])}" for lr in sorted(tried))
             lines.append([row.variant, f"{row.ratio:g}", cells])
     return ["optimizer", "ratio", "loss at each rate, first seed"], lines
 
@@ -135,7 +139,9 @@ def page(found: Found, costs: Sequence[Result]) -> str:
     if costs:
         parts += ["## All optimizers", _COST, markdown(*comparison(*found[0], costs)), origins(costs)]
     for study, results in found:
-        parts += [f"## {study.title}", _setting(study), markdown(*table(study, results))]
+        parts += [f"## {study.title}", _filled(f"{_setting(study)}{_unfinished(study, results)}")]
+        if (lines := table(study, results))[1]:
+            parts.append(markdown(*lines))
         if study is found[0][0]:
             parts.append("![validation loss against tokens](quality.png)")
         if study.settings.fidelity:
@@ -150,16 +156,20 @@ def page(found: Found, costs: Sequence[Result]) -> str:
 def _intro(study: Study) -> str:
     settings = study.settings
     shape = f"{settings.layers} layers, width {settings.hidden}, {settings.heads} heads, {settings.vocabulary:,} tokens"
-    return f"""# Quality
+    about = f"""Small language models ({shape}) trained from scratch on text ({settings.data}), with
+{settings.warmup:.0%} linear warm-up, then a cosine to {settings.final_lr:.0%} of the learning rate, betas (0.9, 0.95)
+unless a name says otherwise, no weight decay, gradients clipped to norm {settings.clip:g}. At a given seed, all
+optimizers share initial weights and batches. Where "rates tried" follows a table, the rate is tuned for each row with
+the first seed: half the middle rate, the middle, twice it, and further while the best is at an edge. The other seeds
+run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at the end. "to AdamW" compares it
+with AdamW's at the same ratio and seeds. "momentum" and "state" are shares of AdamW's bytes. "ratio" multiplies the
+rate of embeddings and norms: `overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier":
+{RATIO:g}}}}}`. `adamw` is this package's AdamW, which equals torch's."""
+    return f"# Quality\n\n{_filled(about)}"
 
-Small language models ({shape}) trained from scratch on text of the {settings.data}, with {settings.warmup:.0%} linear
-warm-up, then a cosine to {settings.final_lr:.0%} of the learning rate, betas (0.9, 0.95) unless a name says otherwise,
-no weight decay, gradients clipped to norm {settings.clip:g}. At a given seed, all optimizers share initial weights and
-batches. The rate is tuned for each row with the first seed: half the middle rate, the middle, twice it, and further
-while the best is at an edge. The other seeds run at the best rate. Loss: mean over {settings.validation_tokens:,}
-held-out tokens at the end. "momentum" and "state" are shares of AdamW's bytes. "ratio" multiplies the rate of
-embeddings and norms: `overrides={{"embedding": {{"lr_multiplier": 11.3}}, "vector": {{"lr_multiplier": 11.3}}}}`.
-`adamw` is this package's AdamW, which equals torch's."""
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120)
 
 
 def _setting(study: Study) -> str:
@@ -171,13 +181,19 @@ def _setting(study: Study) -> str:
     )
 
 
+def _unfinished(study: Study, results: Sequence[Result]) -> str:
+    left = [row for row in study.rows if needed(results, row)]
+    return f" Runs are still missing for {len(left)} of {len(study.rows)} rows." if left else ""
+
+
 _COST = """State, time of a step as a multiple of fused AdamW's, and temporary memory of a step as a multiple of the
 largest block, on the shapes of a LLaMA with 60 million parameters, from one run on a CPU. Losses are those of the next
 section."""
-_FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all matrices
-and seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and full Adam's
-change; and the same for a step along the gradient."""
-_SPECTRA = """The share of M's energy that its best approximation of a rank would keep:"""
+_FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all roles of
+matrices and all seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and
+full Adam's change; and the same for a step along the gradient."""
+_SPECTRA = """The share of M's energy that its best approximation of a rank would keep, averaged over all of these
+runs:"""
 _SWINGS = """The cosine between a gradient and full Adam's momentum before it, averaged over all steps: inside the
 directions that the kept momentum holds (its row and column space), and outside of them. Negative: gradients swing back
 and forth there."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _quality_page import Found, Result, best_runs, mean_loss, shares
+from _quality_page import Found, mean_loss, shares
+from _quality_rows import Result, best_runs
 from _studies import Study
 from _variants import REFERENCE
 
@@ -99,5 +100,5 @@ def _zoom(axis: Any, curves: Mapping[str, Curve], order: Sequence[str], styles: 
             va="center",
             fontsize=SMALL,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": styles[name][0], "linewidth": 0.7},
+            arrowprops={"arrowstyle": "-", "color": styles[name][0], "linewidth": 0.7, "relpos": (0, 0.5)},
         )

@@ -70,9 +70,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print a table, in markdown where rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(f"{title}\n\n{markdown(head, rows)}")
+        return
 
     table = Table(title=title)
     for index, name in enumerate(head):

@@ -55,15 +55,12 @@ _WITH_RATIO = _rows(
     ratio=RATIO,
 )  # fmt: skip
 _PARTS = (
-    "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
+    "AdamW", "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
     "what is dropped, dropped for good", "momentum outside the subspace only", "adafactor", "dense x factored",
     *(f"no momentum for {role}" for role in ROLES), "max_update None", "max_update 3.0", "max_update 1.0",
 )  # fmt: skip
-_SUBSPACES = (
-    "snsm_lean", "snsm_lean, gap 5", "snsm_lean, gap 50", "snsm_lean, gap 200", "snsm_lean, rotate", "snsm_lean, keep",
-)  # fmt: skip
-_BEST = (("adamw", 2e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3))
-_RATIOS = (1.0, 3.4, RATIO, 38.0)
+_SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))
+_BEST = (("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3))
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -108,27 +105,6 @@ STUDIES: dict[str, Study] = {
         Settings(steps=300, batch=32, every=50),
         tuple(_rows(*((name, 2e-3) for name in _PARTS), tuned=False, seeds=(0,))),
     ),
-    "snsm": Study(
-        "Subspaces of snsm_lean, 4,096 tokens a step",
-        Settings(steps=300, batch=32, every=50),
-        tuple(_rows(*((name, 4e-3) for name in _SUBSPACES), tuned=False, seeds=(0,))),
-    ),
-    "ratio": Study(
-        "Ratio of rates, 4,096 tokens a step",
-        Settings(steps=300, batch=32, every=50),
-        tuple(row for ratio in _RATIOS for row in _rows(*_BEST, ratio=ratio, tuned=False, seeds=(0,))),
-    ),
-    **{
-        f"{share}%": Study(
-            f"{share}% of the tokens, each with its own schedule",
-            Settings(steps=3 * share, batch=32, every=50),
-            tuple(
-                _rows(*_BEST, ratio=RATIO, tuned=False, seeds=(0,))
-                + _rows(("adam_snsm", 4e-3), tuned=False, seeds=(0,))
-            ),
-        )
-        for share in (50, 65, 80)
-    },
     "rank 4k": Study(
         "Rank at 4,096 tokens a step",
         Settings(steps=300, batch=32, every=50, fidelity=True),
@@ -142,11 +118,32 @@ STUDIES: dict[str, Study] = {
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
-        tuple(_rows(("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3), ratio=RATIO, tuned=False)),
+        tuple(_rows(*_BEST, ratio=RATIO, tuned=False)),
     ),
     "gpt2": Study(
         "GPT-2, 4,096 tokens a step", Settings(model="gpt2", steps=300, batch=32, every=50), tuple(_OURS[:3])
     ),
+    "ratio": Study(
+        "Ratio of rates, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(row for ratio in (1.0, 3.0, RATIO, 32.0) for row in _rows(*_BEST, ratio=ratio, tuned=False, seeds=(0,))),
+    ),
+    "subspaces": Study(
+        "Choice of subspaces and handover of momentum, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(_rows(*((name, 4e-3) for name in ("AdamW", *_SUBSPACES)), tuned=False, seeds=(0,))),
+    ),
+    **{
+        f"{share} tokens": Study(
+            f"{share} of the tokens, 4,096 tokens a step",
+            Settings(steps=steps, batch=32, every=steps // 3),
+            (
+                *_rows(("AdamW", 2e-3), ("adam_snsm", 4e-3), ("adapm_lean", 2e-3), tuned=False, seeds=(0,)),
+                *_rows(*_BEST, ratio=RATIO, tuned=False, seeds=(0,)),
+            ),
+        )
+        for share, steps in (("50%", 150), ("65%", 195), ("80%", 240))
+    },
     "16k": Study(
         "16,384 tokens a step",
         Settings(steps=300, batch=128, every=50, max_chars=16_000_000),

@@ -133,8 +133,12 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
         finite = bool(torch.isfinite(norm))
         if not finite:
             break
-        with shadow.watching(step, settings.steps) if shadow else nullcontext():
-            optimizer.step()
+        try:
+            with shadow.watching(step, settings.steps) if shadow else nullcontext():
+                optimizer.step()
+        except FloatingPointError:  # of ours, before the weights become infinite
+            finite = False
+            break
         optimizer.zero_grad()
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             seen = (step + 1) * settings.batch * settings.length

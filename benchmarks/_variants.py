@@ -122,7 +122,7 @@ VARIANTS = {
         Variant("dense x factored", _mixed({"momentum": "dense"})),
         Variant("snsm_lean", "snsm_lean"),
         Variant("snsm_lean, rank 4", "snsm_lean", options={"rank": 4}),
-        *(Variant(f"snsm_lean, gap {gap}", "snsm_lean", options={"gap": gap}) for gap in (5, 50, 200)),
+        *(Variant(f"snsm_lean, gap {gap}", "snsm_lean", options={"gap": gap}) for gap in (2, 40, 200)),
         *(Variant(f"snsm_lean, {name}", "snsm_lean", options={"handover": name}) for name in ("rotate", "keep")),
         Variant("scale", "scale"),
         Variant("galore", "galore"),

@@ -4,9 +4,9 @@
     python benchmarks/pretrain_gpu.py --report            # only rewrite the page and the plot from the results
     python benchmarks/pretrain_gpu.py --toy               # a minute on a CPU, to try the script
 
-It needs torch and transformers, and no network: the text is the Python source code of everything installed. The
-learning rate of each optimizer is tuned with runs of a tenth of the length. Then all of them train at AdamW's best
-rate, and those whose own best rate differs also at that.
+It needs torch and transformers (and matplotlib for the plot, which ``--report`` draws later), and no network: the text
+is the Python source code of everything installed. The learning rate of each optimizer is tuned with runs of a tenth of
+the length. Then all of them train at AdamW's best rate, and those whose own best rate differs also at that.
 
 Results are appended to ``pretrain_gpu.jsonl`` after every run, and a run recorded there with the same settings, text
 and optimizer is not repeated. A run that does not fit into ``--minutes`` any more is skipped; one that is cut off goes

@@ -23,40 +23,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _curves import loss_or_inf
 from _pool import train_in_pool
 from _quality_cost import costs
-from _quality_page import page, runs_of, table
+from _quality_page import page, table
 from _quality_plots import plot_curves, plot_ranks
+from _quality_rows import needed
 from _report import OUTPUT, command, commit, date, machine, show
 from _studies import STUDIES, Row, Study
 from _train import Run, Settings, load_tokens, train
 from _variants import VARIANTS
 
-MAX_EXTENSIONS = 4
 TRIAL = {"steps": 8, "batch": 2, "every": 4, "validation_tokens": 1024, "curve_tokens": 512, "data": "synthetic"}
 Result = dict[str, Any]
-
-
-def rounded(lr: float) -> float:
-    """Round off the last bits of a learning rate, so that it can be a key."""
-    return float(f"{lr:.4g}")
-
-
-def needed(row: Row, results: Sequence[Result]) -> list[Run]:
-    """Return the runs of a row that can start now, given the finished ones."""
-    done = {(run["lr"], run["seed"]): loss_or_inf(run) for run in runs_of(results, row)}
-    first, factors = row.seeds[0], (0.5, 1, 2) if row.tuned else (1,)
-    lrs = sorted({rounded(row.lr * factor) for factor in factors})
-    best = lrs[0]
-    for _ in range(MAX_EXTENSIONS + 1):
-        if missing := [lr for lr in lrs if (lr, first) not in done]:
-            return [Run(row.variant, lr, first, row.ratio) for lr in missing]
-        best = min(lrs, key=lambda lr: done[lr, first])
-        if len(lrs) == 1 or lrs[0] < best < lrs[-1]:
-            break
-        lrs = sorted([*lrs, rounded(best * 2 if best == lrs[-1] else best / 2)])
-    return [Run(row.variant, best, seed, row.ratio) for seed in row.seeds[1:] if (best, seed) not in done]
 
 
 def read(path: Path, settings: Settings) -> list[Result]:
@@ -79,7 +57,10 @@ def read_costs(path: Path) -> list[Result]:
 
 
 def definition(variant: str) -> dict[str, Any] | None:
-    """Return what defines the optimizer of a run; None if there is none of this name any more."""
+    """Return what defines the optimizer of a run; None if there is none of this name any more.
+
+    It names a recipe, so it does not see that the package changed it: the results must be removed then.
+    """
     return VARIANTS[variant].definition() if variant in VARIANTS else None
 
 
@@ -89,7 +70,7 @@ def train_all(study: Study, rows: Sequence[Row], args: argparse.Namespace, until
     results = read(args.results, study.settings)
 
     def todo(found: list[Result]) -> list[Run]:
-        return [] if time.monotonic() > until else [run for row in rows for run in needed(row, found)]
+        return [] if time.monotonic() > until else [run for row in rows for run in needed(found, row)]
 
     if not todo(results):
         return
@@ -117,6 +98,9 @@ def measure_costs(studies: Iterable[Study], args: argparse.Namespace) -> None:
 def chosen(args: argparse.Namespace) -> dict[str, Study]:
     """Return the studies to run, as they run."""
     studies = {name: STUDIES[name] for name in args.studies}
+    if args.root:
+        text = {name: dataclasses.replace(study.settings, data=args.root) for name, study in studies.items()}
+        studies = {name: dataclasses.replace(study, settings=text[name]) for name, study in studies.items()}
     if not args.trial:
         return studies
     settings = {name: dataclasses.replace(study.settings, **TRIAL) for name, study in studies.items()}

@@ -16,7 +16,7 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.callbacks import adaptive_report as report
 from lightning_memopt.callbacks.allocation import adaptable, compressed_kind
 from lightning_memopt.callbacks.allocation_figure import add_figure, allocation_figure, log_folder
-from lightning_memopt.callbacks.allocator import Allocator
+from lightning_memopt.callbacks.allocator import Allocator, lines
 from lightning_memopt.callbacks.budget import parse_budget
 from lightning_memopt.callbacks.console import say, warn_on_failed_write
 from lightning_memopt.callbacks.policies import POLICIES, Policy
@@ -288,7 +288,7 @@ class AdaptiveMomentum(Callback):
         return decided_alike(
             "AdaptiveMomentum's changes",
             decide,
-            lambda changes: [f"{name}: {change}" for name, change in changes.items()],
+            lines,
             [dist.group.WORLD] if several else [],
             self._trainer.strategy.root_device,
         )

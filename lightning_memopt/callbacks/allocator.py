@@ -28,6 +28,20 @@ from lightning_memopt.optim.signals import BlockSignals
 Signals = Mapping[str, BlockSignals]
 
 
+def lines(changes: Mapping[str, Any]) -> list[str]:
+    """Return a line for each change.
+
+    Raises:
+        TypeError: If they are no mapping.
+    """
+    if not isinstance(changes, Mapping):
+        raise TypeError(
+            "propose() must return a mapping from names of blocks to changes, such as {'head.weight': {'rank': 8}}, or "
+            f"an empty one, got {changes!r}."
+        )
+    return [f"{name}: {change}" for name, change in changes.items()]
+
+
 @dataclass(frozen=True)
 class Allocator:
     """Decides how much momentum each block of an optimizer gets, and changes the optimizer. It knows no steps.
@@ -137,7 +151,7 @@ class Allocator:
             if budget is not None and size > budget:
                 raise ValueError(
                     f"The policy, or propose(), requested changes that need {format_bytes(size)} of momentum, but the "
-                    f"budget is {format_bytes(budget)}. Nothing has changed."
+                    f"budget is {format_bytes(budget)}. Nothing has changed. Return smaller ranks, or raise `budget`."
                 )
             self.optimizer.reformat(changes, dropped=self.dropped)
         after = {block.name: block.rank for block in self._candidates({})}

@@ -103,7 +103,7 @@ def test_a_subclass_decides():
     assert (by_name[first].second_moment, by_name[second].second_moment) == ("factored", "dense")
 
 
-def test_a_subclass_cannot_exceed_the_budget():
+def test_a_subclass_that_proposes_wrongly_is_told_so():
     class Greedy(AdaptiveMomentum):
         def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
             return {name: {"momentum": "dense"} for name in signals}
@@ -112,11 +112,16 @@ def test_a_subclass_cannot_exceed_the_budget():
         def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
             return {"model.lm_head": {"momentum": "dense"}}
 
-    over_budget = r"changes that need .* of momentum, but the budget is .*\. Nothing has changed"
-    for kind, match in ((Greedy, over_budget), (Mistaken, "model.lm_h")):
+    class Forgetful(AdaptiveMomentum):
+        def propose(self, snapshot: Any, signals: Any) -> Any:
+            return None
+
+    over_budget = r"changes that need .* of momentum, but the budget is .*\. Return smaller ranks, or raise"
+    nothing = r"propose\(\) must return a mapping from names of blocks to changes.*, got None"
+    for kind, match in ((Greedy, over_budget), (Mistaken, "model.lm_h"), (Forgetful, nothing)):
         module, callback = Module(), kind(0.25, every_n_steps=2, freeze_after=None)
         made = trainer(callback, max_steps=4)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((ValueError, TypeError), match=match):
             made.fit(module)
         assert steps_of(callback) == [0]
         ranks = {block.name: kept_rank(block) for block in made.optimizers[0].snapshot().blocks if len(block.shape) > 1}
@@ -147,6 +152,7 @@ def test_policy_as_a_function():
     [
         (lambda problem: {}, "None"),
         (lambda problem: None, "None"),
+        (lambda problem: 3, "3"),
         (lambda problem: {block.name: 1.5 for block in problem.blocks}, "1.5"),
         (lambda problem: {block.name: -1 for block in problem.blocks}, "-1"),
         (lambda problem: {block.name: block.dense_rank + 1 for block in problem.blocks}, "[0-9]+"),

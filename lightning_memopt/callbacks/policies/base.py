@@ -101,7 +101,8 @@ def answer(policy: Policy, problem: Problem) -> Mapping[str, int]:
     ranks = policy(problem)
     for block in problem.blocks:
         rank = ranks.get(block.name) if isinstance(ranks, Mapping) else ranks
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= block.dense_rank:
+        whole = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank <= block.dense_rank
+        if not whole or not isinstance(ranks, Mapping):
             raise ValueError(
                 f"The policy {getattr(policy, '__name__', policy)!r} returned {rank!r} for {block.name!r}: it must map "
                 f"the name of every block to an integer, here from 0 to {block.dense_rank}."
