@@ -1,4 +1,4 @@
-"""How Subspace-Momentum chooses its subspace, and how it carries the momentum over to a new one.
+"""How kinds choose the subspace of their momentum, and how Subspace-Momentum carries it over to a new one.
 
 All functions see a tall block, ``[..., m, n]`` with m ≥ n. ``long`` and ``short`` are the dimensions of the original
 block that correspond to m and n, so sums go over the right ranks. Projections take the whole previous basis and return
@@ -40,6 +40,16 @@ def sides(layout: Layout) -> tuple[int, int]:
     """Return the long and the short dimension of the block, in this order."""
     m, n = layout.matrix[-2:]
     return (-2, -1) if m >= n else (-1, -2)
+
+
+def check_gap(gap: Any) -> None:
+    """Check a number of steps between two choices of a projection.
+
+    Raises:
+        ValueError: If it is not an integer of at least 1.
+    """
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {gap!r}.")
 
 
 def axes(basis: Tensor, layout: Layout, short: int) -> Tensor:
