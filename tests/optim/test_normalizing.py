@@ -260,3 +260,21 @@ def test_coefficients_that_diverge_are_refused():
     with pytest.raises(ValueError, match=r"`ns_steps` must be an integer from 1 to 10, got 11; more would amplify"):
         OrthogonalSecondMoment(ns_steps=11)
     assert OrthogonalSecondMoment(ns_coefficients=[2, -1.5, 0.5]).ns_coefficients == (2.0, -1.5, 0.5)
+
+
+@pytest.mark.parametrize("option", ["bias_correction", "correct_eps"])
+@pytest.mark.parametrize(("recipe", "kinds"), [("scale", "none × normalized"), ("galore", "galore × none")])
+def test_without_an_average_there_is_nothing_to_correct(recipe, kinds, option):
+    with pytest.raises(ValueError, match=f"sets '{option}', which has no effect on .* they have {kinds}"):
+        lm.MemOpt(weights(SHAPES).items(), recipe, overrides={"mlp": {option: False}})
+
+
+def test_kinds_without_state_replace_each_other():
+    params = weights(SHAPES)
+    optimizer = lm.Muon(params.items())
+    take_steps(optimizer, params, range(1, 4))
+    momentum = optimizer.state[params[UP]]["exp_avg"].clone()
+    optimizer.reformat({"mlp": {"second_moment": "normalized"}})
+    assert_equal(optimizer.state[params[UP]]["exp_avg"], momentum)
+    assert next(block for block in optimizer.snapshot().blocks if block.name == UP).second_moment == "normalized"
+    take_steps(optimizer, params, [4])

@@ -73,7 +73,7 @@ def variants(cls: type[Kind]) -> list[Kind]:
     """Return a small basic instance of a kind and, one option at a time, its other values."""
     basic = cls(**{name: OPTION_VALUES[name][0] for name in ("rank", "gap") if name in cls.options()})
     found = [basic]
-    for entry in fields(cls):
+    for entry in (entry for entry in fields(cls) if entry.name in cls.options()):
         values = OPTION_VALUES.get(entry.name, [])
         if isinstance(getattr(basic, entry.name), bool):
             values = [True, False]
