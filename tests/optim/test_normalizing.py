@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import lightning_memopt as lm
+from lightning_memopt.kinds.newton_schulz import inverse_root
 from lightning_memopt.kinds.second_moment import OrthogonalSecondMoment
 from tests._compare import assert_equal, relative_error
 from tests.kinds.contract.cases import gradient
@@ -278,3 +280,15 @@ def test_kinds_without_state_replace_each_other():
     assert_equal(optimizer.state[params[UP]]["exp_avg"], momentum)
     assert next(block for block in optimizer.snapshot().blocks if block.name == UP).second_moment == "normalized"
     take_steps(optimizer, params, [4])
+
+
+def test_the_iteration_needs_three_matrices_of_the_grams_size(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from _memory import PeakMemory
+
+    size = 128
+    with PeakMemory("cpu") as memory:
+        rows = gradient((size, size), 1, torch.float64)
+        gram = rows.mT @ rows
+        memory.step(lambda: inverse_root(gram, COEFFICIENTS, 5))
+    assert memory.peaks[0] <= 3.1 * 8 * size**2
