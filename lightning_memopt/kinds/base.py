@@ -84,8 +84,11 @@ class Kind:
         """
         return False
 
-    def scratch(self, layout: Layout) -> int:
-        """Return the bytes that the kind holds for a block while ranks add up sums, if these are larger than state."""
+    def scratch(self, layout: Layout, tick: Tick) -> int:
+        """Return the bytes that the kind holds for a block while ranks add up sums, if these are larger than state.
+
+        Like sizes, they follow from global shapes and the step, so they are the same on all ranks.
+        """
         return 0
 
     def phase(self, tick: Tick) -> Hashable:

@@ -7,6 +7,7 @@ the part of the new one that this rank holds along the short side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -40,6 +41,11 @@ def sides(layout: Layout) -> tuple[int, int]:
     """Return the long and the short dimension of the block, in this order."""
     m, n = layout.matrix[-2:]
     return (-2, -1) if m >= n else (-1, -2)
+
+
+def scratch(projection: str, layout: Layout) -> int:
+    """Return the bytes of the Gram matrix that ranks add up for ``svd``, which may be twice as large as the block."""
+    return 8 * math.prod(layout.matrix[:-2]) * layout.short_side**2 if projection == "svd" else 0
 
 
 def check_gap(gap: Any) -> None:

@@ -16,6 +16,7 @@ from lightning_memopt.kinds.momentum.projections import (
     NEED_SHORT_SIDE_WHOLE,
     PROJECTIONS,
     check_gap,
+    scratch,
     sides,
 )
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
@@ -81,6 +82,10 @@ class SubspaceMomentum(Momentum):
     def needs_whole(self, layout: Layout) -> bool:
         """Return whether the projection compares parts of the short side that different ranks hold."""
         return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(sides(layout)[1])
+
+    def scratch(self, layout: Layout, tick: Tick) -> int:
+        """Return the bytes that a choice of the subspace needs, in the steps in which it is due."""
+        return scratch(self.projection, layout) if self.phase(tick) else 0
 
     def phase(self, tick: Tick) -> Hashable:
         """Return whether a new subspace is due."""
