@@ -92,7 +92,7 @@ def _image(grad: Large, basis: Tensor, layout: Layout, short: int, tick: Tick) -
         return matmul(grad, basis)
     # A column may be zero on this rank only. To ask first would cost a collective, so both products are summed.
     image, drawn, alive = yield from request(
-        Sum(matmul(grad, basis), layout, short),
+        Sum(matmul(grad, basis), layout, short, leads=True),
         Sum(matmul(grad, _draw(basis, layout, short, tick)), layout, short),
         Sum(alive.to(basis.dtype), layout, short),
     )
