@@ -271,6 +271,17 @@ def test_without_an_average_there_is_nothing_to_correct(recipe, kinds, option):
         lm.MemOpt(weights(SHAPES).items(), recipe, overrides={"mlp": {option: False}})
 
 
+@pytest.mark.parametrize("second_moment", ["normalized", "orthogonal"])
+def test_a_norm_of_the_direction_and_its_momentum_can_go_together(second_moment):
+    params = weights(SHAPES)
+    change = {"momentum": "low_rank", "rank": 2, "second_moment": second_moment}
+    optimizer = lm.MemOpt(params.items(), "muon", overrides={"mlp": change})
+    take_steps(optimizer, params, range(1, 4))
+    optimizer.reformat({UP: {"momentum": "dense", "second_moment": "none"}})
+    take_steps(optimizer, params, [4])
+    assert all(param.isfinite().all() for param in params.values())
+
+
 def test_kinds_without_state_replace_each_other():
     params = weights(SHAPES)
     optimizer = lm.Muon(params.items())
