@@ -84,8 +84,11 @@ class Kind:
         """
         return False
 
-    def scratch(self, layout: Layout) -> int:
-        """Return the bytes that the kind holds for a block while ranks add up sums, if these are larger than state."""
+    def scratch(self, layout: Layout, tick: Tick) -> int:
+        """Return the bytes that the kind holds for a block while ranks add up sums, if these are larger than state.
+
+        Like sizes, they follow from global shapes and the step, so they are the same on all ranks.
+        """
         return 0
 
     def phase(self, tick: Tick) -> Hashable:
@@ -99,9 +102,11 @@ class Kind:
     def keeps_state_of(self, other: Kind, layout: Layout) -> bool:
         """Return whether the state of ``other`` is valid state of this kind, tensor for tensor.
 
-        Options never change the meaning of state of given shapes, only how the kind uses it.
+        Options never change the meaning of state of given shapes, only how the kind uses it. No state suits every kind
+        without state.
         """
-        return type(self) is type(other) and self.shapes(layout) == other.shapes(layout)
+        shapes = self.shapes(layout)
+        return shapes == other.shapes(layout) and (type(self) is type(other) or not shapes)
 
     def to_dense(self, state: State, layout: Layout) -> Tensor:
         """Return the full statistic that the state represents, ``[..., m, n]``, without bias correction.

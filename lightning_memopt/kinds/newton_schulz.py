@@ -22,8 +22,10 @@ def inverse_root(gram: Tensor, coefficients: tuple[float, float, float], steps: 
     multiply it by a polynomial of XᵀX, so only the Gram matrix is iterated: rows of X may be on different ranks.
     No singular value, 0 included, grows by more than aˢᵗᵉᵖˢ.
 
+    Three more matrices of its size are all that it needs.
+
     Args:
-        gram: ``[..., k, k]`` float64, XᵀX over all rows.
+        gram: ``[..., k, k]`` float64, XᵀX over all rows; overwritten.
         coefficients: a, b, c.
         steps: Number of iterations.
 
@@ -32,13 +34,17 @@ def inverse_root(gram: Tensor, coefficients: tuple[float, float, float], steps: 
     """
     first, second, third = coefficients
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=SMALLEST)[..., None, None]
-    square, root = gram / norm / norm, 1 / norm
+    square, inverse = gram.div_(norm).div_(norm), 1 / norm
+    factor, root, spare = (torch.empty_like(square) for _ in range(3))
     for step in range(steps):
-        factor = torch.matmul(square, square).mul_(third).add_(square, alpha=second)
+        torch.matmul(square, square, out=factor).mul_(third).add_(square, alpha=second)
         factor.diagonal(dim1=-2, dim2=-1).add_(first)
-        root = factor * root if step == 0 else root @ factor
-        if step < steps - 1:
-            square = square @ factor @ factor  # they commute
+        if step == 0:
+            torch.mul(factor, inverse, out=root)
+        else:
+            root, spare = torch.matmul(root, factor, out=spare), root
+        if step < steps - 1:  # they commute
+            torch.matmul(torch.matmul(square, factor, out=spare), factor, out=square)
     return root
 
 

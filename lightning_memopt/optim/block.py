@@ -17,6 +17,7 @@ from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
+from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.rates import BlockRates
 from lightning_memopt.plans.recipe import Recipe, check_change
@@ -138,7 +139,7 @@ class Block:
 
     @cached_property
     def stacked_bytes(self) -> int:
-        """Bytes that a batch stacks for this block: state as large as over all ranks, small gradients, scratch."""
+        """Bytes that a batch stacks for this block: state as large as over all ranks, and small gradients."""
         shapes = [
             shape_of(self.layout, sizes)
             for kind in self.kinds
@@ -146,12 +147,12 @@ class Block:
             if sizes != ELEMENTWISE
         ]
         elements = sum(math.prod(shape) for shape in shapes) + (self.share if self.small else 0)
-        return elements * self.layout.dtype.itemsize + self.scratch
+        return elements * self.layout.dtype.itemsize
 
-    @cached_property
-    def scratch(self) -> int:
-        """Bytes that its kinds hold while ranks add up sums, beyond what is as large as state."""
-        return sum(kind.scratch(self.layout) for kind in self.kinds)
+    def scratch(self, step: int) -> int:
+        """Return the bytes that its kinds hold while ranks add up sums, beyond what is as large as state."""
+        tick = Tick(step, self.key, self.index)
+        return sum(kind.scratch(self.layout, tick) for kind in self.kinds)
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:

@@ -232,7 +232,7 @@ class AdaGradSNSM(AdamSNSM):
     Betas (0.9, 1).
 
     State: as in :class:`AdamSNSM`. Learning rate: AdaGrad's, far larger than AdamW's, since V only grows. The best one
-    in ``benchmarks/convergence.py`` was 180 times AdamW's.
+    in ``docs/benchmarks/convergence.md`` was 180 times AdamW's.
 
     With ``paper=True, eps=1e-6``, steps equal those of the authors' code as far as those of :class:`AdamSNSM` do.
     """

@@ -113,9 +113,10 @@ def _limited(
     """Return whole momentum that moves no weight by more than ``max_update`` in one step.
 
     An average of an element's own gradients needs no bound, but factors mix elements. Momentum that is small enough
-    stays so: it decays faster than the root of the second moment.
+    stays so: it decays faster than the root of the second moment. Without an average of squares, nothing bounds it.
     """
-    if not source or group["max_update"] is None or not old.recipe.second_moment.normalizes:
+    second_moment = old.recipe.second_moment
+    if not source or group["max_update"] is None or not second_moment.normalizes or second_moment.of_direction:
         return source
     denominator = denominator_of(old, state, group)
     value = kind.to_dense(source, layout)

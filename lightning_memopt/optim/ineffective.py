@@ -1,4 +1,7 @@
-"""Warns of what has no effect on the weights of a model: roles, overrides, ranks, sizes of heads, naming schemes."""
+"""Warns of what has no effect on the weights of a model: roles, overrides, ranks, sizes of heads, naming schemes.
+
+And of one change that loses more than it says: a momentum in place of one that has a second moment of its own.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def warn_of_no_effect(
         return
     blocks = [*training, *frozen]
     texts = [text for plan in plans for text in (*_roles(plan, blocks), *_overrides(plan, training, frozen))]
-    texts += [*_ranks(training), *_heads(blocks, head_dim), *_schemes(blocks)]
+    texts += [*_ranks(training), *_undivided(training), *_heads(blocks, head_dim), *_schemes(blocks)]
     for text in texts:
         warnings.warn(text, PlanWarning, stacklevel=7)
 
@@ -81,6 +84,26 @@ def _ranks(training: Sequence[Block]) -> Iterator[str]:
             f"`rank` {wanted} is more than {len(blocks)} block{'s' * (len(blocks) > 1)} can have, whose rank is their "
             f"short side: {names}. Such momentum takes more than a dense one: choose a smaller `rank`, or "
             "{'momentum': 'dense'} for them in `overrides`."
+        )
+
+
+def _undivided(training: Sequence[Block]) -> Iterator[str]:
+    """Report blocks without a second moment where the recipe has one inside of its momentum."""
+    found: dict[tuple[str, str], list[Block]] = {}
+    for block in training:
+        momentum, second_moment = block.kinds
+        if second_moment.normalizes or momentum.averages_squares or block.rates.lr_multiplier != 1:
+            continue
+        for recipe in block.plan.roles.values():
+            if recipe.momentum.averages_squares:
+                found.setdefault((momentum.name, recipe.momentum.name), []).append(block)
+                break
+    for (name, theirs), blocks in found.items():
+        names = listed([block.name for block in blocks], 3)
+        yield (
+            f"The momentum {name!r} has no second moment in {names}: the recipe's {theirs!r} has one of its own, and "
+            "'none' beside it. Such weights move by plain gradients at Adam's learning rate. Add one where you choose "
+            f"{name!r}, such as {{'second_moment': 'factored'}}, or set an `lr_multiplier` for them in `overrides`."
         )
 
 

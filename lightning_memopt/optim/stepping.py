@@ -82,10 +82,10 @@ def _held(entry: tuple[Update, list[Gather]]) -> int:
 
     Ranks may have other blocks that are not sharded. These are finished one batch after the other.
     """
-    block, requests = entry[0].block, entry[1]
+    (update, requests), block = entry, entry[0].block
     own = 0
     if block.layout.sharded:
-        own = block.scratch + (block.share * block.layout.dtype.itemsize if block.small else 0)
+        own = block.scratch(update.step) + (block.share * block.layout.dtype.itemsize if block.small else 0)
     return sum(request.nbytes for request in requests) + own
 
 
@@ -96,6 +96,7 @@ def _tasks(wave: list[tuple[Update, list[Gather]]], gathered: list[Tensor], watc
         batches.setdefault(each.alike(), []).append((each, mine))
     for batch in batches.values():
         # What the kinds stack is as large as the state. The sizes are global, so all ranks split a batch alike.
-        nbytes = batch[0][0].block.stacked_bytes
+        first = batch[0][0]
+        nbytes = first.block.stacked_bytes + first.block.scratch(first.step)
         for part in packed(batch, lambda entry, nbytes=nbytes: nbytes):  # type: ignore[misc]
             yield update([each for each, _ in part], [tensors for _, tensors in part], watch)

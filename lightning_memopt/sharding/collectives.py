@@ -30,11 +30,13 @@ class Sum:
         value: The sum over this rank's part of that dimension.
         layout: The block's layout. If ``over`` is not sharded, the value is returned unchanged.
         over: ``-2`` for the rows, ``-1`` for the columns, ``-3`` for the stack.
+        leads: Whether sums in float64 over the same ranks follow from the answer, so that it should come first.
     """
 
     value: Tensor
     layout: Layout
     over: int
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Pending:
     def __init__(self, asked: Sum, group: Any) -> None:
         """Store the request. ``group`` is the process group that divides the dimension."""
         self.value, self.group, self.answered = asked.value, group, False
-        self.layout = asked.layout
+        self.layout, self.leads = asked.layout, asked.leads
 
     @property
     def flight(self) -> Flight:
@@ -167,9 +169,15 @@ class Turns:
         for pending in (pending for requests in asked for pending in requests):
             flights[self._turn_of(pending)] = pending.flight
         if self._turn is None:
-            # The first turn is only worth a collective if a block waits for nothing that comes later.
-            alone = [requests for requests in asked if all(_is_narrow(pending.flight) for pending in requests)]
-            self._turn = 1 if any(self._turn_of(pending) == 1 for requests in alone for pending in requests) else 2
+            # The first turn is only worth a collective if a block waits for nothing that comes later, or if what comes
+            # later depends on it.
+            first = [
+                pending
+                for requests in asked
+                for pending in requests
+                if pending.leads or all(_is_narrow(each.flight) for each in requests)
+            ]
+            self._turn = 1 if any(self._turn_of(pending) == 1 for pending in first) else 2
         begin, count = self._turn, 2 * len(self._lanes)
         turn = min(flights, key=lambda turn: (turn - begin) % count)
         self._turn = turn + 1

@@ -15,8 +15,10 @@ from tests._compare import assert_equal, assert_same_projector, relative_error
 from tests.kinds.contract.against_reference import SEQUENCES, errors, gradients, reference_of
 from tests.kinds.contract.cases import (
     BETAS,
+    FEW_SHAPES,
     all_momenta,
     all_second_moments,
+    changes_a_switch,
     gradient,
     is_basic,
     label,
@@ -61,7 +63,8 @@ CASES = [(kind, name) for kind in KINDS for name in (SEQUENCES if is_basic(kind)
 
 @pytest.mark.parametrize(("kind", "sequence"), CASES, ids=label)
 def test_float32_equals_the_reference(kind, sequence):
-    for shape in shapes_for(kind):
+    few = FEW_SHAPES if kind.needs_matrix else [*FEW_SHAPES, (9,)]
+    for shape in shapes_for(kind) if sequence == "drifting" else few:
         if shape in ((), (1,)):
             continue  # a single number may pass through zero: there is no norm to compare with
         found, _ = errors(kind, gradients(sequence, shape), layout_of(shape), index=2)
@@ -97,7 +100,9 @@ def test_second_moment_adds_up_with_beta2_of_one(kind):
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("kind", all_momenta(), ids=label)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in all_momenta() if is_basic(kind) or changes_a_switch(kind)], ids=label
+)
 def test_momentum_with_other_decays(kind, beta1):
     """At β₁ = 0.99 the low rank's two coefficients are 99 and −99: ten times the rounding of β₁ = 0.9.
 

@@ -100,3 +100,19 @@ def test_a_warning_that_is_an_error_changes_nothing():
         optimizer.step()
     for old, new in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["galore", "fira", "apollo", "apollo_mini"])
+def test_a_momentum_in_place_of_one_with_a_second_moment_of_its_own(recipe):
+    def told(change, **options):
+        return messages(lm.MemOpt(tiny_llama().named_parameters(), recipe, overrides={"mlp": change}, **options), 1)
+
+    (text,) = told({"momentum": "low_rank"})
+    assert "The momentum 'low_rank' has no second moment in model.layers.0.mlp." in text
+    assert "Such weights move by plain gradients at Adam's learning rate. Add one where you choose 'low_rank'" in text
+    assert told({"momentum": "low_rank", "second_moment": "factored"}) == []
+    assert told({"momentum": "low_rank", "lr_multiplier": 100}) == []
+    assert told({"rank": 1}) == []
+    base = {"base": recipe, "roles": {"mlp": {"momentum": "none"}}}
+    (text,) = messages(lm.MemOpt(tiny_llama().named_parameters(), base), 1)
+    assert "The momentum 'none' has no second moment" in text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import lightning_memopt as lm
+from lightning_memopt.kinds.newton_schulz import inverse_root
 from lightning_memopt.kinds.second_moment import OrthogonalSecondMoment
 from tests._compare import assert_equal, relative_error
 from tests.kinds.contract.cases import gradient
@@ -260,3 +262,44 @@ def test_coefficients_that_diverge_are_refused():
     with pytest.raises(ValueError, match=r"`ns_steps` must be an integer from 1 to 10, got 11; more would amplify"):
         OrthogonalSecondMoment(ns_steps=11)
     assert OrthogonalSecondMoment(ns_coefficients=[2, -1.5, 0.5]).ns_coefficients == (2.0, -1.5, 0.5)
+
+
+@pytest.mark.parametrize("option", ["bias_correction", "correct_eps"])
+@pytest.mark.parametrize(("recipe", "kinds"), [("scale", "none × normalized"), ("galore", "galore × none")])
+def test_without_an_average_there_is_nothing_to_correct(recipe, kinds, option):
+    with pytest.raises(ValueError, match=f"sets '{option}', which has no effect on .* they have {kinds}"):
+        lm.MemOpt(weights(SHAPES).items(), recipe, overrides={"mlp": {option: False}})
+
+
+@pytest.mark.parametrize("second_moment", ["normalized", "orthogonal"])
+def test_a_norm_of_the_direction_and_its_momentum_can_go_together(second_moment):
+    params = weights(SHAPES)
+    change = {"momentum": "low_rank", "rank": 2, "second_moment": second_moment}
+    optimizer = lm.MemOpt(params.items(), "muon", overrides={"mlp": change})
+    take_steps(optimizer, params, range(1, 4))
+    optimizer.reformat({UP: {"momentum": "dense", "second_moment": "none"}})
+    take_steps(optimizer, params, [4])
+    assert all(param.isfinite().all() for param in params.values())
+
+
+def test_kinds_without_state_replace_each_other():
+    params = weights(SHAPES)
+    optimizer = lm.Muon(params.items())
+    take_steps(optimizer, params, range(1, 4))
+    momentum = optimizer.state[params[UP]]["exp_avg"].clone()
+    optimizer.reformat({"mlp": {"second_moment": "normalized"}})
+    assert_equal(optimizer.state[params[UP]]["exp_avg"], momentum)
+    assert next(block for block in optimizer.snapshot().blocks if block.name == UP).second_moment == "normalized"
+    take_steps(optimizer, params, [4])
+
+
+def test_the_iteration_needs_three_matrices_of_the_grams_size(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from _memory import PeakMemory
+
+    size = 128
+    with PeakMemory("cpu") as memory:
+        rows = gradient((size, size), 1, torch.float64)
+        gram = rows.mT @ rows
+        memory.step(lambda: inverse_root(gram, COEFFICIENTS, 5))
+    assert memory.peaks[0] <= 3.1 * 8 * size**2

@@ -164,6 +164,19 @@ def test_groups_and_dtypes_take_turns(flights, chains, expected):
     assert " ".join(f"{group}{8 * dtype.itemsize}" for group, dtype, _ in flights) == expected
 
 
+@pytest.mark.parametrize(("leads", "expected"), [(True, "A32 A64 A32"), (False, "A64 A32 A64 A32")])
+def test_a_sum_that_float64_follows_from_comes_first_beside_float64(flights, leads, expected):
+    """As in a block with a new subspace and a factored second moment."""
+
+    def chooses():
+        yield from request(Sum(torch.ones(1), ROWS, -2, leads=leads))
+        yield from request(Sum(torch.ones(1, dtype=WIDE), ROWS, -2))
+        yield from request(Sum(torch.ones(1), ROWS, -2))
+
+    run_tasks([interleave(chooses(), asking([], "total", ROWS, dtype=WIDE))])
+    assert " ".join(f"{group}{8 * dtype.itemsize}" for group, dtype, _ in flights) == expected
+
+
 def test_only_the_groups_of_that_dimension_are_asked(flights):
     results = {}
     run_tasks([keeping(asking([], "a", BOTH, over=-2), results, "rows")])

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import row_square_sums, store_
 from lightning_memopt.kinds.momentum.base import Direction, Momentum, State
-from lightning_memopt.kinds.momentum.projections import sides
+from lightning_memopt.kinds.momentum.projections import check_gap, sides
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
@@ -50,8 +50,7 @@ class InnerAdam(Momentum):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank(self.rank)
-        if isinstance(self.gap, bool) or not isinstance(self.gap, int) or self.gap < 1:
-            raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {self.gap!r}.")
+        check_gap(self.gap)
         check_above("scale", self.scale, 0)
 
     def resolve(self, layout: Layout) -> Self:

@@ -1,4 +1,4 @@
-"""How Subspace-Momentum chooses its subspace, and how it carries the momentum over to a new one.
+"""How kinds choose the subspace of their momentum, and how Subspace-Momentum carries it over to a new one.
 
 All functions see a tall block, ``[..., m, n]`` with m ≥ n. ``long`` and ``short`` are the dimensions of the original
 block that correspond to m and n, so sums go over the right ranks. Projections take the whole previous basis and return
@@ -7,6 +7,7 @@ the part of the new one that this rank holds along the short side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -40,6 +41,21 @@ def sides(layout: Layout) -> tuple[int, int]:
     """Return the long and the short dimension of the block, in this order."""
     m, n = layout.matrix[-2:]
     return (-2, -1) if m >= n else (-1, -2)
+
+
+def scratch(projection: str, layout: Layout) -> int:
+    """Return the bytes of the Gram matrix that ranks add up for ``svd``, which may be twice as large as the block."""
+    return 8 * math.prod(layout.matrix[:-2]) * layout.short_side**2 if projection == "svd" else 0
+
+
+def check_gap(gap: Any) -> None:
+    """Check a number of steps between two choices of a projection.
+
+    Raises:
+        ValueError: If it is not an integer of at least 1.
+    """
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {gap!r}.")
 
 
 def axes(basis: Tensor, layout: Layout, short: int) -> Tensor:
@@ -76,7 +92,7 @@ def _image(grad: Large, basis: Tensor, layout: Layout, short: int, tick: Tick) -
         return matmul(grad, basis)
     # A column may be zero on this rank only. To ask first would cost a collective, so both products are summed.
     image, drawn, alive = yield from request(
-        Sum(matmul(grad, basis), layout, short),
+        Sum(matmul(grad, basis), layout, short, leads=True),
         Sum(matmul(grad, _draw(basis, layout, short, tick)), layout, short),
         Sum(alive.to(basis.dtype), layout, short),
     )

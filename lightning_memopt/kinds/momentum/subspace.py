@@ -11,7 +11,14 @@ from torch import Tensor
 from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import gram, leading_triplets, matmul, signed_eigh, store_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, Momentum, State
-from lightning_memopt.kinds.momentum.projections import HANDOVERS, NEED_SHORT_SIDE_WHOLE, PROJECTIONS
+from lightning_memopt.kinds.momentum.projections import (
+    HANDOVERS,
+    NEED_SHORT_SIDE_WHOLE,
+    PROJECTIONS,
+    check_gap,
+    scratch,
+    sides,
+)
 from lightning_memopt.kinds.momentum.rank import check_rank, resolve_rank
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, interleave, request
@@ -59,8 +66,7 @@ class SubspaceMomentum(Momentum):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank(self.rank)
-        if isinstance(self.gap, bool) or not isinstance(self.gap, int) or self.gap < 1:
-            raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {self.gap!r}.")
+        check_gap(self.gap)
         PROJECTIONS.get(self.projection)
         HANDOVERS.get(self.handover)
 
@@ -70,12 +76,16 @@ class SubspaceMomentum(Momentum):
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
         """Return the basis, and the coordinates of the momentum in it."""
-        rank, (long, short) = resolve_rank(self.rank, layout), _sides(layout)
+        rank, (long, short) = resolve_rank(self.rank, layout), sides(layout)
         return {"subspace_p": (short, rank), "subspace_x": (long, rank)}
 
     def needs_whole(self, layout: Layout) -> bool:
         """Return whether the projection compares parts of the short side that different ranks hold."""
-        return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(_sides(layout)[1])
+        return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(sides(layout)[1])
+
+    def scratch(self, layout: Layout, tick: Tick) -> int:
+        """Return the bytes that a choice of the subspace needs, in the steps in which it is due."""
+        return scratch(self.projection, layout) if self.phase(tick) else 0
 
     def phase(self, tick: Tick) -> Hashable:
         """Return whether a new subspace is due."""
@@ -85,7 +95,7 @@ class SubspaceMomentum(Momentum):
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta1: float, tick: Tick
     ) -> Generator[Any, Any, Direction]:
         """Refresh the subspace if due, then average in the projected gradient."""
-        long, short = _sides(layout)
+        long, short = sides(layout)
         tall = grad if long == -2 else grad.mT
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
         old, due = basis, tick.due(self.gap, stagger=self.stagger)
@@ -107,7 +117,7 @@ class SubspaceMomentum(Momentum):
     def factors(self, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return X and Pᵀ, or P and Xᵀ for a wide block."""
         basis, momentum = (state[key].to(layout.dtype) for key in self.keys)
-        return (momentum, basis.mT) if _sides(layout)[0] == -2 else (basis, momentum.mT)
+        return (momentum, basis.mT) if sides(layout)[0] == -2 else (basis, momentum.mT)
 
     def resized(self, state: State, layout: Layout) -> State:
         """Keep the directions that hold the most momentum, or add zeros. The next subspace replaces the zeros."""
@@ -124,7 +134,7 @@ class SubspaceMomentum(Momentum):
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
         """Keep the part of the momentum that its leading singular vectors span."""
         state = self.init(layout)
-        tall = momentum if _sides(layout)[0] == -2 else momentum.mT
+        tall = momentum if sides(layout)[0] == -2 else momentum.mT
         basis = leading_triplets(tall, state["subspace_p"].shape[-1])[2].mT.to(layout.dtype)
         store_(state["subspace_p"], basis)
         store_(state["subspace_x"], tall.to(layout.dtype) @ basis)
@@ -134,9 +144,3 @@ class SubspaceMomentum(Momentum):
         """Infer the rank from the basis."""
         kind = replace(self, rank=max(1, int(state["subspace_p"].shape[-1])))
         return Momentum.infer(kind, state, layout)
-
-
-def _sides(layout: Layout) -> tuple[int, int]:
-    """Return the long and the short dimension of the block, in this order."""
-    m, n = layout.matrix[-2:]
-    return (-2, -1) if m >= n else (-1, -2)

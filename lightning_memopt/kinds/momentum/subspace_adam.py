@@ -13,7 +13,7 @@ from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import leading_triplets, matmul, store_
 from lightning_memopt.kinds.momentum.base import State
 from lightning_memopt.kinds.momentum.inner_adam import InnerAdam
-from lightning_memopt.kinds.momentum.projections import NEED_SHORT_SIDE_WHOLE, PROJECTIONS, axes, sides
+from lightning_memopt.kinds.momentum.projections import NEED_SHORT_SIDE_WHOLE, PROJECTIONS, axes, scratch, sides
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.layout import Layout
@@ -42,6 +42,10 @@ class SubspaceAdam(InnerAdam):
     def needs_whole(self, layout: Layout) -> bool:
         """Return whether the projection compares parts of the short side that different ranks hold."""
         return self.projection in NEED_SHORT_SIDE_WHOLE and layout.divides(sides(layout)[1])
+
+    def scratch(self, layout: Layout, tick: Tick) -> int:
+        """Return the bytes that a choice of the subspace needs, in the steps in which it is due."""
+        return scratch(self.projection, layout) if self.phase(tick) else 0
 
     def projected_(
         self, state: Mapping[str, Any], tall: Large, layout: Layout, tick: Tick, *more: Sum

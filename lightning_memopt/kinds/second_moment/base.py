@@ -94,6 +94,11 @@ class SecondMoment(Kind):
     bias_correction: bool = True
     correct_eps: bool = False
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the names of the kind's options. Without an average there is nothing to correct."""
+        return [name for name in super().options() if cls.keys or name not in ("bias_correction", "correct_eps")]
+
     def update(
         self, grad: Large, state: Mapping[str, Any], layout: Layout, *, beta2: float, eps: float, tick: Tick
     ) -> Generator[Any, Any, Denominator]:

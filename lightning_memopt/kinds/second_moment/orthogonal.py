@@ -135,7 +135,7 @@ class OrthogonalSecondMoment(SecondMoment):
             )
         object.__setattr__(self, "ns_coefficients", coefficients)  # YAML has lists, which cannot be hashed
 
-    def scratch(self, layout: Layout) -> int:
+    def scratch(self, layout: Layout, tick: Tick) -> int:
         """Return the bytes of the Gram matrix, and of the block where a rank needs more of the short side."""
         gathered = math.prod(layout.matrix[-2:]) * layout.dtype.itemsize if layout.divides(_sides(layout)[1]) else 0
         return math.prod(layout.matrix[:-2]) * (8 * layout.short_side**2 + gathered)

@@ -73,7 +73,7 @@ def variants(cls: type[Kind]) -> list[Kind]:
     """Return a small basic instance of a kind and, one option at a time, its other values."""
     basic = cls(**{name: OPTION_VALUES[name][0] for name in ("rank", "gap") if name in cls.options()})
     found = [basic]
-    for entry in fields(cls):
+    for entry in (entry for entry in fields(cls) if entry.name in cls.options()):
         values = OPTION_VALUES.get(entry.name, [])
         if isinstance(getattr(basic, entry.name), bool):
             values = [True, False]
@@ -87,6 +87,22 @@ def all_momenta() -> list[Kind]:
 
 def all_second_moments() -> list[Kind]:
     return [kind for name in SECOND_MOMENTS.names() for kind in variants(SECOND_MOMENTS.get(name))]
+
+
+def without_repetition(kinds: list[Kind]) -> list[Kind]:
+    """Return the kinds for checks of properties.
+
+    Where several kinds inherit an option from one class, which also has the code that reads it, the first of them has
+    all of its values. Each is compared with its reference under all of them.
+    """
+    found, varied = [], {}
+    for kind in kinds:
+        basic = variants(type(kind))[0]
+        changed = [entry.name for entry in fields(kind) if getattr(kind, entry.name) != getattr(basic, entry.name)]
+        owners = [(next(cls for cls in type(kind).__mro__ if name in vars(cls)), name) for name in changed]
+        if all(varied.setdefault(owner, type(kind)) is type(kind) for owner in owners):
+            found.append(kind)
+    return found
 
 
 def all_pairs(keep: Callable[[Kind], bool]) -> list[tuple[Kind, Kind]]:
@@ -111,6 +127,13 @@ def label(case: object) -> str | None:
 
 def is_basic(kind: Kind) -> bool:
     return kind == variants(type(kind))[0]
+
+
+def changes_a_switch(kind: Kind) -> bool:
+    """Return whether it differs from the basic instance by an option that is true or false."""
+    basic = variants(type(kind))[0]
+    return any(getattr(kind, each.name) is not getattr(basic, each.name) for each in fields(kind)
+               if isinstance(each.default, bool))  # fmt: skip
 
 
 def shapes_for(kind: Kind) -> list[tuple[int, ...]]:
