@@ -49,7 +49,7 @@ class FactoredSecondMoment(SecondMoment):
         columns = column_square_sums(grad, layout.dtype)
         (rows,) = yield from request(Sum(row_square_sums(grad, layout.dtype), layout, -1))
         row = self.accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
-        # In one dtype, so that both share a collective: added up in float64 here, and over ranks in that of the columns.
+        # In one dtype, so that both share a collective. Only this rank's part is added up in float64.
         total = row.sum(-2, keepdim=True, dtype=torch.float64).to(columns.dtype)
         columns, total = yield from request(Sum(columns, layout, -2), Sum(total, layout, -2))
         column = self.accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
