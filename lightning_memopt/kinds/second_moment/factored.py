@@ -49,9 +49,10 @@ class FactoredSecondMoment(SecondMoment):
         columns = column_square_sums(grad, layout.dtype)
         (rows,) = yield from request(Sum(row_square_sums(grad, layout.dtype), layout, -1))
         row = self.accumulate_(state, "factored_row", rows.div_(n), beta2=beta2, layout=layout, tick=tick)
-        # In one dtype, so that both share a collective. Only this rank's part is added up in float64.
-        total = row.sum(-2, keepdim=True, dtype=torch.float64).to(columns.dtype)
-        columns, total = yield from request(Sum(columns, layout, -2), Sum(total, layout, -2))
+        # The total is float64 so that it shares a collective with the Gram matrices of the momentum.
+        columns, total = yield from request(
+            Sum(columns, layout, -2), Sum(row.sum(-2, keepdim=True, dtype=torch.float64), layout, -2)
+        )
         column = self.accumulate_(state, "factored_col", columns.div_(m), beta2=beta2, layout=layout, tick=tick)
         return self.over(row / _mean(total.to(row.dtype), m), column, beta2=beta2, eps=eps, tick=tick)
 
