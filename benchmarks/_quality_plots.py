@@ -40,9 +40,8 @@ def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
     for axis, title in ((left, "Whole run"), (right, "The last quarter")):
         finish(axis, title=title, x="tokens (millions)", y="validation loss")
     _zoom(right, curves, order, styles)
-    title = (
-        f"{study.title}: validation loss, rate tuned for each optimizer, mean of seeds; the best {SHOWN - 1} and AdamW"
-    )
+    rest = f"; the best {SHOWN - 1} and AdamW" if len(curves) > len(order) else ""
+    title = f"{study.title}: validation loss, rate tuned for each optimizer, mean of seeds{rest}"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
