@@ -161,10 +161,11 @@ def _intro(study: Study) -> str:
 unless a name says otherwise, no weight decay, gradients clipped to norm {settings.clip:g}. At a given seed, all
 optimizers share initial weights and batches. Where "rates tried" follows a table, the rate is tuned for each row with
 the first seed: half the middle rate, the middle, twice it, and further while the best is at an edge. The other seeds
-run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at the end; the curves use the first {settings.curve_tokens:,} of them. "to AdamW" compares it
-with AdamW's at the same ratio and seeds. "momentum" and "state" are shares of AdamW's bytes. "ratio" multiplies the
-rate of embeddings and norms: `overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier":
-{RATIO:g}}}}}`. `adamw` is this package's AdamW, which equals torch's."""
+run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at the end; the curves use the
+first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same ratio and seeds. "momentum" and
+"state" are shares of AdamW's bytes. "ratio" multiplies the rate of embeddings and norms:
+`overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier": {RATIO:g}}}}}`. `adamw` is this
+package's AdamW, which equals torch's."""
     return f"# Quality\n\n{_filled(about)}"
 
 
