@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.memopt import MemOpt
-from lightning_memopt.optim.spectra import spectra_of
+from lightning_memopt.optim.spectra import Kept, kept_momentum
 from lightning_memopt.sharding.collectives import Sum, Task, request, run_tasks
 from lightning_memopt.sharding.layout import Layout
 
@@ -50,6 +50,8 @@ class BlockSignals:
         damping: ‖M‖² / ‖G‖² of the same two: small where most of a gradient is noise, which averaging removes. 0 if
             unknown.
         noise_damping: The damping of pure noise, (1−β₁) / (1+β₁).
+        lost: Energy of the difference between the full average and the kept momentum, without what a larger rank knew.
+            An average like the spectrum. None if unknown.
     """
 
     oscillation: float
@@ -59,16 +61,17 @@ class BlockSignals:
     agreement: float = 0.0
     damping: float = 0.0
     noise_damping: float = 0.0
+    lost: float | None = None
 
     @property
     def residual_energy(self) -> float:
         """Energy of the full average in unknown directions."""
-        return max(0.0, self.momentum_energy - sum(self.spectrum))
+        return max(0.0, self.momentum_energy - sum(self.spectrum)) if self.lost is None else self.lost
 
     def residual(self, rank: int) -> float:
         """Return the share of the full average's energy that momentum of this rank lacks, as far as is known."""
-        kept = sum(self.spectrum[:rank])
-        return max(0.0, 1 - kept / self.momentum_energy) if self.momentum_energy > 0 else 0.0
+        whole = sum(self.spectrum) + self.residual_energy
+        return max(0.0, 1 - sum(self.spectrum[:rank]) / whole) if whole > 0 else 0.0
 
 
 class Probe:
@@ -90,8 +93,10 @@ class Probe:
         self._skipped = optimizer.skipped
         self._rows: dict[str, _Row] = {}
         self._held = {name: torch.zeros(0, size, dtype=dtype) for name, (size, dtype) in _TABLES.items()}
-        # For every block, ‖M‖² and the spectrum's shares of it, as pairs of a weighted sum over readings and a weight.
+        # For every block, ‖M‖² and the spectrum's shares of it, as pairs of a weighted sum over readings and a weight;
+        # and the share that is lost, in the same way.
         self._readings: dict[str, list[list[float]]] = {}
+        self._lost: dict[str, list[float]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
@@ -182,22 +187,27 @@ class Probe:
         """
         if not (self._follows and self._rows):
             return self._known()
-        energies = self._put_together()
-        spectra = spectra_of(self._matrices(), self._optimizer.state)
-        for name, row in self._rows.items():
-            now = row.scale * energies[name]
-            shares = [value / now for value in spectra.get(name, ())] if now > 0 else []
-            self._keep(name, [now, *shares])
+        kept = kept_momentum(
+            self._matrices(), self._optimizer.state, {name: row.index for name, row in self._rows.items()}
+        )
+        for name, (energy, lost) in self._put_together(kept).items():
+            now = self._rows[name].scale * energy
+            spectrum = kept[name].spectrum if name in kept and now > 0 else ()
+            self._keep(name, now, [value / now for value in spectrum], lost / energy if energy > 0 else 0.0)
         signals = self._known()
         self._held["sums"] = self._held["sums"] * MEMORY
         return signals
 
-    def _keep(self, name: str, values: list[float]) -> None:
+    def _keep(self, name: str, energy: float, shares: list[float], lost: float) -> None:
         """Add values to the averages over all readings. A single batch says little about a momentum's spectrum."""
         readings = self._readings.setdefault(name, [])
-        readings += [[0.0, 0.0] for _ in range(len(values) - len(readings))]
-        for pair, value in zip(readings, values, strict=False):
-            pair[:] = MEMORY * pair[0] + value, MEMORY * pair[1] + 1.0
+        if len(shares) >= len(readings):  # less is lost of a larger rank
+            self._lost.pop(name, None)
+        readings += [[0.0, 0.0] for _ in range(1 + len(shares) - len(readings))]
+        known = sum(total / weight for total, weight in readings[1 + len(shares) :])
+        for pair, value in zip(readings, [energy, *shares], strict=False):
+            _average_(pair, value)
+        _average_(self._lost.setdefault(name, [0.0, 0.0]), min(1.0, max(0.0, lost - known)))
 
     def _known(self) -> dict[str, BlockSignals]:
         """Return the signals of every block that has been read."""
@@ -216,17 +226,22 @@ class Probe:
                 agreement=inner / (short * full) ** 0.5 if short * full > 0 else 0.0,
                 damping=full / short if short > 0 else 0.0,
                 noise_damping=(1 - beta1) / (1 + beta1),
+                lost=energy * self._lost[name][0] / self._lost[name][1] if name in self._lost else None,
             )
         return signals
 
-    def _put_together(self) -> dict[str, float]:
-        """Combine the sums of all ranks. Return the energy of every block's average on the sample."""
+    def _put_together(self, kept: Mapping[str, Kept]) -> dict[str, tuple[float, float]]:
+        """Combine the sums of all ranks. Return the energy of every block's average on the sample, and what is lost."""
         held = self._held
-        energy = held["average"].double().square().sum(1, keepdim=True)
-        sums = self._over_ranks(torch.cat([held["latest"], energy], dim=1))
-        held["sums"] = held["sums"] + sums[:, :-1]
+        lost = held["average"].clone()
+        for name, row in self._rows.items():
+            if name in kept:
+                lost[row.position, row.places] -= kept[name].elements
+        energies = torch.stack([each.double().square().sum(1) for each in (held["average"], lost)], dim=1)
+        sums = self._over_ranks(torch.cat([held["latest"], energies], dim=1))
+        held["sums"] = held["sums"] + sums[:, :-2]
         held["latest"] = torch.zeros_like(held["latest"])
-        return dict(zip(self._rows, sums[:, -1].tolist(), strict=True))
+        return {name: (energy, lost) for name, (energy, lost) in zip(self._rows, sums[:, -2:].tolist(), strict=True)}
 
     def _over_ranks(self, mine: Tensor) -> Tensor:
         """Return this rank's rows, each summed over the ranks that shard its block."""
@@ -251,15 +266,17 @@ class Probe:
             # Kept separate from the sums: adding them here would change the rounding compared with an unsaved run.
             "latest": self._over_ranks(held["latest"]).cpu(),
             "readings": {name: [list(pair) for pair in pairs] for name, pairs in self._readings.items()},
+            "lost": {name: list(pair) for name, pair in self._lost.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on any number of ranks. Blocks that no longer exist are left out.
 
-        Earlier versions did not save V. It starts again from the mean of all squares.
+        Earlier versions did not save V, nor what is lost. V starts again from the mean of all squares.
         """
         self.steps = int(state["steps"])
         self._readings = {name: [list(pair) for pair in pairs] for name, pairs in state["readings"].items()}
+        self._lost = {name: list(pair) for name, pair in state.get("lost", {}).items()}
         blocks = {block.name: block for *_, block in self._matrices()}
         for position, name in enumerate(state["blocks"]):
             if name not in blocks:
@@ -329,6 +346,11 @@ class _Row:
     def take(self, grad: Tensor) -> Tensor:
         """Return the local part of the sample."""
         return self.layout.take(grad)[self.index]
+
+
+def _average_(pair: list[float], value: float) -> None:
+    """Add a value to a weighted sum over readings, and to its weight."""
+    pair[:] = MEMORY * pair[0] + value, MEMORY * pair[1] + 1.0
 
 
 def _summed(rows: list[Tensor], position: int, layout: Layout) -> Task:

@@ -1,8 +1,9 @@
-"""The spectra of momentum, from its factors, or from a sketch where it is dense."""
+"""What blocks keep of momentum: the spectrum, from factors or from a sketch of dense momentum, and single elements."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,46 +21,91 @@ from lightning_memopt.sharding.layout import Layout
 SKETCH = 64
 
 
-def spectra_of(
-    blocks: Iterable[tuple[Any, Tensor, Block]], states: Mapping[Tensor, dict[str, Tensor]]
-) -> dict[str, tuple[float, ...]]:
-    """Return the squared singular values of all momentum, in descending order; of dense momentum, the largest.
+@dataclass(frozen=True)
+class Kept:
+    """The momentum that a block keeps.
 
-    In a stack, values of the same position are summed. Blocks without momentum have none. All ranks call it together.
+    Attributes:
+        spectrum: Its squared singular values, in descending order; of dense momentum, the largest. In a stack, values
+            of the same position are summed.
+        elements: Those at the places asked for.
     """
-    spectra: dict[str, Tensor] = {}
+
+    spectrum: tuple[float, ...]
+    elements: Tensor
+
+
+def kept_momentum(
+    blocks: Iterable[tuple[Any, Tensor, Block]],
+    states: Mapping[Tensor, dict[str, Tensor]],
+    places: Mapping[str, Sequence[Tensor]],
+) -> dict[str, Kept]:
+    """Return what these blocks keep of momentum. Blocks without momentum are left out. All ranks call it together.
+
+    Args:
+        blocks: Parameter groups, parameters and blocks.
+        states: The optimizer's state.
+        places: By block, places in the local part of its matrix, one index tensor per dimension.
+    """
+    found: dict[str, Kept] = {}
     wanted = [
         (block, states[param], block.requests_for(states[param], block.recipe.momentum.keys))
         for _, param, block in blocks
-        if states.get(param)
+        if states.get(param) and block.name in places
     ]
     for wave in packed(wanted, lambda entry: sum(piece.nbytes for piece in entry[2])):
-        found = gather([piece for *_, pieces in wave for piece in pieces])
+        gathered = gather([piece for *_, pieces in wave for piece in pieces])
         tasks = []
         for block, state, pieces in wave:
-            mine, found = found[: len(pieces)], found[len(pieces) :]
-            tasks.append(_spectrum(spectra, block, block.with_gathered(state, block.recipe.momentum.keys, mine)))
+            mine, gathered = gathered[: len(pieces)], gathered[len(pieces) :]
+            state = block.with_gathered(state, block.recipe.momentum.keys, mine)
+            tasks.append(_kept(found, block, state, places[block.name]))
         run_tasks(tasks)
-    return {name: tuple(values.tolist()) for name, values in spectra.items()}
+    return found
 
 
-def _spectrum(spectra: dict[str, Tensor], block: Block, state: dict[str, Tensor]) -> Task:
-    """Compute the eigenvalues of (LᵀL) (R Rᵀ), the squared singular values of L R."""
-    momentum = block.recipe.momentum
+def _kept(found: dict[str, Kept], block: Block, state: dict[str, Tensor], places: Sequence[Tensor]) -> Task:
+    momentum, layout = block.recipe.momentum, block.layout
     factors = momentum.factors(state, block.work)
-    if factors is None and isinstance(momentum, DenseMomentum):
-        factors = yield from _sketched(block, state["exp_avg"].view(block.work.local))
-    if factors is None:
+    if factors is not None:
+        left, right = (factors[0], factors[1].mT)
+        row, column = (_at(each, dim, places, layout) for each, dim in ((left, -2), (right, -1)))
+        elements = (row * column).sum(-1)
+    elif isinstance(momentum, DenseMomentum):
+        dense = state["exp_avg"].view(block.work.local)
+        elements = dense[tuple(_placed(dense, dim, dim, places, layout) for dim in range(-dense.ndim, 0))]
+        factors = yield from _sketched(block, dense)
+    else:
         return
-    rows, columns = (_mine(factor, dim, block.work) for factor, dim in zip(factors, (-2, -1), strict=True))
-    left, right = yield from request(Sum(gram(rows), block.work, -2), Sum(gram(columns.mT), block.work, -1))
+    squares = yield from _squares(factors, block.work)
+    found[block.name] = Kept(tuple(squares.tolist()), elements.to(layout.dtype))
+
+
+def _squares(factors: tuple[Tensor, Tensor], layout: Layout) -> Generator[Any, Any, Tensor]:
+    """Compute the eigenvalues of (LᵀL) (R Rᵀ), the squared singular values of L R."""
+    rows, columns = (_mine(factor, dim, layout) for factor, dim in zip(factors, (-2, -1), strict=True))
+    left, right = yield from request(Sum(gram(rows), layout, -2), Sum(gram(columns.mT), layout, -1))
     values, vectors = torch.linalg.eigh(left)
     root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     squares = torch.linalg.eigvalsh(root @ right @ root).clamp(min=0).flip(-1)
     squares = squares.reshape(-1, squares.shape[-1]).sum(0)
-    if len(block.work.matrix) > 2:
-        (squares,) = yield from request(Sum(squares, block.work, -3))
-    spectra[block.name] = squares
+    if len(layout.matrix) > 2:
+        (squares,) = yield from request(Sum(squares, layout, -3))
+    return squares
+
+
+def _at(factor: Tensor, dim: int, places: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return the rows of a factor ``[..., size, rank]`` at places whose coordinate along the block's ``dim`` counts."""
+    stack = range(-len(layout.matrix), -2)
+    return factor[
+        (*(_placed(factor, each, each, places, layout) for each in stack), _placed(factor, -2, dim, places, layout))
+    ]
+
+
+def _placed(tensor: Tensor, at: int, dim: int, places: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return coordinates along the block's ``dim`` in a tensor that has them at ``at``, local or of the whole block."""
+    whole = tensor.shape[at] == layout.matrix[dim]
+    return places[dim] + layout.offset[dim] if whole else places[dim]
 
 
 def _sketched(block: Block, momentum: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lightning_memopt as lm
 from lightning_memopt.optim.signals import MEMORY, SAMPLE, BlockSignals, Probe
-from lightning_memopt.optim.spectra import spectra_of
+from lightning_memopt.optim.spectra import kept_momentum
 from tests._attempt import attempt
 from tests._compare import assert_equal
 from tests._models import tiny_gpt2, train
@@ -137,14 +138,17 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
         for content in ("full", "zero"):
             optimizer = optimizer_of({name: shape}, "adamw", overrides={name: {**kind, "rank": rank}})
             probe = Probe(optimizer)
+            average: Any = 0.0
             for number in range(1, 6):
-                step(optimizer, {name: grad_of(shape, number, content)})
+                grad = grad_of(shape, number, content)
+                average = BETA * average + (1 - BETA) * grad.double()
+                step(optimizer, {name: grad})
             found = probe.read()[name]
             ((_, param, block),) = optimizer.blocks()
             expected = torch.linalg.svdvals(momentum_of(optimizer, param)).square()
             expected = expected.reshape(-1, expected.shape[-1]).sum(0)[: block.recipe.momentum.rank]
             if content == "zero":
-                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0)
+                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0, lost=0.0)
                 assert found.residual(1) == found.residual_energy == 0
                 continue
             assert list(found.spectrum) == sorted(found.spectrum, reverse=True)
@@ -154,8 +158,13 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             if exact and rank == 100 and kind["momentum"] == "low_rank":  # nothing is dropped
                 assert found.residual(rank) == pytest.approx(0, abs=1e-5)
                 assert found.residual_energy == pytest.approx(0, abs=1e-5 * found.momentum_energy)
+            lost = float((average - momentum_of(optimizer, param)).square().sum())
+            if average.numel() <= SAMPLE:
+                lost = min(lost, float(average.square().sum()))
+                assert found.residual_energy == pytest.approx(lost, rel=1e-4, abs=1e-5 * found.momentum_energy)
+            whole = float(expected.sum()) + found.residual_energy
             assert found.residual(0) == 1
-            assert found.residual(1) == pytest.approx(1 - float(expected[0]) / found.momentum_energy, abs=1e-4)
+            assert found.residual(1) == pytest.approx(1 - float(expected[0]) / whole, abs=1e-4)
 
 
 def test_spectrum_is_empty_where_there_is_no_momentum():
@@ -182,7 +191,10 @@ def test_spectrum_of_dense_momentum(shape, state_dtype):
     ((_, param, block),) = optimizer.blocks()
     expected = torch.linalg.svdvals(optimizer.state[param]["exp_avg"].view(block.layout.local).double()).square()
     expected = expected.reshape(-1, expected.shape[-1]).sum(0)
-    found = torch.tensor(spectra_of(optimizer.blocks(), optimizer.state)[NAME], dtype=torch.float64)
+    places = torch.unravel_index(torch.arange(0, math.prod(shape), 7), shape)
+    kept = kept_momentum(optimizer.blocks(), optimizer.state, {NAME: places})[NAME]
+    assert_equal(kept.elements, optimizer.state[param]["exp_avg"].view(shape).float()[places])
+    found = torch.tensor(kept.spectrum, dtype=torch.float64)
     assert len(found) == min(64, *shape[-2:])
     if min(shape[-2:]) <= 64:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected[0]))
@@ -218,9 +230,29 @@ def test_spectrum_remembers_what_a_larger_rank_knew():
     after = probe.read()[NAME]
     assert len(before.spectrum) == len(after.spectrum) == 8
     assert after.residual(2) >= after.residual(8)
+    # What rank 2 lost of directions that are known from rank 8 counts once: the rest is what rank 8 lost.
+    assert after.residual_energy / after.momentum_energy == pytest.approx(
+        before.residual_energy / before.momentum_energy, abs=0.25
+    )
+    whole = sum(after.spectrum) + after.residual_energy
+    assert whole == pytest.approx(after.momentum_energy, rel=0.15)
     optimizer.reformat({NAME: {"momentum": "none"}})
     step(optimizer, {NAME: grad_of((16, 20), 9)})
     assert len(probe.read()[NAME].spectrum) == 8
+
+
+def test_a_larger_rank_loses_less_at_once():
+    """The share that a smaller rank lost is forgotten."""
+    optimizer = optimizer_of({NAME: (16, 20)}, rank=1)
+    probe = Probe(optimizer)
+    for number in range(1, 25):
+        step(optimizer, {NAME: grad_of((16, 20), number)})
+        if number in (4, 8):
+            less = probe.read()[NAME]
+            optimizer.reformat({NAME: {"rank": 16 if number == 8 else 1}})
+    more = probe.read()[NAME]
+    assert less.residual_energy > 0.3 * less.momentum_energy
+    assert more.residual_energy < 0.1 * more.momentum_energy
 
 
 def oscillation(shape: tuple[int, ...], grad: Callable[[int], Tensor], recipe: str = "adafactor") -> float:
@@ -389,15 +421,17 @@ def test_a_loaded_probe_goes_on_bit_by_bit():
     steps(never_saved, range(7, 10))
     assert rest(never_saved, probe) == expected
 
-    old = {key: value for key, value in state.items() if key not in ("square", "weights")}
+    old = {key: value for key, value in state.items() if key not in ("square", "weights", "lost")}
     old |= {key: state[key][:, :4] for key in ("sums", "latest")}  # as earlier versions saved it
     resumed.load_state_dict(weights)
     again = Probe(resumed)
     again.load_state_dict(old)
     for found, theirs in zip(rest(resumed, again), expected, strict=True):
         for name, ours in found[1].items():
-            assert replace(ours, agreement=0, damping=0) == replace(theirs[1][name], agreement=0, damping=0)
+            unknown: dict[str, Any] = {"agreement": 0, "damping": 0, "lost": None}
+            assert replace(ours, **unknown) == replace(theirs[1][name], **unknown)
             assert 0 < ours.damping < 1
+            assert ours.lost == pytest.approx(theirs[1][name].lost, rel=0.5)
 
     fewer = optimizer_of({"lm_head.weight": (16, 20)})
     part = Probe(fewer)
@@ -477,6 +511,7 @@ def same_signals(found: list[dict[str, BlockSignals]], expected: list[dict[str, 
             close(ours[name], (other.oscillation, *energies, other.agreement, other.damping))
             size = max(other.spectrum, default=1.0)
             assert ours[name].spectrum == pytest.approx(other.spectrum, rel=1e-3, abs=1e-5 * size), name
+            assert ours[name].lost == pytest.approx(other.lost, rel=1e-3, abs=1e-5 * other.momentum_energy), name
 
 
 def equals_unsharded(mesh: DeviceMesh, expected: list[dict[str, BlockSignals]]) -> None:

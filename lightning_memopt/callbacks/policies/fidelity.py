@@ -45,10 +45,10 @@ def cosines(block: Candidate) -> list[float]:
 
     Of M, a rank keeps a part of energy k and loses l = 1 − k. What it loses is released at once: outside of the kept
     directions, the update is the gradient itself. The gradient is a signal S, which M has in full, plus noise N, of
-    which M has the share κ of the energy; ‖M‖² = S + κN = 1, ‖G‖² = S + N and ⟨G, M⟩ = S + cN give S, N and c. Fresh
-    noise is alike in all directions, and what l holds beyond that noise is signal::
+    which M has the share κ of the energy; ‖M‖² = S + κN = 1, ‖G‖² = S + N and ⟨G, M⟩ = S + cN give S, N and c. Outside,
+    noise has at most the share of directions there, and no more than what l shows of it. The rest of l is signal::
 
-        n = N (1 − rank / short),   s = max(0, l − κ n)
+        n = min(N (1 − rank / short), l / κ),   s = l − κ n
         cosine = (k + s + c n) / √(k + s + n)
 
     That is exact for no momentum (the measured cosine) and for dense momentum (1). It describes low-rank momentum. In a
@@ -63,8 +63,10 @@ def cosines(block: Candidate) -> list[float]:
     inner = (signals.agreement * math.sqrt(gradient) - signal) / noise if noise else 0.0
     found = []
     for rank, kept in enumerate(accumulate(gains(block), initial=0.0)):
-        outside = noise * (1 - rank / block.short)
         kept = min(1.0, kept)
+        outside = noise * (1 - rank / block.short)
+        if kept_noise > 0:
+            outside = min(outside, (1 - kept) / kept_noise)
         held = kept + max(0.0, 1 - kept - kept_noise * outside)
         found.append(min(1.0, (held + inner * outside) / math.sqrt(held + outside)))
     return [*found[:-1], 1.0]
