@@ -48,7 +48,6 @@ def _rows(
 
 
 RANKS = (1, 2, 4, 8, 16, 32)
-_RANKED = [(f"adapm_lean, rank {rank}", 2e-3) for rank in RANKS]
 _OURS = _rows(("AdamW", 2e-3), ("adapm_lean", 2e-3), ("snsm_lean", 4e-3), ("adapm_lean, rank 16", 2e-3))
 _WITH_RATIO = _rows(
     ("adamw", 1.4e-3), ("adapm_lean", 2e-3), ("snsm_lean", 2e-3), ("adapm_lean, rank 16", 2e-3),
@@ -105,16 +104,14 @@ STUDIES: dict[str, Study] = {
         Settings(steps=300, batch=32, every=50),
         tuple(_rows(*((name, 2e-3) for name in _PARTS), tuned=False, seeds=(0,))),
     ),
-    "rank 4k": Study(
-        "Rank at 4,096 tokens a step",
-        Settings(steps=300, batch=32, every=50, fidelity=True),
-        tuple(_rows(*_RANKED, tuned=False, seeds=(0,))),
-    ),
-    "rank 512": Study(
-        "Rank at 512 tokens a step",
-        Settings(steps=300, batch=4, every=50, fidelity=True),
-        tuple(_rows(*_RANKED, tuned=False)),
-    ),
+    **{
+        f"rank {size}": Study(
+            f"Rank at {tokens:,} tokens a step",
+            Settings(steps=1_228_800 // tokens, batch=tokens // 128, every=204_800 // tokens, fidelity=True),
+            tuple(_rows(("adamw", lr), *((f"adapm_lean, rank {rank}", lr) for rank in RANKS), tuned=False, seeds=(0,))),
+        )
+        for size, tokens, lr in (("512", 512, 1e-3), ("4k", 4096, 2e-3), ("16k", 16384, 4e-3))
+    },
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
