@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -27,7 +28,8 @@ class ControlMomentum(Momentum):
         mode: ``low_rank``: what :class:`LowRankMomentum` does, to check this class. ``best``: the same with the best
             basis, from a singular value decomposition. ``inverse``: momentum everywhere but in the leading directions,
             where the direction is the gradient. ``inside``: momentum in the leading directions only, without what
-            is dropped.
+            is dropped. ``small``: outside of them the gradient, as small as momentum makes noise. ``averaged``: outside
+            of them momentum, as large as the gradient's noise.
         iterations: Power iterations per step.
     """
 
@@ -60,6 +62,11 @@ class ControlMomentum(Momentum):
         if self.mode == "inverse":
             direction = (new - inside) / correction + basis @ (basis.mT @ gradient)
             kept = new
+        elif self.mode == "small":
+            outside = gradient - basis @ (basis.mT @ gradient)
+            direction, kept = inside / correction + noise_gain(beta1) * outside, new
+        elif self.mode == "averaged":
+            direction, kept = (inside + (new - inside) / noise_gain(beta1)) / correction, new
         elif self.mode == "inside":
             direction, kept = inside / correction, inside
         else:
@@ -83,3 +90,8 @@ class ControlMomentum(Momentum):
     def to_dense(self, state: Any, layout: Layout) -> Tensor:
         """Return M."""
         return state["control_m"].view(layout.local)
+
+
+def noise_gain(beta1: float) -> float:
+    """Return the size of an average of noise, relative to the noise."""
+    return math.sqrt((1 - beta1) / (1 + beta1))

@@ -55,7 +55,9 @@ _WITH_RATIO = _rows(
 )  # fmt: skip
 _PARTS = (
     "AdamW", "adapm_lean", "the same, written out", "two iterations a step", "the best basis",
-    "what is dropped, dropped for good", "momentum outside the subspace only", "adafactor", "dense x factored",
+    "what is dropped, dropped for good", "momentum outside the subspace only",
+    "outside, the gradient as small as momentum", "outside, momentum as large as the gradient",
+    "adafactor", "dense x factored",
     *(f"no momentum for {role}" for role in ROLES), "max_update None", "max_update 3.0", "max_update 1.0",
 )  # fmt: skip
 _SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))

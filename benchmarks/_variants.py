@@ -141,6 +141,8 @@ VARIANTS = {
         Variant("the best basis", _control("best")),
         Variant("what is dropped, dropped for good", _control("inside")),
         Variant("momentum outside the subspace only", _control("inverse")),
+        Variant("outside, the gradient as small as momentum", _control("small")),
+        Variant("outside, momentum as large as the gradient", _control("averaged")),
         *(
             Variant(f"no momentum for {role}", "adapm_lean", options={"overrides": {role: {"momentum": "none"}}})
             for role in ROLES
