@@ -45,7 +45,8 @@ def table(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
         mean = [_shown(mean_loss(runs)), spread] if several else []
         cells = [_shown(losses[seed]) if seed in losses else "" for seed in seeds]
         sizes = [f"{share:.1%}" for share in shares(runs[0])]
-        other = [relative(losses, controls.get(row.ratio, {}))] if controls else []
+        control = controls.get(row.ratio, {} if row.ratio == 1 else controls.get(RATIO, {}))
+        other = [relative(losses, control)] if controls else []
         lines.append([row.variant, f"{row.ratio:g}", f"{runs[0]['lr']:g}", *cells, *mean, *other, *sizes])
     return head, lines
 
@@ -100,12 +101,13 @@ def spectra(study: Study, results: Sequence[Result]) -> tuple[list[str], list[li
 
 
 def comparison(study: Study, results: Sequence[Result], costs: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Return state, time and temporary memory of a step, and the loss of a study, with one rate and with the ratio."""
+    """Return state, time and temporary memory of a step, and the losses of a study, with one rate and by role."""
     losses: dict[tuple[str, bool], float] = {}
     for row in study.rows:
         if runs := best_runs(results, row):
             name = REFERENCE if row.variant == "adamw" else row.variant
-            losses[name, row.ratio != 1] = mean_loss(runs)
+            key = name, row.ratio != 1
+            losses[key] = min(mean_loss(runs), losses.get(key, math.inf))
     lines = []
     for cost in sorted(costs, key=lambda cost: losses.get((cost["cost"], False), math.inf)):
         found = [losses.get((cost["cost"], ratio)) for ratio in (False, True)]
@@ -118,7 +120,7 @@ def comparison(study: Study, results: Sequence[Result], costs: Sequence[Result])
         "step, x fused AdamW",
         "temporaries",
         "loss, one rate",
-        f"loss, ratio {RATIO:g}",
+        "loss, rates by role",
     ], lines
 
 
@@ -162,7 +164,8 @@ unless a name says otherwise, no weight decay, gradients clipped to norm {settin
 optimizers share initial weights and batches. Where "rates tried" follows a table, the rate is tuned for each row with
 the first seed: half the middle rate, the middle, twice it, and further while the best is at an edge. The other seeds
 run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at the end; the curves use the
-first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same ratio and seeds. "momentum" and
+first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same ratio and
+seeds, or else with AdamW's at the ratio {RATIO:g}. "momentum" and
 "state" are shares of AdamW's bytes. "ratio" multiplies the rate of embeddings and norms:
 `overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier": {RATIO:g}}}}}`. `adamw` is this
 package's AdamW, which equals torch's."""

@@ -11,6 +11,8 @@ SEEDS = (0, 1, 2)
 # Sums over a subset of 128 elements, as in SNSM's code, shrink the update of linear weights by sqrt(128) = 11.3.
 # Larger rates for them are larger rates for embeddings and norms than a mean would give. The same ratio for others.
 RATIO = 11.3
+# Orthogonalized updates are 0.2 in size, where others are near 1.
+MUON_RATIO = 3.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ _PARTS = (
 )  # fmt: skip
 _SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))
 _BEST = (("adamw", 2.8e-3), ("adapm_lean", 4e-3), ("snsm_lean", 4e-3))  # rates tuned at the ratio
+_ORTHOGONAL = ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -71,6 +74,8 @@ STUDIES: dict[str, Study] = {
         (
             *_OURS,
             *_WITH_RATIO,
+            *_rows(("muon_lean", 1.6e-2)),
+            *_rows(("muon_lean", 1.6e-2), ("muon", 8e-3), ratio=MUON_RATIO),
             *_rows(
                 ("muon", 8e-3),
                 ("scale", 1e-3),
@@ -79,7 +84,6 @@ STUDIES: dict[str, Study] = {
                 ("fira", 8e-3),
                 ("galore", 8e-3),
                 ("muon, low rank 1/32", 8e-3),
-                ("muon in adapm_lean", 8e-3),
                 ("adafactor", 2e-3),
                 ("dense x factored", 2e-3),
                 ("adam_snsm", 4e-3),
@@ -105,6 +109,17 @@ STUDIES: dict[str, Study] = {
         "Parts of adapm_lean, 4,096 tokens a step",
         Settings(steps=300, batch=32, every=50),
         tuple(_rows(*((name, 2e-3) for name in _PARTS), tuned=False, seeds=(0,))),
+    ),
+    "parts of muon_lean": Study(
+        "Parts of muon_lean, 4,096 tokens a step",
+        Settings(steps=300, batch=32, every=50),
+        tuple(
+            _rows(
+                *((name, 1.6e-2) for name in ("muon_lean", *(f"muon_lean, {change}" for change in _ORTHOGONAL))),
+                tuned=False,
+                seeds=(0,),
+            )
+        ),
     ),
     **{
         f"rank {size}": Study(

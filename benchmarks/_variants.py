@@ -131,9 +131,15 @@ VARIANTS = {
         Variant("apollo_mini", "apollo_mini"),
         Variant("muon", "muon", betas=(0.95, 0.95)),
         Variant("muon, low rank 1/32", _muon({"momentum": "low_rank", "rank": 1 / 32}), betas=(0.95, 0.95)),
-        Variant(
-            "muon in adapm_lean",
-            {"name": "mixed", "base": "adapm_lean", "roles": dict.fromkeys(HIDDEN, {"second_moment": "orthogonal"})},
+        Variant("muon_lean", "muon_lean"),
+        *(Variant(f"muon_lean, rank {rank}", "muon_lean", options={"rank": rank}) for rank in (1, 16)),
+        *(
+            Variant(f"muon_lean, {name}", "muon_lean", options={"overrides": dict.fromkeys(HIDDEN, kinds)})
+            for name, kinds in (
+                ("no momentum", {"momentum": "none"}),
+                ("subspace 1/8", {"momentum": "subspace"}),
+                ("dense", {"momentum": "dense", "nesterov": True}),
+            )
         ),
         # What explains adapm_lean.
         Variant("the same, written out", _control("low_rank")),

@@ -25,12 +25,12 @@ COVERED = {
     "linear": (
         "Linear layers of unknown part: Mamba's projections, latent projections, poolers, projectors.",
         "`adapm*`, `galore`, `fira`, `apollo*`: as `mlp`, since most are projections in and out of a layer. `adam_sn*`,"
-        " `adagrad_snsm`, `rmsprop_sn`, `muon`: as all linear layers, which is how the papers choose.",
+        " `adagrad_snsm`, `rmsprop_sn`, `muon`, `muon_lean`: as all linear layers, which is how the papers choose.",
     ),
     "convolution": (
         "Kernels of convolutions, but for patch embeddings.",
-        "As `other`: the papers' models have none, and they are a small part of most models. `muon`: as linear layers,"
-        " flattened to matrices, as its author does.",
+        "As `other`: the papers' models have none, and they are a small part of most models. `muon`,"
+        " `muon_lean`: as linear layers, flattened to matrices, as its author does.",
     ),
     "router": (
         "Routers of a mixture of experts.",
@@ -47,8 +47,8 @@ COVERED = {
     ),
     "other": (
         "Matrices whose part in the model is unknown.",
-        "`adapm`, `adapm_mini`: dense momentum. `adapm_lean`, `scale`: as all matrices. `adam_sn*`, `muon`: Adam's"
-        " kinds, since nothing says that they are linear layers.",
+        "`adapm`, `adapm_mini`: dense momentum. `adapm_lean`, `scale`: as all matrices. `muon_lean`: as the"
+        " embedding. `adam_sn*`, `muon`: Adam's kinds, since nothing says that they are linear layers.",
     ),
 }
 MODELS = {f"LLaMA {size.upper()}": f"llama-{size}" for size in ("60m", "130m", "350m", "1b", "7b")} | {

@@ -24,6 +24,7 @@ from lightning_memopt.optim.classes import (
     Fira,
     GaLore,
     Muon,
+    MuonLean,
     RMSPropSN,
     SNSMLean,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "MemoryPlan",
     "Momentum",
     "Muon",
+    "MuonLean",
     "NamingScheme",
     "OptimizerMemoryMonitor",
     "PartBytes",

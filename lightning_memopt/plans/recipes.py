@@ -87,6 +87,15 @@ _LEAN_LORA = Recipe(LowRankMomentum(rank=_LORA_RANK), "factored")
 ADAPM_LEAN = _named("adapm_lean", Recipe("low_rank", "factored"), (0.9, 0.95), lora=_LEAN_LORA)
 _SNSM_LORA = Recipe(SubspaceMomentum(rank=_LORA_RANK), "factored")
 SNSM_LEAN = _named("snsm_lean", Recipe("subspace", "factored"), (0.9, 0.95), lora=_SNSM_LORA)
+# Matrices that map hidden vectors to hidden vectors.
+_HIDDEN = ("query", "key", "value", "attention_output", "mlp", "linear", "convolution")
+MUON_LEAN = _named(
+    "muon_lean",
+    Recipe("low_rank", "factored"),
+    (0.9, 0.95),
+    **dict.fromkeys(_HIDDEN, Recipe("low_rank", "orthogonal")),
+    lora=_LEAN_LORA,
+)
 ADAM_SN = _on_linear("adam_sn", _ADAM, Recipe("dense", "subset_norm"), (0.9, 0.999))
 ADAM_SNSM = _on_linear("adam_snsm", _ADAM, Recipe("subspace", "subset_norm"), (0.9, 0.999))
 # The authors run AdaGrad and RMSProp without bias correction, and with sums over subsets.

@@ -27,8 +27,9 @@ def kinds(recipe="adapm_lean", **options):
 
 def test_recipes_are_the_documented_ones():
     assert lm.recipe_names() == [
-        "adamw", "adapm", "adapm_mini", "adapm_lean", "snsm_lean", "adam_sn", "adam_snsm", "adagrad_snsm",
-        "rmsprop_sn", "adam_mini", "adafactor", "scale", "muon", "galore", "fira", "apollo", "apollo_mini",
+        "adamw", "adapm", "adapm_mini", "adapm_lean", "snsm_lean", "muon_lean", "adam_sn", "adam_snsm",
+        "adagrad_snsm", "rmsprop_sn", "adam_mini", "adafactor", "scale", "muon", "galore", "fira", "apollo",
+        "apollo_mini",
     ]  # fmt: skip
 
 

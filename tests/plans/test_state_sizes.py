@@ -36,8 +36,9 @@ def test_adapm_mini_keeps_at_most_5_5_percent(models, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_adapm_lean_keeps_at_most_3_5_percent(models, name):
-    assert shares(models[name], "adapm_lean")[1] <= 0.035
+@pytest.mark.parametrize("recipe", ["adapm_lean", "muon_lean"])
+def test_lean_recipes_keep_at_most_3_5_percent(models, name, recipe):
+    assert shares(models[name], recipe)[1] <= 0.035
 
 
 @pytest.mark.parametrize("name", MODELS)
