@@ -144,21 +144,24 @@ def on_a_rank(rank: int, world: int, expected: bytes) -> dict[str, Any]:
             continue
         for choose, name in cases(label):
             key = f"{label}, {choose.__name__}, {name}"
-            found[key] = attempt(compare, mesh, choose, (RECIPES | VARIANTS)[name], EXPECTED[name])
+            most = 6 if name == "muon_lean" else 5  # the root of a direction follows the momentum's sums
+            found[key] = attempt(compare, mesh, choose, (RECIPES | VARIANTS)[name], EXPECTED[name], most)
         for check in CHECKS if label in ("three", "hybrid") else ():
             found[f"{label}, {check.__name__}"] = attempt(check, mesh)
     return found
 
 
-def compare(mesh: DeviceMesh, choose: Callable[..., int], builder: Callable[..., Any], expected: Any) -> None:
-    """The same weights after all steps, state within its bounds, and at most five collectives in every step."""
+def compare(
+    mesh: DeviceMesh, choose: Callable[..., int], builder: Callable[..., Any], expected: Any, most: int
+) -> None:
+    """The same weights after all steps, state within its bounds, and few collectives in every step."""
     params = sharded(mesh, choose)
     optimizer = builder(named(params))
     for step in STEPS:
         fill(params, step)
         before = collectives_so_far(mesh)
         optimizer.step()
-        assert 0 < collectives_so_far(mesh) - before <= 5, f"step {step}: {collectives_so_far(mesh) - before}"
+        assert 0 < collectives_so_far(mesh) - before <= most, f"step {step}: {collectives_so_far(mesh) - before}"
     assert_same_wholes(params, expected, tolerance=TOLERANCE)
     snapshot, count = optimizer.snapshot(), mesh.size(mesh.ndim - 1)
     assert snapshot.local_bytes <= 1.05 * snapshot.state_bytes / count + 4096
@@ -354,6 +357,7 @@ def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
     """Whichever mesh dimension shards the rows. The gradient check is one collective of all ranks.
 
     Fira takes five: its limiter asks for a norm after all that a new subspace asks. Exact subspaces are refused here.
+    Six where low-rank momentum is orthogonalized: the root follows the momentum.
     """
     if mesh.ndim < 2:
         return
@@ -381,7 +385,7 @@ def two_sharded_dimensions_take_four_collectives_each(mesh: DeviceMesh) -> None:
             two.step()
             after = [group._get_sequence_number_for_group() for group in mesh.get_all_groups()]
             counts = [late - early for early, late in zip(before, after, strict=True)]
-            assert max(counts) <= (5 if recipe == "fira" else 4), f"{recipe}, step {step}: {counts}"
+            assert max(counts) <= {"fira": 5, "muon_lean": 6}.get(recipe, 4), f"{recipe}, step {step}: {counts}"
         for name in params:
             assert relative_error(params[name].full_tensor().detach(), reference[name].detach()) <= TOLERANCE, recipe
 
