@@ -64,6 +64,7 @@ _PARTS = (
 )  # fmt: skip
 _SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))
 _BEST = (("adamw", 2.8e-3), ("adapm_lean", 4e-3), ("snsm_lean", 4e-3))  # rates tuned at the ratio
+_MUONS = (("muon_lean", 1.6e-2), ("muon", 8e-3))
 _ORTHOGONAL = ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
@@ -74,10 +75,9 @@ STUDIES: dict[str, Study] = {
         (
             *_OURS,
             *_WITH_RATIO,
-            *_rows(("muon_lean", 1.6e-2)),
-            *_rows(("muon_lean", 1.6e-2), ("muon", 8e-3), ratio=MUON_RATIO),
+            *_rows(*_MUONS),
+            *_rows(*_MUONS, ratio=MUON_RATIO),
             *_rows(
-                ("muon", 8e-3),
                 ("scale", 1e-3),
                 ("apollo_mini", 4e-3),
                 ("apollo", 4e-3),
@@ -103,7 +103,11 @@ STUDIES: dict[str, Study] = {
     "512": Study(
         "512 tokens a step",
         Settings(steps=300, batch=4, every=50),
-        (*_OURS, *_WITH_RATIO, *_rows(("adafactor", 2e-3), ("adam_snsm", 4e-3), ("NAdam", 2e-3))),
+        (
+            *_OURS,
+            *_WITH_RATIO,
+            *_rows(*_MUONS, ("adafactor", 2e-3), ("adam_snsm", 4e-3), ("NAdam", 2e-3)),
+        ),
     ),
     "parts": Study(
         "Parts of adapm_lean, 4,096 tokens a step",
@@ -132,10 +136,12 @@ STUDIES: dict[str, Study] = {
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
-        tuple(_rows(*_BEST, ratio=RATIO, tuned=False)),
+        (*_rows(*_BEST, ratio=RATIO, tuned=False), *_rows(*_MUONS, tuned=False)),
     ),
     "gpt2": Study(
-        "GPT-2, 4,096 tokens a step", Settings(model="gpt2", steps=300, batch=32, every=50), tuple(_OURS[:3])
+        "GPT-2, 4,096 tokens a step",
+        Settings(model="gpt2", steps=300, batch=32, every=50),
+        (*_OURS[:3], *_rows(*_MUONS)),
     ),
     "ratio": Study(
         "Ratio of rates, 4,096 tokens a step",
@@ -154,6 +160,7 @@ STUDIES: dict[str, Study] = {
             (
                 *_rows(("AdamW", 2e-3), ("adam_snsm", 4e-3), ("adapm_lean", 2e-3), tuned=False, seeds=(0,)),
                 *_rows(*_BEST, ratio=RATIO, tuned=False, seeds=(0,)),
+                *_rows(*_MUONS, tuned=False, seeds=(0,)),
             ),
         )
         for share, steps in (("50%", 150), ("65%", 195), ("80%", 240))
