@@ -11,7 +11,7 @@ from _curves import loss_or_inf
 from _fidelity import RANKS
 from _quality_rows import Result, best_runs, needed, runs_of
 from _report import markdown, origins
-from _studies import RATIO, Study
+from _studies import RATIO, Row, Study
 from _variants import REFERENCE
 
 # AdamW of torch, and of this package for rates by role.
@@ -45,10 +45,15 @@ def table(study: Study, results: Sequence[Result]) -> tuple[list[str], list[list
         mean = [_shown(mean_loss(runs)), spread] if several else []
         cells = [_shown(losses[seed]) if seed in losses else "" for seed in seeds]
         sizes = [f"{share:.1%}" for share in shares(runs[0])]
-        control = controls.get(row.ratio, {} if row.ratio == 1 else controls.get(RATIO, {}))
-        other = [relative(losses, control)] if controls else []
+        other = [relative(losses, controls.get(_control_ratio(study, row), {}))] if controls else []
         lines.append([row.variant, f"{row.ratio:g}", f"{runs[0]['lr']:g}", *cells, *mean, *other, *sizes])
     return head, lines
+
+
+def _control_ratio(study: Study, row: Row) -> float:
+    """Return the ratio of the AdamW that a row is compared with: its own, or else the common one."""
+    known = {each.ratio for each in study.rows if each.variant in CONTROLS}
+    return row.ratio if row.ratio in known or row.ratio == 1 else RATIO
 
 
 def by_seed(runs: Sequence[Result]) -> dict[int, float]:
@@ -192,7 +197,7 @@ def _unfinished(study: Study, results: Sequence[Result]) -> str:
 
 _COST = """State, time of a step as a multiple of fused AdamW's, and temporary memory of a step as a multiple of the
 largest block, on the shapes of a LLaMA with 60 million parameters, from one run on a CPU. Losses are those of the next
-section."""
+section, with rates by role at the best ratio tried."""
 _FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all roles of
 matrices and all seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and
 full Adam's change; and the same for a step along the gradient."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _quality_page import Found, mean_loss, shares
+from _quality_page import CONTROLS, Found, mean_loss, shares
 from _quality_rows import Result, best_runs
 from _studies import Study
 from _variants import REFERENCE
@@ -53,24 +53,22 @@ def plot_ranks(found: Found, path: Path) -> None:
         return
     figure = new_figure(5.4 * len(studies), 4.6)
     for axis, (study, results) in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies, strict=True):
-        points = [(shares(runs[0])[1], runs) for row in study.rows if (runs := best_runs(results, row))]
-        spread = [statistics.stdev(_finite(runs)) if len(_finite(runs)) > 1 else 0.0 for _, runs in points]
-        losses = [mean_loss(runs) for _, runs in points]
-        axis.errorbar([100 * share for share, _ in points], losses, spread, marker="o", color=COLORS[0], capsize=3)
+        found_rows = [(row.variant, runs) for row in study.rows if (runs := best_runs(results, row))]
+        points = [(shares(runs[0])[1], mean_loss(runs)) for name, runs in found_rows if name not in CONTROLS]
+        axis.plot([100 * share for share, _ in points], [loss for _, loss in points], marker="o", color=COLORS[0])
+        for _, runs in (each for each in found_rows if each[0] in CONTROLS):
+            axis.axhline(mean_loss(runs), color=BLACK, linestyle="--", label="AdamW")
+            axis.legend(fontsize=SMALL)
         axis.set_xscale("log")
         axis.set_xticks([100 * share for share, _ in points], [f"{share:.1%}" for share, _ in points], rotation=30)
         axis.minorticks_off()
         finish(axis, title=study.title, x="state, share of AdamW's", y="validation loss")
-    figure.suptitle("Rank of adapm_lean: 1, 2, 4, 8, 16, 32 of 128 (bars: deviation over seeds)", fontsize=TITLE)
+    figure.suptitle("Rank of adapm_lean: 1, 2, 4, 8, 16, 32 of 128", fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
 
 def _label(variant: str, ratio: float) -> str:
     return variant if ratio == 1 else f"{variant}, ratio {ratio:g}"
-
-
-def _finite(runs: Sequence[Result]) -> list[float]:
-    return [run["loss"] for run in runs if run["loss"] is not None]
 
 
 def _mean_curve(runs: Sequence[Result]) -> Curve:

@@ -11,7 +11,7 @@ SEEDS = (0, 1, 2)
 # Sums over a subset of 128 elements, as in SNSM's code, shrink the update of linear weights by sqrt(128) = 11.3.
 # Larger rates for them are larger rates for embeddings and norms than a mean would give. The same ratio for others.
 RATIO = 11.3
-# Orthogonalized updates are 0.2 in size, where others are near 1.
+# Orthogonalized updates are 0.2 in size; factored ones of low-rank momentum are near 1.
 MUON_RATIO = 3.0
 
 
@@ -136,7 +136,7 @@ STUDIES: dict[str, Study] = {
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
-        (*_rows(*_BEST, ratio=RATIO, tuned=False), *_rows(*_MUONS, tuned=False)),
+        (*_rows(*_BEST, ratio=RATIO, tuned=False), *_rows(("AdamW", 2e-3), *_MUONS, tuned=False)),
     ),
     "gpt2": Study(
         "GPT-2, 4,096 tokens a step",

@@ -39,7 +39,8 @@ COVERED = {
     "lora": (
         "Both factors of low-rank adapters.",
         "As linear layers, with momentum of rank 2: with r=16, that did better than AdamW"
-        " ([benchmarks/lora.md](benchmarks/lora.md)). `galore`, `fira`, `apollo*`: Adam's kinds.",
+        " ([benchmarks/lora.md](benchmarks/lora.md)). `muon_lean`: as the embedding,"
+        " with rank 2. `galore`, `fira`, `apollo*`: Adam's kinds.",
     ),
     "vector": (
         "Everything whose sizes are 1 but for one, norms, and biases of any shape.",

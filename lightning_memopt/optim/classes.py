@@ -137,12 +137,13 @@ class MuonLean(RecipeOptimizer):
 
         X ← U / ‖U‖,   5 times: X ← a X + b X XᵀX + c X (XᵀX)²,   W ← (1 − ηλ) W − η · 0.2 √max(m, n) · X
 
-    Embeddings, heads, routers and matrices of unknown role are updated as in :class:`AdaPMLean`.
+    Embeddings, heads, routers, adapters (rank 2) and matrices of unknown role are updated as in :class:`AdaPMLean`,
+    vectors as in AdamW.
 
     Defaults: betas (0.9, 0.95), rank 1/32 of the short side, at least 4.
-    State: 2 to 3.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: about eight times AdamW's, with warmup.
-    Each step takes Muon's time: :mod:`lightning_memopt.kinds.newton_schulz` multiplies matrices of the short side 17
-    times.
+    State: 2 to 2.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: about eight times AdamW's in the one model
+    measured, with warmup. Each step takes at least Muon's time, in which
+    :mod:`lightning_memopt.kinds.newton_schulz` multiplies matrices of the short side 17 times.
     Sources: arXiv 2510.09103 (momentum), kellerjordan.github.io/posts/muon (iteration), arXiv 1804.04235 (factors).
     The combination is this package's.
     """

@@ -69,7 +69,7 @@ class BlockSignals:
         return max(0.0, self.momentum_energy - sum(self.spectrum)) if self.lost is None else self.lost
 
     def residual(self, rank: int) -> float:
-        """Return the share of the full average's energy that momentum of this rank lacks, as far as is known."""
+        """Return the share that momentum of this rank lacks, of the known spectrum and of what is lost."""
         whole = sum(self.spectrum) + self.residual_energy
         return max(0.0, 1 - sum(self.spectrum[:rank]) / whole) if whole > 0 else 0.0
 
@@ -191,14 +191,16 @@ class Probe:
             self._matrices(), self._optimizer.state, {name: row.index for name, row in self._rows.items()}
         )
         for name, (energy, lost) in self._put_together(kept).items():
-            now = self._rows[name].scale * energy
-            spectrum = kept[name].spectrum if name in kept and now > 0 else ()
-            self._keep(name, now, [value / now for value in spectrum], lost / energy if energy > 0 else 0.0)
+            now, share = self._rows[name].scale * energy, lost / energy if energy > 0 else None
+            shares = [value / now for value in kept[name].spectrum] if name in kept and now > 0 else []
+            if share is not None and name in kept and not kept[name].complete:
+                share = max(share, 1 - sum(shares))
+            self._keep(name, now, shares, share)
         signals = self._known()
         self._held["sums"] = self._held["sums"] * MEMORY
         return signals
 
-    def _keep(self, name: str, energy: float, shares: list[float], lost: float) -> None:
+    def _keep(self, name: str, energy: float, shares: list[float], lost: float | None) -> None:
         """Add values to the averages over all readings. A single batch says little about a momentum's spectrum."""
         readings = self._readings.setdefault(name, [])
         if len(shares) >= len(readings):  # less is lost of a larger rank
@@ -207,7 +209,8 @@ class Probe:
         known = sum(total / weight for total, weight in readings[1 + len(shares) :])
         for pair, value in zip(readings, [energy, *shares], strict=False):
             _average_(pair, value)
-        _average_(self._lost.setdefault(name, [0.0, 0.0]), min(1.0, max(0.0, lost - known)))
+        if lost is not None:
+            _average_(self._lost.setdefault(name, [0.0, 0.0]), min(1.0, max(0.0, lost - known)))
 
     def _known(self) -> dict[str, BlockSignals]:
         """Return the signals of every block that has been read."""
@@ -234,9 +237,10 @@ class Probe:
         """Combine the sums of all ranks. Return the energy of every block's average on the sample, and what is lost."""
         held = self._held
         lost = held["average"].clone()
-        for name, row in self._rows.items():
-            if name in kept:
-                lost[row.position, row.places] -= kept[name].elements
+        for group, _, block in self._matrices():
+            if block.name in kept:
+                row, sign = self._rows[block.name], -1 if group["maximize"] else 1  # the momentum is that of −G
+                lost[row.position, row.places] -= sign * kept[block.name].elements
         energies = torch.stack([each.double().square().sum(1) for each in (held["average"], lost)], dim=1)
         sums = self._over_ranks(torch.cat([held["latest"], energies], dim=1))
         held["sums"] = held["sums"] + sums[:, :-2]

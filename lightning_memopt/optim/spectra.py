@@ -29,10 +29,12 @@ class Kept:
         spectrum: Its squared singular values, in descending order; of dense momentum, the largest. In a stack, values
             of the same position are summed.
         elements: Those at the places asked for.
+        complete: Whether the spectrum has all values that are not zero.
     """
 
     spectrum: tuple[float, ...]
     elements: Tensor
+    complete: bool
 
 
 def kept_momentum(
@@ -78,7 +80,8 @@ def _kept(found: dict[str, Kept], block: Block, state: dict[str, Tensor], places
     else:
         return
     squares = yield from _squares(factors, block.work)
-    found[block.name] = Kept(tuple(squares.tolist()), elements.to(layout.dtype))
+    complete = not isinstance(momentum, DenseMomentum) or len(squares) == layout.short_side
+    found[block.name] = Kept(tuple(squares.tolist()), elements.to(layout.dtype), complete)
 
 
 def _squares(factors: tuple[Tensor, Tensor], layout: Layout) -> Generator[Any, Any, Tensor]:

@@ -155,8 +155,9 @@ class Turns:
     Sums of different groups or dtypes cannot share a collective. With A and B as the groups, one of which divides rows
     and the other one columns, the turns are A32 B64 B32 A64, and again. Whatever a kind asks is a part of the first
     seven: low rank B64 B32 A64 A32, a new subspace A32 B64 B32 A64 A32, or either with A and B exchanged. So blocks of
-    all kinds together need at most three collectives of A and four of B. All ranks of a group have parameters on the
-    same meshes: the turns of one group depend on what is asked of the others.
+    all kinds together need at most three collectives of A and four of B, and those of norms of a direction, which
+    follow. All ranks of a group have parameters on the same meshes: the turns of one group depend on what is asked of
+    the others.
     """
 
     def __init__(self) -> None:

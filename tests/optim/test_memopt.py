@@ -14,8 +14,8 @@ from tests._compare import assert_equal, assert_same_weights
 from tests._models import fill_grads, tiny_gpt2, tiny_llama, train
 
 CLASSES = [
-    lm.AdaPM, lm.AdaPMMini, lm.AdaPMLean, lm.AdamSN, lm.AdamSNSM, lm.AdaGradSNSM, lm.RMSPropSN, lm.AdamMini,
-    lm.Adafactor, lm.SCALE, lm.Muon,
+    lm.AdaPM, lm.AdaPMMini, lm.AdaPMLean, lm.SNSMLean, lm.MuonLean, lm.AdamSN, lm.AdamSNSM, lm.AdaGradSNSM,
+    lm.RMSPropSN, lm.AdamMini, lm.Adafactor, lm.SCALE, lm.Muon,
 ]  # fmt: skip
 
 

@@ -136,7 +136,10 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
     name = "lm_head.weight" if shape[0] == 1 else NAME  # elsewhere, one row is a vector
     for rank in (3, 100):
         for content in ("full", "zero"):
-            optimizer = optimizer_of({name: shape}, "adamw", overrides={name: {**kind, "rank": rank}})
+            maximize = rank == 100
+            optimizer = optimizer_of(
+                {name: shape}, "adamw", overrides={name: {**kind, "rank": rank}}, maximize=maximize
+            )
             probe = Probe(optimizer)
             average: Any = 0.0
             for number in range(1, 6):
@@ -148,7 +151,7 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             expected = torch.linalg.svdvals(momentum_of(optimizer, param)).square()
             expected = expected.reshape(-1, expected.shape[-1]).sum(0)[: block.recipe.momentum.rank]
             if content == "zero":
-                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0, lost=0.0)
+                assert replace(found, noise_damping=0.0) == BlockSignals(0.0, 0.0, 0.0)
                 assert found.residual(1) == found.residual_energy == 0
                 continue
             assert list(found.spectrum) == sorted(found.spectrum, reverse=True)
@@ -158,7 +161,8 @@ def test_spectrum_is_that_of_the_momentum_kept(shape, kind):
             if exact and rank == 100 and kind["momentum"] == "low_rank":  # nothing is dropped
                 assert found.residual(rank) == pytest.approx(0, abs=1e-5)
                 assert found.residual_energy == pytest.approx(0, abs=1e-5 * found.momentum_energy)
-            lost = float((average - momentum_of(optimizer, param)).square().sum())
+            kept = momentum_of(optimizer, param) * (-1 if maximize else 1)
+            lost = float((average - kept).square().sum())
             if average.numel() <= SAMPLE:
                 lost = min(lost, float(average.square().sum()))
                 assert found.residual_energy == pytest.approx(lost, rel=1e-4, abs=1e-5 * found.momentum_energy)
@@ -202,6 +206,19 @@ def test_spectrum_of_dense_momentum(shape, state_dtype):
         torch.testing.assert_close(found[:10], expected[:10], rtol=0.02, atol=0)
         assert bool((found <= 1.001 * expected[:64]).all())
     assert len(probe.read()[NAME].spectrum) == len(found)
+
+
+def test_dense_momentum_loses_what_its_spectrum_does_not_reach():
+    """Of white noise on 160 directions, the 64 largest hold three quarters."""
+    optimizer = optimizer_of({NAME: (160, 200)}, "adamw")
+    probe = Probe(optimizer)
+    for number in range(1, 4):
+        step(optimizer, {NAME: gradient((160, 200), number)})
+    ((_, param, _),) = optimizer.blocks()
+    values = torch.linalg.svdvals(optimizer.state[param]["exp_avg"].double()).square()
+    expected = float(1 - values[:64].sum() / values.sum())
+    assert probe.read()[NAME].residual(64) == pytest.approx(expected, abs=0.12)
+    assert expected > 0.2
 
 
 def test_agreement_and_damping_tell_noise_from_signal():

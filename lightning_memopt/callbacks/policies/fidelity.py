@@ -46,7 +46,7 @@ def cosines(block: Candidate) -> list[float]:
     Of M, a rank keeps a part of energy k and loses l = 1 − k. What it loses is released at once: outside of the kept
     directions, the update is the gradient itself. The gradient is a signal S, which M has in full, plus noise N, of
     which M has the share κ of the energy; ‖M‖² = S + κN = 1, ‖G‖² = S + N and ⟨G, M⟩ = S + cN give S, N and c. Outside,
-    noise has at most the share of directions there, and no more than what l shows of it. The rest of l is signal::
+    noise has at most the share of directions there, and no more than l leaves room for. The rest of l is signal::
 
         n = min(N (1 − rank / short), l / κ),   s = l − κ n
         cosine = (k + s + c n) / √(k + s + n)
