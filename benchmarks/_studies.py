@@ -65,7 +65,10 @@ _PARTS = (
 _SUBSPACES = ("snsm_lean", *(f"snsm_lean, {change}" for change in ("gap 2", "gap 40", "gap 200", "rotate", "keep")))
 _BEST = (("adamw", 2.8e-3), ("adapm_lean", 4e-3), ("snsm_lean", 4e-3))  # rates tuned at the ratio
 _MUONS = (("muon_lean", 1.6e-2), ("muon", 8e-3))
-_ORTHOGONAL = ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")
+_ORTHOGONAL = (
+    "muon_lean", *(f"muon_lean, {change}" for change in ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")),
+    "muon", "muon, beta1 0.9",
+)  # fmt: skip
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -117,13 +120,7 @@ STUDIES: dict[str, Study] = {
     "parts of muon_lean": Study(
         "Parts of muon_lean, 4,096 tokens a step",
         Settings(steps=300, batch=32, every=50),
-        tuple(
-            _rows(
-                *((name, 1.6e-2) for name in ("muon_lean", *(f"muon_lean, {change}" for change in _ORTHOGONAL))),
-                tuned=False,
-                seeds=(0,),
-            )
-        ),
+        tuple(_rows(*((name, 1.6e-2) for name in _ORTHOGONAL), tuned=False, seeds=(0,))),
     ),
     **{
         f"rank {size}": Study(

@@ -130,6 +130,7 @@ VARIANTS = {
         Variant("apollo", "apollo"),
         Variant("apollo_mini", "apollo_mini"),
         Variant("muon", "muon", betas=(0.95, 0.95)),
+        Variant("muon, beta1 0.9", "muon", betas=(0.9, 0.95)),
         Variant("muon, low rank 1/32", _muon({"momentum": "low_rank", "rank": 1 / 32}), betas=(0.95, 0.95)),
         Variant("muon_lean", "muon_lean"),
         *(Variant(f"muon_lean, rank {rank}", "muon_lean", options={"rank": rank}) for rank in (1, 16)),
