@@ -80,12 +80,17 @@ STUDIES: dict[str, Study] = {
             *_WITH_RATIO,
             *_rows(*_MUONS),
             *_rows(*_MUONS, ratio=MUON_RATIO),
+            *_rows(("scale", 1e-3), ("apollo_mini", 4e-3), ("apollo", 4e-3), ("fira", 8e-3), ("galore", 8e-3)),
             *_rows(
                 ("scale", 1e-3),
-                ("apollo_mini", 4e-3),
+                ("apollo_mini", 2e-3),
                 ("apollo", 4e-3),
-                ("fira", 8e-3),
+                ("fira", 4e-3),
                 ("galore", 8e-3),
+                ratio=RATIO,
+                seeds=(0,),
+            ),  # fmt: skip
+            *_rows(
                 ("muon, low rank 1/32", 8e-3),
                 ("adafactor", 2e-3),
                 ("dense x factored", 2e-3),
@@ -100,6 +105,7 @@ STUDIES: dict[str, Study] = {
                 ("adapm_mini", 2e-3),
                 ("adam_mini", 2e-3),
                 ("adam_sn", 2e-3),
+                seeds=(0,),
             ),
         ),
     ),
@@ -107,9 +113,9 @@ STUDIES: dict[str, Study] = {
         "512 tokens a step",
         Settings(steps=300, batch=4, every=50),
         (
-            *_OURS,
-            *_WITH_RATIO,
-            *_rows(*_MUONS, ("adafactor", 2e-3), ("adam_snsm", 4e-3), ("NAdam", 2e-3)),
+            *_OURS[:3],
+            *_WITH_RATIO[:3],
+            *_rows(*_MUONS),
         ),
     ),
     "parts": Study(
@@ -133,12 +139,15 @@ STUDIES: dict[str, Study] = {
     "1000 steps": Study(
         "1,000 steps of 4,096 tokens",
         Settings(**_LONG, every=100),
-        (*_rows(*_BEST, ratio=RATIO, tuned=False), *_rows(("AdamW", 2e-3), *_MUONS, tuned=False)),
+        (
+            *_rows(("AdamW", 2e-3), *_MUONS, tuned=False, seeds=(0,)),
+            *_rows(*_BEST, ratio=RATIO, tuned=False, seeds=(0,)),
+        ),
     ),
     "gpt2": Study(
         "GPT-2, 4,096 tokens a step",
         Settings(model="gpt2", steps=300, batch=32, every=50),
-        (*_OURS[:3], *_rows(*_MUONS)),
+        tuple(_rows(("AdamW", 2e-3), ("muon_lean", 1.6e-2), ("adapm_lean", 2e-3), ("muon", 8e-3), seeds=(0,))),
     ),
     "ratio": Study(
         "Ratio of rates, 4,096 tokens a step",
