@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Tokens = dict[str, Tensor]
+Forward = Callable[..., Any]
 TOKENS: Tokens = {}
 
 
@@ -25,7 +28,8 @@ TOKENS: Tokens = {}
 class Settings:
     """Settings that all runs of one comparison share.
 
-    ``max_chars`` bounds the text; more makes other tokens. ``fidelity`` compares momentum with full Adam's.
+    ``max_chars`` bounds the text; more makes other tokens. ``fidelity`` compares momentum with full Adam's. ``half``
+    keeps weights and gradients in bfloat16, and computes with them in float32, which a CPU does faster.
     """
 
     model: str = "llama"
@@ -47,6 +51,7 @@ class Settings:
     data: str = "python standard library"
     max_chars: int = 4_000_000
     fidelity: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,13 @@ def start_worker(path: str) -> None:
     TOKENS.update(torch.load(path, weights_only=True))
 
 
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+def widened(model: nn.Module, input_ids: Tensor) -> Any:
+    """Run a model with its weights in float32. Their gradients are rounded to the dtype of the weights."""
+    weights = {name: param.float() for name, param in model.named_parameters()}
+    return torch.func.functional_call(model, weights, (), {"input_ids": input_ids})
+
+
+def loss_of(model: Forward, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
@@ -100,7 +111,7 @@ def lr_factor(step: int, settings: Settings) -> float:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, tokens: Tensor, settings: Settings, count: int) -> float:
+def validate(model: Forward, tokens: Tensor, settings: Settings, count: int) -> float:
     """Return the mean loss of the first ``count`` held-out tokens, in consecutive windows."""
     length = settings.length
     windows = min(count // length, (len(tokens) - 1) // length)
@@ -120,6 +131,9 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = build_model(settings)
+    forward: Forward = model
+    if settings.half:
+        forward = partial(widened, model.bfloat16())
     optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay, run.ratio)
     shadow = Shadow(optimizer) if settings.fidelity else None
     tokens, window = TOKENS["train"], torch.arange(settings.length + 1)
@@ -128,7 +142,7 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     for step, starts in enumerate(batches(tokens, run.seed, settings)):
         for group in optimizer.param_groups:
             group["lr"] = run.lr * lr_factor(step, settings)
-        loss_of(model, tokens[starts[:, None] + window].long()).backward()
+        loss_of(forward, tokens[starts[:, None] + window].long()).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         finite = bool(torch.isfinite(norm))
         if not finite:
@@ -142,8 +156,8 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
         optimizer.zero_grad()
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             seen = (step + 1) * settings.batch * settings.length
-            curve.append((seen, validate(model, TOKENS["validation"], settings, settings.curve_tokens)))
-    loss = validate(model, TOKENS["validation"], settings, settings.validation_tokens) if finite else math.nan
+            curve.append((seen, validate(forward, TOKENS["validation"], settings, settings.curve_tokens)))
+    loss = validate(forward, TOKENS["validation"], settings, settings.validation_tokens) if finite else math.nan
     result = {"loss": loss if math.isfinite(loss) else None, "curve": curve, **_state(optimizer, model)}
     if shadow:
         result |= {"fidelity": shadow.found, "swings": shadow.swings}

@@ -142,6 +142,16 @@ VARIANTS = {
                 ("dense", {"momentum": "dense", "nesterov": True}),
             )
         ),
+        # How bfloat16 weights are kept.
+        *(
+            Variant(f"{name}, {label}", name, options=dict([option]))
+            for name in ("adamw", "adapm_lean")
+            for label, option in (
+                ("to nearest", ("bf16_stochastic_round", False)),
+                ("24 bits", ("master_weight_bits", 24)),
+                ("32 bits", ("master_weight_bits", 32)),
+            )
+        ),
         # What explains adapm_lean.
         Variant("the same, written out", _control("low_rank")),
         Variant("two iterations a step", _control("low_rank", iterations=2)),

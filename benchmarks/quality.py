@@ -41,11 +41,14 @@ def read(path: Path, settings: Settings) -> list[Result]:
     """Return the finished runs with these settings and today's optimizers."""
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines if line.strip()]
+    default = dataclasses.asdict(Settings())  # of settings that earlier records do not know
     wanted = dataclasses.asdict(settings)
     return [
         each
         for each in results
-        if "loss" in each and each["settings"] == wanted and each["optimizer"] == definition(each["variant"])
+        if "loss" in each
+        and {**default, **each["settings"]} == wanted
+        and each["optimizer"] == definition(each["variant"])
     ]
 
 

@@ -108,10 +108,11 @@ def test_the_page_of_recipes_is_up_to_date():
     assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: python docs/tables.py > docs/recipes.md"
 
 
-def test_examples_on_the_page_of_memory_print_what_it_says():
-    code = "".join(block for block in blocks("python", MEMORY) if ">>>" in block)
-    example = doctest.DocTestParser().get_doctest(code, {}, "memory.md", None, 0)
-    assert len(example.examples) > 8
+@pytest.mark.parametrize(("page", "count"), [("memory.md", 9), ("bfloat16.md", 6)])
+def test_examples_on_the_pages_print_what_they_say(page, count):
+    code = "".join(block for block in blocks("python", (ROOT / "docs" / page).read_text()) if ">>>" in block)
+    example = doctest.DocTestParser().get_doctest(code, {}, page, None, 0)
+    assert len(example.examples) >= count
     assert doctest.DocTestRunner().run(example).failed == 0
 
 

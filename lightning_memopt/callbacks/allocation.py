@@ -144,4 +144,4 @@ def _holders(optimizer: MemOpt) -> Iterator[Block]:
 
 def adamw_momentum_bytes(optimizer: MemOpt) -> int:
     """Return the bytes of momentum that ``torch.optim.AdamW`` would keep for the same blocks."""
-    return sum(prod(block.layout.shape) * block.itemsize for block in _holders(optimizer))
+    return sum(prod(block.layout.shape) * block.dtype.itemsize for block in _holders(optimizer))

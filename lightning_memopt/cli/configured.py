@@ -20,7 +20,10 @@ from lightning_memopt.sharding.wrapping import resolve_policy
 from lightning_memopt.strategy.averaging import AVERAGING
 
 # Arguments of optimizers that do not affect the size of their state.
-RATES = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed")
+RATES = (
+    "lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed",
+    "bf16_stochastic_round",
+)  # fmt: skip
 
 
 class _ModelOnly(MemOptCLI):
@@ -73,7 +76,9 @@ def configured(args: list[str]) -> Configured:
     if not issubclass(cls, MemOpt):
         return Configured(cli.model, None, **cli.run)
     options = optimizer.init_args.as_dict()
-    defaults = {key: entry.default for key, entry in inspect.signature(cls).parameters.items()}
+    defaults = {
+        key: entry.default for each in (MemOpt, cls) for key, entry in inspect.signature(each).parameters.items()
+    }
     shown = [
         f"{key}={value.get('name', '…') if isinstance(value, dict) else value}"
         for key, value in options.items()

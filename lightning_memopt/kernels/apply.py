@@ -102,10 +102,11 @@ def apply_(
     denominator: Denominator,
     rates: Rates,
     *,
+    low: Stack | None = None,
     rounding: Rounding | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """W ← (1 − ηλ) W − η · U / D, in float32. Weights round to nearest, or in bfloat16 as ``rounding`` says.
+    """W ← (1 − ηλ) W − η · U / D, in float32. The last bit rounds to nearest, or of bfloat16 as ``rounding`` says.
 
     Returns the number of elements beyond the bound, if they are counted, and of weights that kept their value, if they
     are checked: int64.
@@ -115,6 +116,7 @@ def apply_(
         direction: U.
         denominator: D.
         rates: The factors in the update, and its limits.
+        low: The extra bits of bfloat16 weights: int8 or int16, updated in place.
         rounding: Random numbers for rounding, or None.
         precision: How to multiply, one of :data:`~lightning_memopt.kernels.project.PRECISIONS`.
     """
@@ -136,24 +138,27 @@ def apply_(
     bases, noise_strides = None, (0, 0)
     if rounding is not None and weights.dtype == torch.bfloat16:
         bases, noise_strides = _on_device(rounding.bases, weights), rounding.strides
+    read: list[Any] = [weights, base, first, second, *([] if low is None else [low])]
     tile = tiles.of_apply(m, n, q)
     tiles_n = tiles.ceil(n, tile.n)
     from lightning_memopt.kernels.jit_apply import apply_kernel
 
     with on(weights.device):
         apply_kernel[(tiles.ceil(m, tile.m) * tiles_n, b)](
-            weights.table, base.table, first.where, second.where, left, right, bases, hits, lost,
+            weights.table, None if low is None else low.table, base.table, first.where, second.where, left, right,
+            bases, hits, lost,
             m, n, q, tiles_n,
-            *weights.strides, *base.strides, *first.strides, *second.strides,
+            *weights.strides, *((0, 0) if low is None else low.strides), *base.strides, *first.strides, *second.strides,
             *(left.stride() if left is not None and q else (0, 0, 0)),
             *(right.stride() if right is not None and q else (0, 0, 0)),
             *noise_strides,
             float(1 - rates.lr * rates.weight_decay), float(scale), float(-rates.lr * factor),
             float(bound / abs(factor) if factor else math.inf), float(denominator.correction**0.5),
             float(denominator.eps), torch.finfo(weights.dtype).max,
-            WEIGHT=element(weights.dtype), BASE=element(base.dtype), FIRST=element(first.dtype),
+            WEIGHT=element(weights.dtype), LOW=element(torch.int8 if low is None else low.dtype),
+            EXTRA=0 if low is None else 8 * low.dtype.itemsize, BASE=element(base.dtype), FIRST=element(first.dtype),
             SECOND=element(second.dtype), FIRST_HOW=first.how, SECOND_HOW=second.how,
-            ALIGNED=all(each.aligned for each in (weights, base, first, second)),
+            ALIGNED=all(each.aligned for each in read),
             FACTORS=q > 0, BOUNDED=bounded, COUNTED=hits is not None, CHECKED=rates.checked, NOISY=bases is not None,
             PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_Q=tile.inner, num_warps=tile.warps,
             num_stages=tile.stages,

@@ -98,6 +98,7 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, Callable[[], tuple[
             f"updates of {dtype} with {' and '.join(kinds) or 'no'} squares",
             partial(_update, draw, rank, kinds, dtype),
         )
+    yield "updates of torch.bfloat16 with extra bits", partial(_extra_bits, draw)
 
 
 class _Draw:
@@ -161,6 +162,16 @@ def _update(draw: _Draw, rank: int, kinds: Sequence[str], dtype: torch.dtype) ->
     error, allowed = _error(torch.stack(weights), expected - 0.1 * clamped)
     miscounted = hits is not None and int(hits) != int((update.abs() > bound).sum())
     return (math.inf if miscounted or (lost is not None and int(lost)) else error), allowed
+
+
+def _extra_bits(draw: _Draw) -> tuple[float, float]:
+    """Return the relative error of an update of weights with eight more bits, and what is allowed."""
+    weight, grad = draw(37, 53).bfloat16(), draw(37, 53)
+    low, expected = torch.zeros_like(weight, dtype=torch.int8), weight.double() - 0.1 * grad.double()
+    apply_(Stack.of([weight]), Direction(Stack.of([grad])), Denominator(), Rates(0.1), low=Stack.of([low]))
+    value = ((weight.view(torch.int16).int() << 16) + (low.int() << 8)).view(torch.float32)
+    error, allowed = _error(value, expected)
+    return error, allowed + 2.0**-16
 
 
 def _error(actual: Tensor | None, expected: Tensor) -> tuple[float, float]:

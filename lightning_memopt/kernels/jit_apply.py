@@ -57,15 +57,15 @@ def _noise(bases, matrix, row, column, inner_m, inner_n, noise_m, noise_n):
 
 @triton.jit
 def apply_kernel(
-    weights, base, first, second, left, right, bases, hits, lost,
+    weights, low, base, first, second, left, right, bases, hits, lost,
     m, n, q, tiles_n,
-    weight_m, weight_n, base_m, base_n, first_m, first_n, second_m, second_n,
+    weight_m, weight_n, low_m, low_n, base_m, base_n, first_m, first_n, second_m, second_n,
     left_b, left_m, left_q, right_b, right_q, right_n, noise_m, noise_n,
     keep, scale, step, limit, correction, eps, largest,
-    WEIGHT: tl.constexpr, BASE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    FIRST_HOW: tl.constexpr, SECOND_HOW: tl.constexpr, ALIGNED: tl.constexpr,
-    FACTORS: tl.constexpr, BOUNDED: tl.constexpr, COUNTED: tl.constexpr, CHECKED: tl.constexpr, NOISY: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    WEIGHT: tl.constexpr, LOW: tl.constexpr, EXTRA: tl.constexpr, BASE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, FIRST_HOW: tl.constexpr, SECOND_HOW: tl.constexpr,
+    ALIGNED: tl.constexpr, FACTORS: tl.constexpr, BOUNDED: tl.constexpr, COUNTED: tl.constexpr, CHECKED: tl.constexpr,
+    NOISY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Update one tile: W ← keep · W + step · min(max(U / D, −limit), limit).
 
@@ -120,13 +120,33 @@ def apply_kernel(
 
     places = _start(weights, matrix, WEIGHT, ALIGNED) + row * weight_m + column * weight_n
     places = places + (inner_m[:, None] * weight_m + inner_n[None, :] * weight_n)
-    before = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    if EXTRA:
+        halves = places.to(tl.pointer_type(tl.int16), bitcast=True)
+        extra = _start(low, matrix, LOW, ALIGNED) + row * low_m + column * low_n
+        extra = extra + (inner_m[:, None] * low_m + inner_n[None, :] * low_n)
+        upper = tl.load(halves, mask=inside, other=0).to(tl.int32) << 16
+        lower = tl.load(extra, mask=inside, other=0).to(tl.int32) << (16 - EXTRA)
+        before = (upper + lower).to(tl.float32, bitcast=True)
+    else:
+        before = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     value = before * keep + change
     if CHECKED:
         fits = tl.abs(value) <= largest
         tl.atomic_add(lost, tl.sum(tl.sum((inside & ~fits).to(tl.int32), axis=1), axis=0).to(tl.int64))
         value = tl.where(fits, value, before)
-    if tl.bfloat16 == WEIGHT:
+    if EXTRA:
+        bits = value.to(tl.int32, bitcast=True)
+        if EXTRA < 16:
+            dropped: tl.constexpr = (1 << (16 - EXTRA)) - 1
+            if NOISY:
+                up = _noise(bases, matrix, row, column, inner_m, inner_n, noise_m, noise_n) & dropped
+            else:  # to nearest, and halves to even
+                up = (dropped >> 1) + ((bits >> (16 - EXTRA)) & 1)
+            bits = (bits + up) & ~dropped
+        upper = (bits + 0x8000) >> 16
+        tl.store(halves, upper.to(tl.int16), mask=inside)
+        tl.store(extra, ((bits - (upper << 16)) >> (16 - EXTRA)).to(LOW), mask=inside)
+    elif tl.bfloat16 == WEIGHT:
         bits = value.to(tl.int32, bitcast=True)
         if NOISY:
             noise = _noise(bases, matrix, row, column, inner_m, inner_n, noise_m, noise_n)

@@ -12,7 +12,8 @@ def element(dtype: torch.dtype) -> Any:
     """Return Triton's name of a dtype."""
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    return {**names, torch.int8: tl.int8, torch.int16: tl.int16}[dtype]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EXTRA_BITS = (torch.int8, torch.int16)  # of bfloat16 weights
 ALIGNMENT = 16  # bytes; what a thread loads at once
 
 
@@ -42,7 +43,11 @@ class Stack:
     def fits(parts: Sequence[Tensor]) -> bool:
         """Return whether the tensors can be a stack: ``[..., m, n]``, of a dtype kernels know and of equal strides."""
         first = parts[0]
-        return first.ndim >= 2 and first.dtype in DTYPES and all(_strides(part) == _strides(first) for part in parts)
+        return (
+            first.ndim >= 2
+            and first.dtype in (*DTYPES, *EXTRA_BITS)
+            and all(_strides(part) == _strides(first) for part in parts)
+        )
 
     @staticmethod
     def of(parts: Sequence[Tensor], *, negated: bool = False) -> Stack:

@@ -16,7 +16,7 @@ class PartBytes:
         momentum: Momentum, without projections.
         projections: Bases of the subspaces that the momentum is projected on.
         second_moment: Second moments.
-        other: All other state of an optimizer.
+        other: All other state of an optimizer, such as the extra bits of bfloat16 weights.
     """
 
     momentum: int = 0

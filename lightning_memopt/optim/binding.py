@@ -17,6 +17,7 @@ from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.values import described
 from lightning_memopt.optim.options import HYPERPARAMETERS
 from lightning_memopt.optim.owner import owner_of, still_owns
+from lightning_memopt.optim.weights import WeightBits
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe, known_options
 from lightning_memopt.plans.recipes import load_plan
@@ -41,11 +42,13 @@ class Binding:
         reformatted: Block name → the recipe that a reformat or a checkpoint gave it.
         fused: Whether to use kernels; None for where they are available.
         head_dim: Outputs per attention head, if the user has given them.
+        weights: How bfloat16 weights are kept.
         bound: Whether a model has told its modules and config.
         owner: The module whose ``parameters()`` the optimizer was created from. It is asked if nobody else gives names.
     """
 
     fused: bool | None = None  # of what an earlier version has pickled, too
+    weights: WeightBits = WeightBits()
     bound: bool = False
     owner: nn.Module | None = None
 
@@ -311,10 +314,11 @@ class Binding:
             prefix=f"{part.role}." if fused else "",
             key=block_key(self._seed, full_name),
             index=index,
-            itemsize=param.element_size(),
+            dtype=param.dtype,
             plan=plan,
             why=part.why,
             rates=plan.rates(full_name, part.role),
+            weights=self.weights,
         )
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from lightning_memopt.kinds.base import Kind, State
 from lightning_memopt.kinds.batch import SMALL
 from lightning_memopt.kinds.momentum import MOMENTA, DenseMomentum, Momentum
+from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, DenseSecondMoment, SecondMoment
 from lightning_memopt.kinds.tick import Tick
+from lightning_memopt.optim.weights import LOW_BITS, WeightBits, zero_bits
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.rates import BlockRates
 from lightning_memopt.plans.recipe import Recipe, check_change
@@ -25,6 +27,9 @@ from lightning_memopt.sharding.collectives import Gather
 from lightning_memopt.sharding.layout import Cut, Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, cut_of, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
+
+# State keys of a whole parameter, which may hold several blocks.
+OF_PARAMETERS = frozenset(("step", LOW_BITS))
 
 
 class Family:
@@ -46,10 +51,11 @@ class Block:
         prefix: Prefix of its state keys: empty, or the role and a dot in a fused parameter.
         key: Its :func:`~lightning_memopt.kinds.tick.block_key`.
         index: Its position in the optimizer.
-        itemsize: Bytes per element of the parameter.
+        dtype: Dtype of the parameter.
         plan: The plan of its first recipe. Kinds that it switches to get the plan's options.
         why: What decided its role, in a few words.
         rates: How its rates differ from those of its parameter group.
+        weights: How its weights are kept if they are bfloat16.
     """
 
     name: str
@@ -59,10 +65,11 @@ class Block:
     prefix: str
     key: int
     index: int
-    itemsize: int
+    dtype: torch.dtype
     plan: Plan
     why: str = field(default="", compare=False)
     rates: BlockRates = BlockRates()
+    weights: WeightBits = WeightBits()
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -101,6 +108,22 @@ class Block:
     def batched(self) -> bool:
         """Whether the block may be updated together with others."""
         return all(kind.batched for kind in self.kinds)
+
+    @property
+    def bits(self) -> WeightBits | None:
+        """How its weights are kept, or None if they are not bfloat16."""
+        return self.weights if self.dtype == torch.bfloat16 else None
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """The dtype that holds a weight with its extra bits."""
+        return self.dtype if self.bits is None or self.bits.extra is None else torch.float32
+
+    def weight_noise(self, layout: Layout, tick: Tick, purpose: str = "weights") -> Noise | None:
+        """Return the random numbers that round its weights, or those of its batch; None to round to nearest."""
+        if self.bits is None or not self.bits.rounds_by_noise:
+            return None
+        return Noise.like(layout, ELEMENTWISE, tick, purpose)
 
     @cached_property
     def recurring(self) -> tuple[Kind, ...]:
@@ -192,7 +215,7 @@ class Block:
             head_dim=old.head_dim,
             flatten=len(old.shape) == 3 and len(old.matrix) == 2,
         )
-        return replace(self, layout=layout, itemsize=param.element_size())
+        return replace(self, layout=layout, dtype=param.dtype)
 
     def init(self) -> State:
         """Allocate the state of both kinds. Keys have the block's prefix."""
@@ -206,7 +229,7 @@ class Block:
         """Return the keys in ``state`` that belong to this block, without the prefix."""
         if self.prefix:
             return {key.removeprefix(self.prefix) for key in state if key.startswith(self.prefix)}
-        return {key for key in state if "." not in key and key != "step"}
+        return {key for key in state if "." not in key and key not in OF_PARAMETERS}
 
     def infer(self, state: Mapping[str, Tensor]) -> Recipe:
         """Return the recipe that the keys and shapes of saved state imply.
@@ -259,4 +282,4 @@ def initial_state(blocks: Sequence[Block]) -> dict[str, Tensor]:
     state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
     for block in blocks:
         state.update(block.init())
-    return state
+    return {**state, **zero_bits(blocks[0].layout, blocks[0].bits)}

@@ -13,6 +13,7 @@ from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, Snapshot
 from lightning_memopt.memory.storages import Storages
 from lightning_memopt.optim.binding import Binding
 from lightning_memopt.optim.block import Block
+from lightning_memopt.optim.weights import LOW_BITS
 from lightning_memopt.sharding.consensus import world_size
 
 
@@ -46,17 +47,18 @@ def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, grou
     momentum, second_moment = block.kinds
     projections = momentum.projection_keys
 
-    def parts(nbytes: Mapping[str, int]) -> PartBytes:
+    def parts(nbytes: Mapping[str, int], other: int) -> PartBytes:
         return PartBytes(
             momentum=sum(nbytes.get(key, 0) for key in momentum.keys if key not in projections),
             projections=sum(nbytes.get(key, 0) for key in projections),
             second_moment=sum(nbytes.get(key, 0) for key in second_moment.keys),
+            other=other,
         )
 
     layout = block.layout
     keys = (*momentum.keys, *second_moment.keys) if state else ()
     shapes = momentum.shapes(layout) | second_moment.shapes(layout)
-    size = layout.state_dtype.itemsize
+    size, extra = layout.state_dtype.itemsize, 0 if block.bits is None else block.bits.extra_bytes
     return BlockFacts(
         name=block.name,
         role=block.role,
@@ -71,8 +73,14 @@ def facts_of(block: Block, state: Mapping[str, Tensor], storages: Storages, grou
         max_update=group["max_update"] if block.recipe.bounded else None,
         lr_multiplier=block.rates.lr_multiplier,
         weight_decay=None if block.rates.weight_decay == group["weight_decay"] else block.rates.weight_decay,
-        state=parts({key: torch.Size(shape).numel() * size for key, shape in shapes.items()}),
-        local=parts({key: storages.count([state[block.prefix + key]]) for key in keys}),
-        adamw_bytes=2 * torch.Size(layout.shape).numel() * block.itemsize,
-        local_adamw_bytes=2 * torch.Size(layout.local).numel() * block.itemsize,
+        state=parts(
+            {key: torch.Size(shape).numel() * size for key, shape in shapes.items()},
+            torch.Size(layout.shape).numel() * extra,
+        ),
+        local=parts(
+            {key: storages.count([state[block.prefix + key]]) for key in keys},
+            torch.Size(layout.local).numel() * (extra if LOW_BITS in state else 0),
+        ),
+        adamw_bytes=2 * torch.Size(layout.shape).numel() * block.dtype.itemsize,
+        local_adamw_bytes=2 * torch.Size(layout.local).numel() * block.dtype.itemsize,
     )

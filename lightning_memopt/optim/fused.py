@@ -11,42 +11,53 @@ from lightning_memopt.kinds.batch import Large, stack_of
 from lightning_memopt.kinds.momentum import Direction
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.optim.bounds import Rates, Watch
+from lightning_memopt.optim.weights import Weights
 
-Fused = tuple[Stack, kernel.Direction, kernel.Denominator]
+Fused = tuple[Stack, Stack | None, kernel.Direction, kernel.Denominator, kernel.Rounding | None]
 
 
 def for_kernel(
-    weights: Large, direction: Direction, denominator: Denominator, rates: Rates, dtype: torch.dtype
+    weights: Weights, direction: Direction, denominator: Denominator, rates: Rates, dtype: torch.dtype
 ) -> Fused | None:
     """Return the arguments of the kernel for an update in ``dtype``, or None if it has to be made without a kernel.
 
     The kernel knows no gains, and bounds quotients only.
     """
-    stack, base = stack_of(weights, dtype), stack_of(direction.base, dtype)
-    if stack is None or base is None or not direction.plain:
+    stack, base = stack_of(weights.values, dtype), stack_of(direction.base, dtype)
+    low = None if weights.low is None else stack_of(weights.low, dtype)
+    if stack is None or base is None or (low is None) != (weights.low is None) or not direction.plain:
         return None
     if rates.max_update is not None and not denominator.squares:
         return None
-    squares = [_square(square, weights.shape[:-2], dtype) for square in denominator.squares]
+    squares = [_square(square, weights.values.shape[:-2], dtype) for square in denominator.squares]
     if any(square is None for square in squares):
         return None
     left, right = (each if each is None else each.flatten(0, -3) for each in (direction.left, direction.right))
     return (
         stack,
+        low,
         kernel.Direction(base, direction.scale, left, right),
         kernel.Denominator(squares, denominator.correction, denominator.eps, denominator.run),  # type: ignore[arg-type]
+        _rounding(weights),
     )
 
 
 def apply_fused_(arguments: Fused, rates: Rates, watch: Watch) -> Tensor | None:
     """Update the weights as :func:`~lightning_memopt.optim.update.apply_` does."""
-    weights = arguments[0]
+    weights, low, direction, denominator, rounding = arguments
     limits = kernel.Rates(rates.lr, rates.weight_decay, rates.max_update, rates.checked, counted=watch.counting)
-    hits, lost = kernel.apply_(*arguments, limits)
+    hits, lost = kernel.apply_(weights, direction, denominator, limits, low=low, rounding=rounding)
     if hits is not None:
         watch.hits.append(hits)
         watch.elements += len(weights.addresses) * weights.m * weights.n
     return None if lost is None else lost.float()
+
+
+def _rounding(weights: Weights) -> kernel.Rounding | None:
+    if weights.noise is None:
+        return None
+    noise, shape = weights.noise, weights.values.shape
+    return kernel.Rounding.of(noise.seed, noise.start, noise.strides, shape[1:-2])
 
 
 def _square(square: Large, stack: torch.Size, dtype: torch.dtype) -> Stack | Tensor | None:

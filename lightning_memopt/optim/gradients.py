@@ -84,12 +84,13 @@ def _active(optimizer: Optimizer, binding: Binding) -> Active:
     if active or any(local_tensor(param) is not param for param in params_of(optimizer)):
         binding.require_names(optimizer)  # on all ranks, including those without gradients
     for _, param in active:
-        name, layout = binding.blocks[param][0].name, binding.blocks[param][0].layout
+        block = binding.blocks[param][0]
+        name, layout = block.name, block.layout
         if param.grad.is_sparse or param.grad.layout is not torch.strided:
             raise ValueError(f"The gradient of {name!r} is sparse; create the layer with sparse=False.")
         if param.grad.is_complex():
             raise ValueError(f"The gradient of {name!r} is complex ({param.grad.dtype}), which is not supported.")
-        if param.device != layout.device or arithmetic_dtype(param) != layout.dtype:
+        if param.device != layout.device or param.dtype != block.dtype:
             follow(param, optimizer, binding)
     for device in {param.device for _, param in active if binding.fused or any(map(_mixes, binding.blocks[param]))}:
         has_kernels(device, binding.fused)  # raises or warns before anything changes
@@ -102,10 +103,10 @@ def _mixes(block: Block) -> bool:
 
 
 def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
-    """Move the state of a parameter that moved to another device after the optimizer was created.
+    """Adapt the state of a parameter that has another device or dtype since the optimizer was created.
 
     Raises:
-        ValueError: If its dtype changed as well, after steps in the old dtype.
+        ValueError: If the dtype of its arithmetic changed as well, after steps in the old one.
     """
     blocks, state = binding.blocks[param], optimizer.state.get(param, {})
     dtype = arithmetic_dtype(param)
@@ -118,6 +119,6 @@ def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
     if dtype != blocks[0].layout.dtype:  # otherwise keep the current one, which may come from a checkpoint
         changes["state_dtype"] = binding.state_dtype or dtype
     binding.blocks[param] = tuple(
-        replace(block, layout=replace(block.layout, **changes), itemsize=param.element_size()) for block in blocks
+        replace(block, layout=replace(block.layout, **changes), dtype=param.dtype) for block in blocks
     )
     optimizer.state[param] = relocated(binding.blocks[param], state)

@@ -20,6 +20,7 @@ from lightning_memopt.optim.facts import snapshot_of
 from lightning_memopt.optim.gradients import refuse, usable
 from lightning_memopt.optim.options import check_options
 from lightning_memopt.optim.stepping import take_step
+from lightning_memopt.optim.weights import full_weight, weight_bits
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipe import Recipe
 from lightning_memopt.plans.recipes import load_plan
@@ -55,6 +56,9 @@ class MemOpt(torch.optim.Optimizer):
             gradient and no second moment divides it.
         fused: Whether to use Triton kernels on CUDA. None: where they pass a check; True: always. Not saved.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
+        bf16_stochastic_round: Whether the last bit of a bfloat16 weight rounds up with the probability of the
+            remainder, or to nearest, which drops updates below 1/512 of a weight.
+        master_weight_bits: 24 or 32 to keep 8 or 16 more bits of every bfloat16 weight, as state; 16 for none.
         state_dtype: ``float32``, or ``bfloat16`` with stochastic rounding. None: float32 (float64 for float64 weights).
         seed: Seed of all random draws, which do not use torch's generator.
         head_dim: Outputs per attention head, for the blockwise second moment, if no model provides it.
@@ -88,6 +92,8 @@ class MemOpt(torch.optim.Optimizer):
         max_update: float | None = parsing.MAX_UPDATE,
         fused: bool | None = None,
         nonfinite: str = "raise",
+        bf16_stochastic_round: bool = True,
+        master_weight_bits: int = 16,
         state_dtype: str | torch.dtype | None = None,
         seed: int = 0,
         head_dim: int | None = None,
@@ -109,6 +115,7 @@ class MemOpt(torch.optim.Optimizer):
         given: dict[str, Any] = {"betas": betas, "state_dtype": parsing.state_dtype(state_dtype), "seed": seed}
         self._binding = Binding(plan, overrides=overrides, options=options, head_dim=head_dim, **given)
         self._binding.fused = fused
+        self._binding.weights = weight_bits(master_weight_bits, stochastic=bf16_stochastic_round)
         # Like what Binding holds, changed only in place.
         self._nonfinite, self._counts, self._tally = nonfinite, {"skipped": 0}, Tally()
         self._trusted: set[Tensor] = set()  # parameters whose weights were finite in an earlier step
@@ -267,6 +274,19 @@ class MemOpt(torch.optim.Optimizer):
         saved["param_groups"] = [parsing.plain_group(group) for group in saved["param_groups"]]
         names = self.parameter_names()
         return saved if names is None else {**saved, parsing.NAMES: names}
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return all weights in float32 by name, with the bits that ``master_weight_bits`` keeps as state.
+
+        Sharded weights are DTensors of the same placement.
+
+        Raises:
+            ValueError: If names are not known yet.
+        """
+        self._binding.require_names(self)
+        names = self._binding.names
+        return {names[param]: full_weight(param, self.state.get(param, {})) for param in params_of(self)}
 
     def parameter_names(self) -> list[list[str]] | None:
         """Return the names of every group's parameters, or None if not all have one."""

@@ -13,7 +13,9 @@ from lightning_memopt.plans.roles import ROLES
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update")
 NONFINITE = ("raise", "skip")
 # Options of the whole optimizer, which a group cannot have.
-OF_THE_OPTIMIZER = ("fused", "head_dim", "nonfinite", "overrides", "seed", "state_dtype")
+OF_THE_OPTIMIZER = (
+    "bf16_stochastic_round", "fused", "head_dim", "master_weight_bits", "nonfinite", "overrides", "seed", "state_dtype",
+)  # fmt: skip
 # Other names for options of the optimizer or of a group.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
 OTHER_NAMES |= {"update_proj_gap": "gap", "proj_type": "projection"}  # GaLore's

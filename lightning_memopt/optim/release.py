@@ -12,11 +12,12 @@ from torch import Tensor
 from lightning_memopt.kinds.base import State
 from lightning_memopt.kinds.batch import Scratch, chunks
 from lightning_memopt.kinds.momentum import Direction
+from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch
 from lightning_memopt.optim.conversion import Loss, denominator_of
 from lightning_memopt.optim.guards import exact_arithmetic
-from lightning_memopt.optim.update import apply
+from lightning_memopt.optim.update import Target, apply
 from lightning_memopt.sharding.layout import Layout
 
 # What happens to momentum that a smaller state cannot hold.
@@ -50,8 +51,10 @@ def release(
             # Bounded like an update: the lost momentum mixes elements, whatever its kind.
             bounded = old.recipe.second_moment.normalizes
             own = replace(old.rates, weight_decay=0.0)
-            rates = Rates.of(group, own, weights=param.dtype, arithmetic=old.layout.dtype, bounded=bounded)
-            apply([old], [param], lost, denominator, rates, watch)
+            rates = Rates.of(group, own, weights=old.kept_dtype, arithmetic=old.layout.dtype, bounded=bounded)
+            tick = Tick(int(state["step"].item()), old.key, old.index)
+            noise = old.weight_noise(old.work, tick, "released")
+            apply([Target(old, param, state)], lost, denominator, rates, watch, noise=noise)
 
     return on_loss
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lightning_memopt.kernels.check import usable
 from lightning_memopt.kinds.batch import Batch, Large, Scratch, chunks
-from lightning_memopt.kinds.linalg import store_chunk_
 from lightning_memopt.kinds.momentum import Direction
+from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch, limit_
 from lightning_memopt.optim.fused import apply_fused_, for_kernel
+from lightning_memopt.optim.weights import LOW_BITS, Weights
 from lightning_memopt.sharding.collectives import Gather, Task, interleave
 from lightning_memopt.sharding.state import ELEMENTWISE, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
@@ -56,7 +57,7 @@ class Update:
         return Rates.of(
             self.group,
             self.block.rates,
-            weights=self.param.dtype,
+            weights=self.block.kept_dtype,
             arithmetic=self.block.layout.dtype,
             bounded=self.block.recipe.bounded,
         )
@@ -153,8 +154,9 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         dividing = second_moment.update(gradient, mine, **squares, **now)
         direction, denominator = yield from interleave(turning, dividing)
     _keep(updates, state)
-    blocks, params = [one.block for one in updates], [one.param for one in updates]
-    apply(blocks, params, direction, denominator, first.rates, watch, fused=first.fused)
+    noise = block.weight_noise(layout, tick)
+    targets = [Target(one.block, one.param, one.state) for one in updates]
+    apply(targets, direction, denominator, first.rates, watch, noise=noise, fused=first.fused)
 
 
 def adamw_(updates: Sequence[Update]) -> None:
@@ -229,49 +231,82 @@ def _by_block(value: Large, *, together: bool) -> Sequence[Tensor]:
     return value.unbind() if together else (value,)
 
 
+@dataclass(frozen=True)
+class Target:
+    """A block whose weights are updated.
+
+    Attributes:
+        block: The block.
+        param: Its parameter.
+        state: The parameter's state.
+    """
+
+    block: Block
+    param: Tensor
+    state: Mapping[str, Tensor]
+
+
 def apply(
-    blocks: Sequence[Block],
-    params: Sequence[Tensor],
+    targets: Sequence[Target],
     direction: Direction,
     denominator: Denominator,
     rates: Rates,
     watch: Watch,
     *,
+    noise: Noise | None = None,
     fused: bool = False,
 ) -> None:
     """Update the local weights.
 
     Args:
-        blocks: One block, or several that are alike.
-        params: Their parameters.
+        targets: One block, or several that are alike.
         direction: U.
         denominator: D.
         rates: The factors in the update, and its limits.
         watch: Records what happens to the weights.
+        noise: Random numbers to round them with; None to round to nearest.
         fused: Whether to use kernels. U and D are then those of a batch, even of a single block.
     """
-    block = blocks[0]
-    mine = [each.layout.take(param) for each, param in zip(blocks, params, strict=True)]
-    parts = targets = mine
-    if block.work.gathered:  # U and D cover the whole block: update copies, of which only the local part matters
-        cut = block.layout.cut_of_block()
-        targets = [part.new_zeros(block.work.local) for part in mine]
-        parts = [cut.mine(whole) for whole in targets]
-        torch._foreach_copy_(parts, mine)
-    weights = _together(targets, block, fused=fused)
+    block, blocks = targets[0].block, [each.block for each in targets]
+    values, low = Held(blocks, [each.param for each in targets], fused=fused), None
+    if block.bits is not None and block.bits.extra is not None:
+        low = Held(blocks, [each.state[LOW_BITS] for each in targets], fused=fused)
+    weights = Weights(values.large, None if low is None else low.large, noise)
     lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
-    if len(targets) > 1 and isinstance(weights, Tensor):
-        torch._foreach_copy_(targets, weights.unbind())
-    if block.work.gathered:
-        torch._foreach_copy_(mine, parts)
     if lost is not None:
         watch.lost[block.name] = (block.layout, lost)
-    for each, part, param in zip(blocks, mine, params, strict=True):
-        each.layout.put(param, part)
+    for held in (values, low):
+        if held is not None:
+            held.put()
+
+
+class Held:
+    """The parts of blocks in tensors like their parameters, in place if possible, and the way back if not."""
+
+    def __init__(self, blocks: Sequence[Block], tensors: Sequence[Tensor], *, fused: bool) -> None:
+        """Take the parts. A block that ranks gather is copied whole, though only the local part of the copy matters."""
+        self._blocks, self._tensors, block = blocks, tensors, blocks[0]
+        self._mine = [each.layout.take(tensor) for each, tensor in zip(blocks, tensors, strict=True)]
+        self._parts = self._wholes = self._mine
+        if block.work.gathered:
+            cut = block.layout.cut_of_block()
+            self._wholes = [part.new_zeros(block.work.local) for part in self._mine]
+            self._parts = [cut.mine(whole) for whole in self._wholes]
+            torch._foreach_copy_(self._parts, self._mine)
+        self.large = _together(self._wholes, block, fused=fused)
+
+    def put(self) -> None:
+        """Write the parts back, as they are now."""
+        if len(self._wholes) > 1 and isinstance(self.large, Tensor):
+            torch._foreach_copy_(self._wholes, self.large.unbind())
+        if self._parts is not self._mine:
+            torch._foreach_copy_(self._mine, self._parts)
+        for block, part, tensor in zip(self._blocks, self._mine, self._tensors, strict=True):
+            block.layout.put(tensor, part)
 
 
 def apply_(
-    weights: Large, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
+    weights: Weights, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
 ) -> Tensor | None:
     """W ← (1 − ηλ) W − η · U / D, in ``dtype``, one chunk at a time. All shapes broadcast to ``[..., m, n]``.
 
@@ -282,15 +317,15 @@ def apply_(
     arguments = for_kernel(weights, direction, denominator, rates, dtype)
     if arguments is not None:
         return apply_fused_(arguments, rates, watch)
-    lost = torch.zeros((), device=weights.device) if rates.checked else None
-    scratch = Scratch(weights, dtype)
-    for index in chunks(weights):
-        old = weights[index]
-        part = scratch.take("weights", old.shape).copy_(old) if rates.checked else scratch.cast("weights", old)
+    values = weights.values
+    lost = torch.zeros((), device=values.device) if rates.checked else None
+    scratch = Scratch(values, dtype)
+    for index in chunks(values):
+        part = weights.read(index, scratch, copy=rates.checked)
         if rates.weight_decay:
             part.mul_(1 - rates.lr * rates.weight_decay)
         update, scale = direction.at(index, scratch)
-        divisor = denominator.at(index, scratch, weights.shape[-1])
+        divisor = denominator.at(index, scratch, values.shape[-1])
         if rates.max_update is not None:
             quotient = scratch.take("update", part.shape)
             quotient.copy_(update) if divisor is None else torch.div(update, divisor, out=quotient)
@@ -300,8 +335,8 @@ def apply_(
         else:
             part.addcdiv_(update, divisor, value=-rates.lr * scale)
         if lost is not None:
-            fits = part.abs() <= torch.finfo(weights.dtype).max
+            fits = part.abs() <= torch.finfo(values.dtype).max
             lost += fits.logical_not().sum()
-            part = part.where(fits, old.to(dtype))
-        store_chunk_(weights, index, part)
+            part = part.where(fits, weights.read(index, Scratch(values, dtype)))
+        weights.write_(index, part)
     return lost

@@ -28,16 +28,24 @@ def allocate(layout: Layout, sizes: Sizes) -> Tensor:
         layout: The layout of the block.
         sizes: The last two sizes, or ``ELEMENTWISE``.
     """
-    whole = shape_of(layout, sizes)
+    placements = () if layout.mesh is None else _placements(layout, sizes)
+    return _zeros(layout, shape_of(layout, sizes), placements, layout.state_dtype)
+
+
+def like_param(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Allocate zeros with the shape and the placement of the parameter that holds the block."""
+    return _zeros(layout, layout.param_shape, layout.placements, dtype)
+
+
+def _zeros(layout: Layout, shape: tuple[int, ...], placements: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     if layout.mesh is None:
-        return torch.zeros(whole, dtype=layout.state_dtype, device=layout.device)
+        return torch.zeros(shape, dtype=dtype, device=layout.device)
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    placements = _placements(layout, sizes)
-    mine, _ = local_part(whole, layout.mesh, placements)
-    local = torch.zeros(mine, dtype=layout.state_dtype, device=layout.device)
-    meta = TensorMeta(torch.Size(whole), torch.empty(whole, device="meta").stride(), layout.state_dtype)
+    mine, _ = local_part(shape, layout.mesh, placements)
+    local = torch.zeros(mine, dtype=dtype, device=layout.device)
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype)
     # Not from_local, which would move the state of offloaded parameters to the mesh's device.
     return DTensor(local, DTensorSpec(layout.mesh, placements, tensor_meta=meta), requires_grad=False)
 

@@ -17,6 +17,7 @@ from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.optim import update
 from lightning_memopt.optim.bounds import Rates, Watch
+from lightning_memopt.optim.weights import Weights, joined_
 from tests._compare import TOLERANCE, assert_equal
 from tests.kernels._interpreter import LAYOUTS, matrices
 from tests.kinds.contract.cases import gradient
@@ -74,7 +75,7 @@ def run(case: Case) -> None:
     rates = Rates(case.lr, case.decay, bound, case.checked)
     watch = Watch(counting=True)
     lost = update.apply_(
-        Batch(weights), Direction(Batch(grads, negated=case.negated), case.scale, *factors),
+        Weights(Batch(weights)), Direction(Batch(grads, negated=case.negated), case.scale, *factors),
         Denominator(tuple(squares), 0.7, 1e-8, case.run), rates, dtype=F32, watch=watch,
     )  # fmt: skip
 
@@ -182,6 +183,32 @@ def test_stochastic_rounding_is_that_of_the_position(shape):
     for one, other, plain in zip(mine.parts, eager.parts, nearest, strict=True):
         assert_equal(one, other)
         assert not torch.equal(one.nan_to_num(), plain.to(BF16).nan_to_num()), "some are not rounded to nearest"
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("bits", [torch.int8, torch.int16], ids=str)
+def test_extra_bits_are_those_of_the_eager_update(bits, noisy):
+    shape = (2, 5, 33)
+    noise = Noise.of((3 << 61, 5), shape, [0] * 3) if noisy else None
+    grads, limits = matrices(2, shape, F32), torch.iinfo(bits)
+    drawn = torch.randint(limits.min, limits.max + 1, (2, *shape), generator=torch.Generator().manual_seed(1))
+    mine, eager = (
+        Weights(Batch(matrices(2, shape, BF16, seed=9)), Batch(list(drawn.to(bits))), noise) for _ in range(2)
+    )
+    direction, rates = Direction(Batch(grads)), Rates(0.01, 0.1, checked=True)
+    lost = update.apply_(eager, direction, Denominator(), rates, dtype=F32, watch=Watch())
+    rounding = None if noise is None else kernel.Rounding.of(noise.seed, noise.start, noise.strides, shape[:-2])
+    _, kept = kernel.apply_(
+        Stack.of(mine.values.parts), kernel.Direction(Stack.of(grads)), kernel.Denominator(),
+        kernel.Rates(0.01, 0.1, checked=True), low=Stack.of(mine.low.parts), rounding=rounding,
+    )  # fmt: skip
+    for place in range(2):  # but for the last bit of float32, since a sum may be fused with its product
+        one, other = (
+            joined_(torch.empty(shape), each.values.parts[place], each.low.parts[place]) for each in (mine, eager)
+        )
+        torch.testing.assert_close(one, other, rtol=2**-22, atol=0)
+    assert kept.item() == lost.item() == 0
+    assert not torch.equal(mine.low.parts[0], drawn[0].to(bits))
 
 
 def test_stochastic_rounding_leaves_other_dtypes_alone():

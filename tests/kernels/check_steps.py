@@ -46,6 +46,8 @@ OPTIONS = [
     {"recipe": "adam_snsm", "gap": 10},
     {"recipe": "adam_sn", "subset_size": 5, "state_dtype": "bfloat16"},
     {"recipe": "adam_mini", "head_dim": 3},
+    {"recipe": "adapm_lean", "master_weight_bits": 24, "dtype": BF16},
+    {"recipe": "adam_sn", "master_weight_bits": 32, "dtype": BF16},
 ]
 
 
@@ -71,6 +73,17 @@ def launches(optimizer):
         assert fused.kernel.apply_ is applied
         step(optimizer, 1)
     return applied.call_count, projected.call_count
+
+
+def test_every_bit_is_there_with_kernels_too():
+    """An update without products and sums: elements do not depend on the order of anything."""
+    for bits in (16, 24, 32):
+        options = {"recipe": "adam_sn", "master_weight_bits": bits, "subset_size": 1}
+        mine, eager = made(BF16, **options, fused=True), made(BF16, **options, fused=False)
+        for each in (mine, eager):
+            step(each, 1)
+        others = sum(int((weight != eager.full_weights()[name]).sum()) for name, weight in mine.full_weights().items())
+        assert others <= 2, f"{bits} bits: {others} differ"
 
 
 def test_one_launch_for_blocks_that_are_alike():

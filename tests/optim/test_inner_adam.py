@@ -17,6 +17,7 @@ from lightning_memopt.kinds.second_moment import Denominator
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.optim.bounds import Rates
 from lightning_memopt.optim.fused import for_kernel
+from lightning_memopt.optim.weights import Weights
 from tests._compare import assert_equal, relative_error
 from tests._models import tiny_llama
 from tests.kinds.contract.cases import gradient, layout_of, tick_at
@@ -242,9 +243,9 @@ def test_kernels_leave_gains_and_bounds_without_a_denominator_alone():
     with pytest.raises(StopIteration) as stop:
         next(task)
     direction = stop.value.value
-    assert for_kernel(batch, direction, Denominator(), Rates(0.1), torch.float32) is None
+    assert for_kernel(Weights(batch), direction, Denominator(), Rates(0.1), torch.float32) is None
     plain = type(direction)(batch)
-    assert for_kernel(batch, plain, Denominator(), rates, torch.float32) is None
+    assert for_kernel(Weights(batch), plain, Denominator(), rates, torch.float32) is None
 
 
 def test_apollo_mini_is_the_papers():

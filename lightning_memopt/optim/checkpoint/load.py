@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import initial_state
 from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names, warn_of_positions
-from lightning_memopt.optim.checkpoint.resume import facts, tell
+from lightning_memopt.optim.checkpoint.resume import facts, tell, tell_of_dropped_bits
 from lightning_memopt.optim.checkpoint.saved_state import allocated, examine, loaded, loaded_groups, require_known_state
 from lightning_memopt.optim.checkpoint.values import Share, Values, check_structure
+from lightning_memopt.optim.weights import dropped_bits
 
 
 @torch.no_grad()
@@ -85,6 +86,7 @@ def _load(
 ) -> None:
     """Install groups and state that have been checked."""
     before, was_converted = _facts(optimizer, binding), False
+    dropped = [dropped_bits(entries, binding.blocks[param][0].bits) for param, entries in saved.items() if entries]
     blocks, states = {}, {}
     for group, theirs in zip(optimizer.param_groups, saved_groups, strict=True):
         convert = theirs.get("recipe", "adamw") != group["recipe"]
@@ -105,6 +107,7 @@ def _load(
     steps = [int(state["step"].item()) for state in states.values()]
     after = _facts(optimizer, binding)
     tell(type(optimizer).__name__, before, after, step=max(steps, default=0), converted=was_converted)
+    tell_of_dropped_bits(type(optimizer).__name__, [each for each in dropped if each is not None])
 
 
 def _facts(optimizer: Optimizer, binding: Binding) -> Any:

@@ -103,6 +103,17 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
     notify(f"{optimizer} resumes from step {step} of {_source.get()}{made}{decided}.{own}")
 
 
+def tell_of_dropped_bits(optimizer: str, dropped: Sequence[tuple[int, int]]) -> None:
+    """Warn of extra bits of weights that are not kept: how many bits there were, and are, for each parameter."""
+    if dropped:
+        theirs, mine = dropped[0]
+        notify(
+            f"{optimizer} keeps {mine} bits of {len(dropped)} bfloat16 weights, of which {_source.get()} has {theirs}. "
+            f"To continue with all of them, set `master_weight_bits={theirs}`, or load the float32 weights that "
+            "`full_weights()` returns in the run that saved them."
+        )
+
+
 def notify(text: str) -> None:
     """Warn on the first process of the job."""
     if rank() == 0:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_memopt.optim.block import Block, initial_state
+from lightning_memopt.optim.block import OF_PARAMETERS, Block, initial_state
 from lightning_memopt.optim.checkpoint.values import Values, check_kind, check_step, state_of
 from lightning_memopt.optim.conversion import converted
 from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
+from lightning_memopt.optim.weights import LOW_BITS, LOW_DTYPES, carried_bits
 from lightning_memopt.plans.roles import ROLES
+from lightning_memopt.sharding.state import like_param
 from lightning_memopt.sharding.tensors import full_tensor
 
 Blocks = tuple[Block, ...]
@@ -109,6 +111,7 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
     state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().reshape(()).clone()}
     for old, new in zip(theirs, blocks, strict=True):
         state.update(converted(old, new if convert else old, saved))
+    state.update(carried_bits(saved, blocks[0].layout, blocks[0].bits))
     return blocks if convert else theirs, state
 
 
@@ -152,14 +155,27 @@ def inferred(blocks: Blocks, saved: Mapping[str, Any]) -> tuple[Blocks, Mapping[
     for key, value in saved.items():
         if key != "step" and not isinstance(value, Tensor):
             raise ValueError(f"The state of {name!r} in the state dict has {key!r} = {value!r}, which is not a tensor.")
+    _check_bits(blocks, saved)
     saved = _split(blocks, saved)
     adapted = tuple(_loaded_block(block, saved) for block in blocks)
-    known = {"step"} | {block.prefix + key for block in adapted for key in block.keys(saved)}
+    known = OF_PARAMETERS | {block.prefix + key for block in adapted for key in block.keys(saved)}
     leftover = sorted(set(saved) - known)
     if leftover:
         why = _why_left_over(blocks, leftover)
         raise ValueError(f"The state of {name!r} in the state dict has unknown keys {leftover}: {why}")
     return adapted, saved
+
+
+def _check_bits(blocks: Blocks, saved: Mapping[str, Any]) -> None:
+    """Raise if the extra bits of weights do not fit the parameter."""
+    if LOW_BITS not in saved:
+        return
+    bits, expected = saved[LOW_BITS], blocks[0].layout.param_shape
+    if bits.dtype not in LOW_DTYPES.values() or tuple(bits.shape) != expected:
+        raise ValueError(
+            f"The state of {blocks[0].name!r} in the state dict has {LOW_BITS!r} of shape {tuple(bits.shape)} and "
+            f"{bits.dtype}, expected {expected} and int8 or int16: it was saved for another model."
+        )
 
 
 def _why_left_over(blocks: Blocks, keys: Sequence[str]) -> str:
@@ -186,6 +202,8 @@ def allocated(param: Tensor, blocks: Blocks, saved: Mapping[str, Any]) -> dict[s
     if set(split) == set(saved):
         for block in adapted:
             state.update(block.init())
+        if LOW_BITS in saved:
+            state[LOW_BITS] = like_param(blocks[0].layout, saved[LOW_BITS].dtype)
         return state
     for key in saved:  # fused state, from an optimizer without blocks
         if key != "step":

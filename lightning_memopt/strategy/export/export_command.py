@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.memory.sizes import format_bytes
+from lightning_memopt.strategy.checkpoint.save import CURRENT
 from lightning_memopt.strategy.export.contents import Contents, contents, opened
 from lightning_memopt.strategy.export.transformers_model import model_of_config, model_of_module, with_weights
-from lightning_memopt.strategy.export.weights import converted, without_prefix
+from lightning_memopt.strategy.export.weights import converted, with_all_bits, without_prefix
 from lightning_memopt.strategy.export.writing import check_free, write_pickled, write_pretrained, write_safetensors
 from lightning_memopt.strategy.files.places import place_of
 from lightning_memopt.terminal.parser import EXPECTED, Parser
@@ -76,7 +77,12 @@ def _parser() -> Parser:
         "continues from.",
     )
     parser.add_argument("--strip", metavar="PREFIX", help="Write only weights with this prefix, without it: model.")
-    parser.add_argument("--dtype", choices=DTYPES, help="Convert floating-point weights (default: as they are saved).")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Convert floating-point weights (default: as they are saved). float32 adds the bits that "
+        "`master_weight_bits` keeps beside bfloat16 weights.",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--module",
@@ -133,7 +139,10 @@ def _export(options: argparse.Namespace, out: Path) -> str:
         write_pickled(content.checkpoint(), out)
         states = len(content.optimizers)
         return f"{out}: {_sizes(content.weights)} and {states} optimizer state{'s' * (states != 1)}, from {source}"
-    weights = without_prefix(content.weights, options.strip) if options.strip else content.weights
+    weights = content.weights
+    if options.dtype == "float32" and CURRENT not in content.rest:  # averages have no bits in the optimizer
+        weights = with_all_bits(weights, content.optimizers)
+    weights = without_prefix(weights, options.strip) if options.strip else weights
     weights = converted(weights, getattr(torch, options.dtype) if options.dtype else None)
     if options.module or options.model_config:
         model = _model(options, content)

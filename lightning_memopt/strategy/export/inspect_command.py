@@ -84,7 +84,8 @@ def _title(number: int, optimizer: SavedOptimizer) -> str:
     by = f"recipe {listed(optimizer.recipes)}" if optimizer.recipes else "not of this package"
     rates = f", lr {listed([f'{rate:g}' for rate in optimizer.learning_rates])}" if optimizer.learning_rates else ""
     size = format_bytes(optimizer.bytes)
-    return f"optimizer {number}: {by}, {optimizer.parameters} parameters, {size} of state{rates}"
+    bits = f", {listed(list(map(str, optimizer.weight_bits)))} bits of each weight" if optimizer.weight_bits else ""
+    return f"optimizer {number}: {by}, {optimizer.parameters} parameters, {size} of state{bits}{rates}"
 
 
 def _rows(blocks: Sequence[SavedBlock]) -> list[tuple[str, ...]]:

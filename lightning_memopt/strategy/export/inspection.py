@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
+from lightning_memopt.optim.block import OF_PARAMETERS
 from lightning_memopt.optim.checkpoint.names import saved_names
+from lightning_memopt.optim.weights import LOW_BITS
 from lightning_memopt.strategy.checkpoint.save import CURRENT
 from lightning_memopt.strategy.export.contents import Contents, opened, outline
 from lightning_memopt.strategy.files.opened_directory import OpenedDirectory
@@ -50,6 +52,7 @@ class SavedOptimizer:
         learning_rates: Of its groups.
         parameters: Number of parameter tensors.
         bytes: Size of the state, with counters.
+        weight_bits: How many bits of bfloat16 weights it keeps together with them, if more than 16.
         blocks: All blocks with state.
     """
 
@@ -57,6 +60,7 @@ class SavedOptimizer:
     learning_rates: list[float]
     parameters: int
     bytes: int
+    weight_bits: list[int]
     blocks: list[SavedBlock]
 
 
@@ -146,13 +150,15 @@ def _optimizers(content: Contents) -> list[SavedOptimizer]:
         ids = [index for group in groups for index in group["params"]]
         flat = [name for group in names for name in group] if names else [f"parameter {index}" for index in ids]
         named = dict(zip(ids, flat, strict=True))
-        tensors = [value for entries in state["state"].values() for value in entries.values()]
+        entries_of = list(state["state"].values())
+        tensors = [value for entries in entries_of for value in entries.values()]
         found.append(
             SavedOptimizer(
                 recipes=list(dict.fromkeys(group["recipe"] for group in groups if "recipe" in group)),
                 learning_rates=list(dict.fromkeys(float(group["lr"]) for group in groups if "lr" in group)),
                 parameters=len(ids),
                 bytes=sum(value.nbytes for value in tensors if isinstance(value, Tensor)),
+                weight_bits=sorted({16 + 8 * each[LOW_BITS].itemsize for each in entries_of if LOW_BITS in each}),
                 blocks=[
                     block
                     for index, entries in state["state"].items()
@@ -167,7 +173,7 @@ def _blocks(name: str, entries: Mapping[str, Any]) -> list[SavedBlock]:
     """Return the blocks of one parameter. In a fused one, keys start with the role and a dot."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in entries.items():
-        if key != "step" and isinstance(value, Tensor):
+        if key not in OF_PARAMETERS and isinstance(value, Tensor):
             role, _, rest = key.rpartition(".")
             parts.setdefault(role, {})[rest] = value
     return [_block(f"{name}:{role}" if role else name, state) for role, state in (parts or {"": {}}).items()]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_memopt._registry import listed
+from lightning_memopt.optim.checkpoint.names import saved_names
+from lightning_memopt.optim.weights import LOW_BITS, joined_
 
 
 def without_prefix(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -34,6 +37,42 @@ def converted(weights: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
         return made.setdefault(key, value.to(dtype)) if value.numel() else value.to(dtype)
 
     return {name: of(value) for name, value in weights.items()}
+
+
+def with_all_bits(weights: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the weights, those in float32 of which optimizers keep more bits than bfloat16 has.
+
+    Raises:
+        ValueError: If such bits belong to no weight. Names may lack a prefix that all weights of the model have.
+    """
+    wide: dict[str, Tensor] = {}
+    for state in optimizers:
+        names = itertools.chain(*(saved_names(state) or []))
+        numbers = itertools.chain(*(group["params"] for group in state["param_groups"]))
+        for name, number in zip(names, numbers, strict=False):
+            bits = state["state"].get(number, {}).get(LOW_BITS)
+            if bits is None:
+                continue
+            mine = [key for key in weights if key == name] or [key for key in weights if key.endswith(f".{name}")]
+            weight = weights[mine[0]] if len(mine) == 1 else None
+            if not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16 or weight.shape != bits.shape:
+                raise ValueError(
+                    f"The optimizer keeps bits of {name!r}, of shape {tuple(bits.shape)}, which is no bfloat16 weight "
+                    "of the checkpoint: export without `--dtype float32`."
+                )
+            wide[mine[0]] = joined_(torch.empty_like(weight, dtype=torch.float32), weight, bits)
+    return {**weights, **_tied(weights, wide), **wide}
+
+
+def _tied(weights: Mapping[str, Any], wide: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return other names of widened matrices. A directory does not say which weights are one, but these are equal."""
+    return {
+        name: wide[other]
+        for name, value in weights.items()
+        if name not in wide and isinstance(value, Tensor) and value.ndim > 1
+        for other in wide
+        if value.shape == weights[other].shape and torch.equal(value, weights[other])
+    }
 
 
 def separate(weights: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -67,6 +67,39 @@ def optimizers_of_torch(ranks: dict[int, World], folder: Path) -> None:
 
 
 @case
+def extra_bits_of_weights(ranks: dict[int, World], folder: Path) -> None:
+    """All bits are back at another number of ranks, on which the next step is the same; fewer come with a warning."""
+    expected: list[Any] = [None]
+    first, second = ranks[3], ranks[2]
+    if first.mine:
+        model = shard(towers("net").bfloat16(), first)
+        optimizer = lean(model, master_weight_bits=24)
+        for number in range(2):
+            step(model, optimizer, number)
+        for format in FORMATS:
+            save(folder / format, model, optimizer, format=format, world=first)
+        before = {name: value.full_tensor() for name, value in optimizer.full_weights().items()}
+        step(model, optimizer, 2)
+        expected = [(before, {name: value.full_tensor() for name, value in optimizer.full_weights().items()})]
+    dist.broadcast_object_list(expected, src=0)
+    for format in FORMATS if second.mine else ():
+        model = shard(towers("net", seed=1).bfloat16(), second)
+        optimizer = lean(model, master_weight_bits=24)
+        load(folder / format, model, optimizer, world=second)
+        assert_equal({name: value.full_tensor() for name, value in optimizer.full_weights().items()}, expected[0][0])
+        step(model, optimizer, 2)
+        for name, value in optimizer.full_weights().items():
+            torch.testing.assert_close(value.full_tensor(), expected[0][1][name], rtol=2**-14, atol=1e-6)
+        plain = lean(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load(folder / format, model, plain, world=second)
+        told = [str(each.message) for each in caught if "master_weight_bits=24" in str(each.message)]
+        assert len(told) == (dist.get_rank() == 0)
+        assert not any("low_bits" in state for state in plain.state.values())
+
+
+@case
 def before_the_first_step(ranks: dict[int, World], folder: Path) -> None:
     """No step is taken to find out what the state looks like: it would count, and draw projections."""
     for make in (adamw, lean):

@@ -62,6 +62,37 @@ def test_weights(tmp_path, format, capsys):
     assert sorted(os.listdir(tmp_path)) == ["inside.pt", "last.ckpt", "weights.pt", "weights.safetensors"]
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_with_all_bits(tmp_path, format, capsys):
+    net = Net().bfloat16()
+    trained = lm.AdaPMLean(net.model.named_parameters(), lr=1e-3, rank=2, master_weight_bits=24)
+    for param in net.parameters():
+        param.grad = torch.randn(param.shape).bfloat16()
+    trained.step()
+    path = save(tmp_path / "last.ckpt", net, trained, format=format)
+    wide = load_file(exported(path, tmp_path / "wide.safetensors", "--dtype", "float32"))
+    (name, expected), *rest = trained.full_weights().items()
+    assert not rest
+    for key in (name, "lm_head.weight"):
+        assert_equal(wide[f"model.{key}"], expected)
+    assert not torch.equal(expected, net.model[name.partition(".")[0]].weight.float())
+    plain = load_file(exported(path, tmp_path / "plain.safetensors"))
+    assert_equal(plain[f"model.{name}"], net.state_dict()[f"model.{name}"])
+    capsys.readouterr()
+    assert inspect([str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "of state, 24 bits of each weight, lr 0.001" in told
+    assert "low_bits" not in told
+
+
+def test_bits_of_unknown_weights_are_refused(tmp_path, capsys):
+    net = Net().bfloat16()
+    trained = lm.AdaPMLean([("other.up_proj.weight", net.model["embed_tokens"].weight)], master_weight_bits=24)
+    path = save(tmp_path / "last.ckpt", net, trained, format="file")
+    told = refused(main, capsys, path, tmp_path / "wide.pt", "--dtype", "float32")
+    assert "keeps bits of 'other.up_proj.weight', of shape (16, 8), which is no bfloat16 weight" in told
+
+
 def test_everything_is_what_a_single_device_saves(tmp_path):
     rest = {"global_step": 7, "callbacks": {"a": {"seen": 2}}, "lr_schedulers": [{"last_epoch": 3}]}
     saved = {}
