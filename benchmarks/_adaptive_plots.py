@@ -32,13 +32,16 @@ def plot_losses(results: Sequence[Result], comparison: Comparison, path: Path) -
     panels = [(r, model) for r, model in panels if any(run["model"] == model for run in with_ratio(here, r))]
     if not panels:
         return
-    figure = new_figure(5.6 * len(panels), 5.4)
+    alone = len(panels) == 1
+    figure = new_figure(7.2 if alone else 5.6 * len(panels), 5.8 if alone else 5.4)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (ratio, model) in zip(axes[0], panels, strict=True):
         _losses(axis, with_ratio(here, ratio), model, budgets, "" if ratio == 1.0 else f", ratio {ratio:g}")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=SMALL)
-    title = "Held-out loss at equal momentum (markers moved apart sideways; bars: deviation over seeds)"
+    columns = 3 if alone else len(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL)
+    note = "markers moved apart sideways; bars: deviation over seeds"
+    title = f"Held-out loss at equal momentum{chr(10) if alone else ' '}({note})"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
