@@ -108,7 +108,7 @@ def test_the_page_of_recipes_is_up_to_date():
     assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: python docs/tables.py > docs/recipes.md"
 
 
-@pytest.mark.parametrize(("page", "count"), [("memory.md", 9), ("bfloat16.md", 6)])
+@pytest.mark.parametrize(("page", "count"), [("memory.md", 9), ("bfloat16.md", 6), ("gradient_release.md", 8)])
 def test_examples_on_the_pages_print_what_they_say(page, count):
     code = "".join(block for block in blocks("python", (ROOT / "docs" / page).read_text()) if ">>>" in block)
     example = doctest.DocTestParser().get_doctest(code, {}, page, None, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_memopt.kinds.tick import block_key
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.values import described
+from lightning_memopt.optim.gradient_release import GradientRelease
 from lightning_memopt.optim.options import HYPERPARAMETERS
 from lightning_memopt.optim.owner import owner_of, still_owns
 from lightning_memopt.optim.weights import WeightBits
@@ -43,6 +44,8 @@ class Binding:
         fused: Whether to use kernels; None for where they are available.
         head_dim: Outputs per attention head, if the user has given them.
         weights: How bfloat16 weights are kept.
+        release: What updates layers in the backward pass, if anything does.
+        observers: Called after every update with the parameters that were updated.
         bound: Whether a model has told its modules and config.
         owner: The module whose ``parameters()`` the optimizer was created from. It is asked if nobody else gives names.
     """
@@ -71,10 +74,13 @@ class Binding:
         self.plans: dict[Tensor, Plan] = {}
         self.blocks: Blocks = {}
         self.reformatted: dict[str, Recipe] = {}
+        self.release: GradientRelease | None = None
+        self.observers: list[Callable[[set[Tensor]], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the owner: a pickled optimizer must not contain a model."""
-        return {key: value for key, value in self.__dict__.items() if key != "owner"}
+        """Leave out what refers to a model: a pickled optimizer must not contain one."""
+        left_out: dict[str, Any] = {"release": None, "observers": []}
+        return {key: left_out.get(key, value) for key, value in self.__dict__.items() if key != "owner"}
 
     # ------------------------------------------------------------------ groups
 

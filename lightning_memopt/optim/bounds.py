@@ -148,8 +148,12 @@ class Tally:
         return Watch(counting=step >= FIRST and step % EVERY == 0)
 
     def take(self, watch: Watch) -> None:
-        """Keep the counts of a step for :meth:`read`."""
-        self._pending = watch if watch.elements else None
+        """Keep the counts of an update for :meth:`read`, with those of other updates of the same step."""
+        if watch.elements and self._pending is not None:
+            self._pending.hits += watch.hits
+            self._pending.elements += watch.elements
+        elif watch.elements:
+            self._pending = watch
 
     def read(self) -> None:
         """Read the last count. Warn if all of the most recent counts are above ``SHARE``."""

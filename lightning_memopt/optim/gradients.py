@@ -22,12 +22,15 @@ from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_alig
 Active = list[tuple[dict[str, Any], Tensor]]
 
 
-def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tuple[Active, list[str], list[str]]:
-    """Return all parameters with a gradient, and the names of unusable gradients and weights.
+def usable(
+    optimizer: Optimizer, binding: Binding, trusted: set[Tensor], params: Sequence[Tensor]
+) -> tuple[Active, list[str], list[str]]:
+    """Return those of the parameters with a gradient, and the names of unusable gradients and weights.
 
     Args:
         optimizer: The optimizer.
         binding: Its blocks.
+        params: Parameters of the optimizer. All ranks pass the same ones.
         trusted: Parameters whose weights need no check.
 
     Raises:
@@ -37,7 +40,7 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
     """
     active, refusal = [], None
     try:
-        active = _active(optimizer, binding)
+        active = _active(optimizer, binding, set(params))
         if active and not trusted:  # before the first step
             check_before_first_step(optimizer, binding)
     except Exception as error:  # of any type: the other ranks must know
@@ -49,7 +52,7 @@ def usable(optimizer: Optimizer, binding: Binding, trusted: set[Tensor]) -> tupl
             binding.blocks[param][0].layout,
             fresh=param not in trusted,
         )
-        for param in params_of(optimizer)
+        for param in params
         if param in binding.blocks
     ]
     bad, broken = verdict(judged, refusal)
@@ -78,9 +81,14 @@ def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
         )
 
 
-def _active(optimizer: Optimizer, binding: Binding) -> Active:
-    """Check and return all parameters with a gradient."""
-    active = [(group, param) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+def _active(optimizer: Optimizer, binding: Binding, params: set[Tensor]) -> Active:
+    """Check and return those of the parameters with a gradient."""
+    active = [
+        (group, param)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param in params and param.grad is not None
+    ]
     if active or any(local_tensor(param) is not param for param in params_of(optimizer)):
         binding.require_names(optimizer)  # on all ranks, including those without gradients
     for _, param in active:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim import groups as parsing
@@ -17,6 +18,7 @@ from lightning_memopt.optim.bounds import Tally
 from lightning_memopt.optim.checkpoint import load
 from lightning_memopt.optim.checkpoint.values import Share
 from lightning_memopt.optim.facts import snapshot_of
+from lightning_memopt.optim.gradient_release import GradientRelease, units_of
 from lightning_memopt.optim.gradients import refuse, usable
 from lightning_memopt.optim.options import check_options
 from lightning_memopt.optim.stepping import take_step
@@ -169,7 +171,10 @@ class MemOpt(torch.optim.Optimizer):
         Raises:
             ValueError: If a new parameter has another shape.
             NotImplementedError: If its sharding is not supported. Nothing has changed then.
+            RuntimeError: After :meth:`release_gradients`, whose hooks are on the old parameters.
         """
+        if self._binding.release is not None and any(old is not new for old, new in params.items()):
+            raise RuntimeError("Parameters cannot be replaced after `release_gradients`: call `rebind` first.")
         rebinding.rebind(self, self._binding, params)
 
     @torch.no_grad()
@@ -190,21 +195,71 @@ class MemOpt(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(params_of(self), ends_step=True)
+        if self._binding.release is not None:
+            self._binding.release.start_over()
+        return loss
+
+    def _update(self, params: Sequence[Tensor], *, ends_step: bool = False) -> None:
+        """Update those of the parameters that have a gradient; errors as for :meth:`step`."""
         # Write nothing before all ranks agree that they can take the step.
-        active, bad, broken = usable(self, self._binding, self._trusted)
-        self._tally.read()
+        active, bad, broken = usable(self, self._binding, self._trusted, params)
+        if ends_step:
+            self._tally.read()
         if broken or self._nonfinite == "raise":
             refuse(bad, broken)
         if bad:
             self._counts["skipped"] += 1
-            return loss
+            return
         self._trusted.update(param for _, param in active)
         self._trusted.intersection_update(params_of(self))
         for _, param in active:
             if not self.state.get(param):  # frozen when the optimizer was created
                 self.state[param] = initial_state(self._binding.blocks[param])
         take_step(active, self._binding.blocks, self.state, self._tally, fused=self._binding.fused)
-        return loss
+        for hook in self._binding.observers:
+            hook({param for _, param in active})
+
+    def observe_updates(self, hook: Callable[[set[Tensor]], None]) -> Callable[[], None]:
+        """Call a function after every update with the parameters that were updated, while they have their gradients.
+
+        That is once per step, or once per unit after :meth:`release_gradients`. The result ends it.
+        """
+        self._binding.observers.append(hook)
+        return partial(self._binding.observers.remove, hook)
+
+    def release_gradients(self, model: nn.Module) -> Callable[[], None]:
+        """Update layers in the backward pass, each as soon as its gradients are complete, and free these.
+
+        So only the gradients of about two layers exist at a time. :meth:`step` is still called after every backward
+        pass, as are schedulers. It updates parameters without a complete layer.
+
+        What needs all gradients at once does not work: clipping by their global norm, adding up several backward
+        passes (an error), gradient scalers. ``nonfinite`` acts on layers: other layers may have been updated before a
+        gradient that is not finite raises an error, and :attr:`skipped` counts layers.
+
+        Args:
+            model: The module that the optimizer trains. Its layers are those of ``fully_shard``, or else the elements
+                of its outermost lists of equal modules.
+
+        Returns:
+            A function that ends it.
+
+        Raises:
+            TypeError: If it is not a module.
+            ValueError: If no parameter of the model trains with this optimizer; or on several processes, if none is
+                sharded.
+        """
+        self._binding.require_names(self)
+        units = units_of(model, set(params_of(self)))
+        self._end_release()
+        self._binding.release = GradientRelease(units, self._update)
+        return self._end_release
+
+    def _end_release(self) -> None:
+        if self._binding.release is not None:
+            self._binding.release.remove()
+            self._binding.release = None
 
     def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:
         """Change kinds or ranks of blocks between two steps. Converts state one block at a time.

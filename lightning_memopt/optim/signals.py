@@ -98,6 +98,7 @@ class Probe:
         self._readings: dict[str, list[list[float]]] = {}
         self._lost: dict[str, list[float]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
+        self._stop_watching = optimizer.observe_updates(self._after_update)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def rest(self) -> None:
@@ -107,21 +108,24 @@ class Probe:
     def stop(self) -> None:
         """Stop tracking."""
         self._handle.remove()
+        self._stop_watching()
 
     # ------------------------------------------------------------------ watching
 
-    @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._optimizer.skipped > self._skipped:
             self._skipped = self._optimizer.skipped
             return
         self.steps += 1
+
+    @torch.no_grad()
+    def _after_update(self, params: set[Tensor]) -> None:
         if not self._follows:
             return
         seen = [
             (group["betas"], param.grad, self._row(block))
             for group, param, block in self._matrices()
-            if param.grad is not None
+            if param in params and param.grad is not None
         ]
         if not seen:
             return

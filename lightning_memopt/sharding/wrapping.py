@@ -170,6 +170,22 @@ def own_modules(unit: nn.Module, units: set[nn.Module]) -> list[tuple[str, nn.Mo
     return list(_inner_first(unit, units - {unit}))
 
 
+def parameters_by_unit(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters of every unit of a model, each in one unit, and those of none alone.
+
+    Units are the modules to which ``fully_shard`` was applied, or the model's blocks if there are none.
+    """
+    sharded = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    modules = sharded or blocks(model)
+    units: list[list[nn.Parameter]] = []
+    seen: set[Tensor] = set()
+    for unit in sorted(modules, key=lambda module: sum(other in modules for other in module.modules())):
+        own = [param for _, module in own_modules(unit, set(modules)) for param in module.parameters(recurse=False)]
+        units.append([param for param in dict.fromkeys(own) if param not in seen])
+        seen.update(own)
+    return [*units, *([param] for param in model.parameters() if param not in seen)]
+
+
 def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost modules below this one that have parameters and can be called."""
     for child in module.children():
