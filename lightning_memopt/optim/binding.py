@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -75,11 +75,11 @@ class Binding:
         self.blocks: Blocks = {}
         self.reformatted: dict[str, Recipe] = {}
         self.release: GradientRelease | None = None
-        self.observers: list[Callable[[set[Tensor]], None]] = []
+        self.observers: OrderedDict[int, Callable[[set[Tensor]], None]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what refers to a model: a pickled optimizer must not contain one."""
-        left_out: dict[str, Any] = {"release": None, "observers": []}
+        left_out: dict[str, Any] = {"release": None, "observers": OrderedDict()}
         return {key: left_out.get(key, value) for key, value in self.__dict__.items() if key != "owner"}
 
     # ------------------------------------------------------------------ groups

@@ -43,10 +43,15 @@ class GradientRelease:
         self._seen.clear()
         self._missing = [set(unit) for unit in self._units]
 
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Leave all updates to ``optimizer.step()`` again."""
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     @torch.no_grad()
     def _arrived(self, number: int, param: Tensor) -> None:

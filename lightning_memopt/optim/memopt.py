@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim import groups as parsing
@@ -173,7 +173,7 @@ class MemOpt(torch.optim.Optimizer):
             NotImplementedError: If its sharding is not supported. Nothing has changed then.
             RuntimeError: After :meth:`release_gradients`, whose hooks are on the old parameters.
         """
-        if self._binding.release is not None and any(old is not new for old, new in params.items()):
+        if self.releases_gradients and any(old is not new for old, new in params.items()):
             raise RuntimeError("Parameters cannot be replaced after `release_gradients`: call `rebind` first.")
         rebinding.rebind(self, self._binding, params)
 
@@ -217,18 +217,19 @@ class MemOpt(torch.optim.Optimizer):
             if not self.state.get(param):  # frozen when the optimizer was created
                 self.state[param] = initial_state(self._binding.blocks[param])
         take_step(active, self._binding.blocks, self.state, self._tally, fused=self._binding.fused)
-        for hook in self._binding.observers:
+        for hook in list(self._binding.observers.values()):
             hook({param for _, param in active})
 
-    def observe_updates(self, hook: Callable[[set[Tensor]], None]) -> Callable[[], None]:
+    def register_update_hook(self, hook: Callable[[set[Tensor]], None]) -> RemovableHandle:
         """Call a function after every update with the parameters that were updated, while they have their gradients.
 
-        That is once per step, or once per unit after :meth:`release_gradients`. The result ends it.
+        That is once per step, or once per layer after :meth:`release_gradients`. ``remove()`` of the result ends it.
         """
-        self._binding.observers.append(hook)
-        return partial(self._binding.observers.remove, hook)
+        handle = RemovableHandle(self._binding.observers)
+        self._binding.observers[handle.id] = hook
+        return handle
 
-    def release_gradients(self, model: nn.Module) -> Callable[[], None]:
+    def release_gradients(self, model: nn.Module) -> GradientRelease:
         """Update layers in the backward pass, each as soon as its gradients are complete, and free these.
 
         So only the gradients of about two layers exist at a time. :meth:`step` is still called after every backward
@@ -243,7 +244,7 @@ class MemOpt(torch.optim.Optimizer):
                 of its outermost lists of equal modules.
 
         Returns:
-            A function that ends it.
+            A handle whose ``remove()`` ends it.
 
         Raises:
             TypeError: If it is not a module.
@@ -252,14 +253,15 @@ class MemOpt(torch.optim.Optimizer):
         """
         self._binding.require_names(self)
         units = units_of(model, set(params_of(self)))
-        self._end_release()
-        self._binding.release = GradientRelease(units, self._update)
-        return self._end_release
-
-    def _end_release(self) -> None:
         if self._binding.release is not None:
             self._binding.release.remove()
-            self._binding.release = None
+        self._binding.release = GradientRelease(units, self._update)
+        return self._binding.release
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether layers are updated in the backward pass (:meth:`release_gradients`)."""
+        return self._binding.release is not None and self._binding.release.active
 
     def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:
         """Change kinds or ranks of blocks between two steps. Converts state one block at a time.

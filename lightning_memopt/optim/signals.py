@@ -98,7 +98,7 @@ class Probe:
         self._readings: dict[str, list[list[float]]] = {}
         self._lost: dict[str, list[float]] = {}
         self._latest: tuple[Any, tuple[Tensor, ...]] | None = None
-        self._stop_watching = optimizer.observe_updates(self._after_update)
+        self._watching = optimizer.register_update_hook(self._after_update)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def rest(self) -> None:
@@ -108,7 +108,7 @@ class Probe:
     def stop(self) -> None:
         """Stop tracking."""
         self._handle.remove()
-        self._stop_watching()
+        self._watching.remove()
 
     # ------------------------------------------------------------------ watching
 

@@ -25,6 +25,7 @@ from lightning_memopt.strategy.model.precision import ShardedMixedPrecision, sha
 from lightning_memopt.strategy.model.refusals import refuse_accelerator, refuse_callbacks, refuse_embeddings
 from lightning_memopt.strategy.model.shard import attributes_kept, reduction_paused, sharded_modules
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
+from lightning_memopt.strategy.releasing import refuse_accumulation_and_clipping, release_gradients
 from lightning_memopt.strategy.sharder import Modules, Sharder
 
 
@@ -46,6 +47,8 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         sync_every_batch: Whether to reduce gradients after every batch. If False and ``accumulate_grad_batches`` is
             more than 1, they are reduced once per step; in between, every rank holds gradients of full size.
         cpu_offload: Whether to keep parameters, gradients and optimizer state in CPU memory.
+        gradient_release: Whether to update a unit in the backward pass, as soon as its gradients are reduced, and free
+            them (``MemOpt.release_gradients``). Clipping and accumulation do not work with it, and are refused.
         save_distributed_checkpoint: Whether to save a checkpoint as a directory with a file per rank, or as one file.
         verify: Whether to read a checkpoint once before loading, to compare its checksums.
         process_group_backend: Backend of the process group; None for the default of the device.
@@ -68,6 +71,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         reshard_after_forward: bool | int | None = True,
         sync_every_batch: bool = True,
         cpu_offload: bool = False,
+        gradient_release: bool = False,
         save_distributed_checkpoint: bool = True,
         verify: bool = True,
         process_group_backend: str | None = None,
@@ -87,6 +91,9 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         )
         self._sync_every_batch = sync_every_batch
         self._verify = verify
+        if not isinstance(gradient_release, bool):
+            raise TypeError(f"`gradient_release` must be True or False, got {gradient_release!r}.")
+        self._gradient_release = gradient_release
         self._known = KnownParameters()
         self._syncing = True
         self._first_failure: FirstFailure | None = None
@@ -160,6 +167,8 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             refuse_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             let_finetuning_compare_sharded_parameters(trainer)
             refuse_embeddings(self.model)
+            if self._gradient_release:
+                refuse_accumulation_and_clipping(trainer)
         self._known.learn(self.model)
         self._reshard()
         plugin, dtypes = self.precision_plugin, tensor_dtypes(self.model)
@@ -180,6 +189,9 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             for optimizer in self._trained_by:
                 move_state(optimizer)
+            if self._gradient_release:
+                assert self.lightning_module is not None
+                release_gradients(trainer, self.lightning_module, self._trained_by)
 
     @override
     def model_to_device(self) -> None:

@@ -159,12 +159,15 @@ def test_signals_are_those_of_ordinary_steps():
 def test_it_ends():
     model = llama()
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
-    end = optimizer.release_gradients(model)
-    optimizer.release_gradients(model)  # the hooks of the first are gone
+    handle = optimizer.release_gradients(model)
+    again = optimizer.release_gradients(model)
+    assert optimizer.releases_gradients
+    assert not handle.active
     backward(model, 0)
     optimizer.step()
-    end()
-    end()
+    again.remove()
+    again.remove()
+    handle.remove()
     backward(model, 1)
     assert all(param.grad is not None for param in model.parameters())
     optimizer.step()
@@ -186,7 +189,7 @@ def test_schedulers_closures_and_copies_keep_working():
     schedule.step()
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert again._binding.release is None
+        assert not again.releases_gradients
 
 
 def test_wrong_arguments():

@@ -24,6 +24,7 @@ from tests.strategy.cases import (  # noqa: F401  (they register themselves)
     parameters,
     precision,
     refusals,
+    releasing,
     training,
 )
 from tests.strategy.cases.shared import CASES

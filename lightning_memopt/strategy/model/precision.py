@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, P
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.strategy.gradients import clip_grad_norm_, clip_grad_value_
 
 SUPPORTED = ("32-true", "bf16-true", "bf16-mixed")
@@ -25,10 +26,25 @@ class _ClipsAll:
     main_params: Any
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        _refuse_released(optimizer)
         clip_grad_norm_(self.main_params(optimizer), clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        _refuse_released(optimizer)
         clip_grad_value_(self.main_params(optimizer), clip_val)
+
+
+def _refuse_released(optimizer: Optimizer) -> None:
+    """Raise if the optimizer has released the gradients that are to be clipped.
+
+    Raises:
+        RuntimeError: If it has.
+    """
+    if isinstance(optimizer, MemOpt) and optimizer.releases_gradients:
+        raise RuntimeError(
+            "Gradients cannot be clipped: `gradient_release` has applied and freed them in the backward pass. Use "
+            "`max_update` of the optimizer, which bounds updates, or train without `gradient_release`."
+        )
 
 
 class _Mixed:

@@ -1,0 +1,56 @@
+"""Gradient release under a Trainer: what cannot work is refused before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
+
+from lightning_memopt.optim.memopt import MemOpt
+
+_LEAVE_OUT = "or leave `gradient_release` out."
+
+
+def release_gradients(trainer: Trainer, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Let the optimizer of a sharded model release gradients.
+
+    Raises:
+        TypeError: If the optimizer is not of this package.
+        ValueError: If something needs all gradients at once: clipping, accumulation, several optimizers.
+    """
+    refuse_accumulation_and_clipping(trainer)
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"`gradient_release` needs one optimizer, got {len(optimizers)}: a backward pass for one of them would "
+            f"update the parameters of the others. Put the parameters into groups of one optimizer, {_LEAVE_OUT}"
+        )
+    (optimizer,) = optimizers
+    if not isinstance(optimizer, MemOpt):
+        raise TypeError(
+            f"`gradient_release` needs an optimizer of lightning_memopt, got {type(optimizer).__name__}: the recipe "
+            "'adamw' makes the updates of torch.optim.AdamW."
+        )
+    optimizer.release_gradients(module)
+
+
+def refuse_accumulation_and_clipping(trainer: Trainer) -> None:
+    """Refuse settings of the Trainer that change gradients between the backward pass and the step.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if trainer.gradient_clip_val:
+        raise ValueError(
+            f"`gradient_clip_val={trainer.gradient_clip_val}` needs all gradients before the first update, and "
+            "`gradient_release` frees them in the backward pass. `max_update` of the optimizer bounds updates instead: "
+            f"leave clipping out, {_LEAVE_OUT}"
+        )
+    schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    counts = [trainer.accumulate_grad_batches, *(count for each in schedules for count in each.scheduling.values())]
+    if max(counts) > 1:
+        raise ValueError(
+            f"`accumulate_grad_batches={max(counts)}` adds up gradients over several backward passes, and "
+            f"`gradient_release` applies them in each: use larger batches with `activation_checkpointing`, {_LEAVE_OUT}"
+        )
