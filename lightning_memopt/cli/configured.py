@@ -103,6 +103,7 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
     if uncounted:
         what = ", ".join(uncounted)
         found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
+    found["gradient_release"] = bool(options.get("gradient_release"))
     return {**found, "averaged": _averages(trainer.callbacks), "wrap": resolve_policy("wrap", options.get("wrap"))}
 
 

@@ -35,6 +35,7 @@ class Configured:
         ranks: The trainer's number of devices, if the config gives a number.
         wrap: The modules that the strategy gathers as units.
         averaged: Whether a callback keeps averaged weights.
+        gradient_release: Whether the strategy releases gradients.
         warning: A warning about strategy settings that are not planned; empty if there are none.
     """
 
@@ -44,6 +45,7 @@ class Configured:
     ranks: int | None = None
     wrap: Policy | None = None
     averaged: bool = False
+    gradient_release: bool = False
     warning: str = ""
 
 

@@ -30,6 +30,7 @@ class RecipeMemory:
         total_bytes: Parameters and their average, gradients, optimizer state and the unsharded parameters of the
             largest unit.
         saved: Fraction of AdamW's state that the recipe saves.
+        gradient_bytes: Gradients: all of them, or with gradient release those of the two largest units.
         remaining: Device memory left for activations; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
         rates: How rates of blocks differ from those of their parameter groups, in words.
@@ -39,6 +40,7 @@ class RecipeMemory:
     state_bytes: int
     total_bytes: int
     saved: float
+    gradient_bytes: int
     remaining: int | None = None
     fits: bool | None = None
     rates: tuple[str, ...] = ()
@@ -60,13 +62,15 @@ class MemoryPlan:
         precision: Lightning's name of the precision.
         gpu_memory: Memory of one device, if given.
         parameter_bytes: Parameters.
-        gradient_bytes: Gradients of parameters that train.
+        gradient_bytes: Gradients of all parameters that train.
         counter_bytes: Step counters, one per parameter that trains. They are in CPU memory, and in no total.
         unsharded_bytes: Parameters of the largest unit, gathered in its compute dtype; 0 on one rank.
         largest_unit: Name of the largest unit; None on one rank.
         matrices: Number of parameters with two or more dimensions.
         unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
+        gradient_release: Whether recipes release gradients. AdamW, which is torch's, does not.
+        master_weight_bits: Bits that recipes keep of every bfloat16 weight. More than 16 are state.
         averaged_bytes: The average of the parameters that a callback keeps, in the dtype of the module; in the totals.
     """
 
@@ -84,6 +88,8 @@ class MemoryPlan:
     unknown: tuple[str, ...]
     rows: tuple[RecipeMemory, ...]
     averaged_bytes: int = 0
+    gradient_release: bool = False
+    master_weight_bits: int = 16
 
     @property
     def first_fit(self) -> str | None:
@@ -105,7 +111,10 @@ class MemoryPlan:
     def title(self) -> str:
         """Return a one-line title."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {self.precision}, memory per rank"
+        settings = [self.precision, *(["gradient release"] if self.gradient_release else [])]
+        if self.master_weight_bits > 16:
+            settings.append(f"{self.master_weight_bits} bits of each weight")
+        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {', '.join(settings)}, memory per rank"
 
     def cells(self) -> list[tuple[str, ...]]:
         """Return the text of every row, in the order of :data:`COLUMNS`.
@@ -117,7 +126,7 @@ class MemoryPlan:
             (
                 row.recipe + (mark if row.recipe != ADAMW else ""),
                 format_bytes(self.parameter_bytes),
-                format_bytes(self.gradient_bytes),
+                format_bytes(row.gradient_bytes),
                 format_bytes(row.state_bytes),
                 format_share(row.saved) if row.recipe != ADAMW else "",
                 format_bytes(self.unsharded_bytes),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_memopt.memory.sizes import format_bytes, parse_bytes
+from lightning_memopt.optim.weights import SIZES
 from lightning_memopt.planner.arguments import (
     EPILOG,
     Configured,
@@ -27,6 +28,7 @@ from lightning_memopt.terminal.parser import EXPECTED, Parser
 from lightning_memopt.terminal.tables import console, table
 
 MOST_RANKS = 64
+_FLAGS = {"precision": "--precision bf16-true", "gradient_release": "--gradient-release"}
 PICTURES = (".png", ".pdf", ".svg")
 # Column headers that keep the table within 80 columns.
 _BREAKS = {
@@ -54,14 +56,16 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     if options.plot is not None and not Path(options.plot).parent.is_dir():
         parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; create it first.")
     try:
-        optimizers = candidates(options.recipe)
+        optimizers = candidates(options.recipe, master_weight_bits=options.master_weight_bits)
         name, found = read_model(options, others, configured)
         optimizers = [found.optimizer, *optimizers] if found.optimizer is not None else optimizers
         options.precision = options.precision or found.precision
+        options.gradient_release = options.gradient_release or found.gradient_release
         sizes = _world_sizes(options, found.ranks)
         plans = [_plan(options, name, found, optimizers, size) for size in sizes]
         plot = _write_figure(options, plans) if options.sweep else None
         roles = RoleTable.of(name, found.module) if options.roles else None
+        way_out = None if plot else _way_out(plans[0], options, name, found, optimizers)
     except EXPECTED as error:
         parser.error(" ".join(str(error).split()))
     _warn(plans[0], found.warning)
@@ -72,7 +76,7 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     if plot:
         _print_sweep(plans, plot)
     else:
-        _print(plans[0], asked=[entry.label for entry in optimizers] if options.recipe else [])
+        _print(plans[0], [entry.label for entry in optimizers] if options.recipe else [], way_out)
     if roles:
         print()
         print_roles(roles)
@@ -110,6 +114,18 @@ def _parser() -> Parser:
         "--precision",
         metavar="{" + ",".join(PRECISIONS) + "}",
         help="As in the Trainer (default: that of the config, or 32-true).",
+    )
+    parser.add_argument(
+        "--gradient-release",
+        action="store_true",
+        help="Recipes release gradients in the backward pass, as MemOptFSDPStrategy(gradient_release=True) does.",
+    )
+    parser.add_argument(
+        "--master-weight-bits",
+        type=int,
+        default=16,
+        choices=SIZES,
+        help="Bits that recipes keep of every bfloat16 weight (default: 16, those of the weight).",
     )
     parser.add_argument(
         "--roles", action="store_true", help="Also show the role of every weight, as `lightning-memopt roles` does."
@@ -151,6 +167,8 @@ def _plan(
         precision=options.precision,
         wrap=found.wrap,
         averaged=found.averaged,
+        gradient_release=options.gradient_release,
+        master_weight_bits=options.master_weight_bits,
     )
 
 
@@ -183,7 +201,7 @@ def _label(label: str) -> Any:
     return Text("torch AdamW" if label == ADAMW else label)
 
 
-def _print(plan: MemoryPlan, asked: list[str]) -> None:
+def _print(plan: MemoryPlan, asked: list[str], way_out: str | None) -> None:
     from rich.text import Text
 
     shown, limited = console(), plan.gpu_memory is not None
@@ -197,7 +215,7 @@ def _print(plan: MemoryPlan, asked: list[str]) -> None:
     shown.print(found)
     lines = [plan.note()]
     if limited:
-        lines += [*(_verdict(plan, recipe) for recipe in asked), _answer(plan)]
+        lines += [*(_verdict(plan, recipe) for recipe in asked), _answer(plan, way_out)]
     for line in filter(None, lines):
         shown.print(line, markup=False, soft_wrap=True)
 
@@ -212,7 +230,26 @@ def _verdict(plan: MemoryPlan, recipe: str) -> str:
     return f"{recipe} does not fit in {memory}: it needs {format_bytes(row.total_bytes)} before activations."
 
 
-def _answer(plan: MemoryPlan) -> str:
+def _way_out(
+    plan: MemoryPlan, options: argparse.Namespace, name: str, found: Configured, optimizers: list[Candidate]
+) -> str | None:
+    """Return the first settings with which a recipe fits, if none does with those asked for."""
+    if plan.gpu_memory is None or plan.first_fit is not None:
+        return None
+    half: dict[str, Any] = {} if plan.precision == "bf16-true" else {"precision": "bf16-true"}
+    release: dict[str, Any] = {} if plan.gradient_release else {"gradient_release": True}
+    for changes in filter(None, (release, half, half and release and {**half, **release})):
+        changed = argparse.Namespace(**{**vars(options), **changes})
+        other = _plan(changed, name, found, optimizers, plan.world_size)
+        if other.first_fit is not None:
+            left = other.row(other.first_fit).remaining
+            assert left is not None
+            flags = [_FLAGS[key] for key in changes]
+            return f"With {' '.join(flags)}, {other.first_fit} fits: {remaining(left)} left for activations."
+    return None
+
+
+def _answer(plan: MemoryPlan, way_out: str | None) -> str:
     assert plan.gpu_memory is not None
     memory = format_bytes(plan.gpu_memory)
     if plan.first_fit is not None:
@@ -223,11 +260,9 @@ def _answer(plan: MemoryPlan) -> str:
             "activations)."
         )
     smallest = min(plan.rows, key=lambda row: row.total_bytes)
-    half = "" if plan.precision == "bf16-true" else ", bfloat16 parameters (--precision bf16-true)"
-    return (
-        f"Nothing fits in {memory}: the smallest, {smallest.recipe}, needs {format_bytes(smallest.total_bytes)} before "
-        f"activations. Use more ranks (--world-size){half} or devices with more memory."
-    )
+    needs = f"{format_bytes(smallest.total_bytes)} before activations."
+    advice = way_out or "Use more ranks (--world-size) or devices with more memory."
+    return f"Nothing fits in {memory}: the smallest, {smallest.recipe}, needs {needs} {advice}"
 
 
 def _gib(size: int) -> str:

@@ -16,6 +16,7 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.memory.sizes import parse_bytes
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.weights import weight_bits
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
 from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_parameter, whole_parameter
@@ -24,7 +25,14 @@ from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipes import load_plan, recipe_names
 from lightning_memopt.plans.roles import names_without_role
 from lightning_memopt.sharding.tensors import local_tensor
-from lightning_memopt.sharding.wrapping import Policy, Unit, divided_by_dtype, find_units, own_modules
+from lightning_memopt.sharding.wrapping import (
+    Policy,
+    Unit,
+    divided_by_dtype,
+    find_units,
+    own_modules,
+    parameters_by_unit,
+)
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 # Other forms that the Trainer accepts.
@@ -54,6 +62,8 @@ def plan_memory(
     world_size: int = 1,
     gpu_memory: str | int | None = None,
     precision: str = "32-true",
+    gradient_release: bool = False,
+    master_weight_bits: int = 16,
     averaged: bool = False,
 ) -> MemoryPlan:
     """Return the memory of the rank that holds the most, with AdamW and with recipes.
@@ -70,6 +80,8 @@ def plan_memory(
         gpu_memory: Memory of one device, such as "24GiB", or in bytes.
         precision: ``32-true`` and ``bf16-mixed`` keep parameters in the dtype of the module, which is float32 by
             default. ``bf16-true`` converts parameters, and so gradients and AdamW's state, but not that of recipes.
+        gradient_release: Whether recipes release gradients in the backward pass, as the strategy's option does.
+        master_weight_bits: Bits that recipes keep of every bfloat16 weight, as ``MemOpt`` takes it.
         averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
 
     Raises:
@@ -85,7 +97,9 @@ def plan_memory(
     """
     name, module = find_model(model)
     options: Any = {"gpu_memory": gpu_memory, "precision": precision, "averaged": averaged}
-    return plan_module(module, candidates(recipe), name=name, world_size=world_size, **options)
+    options |= {"gradient_release": gradient_release, "master_weight_bits": master_weight_bits}
+    found = candidates(recipe, master_weight_bits=master_weight_bits)
+    return plan_module(module, found, name=name, world_size=world_size, **options)
 
 
 def sweep_memory(
@@ -95,15 +109,18 @@ def sweep_memory(
     world_sizes: Iterable[int] = (1, 2, 4, 8, 16, 32, 64),
     gpu_memory: str | int | None = None,
     precision: str = "32-true",
+    gradient_release: bool = False,
+    master_weight_bits: int = 16,
 ) -> tuple[MemoryPlan, ...]:
     """Return one plan per number of ranks. The other arguments are those of :func:`plan_memory`."""
     name, module = find_model(model)
     options: Any = {"gpu_memory": gpu_memory, "precision": precision}
-    found = candidates(recipe)
+    options |= {"gradient_release": gradient_release, "master_weight_bits": master_weight_bits}
+    found = candidates(recipe, master_weight_bits=master_weight_bits)
     return tuple(plan_module(module, found, name=name, world_size=size, **options) for size in world_sizes)
 
 
-def candidates(recipe: RecipeT | Sequence[RecipeT] | None) -> list[Candidate]:
+def candidates(recipe: RecipeT | Sequence[RecipeT] | None, *, master_weight_bits: int = 16) -> list[Candidate]:
     """Return the optimizers for recipes in the forms that :func:`plan_memory` accepts.
 
     Raises:
@@ -113,11 +130,12 @@ def candidates(recipe: RecipeT | Sequence[RecipeT] | None) -> list[Candidate]:
     entries = given if isinstance(given, list | tuple) else [given]
     if not entries:
         raise ValueError(f"`recipe` is an empty list: name some of {', '.join(recipe_names())}, or leave it out.")
-    return [_candidate(load_plan(entry)) for entry in entries]
+    weight_bits(master_weight_bits, stochastic=True)  # raises
+    return [_candidate(load_plan(entry), master_weight_bits) for entry in entries]
 
 
-def _candidate(plan: Plan) -> Candidate:
-    return Candidate(plan.name, lambda params: MemOpt(params, recipe=plan))
+def _candidate(plan: Plan, bits: int) -> Candidate:
+    return Candidate(plan.name, lambda params: MemOpt(params, recipe=plan, master_weight_bits=bits))
 
 
 def plan_module(
@@ -130,6 +148,8 @@ def plan_module(
     gpu_memory: str | int | None = None,
     precision: str | int | None = "32-true",
     wrap: Policy | None = None,
+    gradient_release: bool = False,
+    master_weight_bits: int = 16,
     averaged: bool = False,
 ) -> MemoryPlan:
     """Return the plan for one rank. If a dimension is sharded unevenly, the first ranks hold more than the last.
@@ -143,6 +163,8 @@ def plan_module(
         gpu_memory: See :func:`plan_memory`.
         precision: See :func:`plan_memory`.
         wrap: The modules to gather as units, as in the strategy's option.
+        gradient_release: See :func:`plan_memory`.
+        master_weight_bits: See :func:`plan_memory`; what the optimizers were created with.
         averaged: See :func:`plan_memory`.
 
     Raises:
@@ -159,16 +181,18 @@ def plan_module(
     gradients = sum(stored[param] for param in params if param.requires_grad)
     # A strategy makes the average in the dtype that parameters have before they are converted.
     average = sum(sharding.numbers(param) * param.itemsize for param in params) if averaged else 0
-    fixed = sum(stored.values()) + average + gradients + unsharded
+    fixed = sum(stored.values()) + average + unsharded
+    kept = sharding.released(module, stored) if gradient_release else gradients
     copy = outline(module, sharding.planned)
     adamw = sum(
         2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
     )
 
-    def row(label: str, state: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
-        left = None if capacity is None else capacity - fixed - state
+    def row(label: str, state: int, grads: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
+        total = fixed + grads + state
+        left = None if capacity is None else capacity - total
         saved = 1 - state / adamw if adamw else 0.0
-        return RecipeMemory(label, state, fixed + state, saved, left, None if left is None else left > 0, rates)
+        return RecipeMemory(label, state, total, saved, grads, left, None if left is None else left > 0, rates)
 
     snapshots = [(entry.label, _snapshot(copy, entry)) for entry in optimizers]
     return MemoryPlan(
@@ -185,10 +209,12 @@ def plan_module(
         matrices=sum(param.ndim > 1 for param in params),
         unknown=tuple(names_without_role(module)),
         rows=(
-            row(ADAMW, adamw),
-            *(row(label, snapshot.local_bytes, _rates(snapshot)) for label, snapshot in snapshots),
+            row(ADAMW, adamw, gradients),
+            *(row(label, snapshot.local_bytes, kept, _rates(snapshot)) for label, snapshot in snapshots),
         ),
         averaged_bytes=average,
+        gradient_release=gradient_release,
+        master_weight_bits=master_weight_bits,
     )
 
 
@@ -242,6 +268,17 @@ class _Sharding:
     def stored(self, param: Tensor) -> int:
         """Return the bytes of a parameter, or its gradient, on every rank, padded to the size on the first."""
         return self.numbers(param) * self._dtype(param).itemsize
+
+    def released(self, module: nn.Module, stored: Mapping[nn.Parameter, int]) -> int:
+        """Return the bytes of the two largest units' gradients, and of what is not sharded, given those of parameters.
+
+        While the gradients of one unit are applied, those of the next may exist.
+        """
+        units = list(self.own.values()) if self.units else parameters_by_unit(module)
+        sizes = [sum(stored[param] for param in unit if param.requires_grad) for unit in units]
+        inside = {param for unit in units for param in unit}
+        loose = sum(size for param, size in stored.items() if param.requires_grad and param not in inside)
+        return sum(sorted(sizes)[-2:]) + loose
 
     def gathered(self, unit: Unit) -> int:
         """Return the bytes of a unit's gathered parameters."""

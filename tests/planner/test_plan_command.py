@@ -54,6 +54,21 @@ def test_the_command_says_what_fits(run):
     assert max(map(len, (line.rstrip() for line in out.splitlines()[:-2]))) <= 100
 
 
+def test_the_command_says_with_which_settings_it_fits(run):
+    given = ("--model", "llama-7b", "--recipe", "adapm_lean")
+    _, out, _ = run(*given, "--gpu-memory", "24GiB")
+    fits = "With --precision bf16-true --gradient-release, adapm_lean fits: 9.5 GiB left for activations."
+    assert f"Nothing fits in 24 GiB: the smallest, adapm_lean, needs 51.4 GiB before activations. {fits}" in out
+    _, out, _ = run(*given, "--gpu-memory", "40GiB")
+    assert "With --gradient-release, adapm_lean fits: " in out
+    _, out, _ = run(*given, "--gpu-memory", "24GiB", "--precision", "bf16-true")
+    assert "With --gradient-release, adapm_lean fits: 9.5 GiB left" in out
+    settings = ("--precision", "bf16-true", "--gradient-release", "--master-weight-bits", "24")
+    _, out, _ = run(*given, "--gpu-memory", "24GiB", *settings)
+    assert "1 rank, bf16-true, gradient release, 24 bits of each weight, memory per rank" in out
+    assert "First that fits in 24 GiB, keeping the most state: adapm_lean (3.2 GiB" in out
+
+
 def test_nothing_is_cut_in_a_narrow_terminal(run, monkeypatch):
     from rich.console import Console
 
@@ -69,9 +84,7 @@ def test_the_command_says_when_nothing_fits(run):
     _, out, _ = run("--model", "llama-60m", "--recipe", "adapm", "--recipe", "adafactor", "--gpu-memory", "1MiB")
     assert "adapm does not fit in 1 MiB: it needs 675.5 MiB before activations." in out
     assert "Nothing fits in 1 MiB: the smallest, adafactor, needs 443.7 MiB before activations. Use more ranks" in out
-    assert "bf16-true" in out
-    _, out, _ = run("--model", "llama-60m", "--recipe", "adapm", "--gpu-memory", "1MiB", "--precision", "bf16-true")
-    assert "--precision" not in out
+    assert "--gradient-release" not in out, "it would not fit either"
     code, out, _ = run("--model", "llama-60m", "--recipe", "adapm")
     assert code == 0
     assert "left" not in out

@@ -46,6 +46,43 @@ def test_a_module_may_be_on_the_meta_device_or_compiled():
     assert lm.plan_memory(torch.compile(meta), "adapm_mini", world_size=3).rows == expected.rows
 
 
+def test_released_gradients_are_at_most_those_planned():
+    """And the extra bits of weights are state."""
+    model = tiny_llama().bfloat16()
+    plan = lm.plan_memory(model, "adapm_lean", gradient_release=True, master_weight_bits=24)
+    optimizer = lm.AdaPMLean(model.named_parameters(), master_weight_bits=24)
+    optimizer.release_gradients(model)
+    held = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(
+            lambda _: held.append(sum(each.grad.nbytes for each in model.parameters() if each.grad is not None))
+        )
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    adamw, lean = plan.rows
+    assert 0 < max(held) <= lean.gradient_bytes < adamw.gradient_bytes == plan.gradient_bytes
+    assert lean.state_bytes == optimizer.snapshot().state_bytes
+    held_bits = sum(state["low_bits"].nbytes for state in optimizer.state.values())
+    assert held_bits == sum(block.state.other for block in optimizer.snapshot().blocks) == plan.parameter_bytes // 2
+    assert lean.total_bytes == plan.parameter_bytes + lean.gradient_bytes + lean.state_bytes
+
+
+def test_a_7b_model_takes_few_bytes_per_parameter():
+    plans = [lm.plan_memory("llama-7b", "adapm_lean", precision="bf16-true", gradient_release=r) for r in (False, True)]
+    bytes_each = [plan.row("adapm_lean").total_bytes / plan.parameters for plan in plans]
+    assert bytes_each[0] < 4.3
+    assert bytes_each[1] < 2.5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_keep_the_gradients_of_two_units(ranks):
+    plan = lm.plan_memory("llama-130m", "adapm_lean", world_size=ranks, gradient_release=True)
+    layer = lm.plan_memory("llama-130m", "adapm_lean", world_size=ranks)
+    assert plan.rows[1].gradient_bytes < plan.gradient_bytes == layer.rows[1].gradient_bytes
+    # The outermost unit, with embedding and head, is the largest.
+    assert plan.rows[1].gradient_bytes > plan.unsharded_bytes / ranks
+
+
 def test_one_rank_holds_what_the_optimizer_says():
     model = tiny_llama()
     for recipe in lm.recipe_names():
