@@ -116,6 +116,15 @@ def test_examples_on_the_pages_print_what_they_say(page, count):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
+def test_the_page_of_budgets_is_up_to_date():
+    made = runpy.run_path(str(ROOT / "docs" / "budget.py"))
+    made["page"].__globals__.update(MODELS=("llama-1b",), RANKS=(1,))
+    text = (ROOT / "docs" / "memory-budget.md").read_text()
+    _, section = "\n".join(made["page"]()).split("\n## ")
+    assert section.rstrip() in text, "run: python docs/budget.py > docs/memory-budget.md"
+    assert all(f"## {model}:" in text for model in ("llama-7b", "llama-2-13b", "llama-3-70b"))
+
+
 def shares(snapshot: lm.Snapshot, roles: tuple[str, ...], *parts: str) -> float:
     """Return the share of AdamW's state that some parts of the blocks of some roles take, in percent."""
     taken = sum(getattr(block.state, part) for block in snapshot.blocks if block.role in roles for part in parts)

@@ -53,6 +53,7 @@ MODELS: dict[str, LlamaSizes | GPT2Sizes] = {
     "llama-350m": LlamaSizes(1024, 2736, 24, 16, 16),
     "llama-1b": LlamaSizes(2048, 5461, 24, 32, 32),
     "llama-2-7b": LlamaSizes(4096, 11008, 32, 32, 32),
+    "llama-2-13b": LlamaSizes(5120, 13824, 40, 40, 40),
     "llama-2-70b": LlamaSizes(8192, 28672, 80, 64, 8),
     "llama-3-8b": LlamaSizes(4096, 14336, 32, 32, 8, vocabulary=128256),
     "llama-3-70b": LlamaSizes(8192, 28672, 80, 64, 8, vocabulary=128256),

@@ -38,6 +38,7 @@ PUBLIC = {
     "llama-350m": (lambda: llama(1024, 2736, 24, 16), "368M"),
     "llama-1b": (lambda: llama(2048, 5461, 24, 32), "1339M"),
     "llama-2-7b": (lambda: llama(4096, 11008, 32, 32), "6738M"),
+    "llama-2-13b": (lambda: llama(5120, 13824, 40, 40), "13016M"),
     "llama-2-70b": (lambda: llama(8192, 28672, 80, 64, 8), "68977M"),
     "llama-3-8b": (lambda: llama(4096, 14336, 32, 32, 8, vocab_size=128256), "8030M"),
     "llama-3-70b": (lambda: llama(8192, 28672, 80, 64, 8, vocab_size=128256), "70554M"),
