@@ -75,6 +75,9 @@ where U is not. Without a bound, one step has moved a weight by millions of lear
 - The plan table shows the bound of each block. If more than 1% of all elements in bounded blocks exceed it in three
   counts in a row (every tenth step, from step 20), the first process warns once.
 - `max_update=None` removes the bound. A checkpoint from before the bound existed gets the configured one.
+- `clip_update=1.0` bounds the root mean square of each block's update as well, as Adafactor does: a block that is above
+  it is scaled down as a whole. It is off by default, since it takes another pass over the update and another sum over
+  the ranks that share a block.
 - Weights stay finite, or `FloatingPointError` names the block. This holds without a bound and in float16 too.
 """
 SIZES = """

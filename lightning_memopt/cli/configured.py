@@ -22,7 +22,7 @@ from lightning_memopt.strategy.averaging import AVERAGING
 # Arguments of optimizers that do not affect the size of their state.
 RATES = (
     "lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed",
-    "bf16_stochastic_round",
+    "bf16_stochastic_round", "clip_update",
 )  # fmt: skip
 
 

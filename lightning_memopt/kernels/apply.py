@@ -102,6 +102,7 @@ def apply_(
     denominator: Denominator,
     rates: Rates,
     *,
+    factors: Tensor | None = None,
     low: Stack | None = None,
     rounding: Rounding | None = None,
     precision: str = "ieee",
@@ -116,6 +117,7 @@ def apply_(
         direction: U.
         denominator: D.
         rates: The factors in the update, and its limits.
+        factors: float32 ``[b]``, contiguous: a factor on the bounded U / D of every matrix, or None for 1.
         low: The extra bits of bfloat16 weights: int8 or int16, updated in place.
         rounding: Random numbers for rounding, or None.
         precision: How to multiply, one of :data:`~lightning_memopt.kernels.project.PRECISIONS`.
@@ -146,7 +148,7 @@ def apply_(
     with on(weights.device):
         apply_kernel[(tiles.ceil(m, tile.m) * tiles_n, b)](
             weights.table, None if low is None else low.table, base.table, first.where, second.where, left, right,
-            bases, hits, lost,
+            bases, factors, hits, lost,
             m, n, q, tiles_n,
             *weights.strides, *((0, 0) if low is None else low.strides), *base.strides, *first.strides, *second.strides,
             *(left.stride() if left is not None and q else (0, 0, 0)),
@@ -160,6 +162,7 @@ def apply_(
             SECOND=element(second.dtype), FIRST_HOW=first.how, SECOND_HOW=second.how,
             ALIGNED=all(each.aligned for each in read),
             FACTORS=q > 0, BOUNDED=bounded, COUNTED=hits is not None, CHECKED=rates.checked, NOISY=bases is not None,
+            SCALED=factors is not None,
             PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_Q=tile.inner, num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip

@@ -57,7 +57,7 @@ def _noise(bases, matrix, row, column, inner_m, inner_n, noise_m, noise_n):
 
 @triton.jit
 def apply_kernel(
-    weights, low, base, first, second, left, right, bases, hits, lost,
+    weights, low, base, first, second, left, right, bases, factors, hits, lost,
     m, n, q, tiles_n,
     weight_m, weight_n, low_m, low_n, base_m, base_n, first_m, first_n, second_m, second_n,
     left_b, left_m, left_q, right_b, right_q, right_n, noise_m, noise_n,
@@ -65,7 +65,8 @@ def apply_kernel(
     WEIGHT: tl.constexpr, LOW: tl.constexpr, EXTRA: tl.constexpr, BASE: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, FIRST_HOW: tl.constexpr, SECOND_HOW: tl.constexpr,
     ALIGNED: tl.constexpr, FACTORS: tl.constexpr, BOUNDED: tl.constexpr, COUNTED: tl.constexpr, CHECKED: tl.constexpr,
-    NOISY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    NOISY: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Update one tile: W ← keep · W + step · min(max(U / D, −limit), limit).
 
@@ -118,6 +119,8 @@ def apply_kernel(
         else:
             change = tl.div_rn(update * step, divisor)
 
+    if SCALED:
+        change = change * tl.load(factors + matrix)
     places = _start(weights, matrix, WEIGHT, ALIGNED) + row * weight_m + column * weight_n
     places = places + (inner_m[:, None] * weight_m + inner_n[None, :] * weight_n)
     if EXTRA:

@@ -44,6 +44,7 @@ class Binding:
         fused: Whether to use kernels; None for where they are available.
         head_dim: Outputs per attention head, if the user has given them.
         weights: How bfloat16 weights are kept.
+        clip_update: Bound on the root mean square of a block's update.
         release: What updates layers in the backward pass, if anything does.
         observers: Called after every update with the parameters that were updated.
         bound: Whether a model has told its modules and config.
@@ -52,6 +53,7 @@ class Binding:
 
     fused: bool | None = None  # of what an earlier version has pickled, too
     weights: WeightBits = WeightBits()
+    clip_update: float | None = None
     bound: bool = False
     owner: nn.Module | None = None
 
@@ -325,6 +327,7 @@ class Binding:
             why=part.why,
             rates=plan.rates(full_name, part.role),
             weights=self.weights,
+            clip_update=self.clip_update,
         )
 
 

@@ -56,6 +56,7 @@ class Block:
         why: What decided its role, in a few words.
         rates: How its rates differ from those of its parameter group.
         weights: How its weights are kept if they are bfloat16.
+        clip_update: Bound on the root mean square of its update U / D; None for no bound.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Block:
     why: str = field(default="", compare=False)
     rates: BlockRates = BlockRates()
     weights: WeightBits = WeightBits()
+    clip_update: float | None = None
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

@@ -42,11 +42,13 @@ def for_kernel(
     )
 
 
-def apply_fused_(arguments: Fused, rates: Rates, watch: Watch) -> Tensor | None:
+def apply_fused_(arguments: Fused, rates: Rates, watch: Watch, factor: Tensor | None = None) -> Tensor | None:
     """Update the weights as :func:`~lightning_memopt.optim.update.apply_` does."""
     weights, low, direction, denominator, rounding = arguments
     limits = kernel.Rates(rates.lr, rates.weight_decay, rates.max_update, rates.checked, counted=watch.counting)
-    hits, lost = kernel.apply_(weights, direction, denominator, limits, low=low, rounding=rounding)
+    if factor is not None:  # one for every matrix, of which a block may have several
+        factor = factor.flatten().repeat_interleave(len(weights.addresses) // factor.numel()).float()
+    hits, lost = kernel.apply_(weights, direction, denominator, limits, factors=factor, low=low, rounding=rounding)
     if hits is not None:
         watch.hits.append(hits)
         watch.elements += len(weights.addresses) * weights.m * weights.n

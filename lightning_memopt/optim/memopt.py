@@ -56,6 +56,9 @@ class MemOpt(torch.optim.Optimizer):
             Without it, one step could move a weight by 1e13 · lr where D is almost 0 (``docs/benchmarks/bound.md``).
             Unused where U / D has a bound (dense × dense, none × dense, a norm of U), and where U has the unit of a
             gradient and no second moment divides it.
+        clip_update: Bound on the root mean square of U / D over each block, which is scaled down where it is larger
+            (Adafactor's update clipping, arXiv 1804.04235, whose bound is 1.0). None for no bound. It needs one more
+            pass, and one more sum over ranks. Not saved.
         fused: Whether to use Triton kernels on CUDA. None: where they pass a check; True: always. Not saved.
         nonfinite: ``raise`` (naming blocks) or ``skip`` (and count) steps whose gradients, or their squares, overflow.
         bf16_stochastic_round: Whether the last bit of a bfloat16 weight rounds up with the probability of the
@@ -92,6 +95,7 @@ class MemOpt(torch.optim.Optimizer):
         overrides: Mapping[str, Any] | None = None,
         maximize: bool = False,
         max_update: float | None = parsing.MAX_UPDATE,
+        clip_update: float | None = None,
         fused: bool | None = None,
         nonfinite: str = "raise",
         bf16_stochastic_round: bool = True,
@@ -112,11 +116,13 @@ class MemOpt(torch.optim.Optimizer):
         options |= {"rank": rank, "gap": gap, "projection": projection, "handover": handover}
         options |= {"reduction": reduction, "subset_size": subset_size}
         options |= {"scale": scale, "scaling": scaling, "growth": growth}
-        check_options(options, nonfinite=nonfinite, seed=seed, head_dim=head_dim, fused=fused)
+        whole = {"nonfinite": nonfinite, "seed": seed, "head_dim": head_dim, "fused": fused}
+        check_options(options, **whole, clip_update=clip_update)
         plan = load_plan(recipe).updated(overrides=overrides, options=options)
         given: dict[str, Any] = {"betas": betas, "state_dtype": parsing.state_dtype(state_dtype), "seed": seed}
         self._binding = Binding(plan, overrides=overrides, options=options, head_dim=head_dim, **given)
         self._binding.fused = fused
+        self._binding.clip_update = None if clip_update is None else float(clip_update)
         self._binding.weights = weight_bits(master_weight_bits, stochastic=bf16_stochastic_round)
         # Like what Binding holds, changed only in place.
         self._nonfinite, self._counts, self._tally = nonfinite, {"skipped": 0}, Tally()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from lightning_memopt._registry import unknown
@@ -14,7 +16,8 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "maximize", "max_update
 NONFINITE = ("raise", "skip")
 # Options of the whole optimizer, which a group cannot have.
 OF_THE_OPTIMIZER = (
-    "bf16_stochastic_round", "fused", "head_dim", "master_weight_bits", "nonfinite", "overrides", "seed", "state_dtype",
+    "bf16_stochastic_round", "clip_update", "fused", "head_dim", "master_weight_bits", "nonfinite", "overrides", "seed",
+    "state_dtype",
 )  # fmt: skip
 # Other names for options of the optimizer or of a group.
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "epsilon": "eps", "beta1": "betas", "beta2": "betas"}
@@ -30,7 +33,9 @@ TORCHS = {
 }
 
 
-def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any, fused: Any) -> None:
+def check_options(
+    options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head_dim: Any, fused: Any, clip_update: Any
+) -> None:
     """Check the options of the whole optimizer.
 
     Raises:
@@ -45,6 +50,12 @@ def check_options(options: Mapping[str, Any], *, nonfinite: Any, seed: Any, head
         raise ValueError(f"`head_dim` must be an integer of at least 1 (outputs per attention head), got {head_dim!r}.")
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"`fused` must be True, False or None (where kernels are available), got {fused!r}.")
+    number = isinstance(clip_update, Real) and not isinstance(clip_update, bool)
+    if clip_update is not None and not (number and 0 < float(clip_update) < math.inf):
+        raise ValueError(
+            "`clip_update` must be a positive number (1.0 in Adafactor), or None for no bound on the root mean square "
+            f"of a block's update, got {clip_update!r}."
+        )
     known = known_options()
     for key, value in options.items():
         if key not in known:

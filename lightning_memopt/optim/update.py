@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kernels.check import usable
-from lightning_memopt.kinds.batch import Batch, Large, Scratch, chunks
+from lightning_memopt.kinds.batch import Batch, Index, Large, Scratch, chunks, take
 from lightning_memopt.kinds.momentum import Direction
 from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.second_moment import Denominator
@@ -20,7 +21,8 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Rates, Watch, limit_
 from lightning_memopt.optim.fused import apply_fused_, for_kernel
 from lightning_memopt.optim.weights import LOW_BITS, Weights
-from lightning_memopt.sharding.collectives import Gather, Task, interleave
+from lightning_memopt.sharding.collectives import Gather, Sum, Task, interleave, request
+from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.state import ELEMENTWISE, shape_of
 from lightning_memopt.sharding.tensors import local_tensor
 
@@ -66,7 +68,9 @@ class Update:
     def is_adamw(self) -> bool:
         """Whether torch's fused AdamW makes this very update. Ranks may differ: neither way needs a collective."""
         block, layout = self.block, self.block.layout
-        if not block.is_adam or layout.slot is not None or layout.state_dtype != layout.dtype:
+        if not block.is_adam or block.clip_update is not None:
+            return False
+        if layout.slot is not None or layout.state_dtype != layout.dtype:
             return False
         if layout.device.type not in ("cpu", "cuda") or self.group["betas"][1] == 1 or self.rates.checked:
             return False
@@ -154,9 +158,13 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         dividing = second_moment.update(gradient, mine, **squares, **now)
         direction, denominator = yield from interleave(turning, dividing)
     _keep(updates, state)
+    direction = denominator.turned(direction)
+    factor = None
+    if block.clip_update is not None:
+        factor = yield from clip_factor(direction, denominator, first.rates, layout, block.clip_update)
     noise = block.weight_noise(layout, tick)
     targets = [Target(one.block, one.param, one.state) for one in updates]
-    apply(targets, direction, denominator, first.rates, watch, noise=noise, fused=first.fused)
+    apply(targets, direction, denominator, first.rates, watch, noise=noise, factor=factor, fused=first.fused)
 
 
 def adamw_(updates: Sequence[Update]) -> None:
@@ -254,17 +262,19 @@ def apply(
     watch: Watch,
     *,
     noise: Noise | None = None,
+    factor: Tensor | None = None,
     fused: bool = False,
 ) -> None:
     """Update the local weights.
 
     Args:
         targets: One block, or several that are alike.
-        direction: U.
+        direction: U, turned by D.
         denominator: D.
         rates: The factors in the update, and its limits.
         watch: Records what happens to the weights.
         noise: Random numbers to round them with; None to round to nearest.
+        factor: A factor on U / D, one for each block of a batch, ``[b, ..., 1, 1]``; None for 1.
         fused: Whether to use kernels. U and D are then those of a batch, even of a single block.
     """
     block, blocks = targets[0].block, [each.block for each in targets]
@@ -272,7 +282,7 @@ def apply(
     if block.bits is not None and block.bits.extra is not None:
         low = Held(blocks, [each.state[LOW_BITS] for each in targets], fused=fused)
     weights = Weights(values.large, None if low is None else low.large, noise)
-    lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch)
+    lost = apply_(weights, direction, denominator, rates, dtype=block.layout.dtype, watch=watch, factor=factor)
     if lost is not None:
         watch.lost[block.name] = (block.layout, lost)
     for held in (values, low):
@@ -306,17 +316,23 @@ class Held:
 
 
 def apply_(
-    weights: Weights, direction: Direction, denominator: Denominator, rates: Rates, *, dtype: torch.dtype, watch: Watch
+    weights: Weights,
+    direction: Direction,
+    denominator: Denominator,
+    rates: Rates,
+    *,
+    dtype: torch.dtype,
+    watch: Watch,
+    factor: Tensor | None = None,
 ) -> Tensor | None:
     """W ← (1 − ηλ) W − η · U / D, in ``dtype``, one chunk at a time. All shapes broadcast to ``[..., m, n]``.
 
     The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
-    direction = denominator.turned(direction)
     arguments = for_kernel(weights, direction, denominator, rates, dtype)
     if arguments is not None:
-        return apply_fused_(arguments, rates, watch)
+        return apply_fused_(arguments, rates, watch, factor)
     values = weights.values
     lost = torch.zeros((), device=values.device) if rates.checked else None
     scratch = Scratch(values, dtype)
@@ -324,12 +340,9 @@ def apply_(
         part = weights.read(index, scratch, copy=rates.checked)
         if rates.weight_decay:
             part.mul_(1 - rates.lr * rates.weight_decay)
-        update, scale = direction.at(index, scratch)
-        divisor = denominator.at(index, scratch, values.shape[-1])
-        if rates.max_update is not None:
-            quotient = scratch.take("update", part.shape)
-            quotient.copy_(update) if divisor is None else torch.div(update, divisor, out=quotient)
-            update, divisor = limit_(quotient, scale, rates.max_update, watch), None
+        update, divisor, scale = _bounded(direction, denominator, rates, index, scratch, watch)
+        if factor is not None:
+            update = torch.mul(update, take(factor, index), out=scratch.take("clipped", update.shape))
         if divisor is None:
             part.add_(update, alpha=-rates.lr * scale)
         else:
@@ -340,3 +353,54 @@ def apply_(
             part = part.where(fits, weights.read(index, Scratch(values, dtype)))
         weights.write_(index, part)
     return lost
+
+
+def _bounded(
+    direction: Direction, denominator: Denominator, rates: Rates, index: Index, scratch: Scratch, watch: Watch
+) -> tuple[Tensor, Tensor | None, float]:
+    """Return a chunk of U, what it is still divided by, if anything, and the factor that it still needs."""
+    update, scale = direction.at(index, scratch)
+    divisor = denominator.at(index, scratch, direction.base.shape[-1])
+    if rates.max_update is None:
+        return update, divisor, scale
+    quotient = scratch.take("update", update.shape)
+    quotient.copy_(update) if divisor is None else torch.div(update, divisor, out=quotient)
+    return limit_(quotient, scale, rates.max_update, watch), None, scale
+
+
+def clip_factor(
+    direction: Direction, denominator: Denominator, rates: Rates, layout: Layout, clip: float
+) -> Generator[Any, Any, Tensor]:
+    """Return what scales U / D of each block down so that its root mean square is at most ``clip``.
+
+    Args:
+        direction: U, turned by D.
+        denominator: D.
+        rates: The limits of single elements, which come first.
+        layout: The layout of the block or batch.
+        clip: The bound.
+
+    Returns:
+        ``[..., 1, 1]``, the first of the dimensions that of a batch.
+    """
+    base, scratch = direction.base, Scratch(direction.base, layout.dtype)
+    outer = base.shape[:1] if layout.batch is not None else torch.Size()
+    energy = base.new_zeros(outer, dtype=torch.float64)
+    for index in chunks(base):
+        update, divisor, scale = _bounded(direction, denominator, rates, index, scratch, Watch())
+        if divisor is not None:
+            update = torch.div(update, divisor, out=scratch.take("clipped", update.shape))
+        squares = torch.linalg.vector_norm(update, dim=None if not outer else _inner(update, index)).double().square()
+        where = index[0] if outer else ...
+        energy[where] += squares * scale**2
+    for dim in range(-1, -1 - len(layout.matrix) + len(outer), -1):
+        (energy,) = yield from request(Sum(energy, layout, dim))
+    mean = energy / math.prod(layout.matrix[len(outer) :])
+    factor = (clip / mean.sqrt()).clamp(max=1.0).to(layout.dtype)  # infinite for an update of zero
+    return factor.view(*outer, *[1] * (len(layout.matrix) - len(outer)))
+
+
+def _inner(chunk: Tensor, index: Index) -> tuple[int, ...]:
+    """Return the dimensions of a chunk of a batch that belong to a single block."""
+    first = 0 if isinstance(index[0], int) else 1
+    return tuple(range(first, chunk.ndim))

@@ -44,8 +44,8 @@ def refuse_accumulation_and_clipping(trainer: Trainer) -> None:
     if trainer.gradient_clip_val:
         raise ValueError(
             f"`gradient_clip_val={trainer.gradient_clip_val}` needs all gradients before the first update, and "
-            "`gradient_release` frees them in the backward pass. `max_update` of the optimizer bounds updates instead: "
-            f"leave clipping out, {_LEAVE_OUT}"
+            "`gradient_release` frees them in the backward pass. `clip_update=1.0` of the optimizer bounds the update "
+            f"of each block instead: leave clipping out, {_LEAVE_OUT}"
         )
     schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     counts = [trainer.accumulate_grad_batches, *(count for each in schedules for count in each.scheduling.values())]

@@ -47,7 +47,9 @@ def main() -> None:
     assert all("ld.global.v4.b32" in assembly for assembly in compiled[-2:])
     apply_(single, Direction(half), Denominator((torch.empty(B, M, 8),), run=N // 8), Rates(1.0))
     low = Stack.of(parts(torch.int8))
-    apply_(half, Direction(half), Denominator((single,)), Rates(1.0), low=low, rounding=rounding)
+    apply_(
+        half, Direction(half), Denominator((single,)), Rates(1.0), factors=torch.empty(B), low=low, rounding=rounding
+    )
     assert len(compiled) == 10
 
 

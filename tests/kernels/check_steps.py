@@ -46,6 +46,8 @@ OPTIONS = [
     {"recipe": "adam_snsm", "gap": 10},
     {"recipe": "adam_sn", "subset_size": 5, "state_dtype": "bfloat16"},
     {"recipe": "adam_mini", "head_dim": 3},
+    {"recipe": "adapm_lean", "clip_update": 0.5, "max_update": 0.7},
+    {"recipe": "adafactor", "clip_update": 0.5},
     {"recipe": "adapm_lean", "master_weight_bits": 24, "dtype": BF16},
     {"recipe": "adam_sn", "master_weight_bits": 32, "dtype": BF16},
 ]

@@ -57,7 +57,7 @@ def test_kernels_that_are_right_are_used_without_a_warning():
         (jit_project, "project_kernel", 2, 1.001, r"the kernel of products .* torch.float32 differs .* by 1.0e-03 of"),
         (jit_project, "project_kernel", 4, float("nan"), r"the kernel of products and sums .* by inf of"),
         (jit_project, "project_kernel", 0, None, r"the kernel of products .* raised TypeError: no such instruction"),
-        (jit_apply, "apply_kernel", 8, 0, r"the kernel of updates .* with row and column squares .* by inf of"),
+        (jit_apply, "apply_kernel", 9, 0, r"the kernel of updates .* with row and column squares .* by inf of"),
         (jit_apply, "apply_kernel", 0, None, r"the kernel of updates .* squares raised TypeError: no such"),
     ],
 )

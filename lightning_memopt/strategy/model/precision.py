@@ -43,7 +43,8 @@ def _refuse_released(optimizer: Optimizer) -> None:
     if isinstance(optimizer, MemOpt) and optimizer.releases_gradients:
         raise RuntimeError(
             "Gradients cannot be clipped: `gradient_release` has applied and freed them in the backward pass. Use "
-            "`max_update` of the optimizer, which bounds updates, or train without `gradient_release`."
+            "`clip_update=1.0` of the optimizer, which bounds the update of each block, or train without "
+            "`gradient_release`."
         )
 
 

@@ -113,7 +113,9 @@ def what_needs_all_gradients_is_refused() -> None:
 
     module = LanguageModule(optimizer=lean)
     before = whole_weights(module)
-    with raises(ValueError, "`gradient_clip_val=1.0` needs all gradients", "`max_update`", "leave `gradient_release`"):
+    with raises(
+        ValueError, "`gradient_clip_val=1.0` needs all gradients", "`clip_update=1.0`", "leave `gradient_release`"
+    ):
         fit(module, released(), gradient_clip_val=1.0)
     with raises(ValueError, "`accumulate_grad_batches=2` adds up gradients", "activation_checkpointing"):
         fit(module, released(), **BATCHES)
@@ -148,7 +150,7 @@ class Manual(LanguageModule):
 
 @case(2)
 def what_needs_all_gradients_is_refused_in_manual_optimization() -> None:
-    with raises(RuntimeError, "Gradients cannot be clipped", "`max_update`"):
+    with raises(RuntimeError, "Gradients cannot be clipped", "`clip_update=1.0`"):
         fit(Manual(clips=True), released())
     with raises(RuntimeError, "A second backward pass reached a parameter", "`optimizer.step()`"):
         fit(Manual(clips=False), released())
