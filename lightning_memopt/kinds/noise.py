@@ -56,7 +56,7 @@ class Noise:
 
     def bits(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return 16 random bits for each element, as int32."""
-        return ((self._mixed(shape, device) >> 40) & 0xFFFF).to(torch.int32)
+        return self._mixed(shape, device).bitwise_right_shift_(40).bitwise_and_(0xFFFF).to(torch.int32)
 
     def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return a standard normal number for each element, in float64 (the transform of Box and Muller, 1958)."""
@@ -74,19 +74,26 @@ class Noise:
         """Return a hash of each position: the finalizer of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64."""
         batched = isinstance(self.seed, tuple)
         sizes = shape[1:] if batched else shape
-        position = torch.full((), self.start, dtype=torch.int64, device=device)
-        for dim, (size, stride) in enumerate(zip(sizes, self.strides, strict=True)):
-            steps = torch.arange(size, device=device) * stride
-            position = position + steps.view(-1, *[1] * (len(sizes) - 1 - dim))
-        mixed = position * _signed(0x9E3779B97F4A7C15)
+        # Multiplied before the dimensions are added up, and then in place: most of the time goes to memory.
+        mixed = torch.full((), self.start, dtype=torch.int64, device=device).mul_(_STEP)
         if isinstance(self.seed, tuple):
             mixed = mixed + self._seeds(device).view(-1, *[1] * len(sizes))
         else:
             mixed = mixed + self.seed
-        mixed = (mixed ^ ((mixed >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ ((mixed >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-        return mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
+        for dim, (size, stride) in enumerate(zip(sizes, self.strides, strict=True)):
+            steps = torch.arange(size, device=device) * stride * _STEP
+            mixed = mixed + steps.view(-1, *[1] * (len(sizes) - 1 - dim))
+        high = torch.empty_like(mixed)
+        for shift, factor in ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1)):
+            torch.bitwise_right_shift(mixed, shift, out=high).bitwise_and_((1 << (64 - shift)) - 1)
+            mixed.bitwise_xor_(high)
+            if factor != 1:
+                mixed.mul_(factor)
+        return mixed
 
 
 def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
