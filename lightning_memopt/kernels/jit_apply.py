@@ -129,6 +129,8 @@ def apply_kernel(
         extra = extra + (inner_m[:, None] * low_m + inner_n[None, :] * low_n)
         upper = tl.load(halves, mask=inside, other=0).to(tl.int32) << 16
         lower = tl.load(extra, mask=inside, other=0).to(tl.int32) << (16 - EXTRA)
+        # Of a weight that something else has set to zero: less than zero is no number.
+        lower = tl.where(((upper << 1) == 0) & (lower < 0), 0, lower)
         before = (upper + lower).to(tl.float32, bitcast=True)
     else:
         before = tl.load(places, mask=inside, other=0.0).to(tl.float32)

@@ -53,6 +53,7 @@ class Binding:
 
     fused: bool | None = None  # of what an earlier version has pickled, too
     weights: WeightBits = WeightBits()
+    release: GradientRelease | None = None
     clip_update: float | None = None
     bound: bool = False
     owner: nn.Module | None = None
@@ -76,8 +77,11 @@ class Binding:
         self.plans: dict[Tensor, Plan] = {}
         self.blocks: Blocks = {}
         self.reformatted: dict[str, Recipe] = {}
-        self.release: GradientRelease | None = None
         self.observers: OrderedDict[int, Callable[[set[Tensor]], None]] = OrderedDict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what was pickled, here or by an earlier version."""
+        self.__dict__.update({"observers": OrderedDict(), **state})
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what refers to a model: a pickled optimizer must not contain one."""

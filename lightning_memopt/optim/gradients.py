@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.checkpoint.saved_state import relocated
 from lightning_memopt.optim.first_step import check_before_first_step
 from lightning_memopt.optim.guards import Judged, verdict
+from lightning_memopt.optim.weights import LOW_BITS
 from lightning_memopt.sharding.tensors import aligned, arithmetic_dtype, is_aligned, local_tensor
 
 Active = list[tuple[dict[str, Any], Tensor]]
@@ -63,21 +65,30 @@ def usable(
     return active, bad, broken
 
 
-def refuse(bad: Sequence[str], broken: Sequence[str]) -> None:
+def refuse(bad: Sequence[str], broken: Sequence[str], *, released: bool = False) -> None:
     """Raise if there are unusable gradients or weights.
+
+    Args:
+        bad: Names of unusable gradients.
+        broken: Names of unusable weights.
+        released: Whether these are those of one layer in the backward pass.
 
     Raises:
         FloatingPointError: The message names them.
     """
+    unchanged, clip = "Weights and state are unchanged.", "clip gradients"
+    if released:
+        unchanged = "Their layer is unchanged; those before it in the backward pass have taken the step."
+        clip = "set `clip_update`"
     if broken:
         raise FloatingPointError(
-            f"Weights with non-finite elements before the first step in: {listed(broken)}. Weights and state are "
-            "unchanged. Check how these weights are initialized or loaded."
+            f"Weights with non-finite elements before the first step in: {listed(broken)}. {unchanged} Check how these "
+            "weights are initialized or loaded."
         )
     if bad:
         raise FloatingPointError(
-            f"Gradients with non-finite or overflowing elements in: {listed(bad)}. Weights and state are "
-            "unchanged. Lower the learning rate, clip gradients, or skip such steps with nonfinite='skip'."
+            f"Gradients with non-finite or overflowing elements in: {listed(bad)}. {unchanged} Lower the learning "
+            f"rate, {clip}, or skip such steps with nonfinite='skip'."
         )
 
 
@@ -122,6 +133,12 @@ def follow(param: Tensor, optimizer: Optimizer, binding: Binding) -> None:
         raise ValueError(
             f"{blocks[0].name!r} is {param.dtype} now, but has taken steps in {blocks[0].layout.dtype} arithmetic: "
             "create a new optimizer after changing a model's dtype."
+        )
+    if LOW_BITS in state and param.dtype != torch.bfloat16 and float(state["step"]) > 0:
+        warnings.warn(
+            f"Weights that were bfloat16 are {param.dtype} now, and lose the bits that `master_weight_bits` kept "
+            "beside them. To keep these, load the weights that `full_weights()` returns before the change.",
+            stacklevel=2,
         )
     changes: dict[str, Any] = {"device": param.device, "dtype": dtype}
     if dtype != blocks[0].layout.dtype:  # otherwise keep the current one, which may come from a checkpoint

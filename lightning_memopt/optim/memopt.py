@@ -195,25 +195,30 @@ class MemOpt(torch.optim.Optimizer):
             RuntimeError: If ranks disagree about which parameters have a gradient, or required kernels are missing.
                 Nothing has changed then.
             FloatingPointError: If gradients are not finite with ``nonfinite="raise"``, or weights before their first
-                step. Nothing has changed then. Also if a weight would become infinite: that weight keeps its value.
+                step. Nothing has changed then, except with :meth:`release_gradients`. Also if a weight would become
+                infinite: that weight keeps its value.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(params_of(self), ends_step=True)
         if self._binding.release is not None:
-            self._binding.release.start_over()
+            self._binding.release.end_step()
+        self._update(params_of(self))
         return loss
 
-    def _update(self, params: Sequence[Tensor], *, ends_step: bool = False) -> None:
+    def _release(self, params: Sequence[Tensor]) -> None:
+        """Update a layer in the backward pass."""
+        self._update(params, released=True)
+
+    def _update(self, params: Sequence[Tensor], *, released: bool = False) -> None:
         """Update those of the parameters that have a gradient; errors as for :meth:`step`."""
         # Write nothing before all ranks agree that they can take the step.
         active, bad, broken = usable(self, self._binding, self._trusted, params)
-        if ends_step:
+        if not released:
             self._tally.read()
         if broken or self._nonfinite == "raise":
-            refuse(bad, broken)
+            refuse(bad, broken, released=released)
         if bad:
             self._counts["skipped"] += 1
             return
@@ -242,8 +247,8 @@ class MemOpt(torch.optim.Optimizer):
         pass, as are schedulers. It updates parameters without a complete layer.
 
         What needs all gradients at once does not work: clipping by their global norm, adding up several backward
-        passes (an error), gradient scalers. ``nonfinite`` acts on layers: other layers may have been updated before a
-        gradient that is not finite raises an error, and :attr:`skipped` counts layers.
+        passes (an error), gradient scalers. ``nonfinite`` acts on layers: after a gradient that is not finite, the
+        backward pass updates nothing more, and :meth:`step` raises the error; :attr:`skipped` counts layers.
 
         Args:
             model: The module that the optimizer trains. Its layers are those of ``fully_shard``, or else the elements
@@ -254,20 +259,31 @@ class MemOpt(torch.optim.Optimizer):
 
         Raises:
             TypeError: If it is not a module.
-            ValueError: If no parameter of the model trains with this optimizer; or on several processes, if none is
-                sharded.
+            ValueError: If no parameter of the model trains with this optimizer, or if another one releases its
+                gradients. Also on several processes, if none is sharded.
         """
         self._binding.require_names(self)
-        units = units_of(model, set(params_of(self)))
         if self._binding.release is not None:
             self._binding.release.remove()
-        self._binding.release = GradientRelease(units, self._update)
+        self._binding.release = GradientRelease(units_of(model, set(params_of(self))), self._release)
         return self._binding.release
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, as in torch. After a backward pass that failed, this expects the next one."""
+        super().zero_grad(set_to_none)
+        if self._binding.release is not None:
+            self._binding.release.start_over()
+
+    @property
+    def gradient_release(self) -> GradientRelease | None:
+        """The handle of :meth:`release_gradients`, while layers are updated in the backward pass."""
+        release = self._binding.release
+        return release if release is not None and release.active else None
 
     @property
     def releases_gradients(self) -> bool:
-        """Whether layers are updated in the backward pass (:meth:`release_gradients`)."""
-        return self._binding.release is not None and self._binding.release.active
+        """Whether layers are updated in the backward pass."""
+        return self.gradient_release is not None
 
     def reformat(self, changes: Mapping[str, Recipe | Mapping[str, Any]], *, dropped: str = "release") -> None:
         """Change kinds or ranks of blocks between two steps. Converts state one block at a time.
@@ -342,7 +358,7 @@ class MemOpt(torch.optim.Optimizer):
     def full_weights(self) -> dict[str, Tensor]:
         """Return all weights in float32 by name, with the bits that ``master_weight_bits`` keeps as state.
 
-        Sharded weights are DTensors of the same placement.
+        Sharded weights are DTensors of the same placement. Weights that are float32 are not copied.
 
         Raises:
             ValueError: If names are not known yet.

@@ -158,7 +158,6 @@ def update(updates: Sequence[Update], gathered: Sequence[Sequence[Tensor]], watc
         dividing = second_moment.update(gradient, mine, **squares, **now)
         direction, denominator = yield from interleave(turning, dividing)
     _keep(updates, state)
-    direction = denominator.turned(direction)
     factor = None
     if block.clip_update is not None:
         factor = yield from clip_factor(direction, denominator, first.rates, layout, block.clip_update)
@@ -269,7 +268,7 @@ def apply(
 
     Args:
         targets: One block, or several that are alike.
-        direction: U, turned by D.
+        direction: U.
         denominator: D.
         rates: The factors in the update, and its limits.
         watch: Records what happens to the weights.
@@ -330,6 +329,7 @@ def apply_(
     The rates decide whether |U / D| is bounded, and whether to check weights. A checked weight that would become
     non-finite keeps its value. Returns the number of these weights, or None if no weights were checked.
     """
+    direction = denominator.turned(direction)
     arguments = for_kernel(weights, direction, denominator, rates, dtype)
     if arguments is not None:
         return apply_fused_(arguments, rates, watch, factor)
@@ -374,7 +374,7 @@ def clip_factor(
     """Return what scales U / D of each block down so that its root mean square is at most ``clip``.
 
     Args:
-        direction: U, turned by D.
+        direction: U.
         denominator: D.
         rates: The limits of single elements, which come first.
         layout: The layout of the block or batch.
@@ -383,6 +383,7 @@ def clip_factor(
     Returns:
         ``[..., 1, 1]``, the first of the dimensions that of a batch.
     """
+    direction = denominator.turned(direction)
     base, scratch = direction.base, Scratch(direction.base, layout.dtype)
     outer = base.shape[:1] if layout.batch is not None else torch.Size()
     energy = base.new_zeros(outer, dtype=torch.float64)

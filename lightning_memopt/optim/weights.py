@@ -61,7 +61,7 @@ def weight_bits(kept: int, *, stochastic: bool) -> WeightBits:
     """
     if not isinstance(stochastic, bool):
         raise TypeError(f"`bf16_stochastic_round` must be True or False, got {stochastic!r}.")
-    if isinstance(kept, bool) or kept not in SIZES:
+    if isinstance(kept, bool) or not isinstance(kept, int) or kept not in SIZES:
         raise ValueError(
             f"`master_weight_bits` must be 16 (those of a bfloat16 weight), 24 or 32 (those of float32), got {kept!r}."
         )
@@ -98,9 +98,12 @@ class Weights:
 
 
 def joined_(out: Tensor, weights: Tensor, low: Tensor) -> Tensor:
-    """Write bfloat16 weights with their extra bits into a float32 tensor, and return it."""
+    """Write bfloat16 weights with their extra bits into a float32 tensor, and return it.
+
+    A weight of zero has negative bits only if something else has set it to zero since: less than zero is no number.
+    """
     bits = out.view(torch.int32).copy_(weights.view(torch.int16)).mul_(1 << 16)
-    bits.add_(low, alpha=1 << _dropped(low))
+    bits.add_(low.where((weights != 0) | (low > 0), 0), alpha=1 << _dropped(low))
     return out
 
 
@@ -158,6 +161,6 @@ def dropped_bits(saved: Mapping[str, Tensor], bits: WeightBits | None) -> tuple[
 def full_weight(param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """Return a parameter in float32 with all of its bits, sharded like the parameter."""
     whole = param.detach().float()
-    if LOW_BITS in state:
+    if LOW_BITS in state and param.dtype == torch.bfloat16:
         joined_(local_tensor(whole), local_tensor(param.detach()), local_tensor(state[LOW_BITS]))
     return whole

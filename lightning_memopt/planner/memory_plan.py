@@ -30,7 +30,7 @@ class RecipeMemory:
         total_bytes: Parameters and their average, gradients, optimizer state and the unsharded parameters of the
             largest unit.
         saved: Fraction of AdamW's state that the recipe saves.
-        gradient_bytes: Gradients: all of them, or with gradient release those of the two largest units.
+        gradient_bytes: Gradients: all of them, or with gradient release the most that exist at a time.
         remaining: Device memory left for activations; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
         rates: How rates of blocks differ from those of their parameter groups, in words.
@@ -112,7 +112,7 @@ class MemoryPlan:
         """Return a one-line title."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         settings = [self.precision, *(["gradient release"] if self.gradient_release else [])]
-        if self.master_weight_bits > 16:
+        if self.master_weight_bits > 16 and self.precision == "bf16-true":
             settings.append(f"{self.master_weight_bits} bits of each weight")
         return f"{self.model}: {self.parameters:,} parameters, {ranks}, {', '.join(settings)}, memory per rank"
 

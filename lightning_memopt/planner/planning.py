@@ -31,7 +31,6 @@ from lightning_memopt.sharding.wrapping import (
     divided_by_dtype,
     find_units,
     own_modules,
-    parameters_by_unit,
 )
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
@@ -173,7 +172,7 @@ def plan_module(
     precision = _precision(precision)
     _check(module, world_size)
     capacity = _capacity(gpu_memory)
-    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision, wrap)
+    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision, wrap, release=gradient_release)
     largest = max(sharding.units, key=sharding.gathered, default=None)
     unsharded = sharding.gathered(largest) if largest is not None else 0
     params = list(module.parameters())
@@ -182,7 +181,7 @@ def plan_module(
     # A strategy makes the average in the dtype that parameters have before they are converted.
     average = sum(sharding.numbers(param) * param.itemsize for param in params) if averaged else 0
     fixed = sum(stored.values()) + average + unsharded
-    kept = sharding.released(module, stored) if gradient_release else gradients
+    kept = sharding.gradients_left(stored) if gradient_release else gradients
     copy = outline(module, sharding.planned)
     adamw = sum(
         2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
@@ -227,6 +226,8 @@ class _Sharding:
         precision: Lightning's name of the precision.
         units: The modules that are gathered as units; none on one rank.
         own: The parameters of every unit, without those of inner units.
+        released: The same for the units whose gradients would be released, on one rank too; with whether they contain
+            others.
         dims: The dimension along which every parameter of a unit is sharded.
     """
 
@@ -234,29 +235,26 @@ class _Sharding:
     precision: str
     units: tuple[Unit, ...]
     own: dict[nn.Module, list[nn.Parameter]]
+    released: tuple[tuple[list[nn.Parameter], bool], ...]
     dims: dict[Tensor, int]
 
     @staticmethod
-    def of(module: nn.Module, name: str, mesh: PlannedMesh, precision: str, wrap: Policy | None) -> _Sharding:
+    def of(
+        module: nn.Module, name: str, mesh: PlannedMesh, precision: str, wrap: Policy | None, *, release: bool = False
+    ) -> _Sharding:
         """Return how the strategy would shard a module."""
-        if mesh.ranks == 1:
-            return _Sharding(mesh, precision, (), {}, {})
-        units = _units(module, name, wrap, precision)
-        modules = {unit.module for unit in units}
-        own = {
-            unit.module: list(
-                dict.fromkeys(
-                    param
-                    for _, inner in own_modules(unit.module, modules)
-                    for param in inner.parameters(recurse=False)
-                    if param.ndim > 0
-                )
-            )
+        alone = mesh.ranks == 1
+        units = [] if alone and not release else _units(module, name, wrap, precision)
+        own = _own(units)
+        released = tuple(
+            (own[unit.module], any(other in own for other in unit.module.modules() if other is not unit.module))
             for unit in units
-        }
+        )
+        if alone:
+            return _Sharding(mesh, precision, (), {}, released, {})
         divided = {param for params in own.values() for param in params}
         dims = {param: dim for param, dim in shard_dims(module, mesh.ranks).items() if param in divided}
-        return _Sharding(mesh, precision, tuple(units), own, dims)
+        return _Sharding(mesh, precision, tuple(units), own, released, dims)
 
     def planned(self, param: nn.Parameter) -> nn.Parameter:
         """Return the rank's planned parameter. Parameters outside all units are not sharded."""
@@ -269,16 +267,20 @@ class _Sharding:
         """Return the bytes of a parameter, or its gradient, on every rank, padded to the size on the first."""
         return self.numbers(param) * self._dtype(param).itemsize
 
-    def released(self, module: nn.Module, stored: Mapping[nn.Parameter, int]) -> int:
-        """Return the bytes of the two largest units' gradients, and of what is not sharded, given those of parameters.
+    def gradients_left(self, stored: Mapping[nn.Parameter, int]) -> int:
+        """Return the bytes of gradients that may exist at a time if units release them, given those of parameters.
 
-        While the gradients of one unit are applied, those of the next may exist.
+        These are the gradients of units that contain others, which end last; of the two largest others, since the next
+        one may begin while one is applied; and of what is not sharded.
         """
-        units = list(self.own.values()) if self.units else parameters_by_unit(module)
-        sizes = [sum(stored[param] for param in unit if param.requires_grad) for unit in units]
-        inside = {param for unit in units for param in unit}
-        loose = sum(size for param, size in stored.items() if param.requires_grad and param not in inside)
-        return sum(sorted(sizes)[-2:]) + loose
+
+        def size(params: Iterable[nn.Parameter]) -> int:
+            return sum(stored[param] for param in params if param.requires_grad)
+
+        inside = {param for params, _ in self.released for param in params}
+        outer = sum(size(params) for params, contains in self.released if contains)
+        inner = sorted(size(params) for params, contains in self.released if not contains)
+        return outer + sum(inner[-2:]) + size(param for param in stored if param not in inside)
 
     def gathered(self, unit: Unit) -> int:
         """Return the bytes of a unit's gathered parameters."""
@@ -299,6 +301,22 @@ class _Sharding:
 
     def _dtype(self, param: Tensor) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16-true" and param.is_floating_point() else param.dtype
+
+
+def _own(units: Sequence[Unit]) -> dict[nn.Module, list[nn.Parameter]]:
+    """Return the parameters of every unit, without those of inner units."""
+    modules = {unit.module for unit in units}
+    return {
+        unit.module: list(
+            dict.fromkeys(
+                param
+                for _, inner in own_modules(unit.module, modules)
+                for param in inner.parameters(recurse=False)
+                if param.ndim > 0
+            )
+        )
+        for unit in units
+    }
 
 
 def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:

@@ -29,7 +29,11 @@ from lightning_memopt.strategy.gradients import (
     clip_grad_value_,
     loose_parameters,
 )
-from lightning_memopt.strategy.model.precision import ShardedFabricMixedPrecision, sharded_fabric_plugin
+from lightning_memopt.strategy.model.precision import (
+    ShardedFabricMixedPrecision,
+    refuse_released,
+    sharded_fabric_plugin,
+)
 from lightning_memopt.strategy.model.refusals import refuse_accelerator, refuse_embeddings
 from lightning_memopt.strategy.model.shard import attributes_kept, reduction_paused
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
@@ -37,10 +41,11 @@ from lightning_memopt.strategy.sharder import Modules, Sharder
 
 
 class MemOptFabricStrategy(ModelParallelStrategy):
-    """:class:`MemOptFSDPStrategy` for Fabric: the same sharding, the same checkpoints, and the same options.
+    """:class:`MemOptFSDPStrategy` for Fabric: the same sharding, checkpoints and options.
 
     A module is a unit, because Fabric calls its ``forward``. The children of a LightningModule are units, as under a
-    Trainer. There is no option for accumulation: ``fabric.no_backward_sync`` says when gradients are reduced.
+    Trainer. There is no option for accumulation: ``fabric.no_backward_sync`` says when gradients are reduced;
+    and none for gradient release: call ``release_gradients`` of the optimizer after ``fabric.setup``.
 
     Args:
         data_parallel_size: As in ``MemOptFSDPStrategy``, and so are the others.
@@ -227,11 +232,13 @@ class MemOptFabricStrategy(ModelParallelStrategy):
         norm_type: float | int = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
+        refuse_released(optimizer)
         params = self.precision.main_params(optimizer)
         return clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:
+        refuse_released(optimizer)
         clip_grad_value_(self.precision.main_params(optimizer), clip_val)
 
     # ------------------------------------------------------------------ checkpoints

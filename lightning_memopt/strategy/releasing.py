@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
+from torch.torch_version import TorchVersion
 
 from lightning_memopt.optim.memopt import MemOpt
 
 _LEAVE_OUT = "or leave `gradient_release` out."
 
 
-def release_gradients(trainer: Trainer, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+def release_gradients(module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
     """Let the optimizer of a sharded model release gradients.
 
     Raises:
         TypeError: If the optimizer is not of this package.
-        ValueError: If something needs all gradients at once: clipping, accumulation, several optimizers.
+        ValueError: If there are several optimizers.
     """
-    refuse_accumulation_and_clipping(trainer)
     if len(optimizers) != 1:
         raise ValueError(
             f"`gradient_release` needs one optimizer, got {len(optimizers)}: a backward pass for one of them would "
@@ -35,12 +36,24 @@ def release_gradients(trainer: Trainer, module: LightningModule, optimizers: Seq
     optimizer.release_gradients(module)
 
 
-def refuse_accumulation_and_clipping(trainer: Trainer) -> None:
-    """Refuse settings of the Trainer that change gradients between the backward pass and the step.
+def end_release(optimizers: Sequence[Optimizer]) -> None:
+    """Remove the hooks."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, MemOpt) and (handle := optimizer.gradient_release) is not None:
+            handle.remove()
+
+
+def refuse_settings(trainer: Trainer, *, cpu_offload: bool) -> None:
+    """Refuse settings that change gradients between the backward pass and the step, or that torch does not support.
 
     Raises:
         ValueError: If there are any.
     """
+    if cpu_offload and TorchVersion(torch.__version__) < "2.13":
+        raise ValueError(
+            f"`cpu_offload` with `gradient_release` needs torch 2.13, got {torch.__version__}: before, FSDP2 calls "
+            f"hooks while it still copies the gradients to the CPU. Choose one of the two, {_LEAVE_OUT}"
+        )
     if trainer.gradient_clip_val:
         raise ValueError(
             f"`gradient_clip_val={trainer.gradient_clip_val}` needs all gradients before the first update, and "

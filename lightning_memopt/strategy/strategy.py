@@ -25,7 +25,7 @@ from lightning_memopt.strategy.model.precision import ShardedMixedPrecision, sha
 from lightning_memopt.strategy.model.refusals import refuse_accelerator, refuse_callbacks, refuse_embeddings
 from lightning_memopt.strategy.model.shard import attributes_kept, reduction_paused, sharded_modules
 from lightning_memopt.strategy.rebinding import KnownParameters, move_state, rebind
-from lightning_memopt.strategy.releasing import refuse_accumulation_and_clipping, release_gradients
+from lightning_memopt.strategy.releasing import end_release, refuse_settings, release_gradients
 from lightning_memopt.strategy.sharder import Modules, Sharder
 
 
@@ -151,6 +151,11 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
         if self._first_failure is not None:
             self._first_failure.share(exception)
 
+    @override
+    def teardown(self) -> None:
+        end_release(self._trained_by)  # the model's next backward pass may be another optimizer's
+        super().teardown()
+
     # ------------------------------------------------------------------ the model
 
     @override
@@ -168,7 +173,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             let_finetuning_compare_sharded_parameters(trainer)
             refuse_embeddings(self.model)
             if self._gradient_release:
-                refuse_accumulation_and_clipping(trainer)
+                refuse_settings(trainer, cpu_offload=self._sharder.cpu_offload)
         self._known.learn(self.model)
         self._reshard()
         plugin, dtypes = self.precision_plugin, tensor_dtypes(self.model)
@@ -191,7 +196,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
                 move_state(optimizer)
             if self._gradient_release:
                 assert self.lightning_module is not None
-                release_gradients(trainer, self.lightning_module, self._trained_by)
+                release_gradients(self.lightning_module, self._trained_by)
 
     @override
     def model_to_device(self) -> None:

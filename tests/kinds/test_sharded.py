@@ -170,8 +170,9 @@ def on_a_rank(rank: int, world: int, expected: bytes) -> dict[str, Outcome]:
 RESULTS: dict[str, Any] = {}
 
 
-def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: Any, fused: bool) -> None:
+def record(targets: Any, direction: Any, denominator: Any, *rates: Any, **options: Any) -> None:
     """Keep direction and denominator instead of updating weights, by block."""
+    blocks = [each.block for each in targets]
     work, count = blocks[0].work, len(blocks)
     for position, block in enumerate(blocks):
         result = direction
@@ -183,7 +184,7 @@ def record(blocks: Any, params: Any, direction: Any, denominator: Any, *rates: A
 
 def probe(kind: Kind, layout: Layout, name: str = "block") -> Block:
     recipe = Recipe(kind, NoSecondMoment()) if isinstance(kind, Momentum) else Recipe(NoMomentum(), kind)
-    return Block(name, "other", recipe, layout, "", tick_at(1).key, 0, 4, lm.load_plan("adamw"))
+    return Block(name, "other", recipe, layout, "", tick_at(1).key, 0, torch.float32, lm.load_plan("adamw"))
 
 
 @dataclass
@@ -299,7 +300,9 @@ def torn_fused_blocks(mesh: Any) -> None:
                 for slot in slots:
                     layout, name = Layout.of(param, slot=slot), f"{slot.start}"
                     plan = lm.load_plan("adamw")
-                    found.append(Block(name, "other", recipe.resolve(layout), layout, f"{name}.", 7, 0, 4, plan))
+                    found.append(
+                        Block(name, "other", recipe.resolve(layout), layout, f"{name}.", 7, 0, torch.float32, plan)
+                    )
             states = [{key: value for block in found for key, value in block.init().items()} for found in blocks]
             for number in range(1, 7):
                 grad = gradient((size, 8), number)

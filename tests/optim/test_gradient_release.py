@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -100,26 +101,72 @@ def test_two_backward_passes_are_refused_and_nothing_hangs_on():
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
     optimizer.release_gradients(model)
     backward(model, 0)
+    before = [param.detach().clone() for param in model.parameters()]
+    backward(model, 1)
     with pytest.raises(RuntimeError, match=r"second backward pass .* call `optimizer.step\(\)` after every backward"):
-        backward(model, 1)
-    optimizer.zero_grad()
+        optimizer.step()
+    assert_equal([param.detach() for param in model.parameters()], before)
+    assert all(param.grad is None for param in model.parameters())
     backward(model, 2)
+    optimizer.step()
+    backward(model, 3)
+    optimizer.zero_grad()  # an iteration without a step
+    backward(model, 4)
     optimizer.step()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_backward_pass():
+def test_after_a_gradient_that_is_not_finite_nothing_more_is_updated():
     model = llama()
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
     optimizer.release_gradients(model)
-    handle = model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
-    before = [param.detach().clone() for param in model.parameters()]
-    with pytest.raises(FloatingPointError, match="lm_head.weight"):
-        backward(model, 0)
-    assert_equal([param.detach() for param in model.parameters()], before)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    handle = model.model.layers[1].mlp.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    backward(model, 0)
+    assert all(param.grad is None for param in model.parameters())
+    with pytest.raises(
+        FloatingPointError, match=r"layers.1.mlp.up_proj.weight. Their layer is unchanged; those before"
+    ):
+        optimizer.step()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert moved == {"lm_head.weight", "model.norm.weight"}
     handle.remove()
-    optimizer.zero_grad()
     backward(model, 1)
     optimizer.step()
+    assert all(not torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+def test_hooks_do_not_keep_an_optimizer_alive():
+    model = llama()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+    handle = optimizer.release_gradients(model)
+    with pytest.raises(ValueError, match=r"Another optimizer releases gradients .* call `remove\(\)`"):
+        lm.AdaPM(model.named_parameters()).release_gradients(model)
+    del optimizer
+    gc.collect()
+    before = [param.detach().clone() for param in model.parameters()]
+    backward(model, 0)
+    assert_equal([param.detach() for param in model.parameters()], before)
+    assert all(param.grad is not None for param in model.parameters())
+    assert not handle.active
+    lm.AdaPM(model.named_parameters()).release_gradients(model)
+
+
+def test_parameters_that_are_frozen_and_unfrozen():
+    model = llama()
+    frozen = list(model.model.layers[0].parameters())[:2]
+    for param in frozen:
+        param.requires_grad_(False)
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
+    optimizer.release_gradients(model)
+    for step, change in enumerate((False, True, True, False, False)):
+        for param in frozen:
+            param.requires_grad_(change)
+        backward(model, step)
+        optimizer.step()  # which sees the change
+        optimizer.zero_grad()
+        backward(model, 10 + step)
+        assert all(param.grad is None for param in model.parameters()), step
+        optimizer.step()
 
 
 def test_skipped_layers_are_counted():

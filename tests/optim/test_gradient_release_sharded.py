@@ -65,14 +65,22 @@ def compare(mesh: DeviceMesh, case: str) -> None:
 
 
 def unusable(mesh: DeviceMesh) -> None:
-    """All ranks raise in the same layer of the backward pass."""
+    """All ranks raise in the step, and train on."""
     model = sharded(mesh, torch.float32)
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
     optimizer.release_gradients(model)
-    ids = torch.randint(0, 64, (2, 8))
-    loss = model(input_ids=ids, labels=ids).loss
-    with pytest.raises(FloatingPointError, match="model.layers.1"):
-        (loss * (float("nan") if mesh.get_local_rank() == 0 else 1.0)).backward()
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        bad = step == 1 and mesh.get_local_rank() == 0
+        (model(input_ids=ids, labels=ids).loss * (float("nan") if bad else 1.0)).backward()
+        if step == 1:
+            with pytest.raises(FloatingPointError, match="model.layers.1"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+    assert set(optimizer.param_groups[0]["params"]) == set(model.parameters())
 
 
 def on_a_rank(rank: int, world: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def test_a_model_converted_later_gets_its_bits():
     [
         ({"master_weight_bits": 20}, ValueError, "must be 16 .* 24 or 32 .*, got 20"),
         ({"master_weight_bits": True}, ValueError, "got True"),
+        ({"master_weight_bits": 24.0}, ValueError, "got 24.0"),
         ({"bf16_stochastic_round": "no"}, TypeError, "must be True or False, got 'no'"),
     ],
 )
@@ -221,12 +223,55 @@ def test_weights_of_float32_go_on_in_bfloat16_and_back(bits):
     take(half, halved, STEPS[2:4])
     single = {name: nn.Parameter(weight) for name, weight in half.full_weights().items()}
     back = lm.AdaPMLean(named(single), lr=1e-2, weight_decay=0.1)
-    with pytest.warns(lm.ResumeWarning, match="full_weights"):
+    with pytest.warns(lm.ResumeWarning, match="were bfloat16 and are not now.*`full_weights"):
         back.load_state_dict(copy.deepcopy(half.state_dict()))
     take(back, single, STEPS[4:])
     expected, _ = trained("adapm_lean", torch.float32)
     for name, weight in single.items():
         assert relative_error(weight.detach(), expected[name].detach()) < 1e-2, name
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_weights_that_something_else_sets_to_zero_train_on(bits):
+    """Of a clamped or pruned weight, nothing is left beside it: less than zero would be NaN."""
+    weight = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
+    optimizer = lm.AdaPMLean([("mlp.up_proj.weight", weight)], lr=1e-3, master_weight_bits=bits)
+    for step in range(3):
+        weight.grad = gradient((64, 64), step, BF16)
+        optimizer.step()
+    with torch.no_grad():
+        weight.copy_(weight.clamp(min=0))
+        weight[:8] = -0.0
+    assert optimizer.state[weight][LOW_BITS][weight == 0].lt(0).any()
+    assert optimizer.full_weights()["mlp.up_proj.weight"].isfinite().all()
+    weight.grad = gradient((64, 64), 3, BF16)
+    optimizer.step()
+    assert weight.isfinite().all()
+    assert not (weight == 0).any()
+
+
+def test_a_model_that_leaves_bfloat16_is_warned():
+    model = tiny_llama().bfloat16()
+    optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-3, master_weight_bits=24)
+    for _ in range(2):
+        for number, param in enumerate(model.parameters()):
+            param.grad = gradient(tuple(param.shape), number).to(param.dtype)
+        with pytest.warns(UserWarning, match="lose the bits") if param.dtype == torch.float32 else nullcontext():
+            optimizer.step()
+        for param in model.parameters():
+            param.grad = None
+        model.float()
+        assert all(weight.dtype == torch.float32 for weight in optimizer.full_weights().values())
+
+
+def test_loading_after_the_model_became_bfloat16_keeps_the_bits():
+    params, optimizer = trained("adapm_lean", BF16, master_weight_bits=24)
+    single = {name: nn.Parameter(param.detach().float()) for name, param in params.items()}
+    again = lm.AdaPMLean(named(single), lr=1e-2, weight_decay=0.1, master_weight_bits=24)
+    for param in single.values():
+        param.data = param.data.bfloat16()
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_equal(list(again.full_weights().values()), list(optimizer.full_weights().values()))
 
 
 def test_reformat_keeps_the_bits():

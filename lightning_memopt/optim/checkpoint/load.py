@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import initial_state
 from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names, warn_of_positions
-from lightning_memopt.optim.checkpoint.resume import facts, tell, tell_of_dropped_bits
+from lightning_memopt.optim.checkpoint.resume import facts, tell, tell_of_bits_apart, tell_of_dropped_bits
 from lightning_memopt.optim.checkpoint.saved_state import allocated, examine, loaded, loaded_groups, require_known_state
 from lightning_memopt.optim.checkpoint.values import Share, Values, check_structure
+from lightning_memopt.optim.gradients import follow
 from lightning_memopt.optim.weights import dropped_bits
+from lightning_memopt.sharding.tensors import arithmetic_dtype
 
 
 @torch.no_grad()
@@ -46,6 +48,10 @@ def prepare_load(
     if found is not None:
         state_dict = arranged(state_dict, found)
     groups = loaded_groups(state_dict["param_groups"], optimizer.param_groups)
+    for param in params_of(optimizer):
+        block = binding.blocks[param][0]
+        if param.dtype != block.dtype and arithmetic_dtype(param) == block.layout.dtype:
+            follow(param, optimizer, binding)  # whose weights have other bits now
     saved = _saved_state(optimizer, binding, state_dict)
     values = Values(share)
     for param, entries in saved.items():
@@ -86,7 +92,11 @@ def _load(
 ) -> None:
     """Install groups and state that have been checked."""
     before, was_converted = _facts(optimizer, binding), False
-    dropped = [dropped_bits(entries, binding.blocks[param][0].bits) for param, entries in saved.items() if entries]
+    dropped = [
+        (bits, param.dtype == torch.bfloat16)
+        for param, entries in saved.items()
+        if entries and (bits := dropped_bits(entries, binding.blocks[param][0].bits)) is not None
+    ]
     blocks, states = {}, {}
     for group, theirs in zip(optimizer.param_groups, saved_groups, strict=True):
         convert = theirs.get("recipe", "adamw") != group["recipe"]
@@ -107,7 +117,8 @@ def _load(
     steps = [int(state["step"].item()) for state in states.values()]
     after = _facts(optimizer, binding)
     tell(type(optimizer).__name__, before, after, step=max(steps, default=0), converted=was_converted)
-    tell_of_dropped_bits(type(optimizer).__name__, [each for each in dropped if each is not None])
+    tell_of_dropped_bits(type(optimizer).__name__, [bits for bits, half in dropped if half])
+    tell_of_bits_apart(type(optimizer).__name__, [bits for bits, half in dropped if not half])
 
 
 def _facts(optimizer: Optimizer, binding: Binding) -> Any:

@@ -114,6 +114,17 @@ def tell_of_dropped_bits(optimizer: str, dropped: Sequence[tuple[int, int]]) -> 
         )
 
 
+def tell_of_bits_apart(optimizer: str, dropped: Sequence[tuple[int, int]]) -> None:
+    """Warn that bits of saved bfloat16 weights do not reach the weights, which have another dtype now."""
+    if dropped:
+        theirs = dropped[0][0]
+        notify(
+            f"{optimizer} does not load the bits of {len(dropped)} weights that {_source.get()} keeps beside them "
+            f"({theirs} in all): they were bfloat16 and are not now. A checkpoint's weights have 16 bits; those of "
+            "`full_weights()` in the run that saved them, or of `lightning-memopt export --dtype float32`, have all."
+        )
+
+
 def notify(text: str) -> None:
     """Warn on the first process of the job."""
     if rank() == 0:

@@ -47,7 +47,13 @@ def with_all_bits(weights: Mapping[str, Any], optimizers: Sequence[Mapping[str, 
     """
     wide: dict[str, Tensor] = {}
     for state in optimizers:
-        names = itertools.chain(*(saved_names(state) or []))
+        known = saved_names(state)
+        if known is None and any(LOW_BITS in entries for entries in state["state"].values()):
+            raise ValueError(
+                "The optimizer keeps bits of bfloat16 weights, but no names say of which: export without "
+                "`--dtype float32`, or save with names (`named_parameters()`)."
+            )
+        names = itertools.chain(*(known or []))
         numbers = itertools.chain(*(group["params"] for group in state["param_groups"]))
         for name, number in zip(names, numbers, strict=False):
             bits = state["state"].get(number, {}).get(LOW_BITS)

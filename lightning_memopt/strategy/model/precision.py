@@ -26,15 +26,15 @@ class _ClipsAll:
     main_params: Any
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        _refuse_released(optimizer)
+        refuse_released(optimizer)
         clip_grad_norm_(self.main_params(optimizer), clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        _refuse_released(optimizer)
+        refuse_released(optimizer)
         clip_grad_value_(self.main_params(optimizer), clip_val)
 
 
-def _refuse_released(optimizer: Optimizer) -> None:
+def refuse_released(optimizer: Optimizer) -> None:
     """Raise if the optimizer has released the gradients that are to be clipped.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt.strategy.releasing import refuse_settings
 from tests.strategy._training import LanguageModule, fit, raises, trainer, whole_weights
 from tests.strategy.cases.shared import Direct, case, close, same_everywhere, shared_folder
 
@@ -106,6 +108,23 @@ def release_goes_with_adaptive_momentum_the_monitor_and_a_resume() -> None:
 
 
 @case(2)
+def a_second_fit_is_trained_by_its_own_optimizer() -> None:
+    class Still(Scheduled):
+        def configure_optimizers(self) -> Any:
+            self.made = lm.AdaPMLean(self.parameters(), lr=0.0 if hasattr(self, "made") else 1e-2)
+            return self.made
+
+    module = Still()
+    fit(module, released(), 2)
+    first, before = module.made, whole_weights(module)
+    assert not first.releases_gradients
+    fit(module, released(), 2)
+    assert all(torch.equal(value, before[name]) for name, value in whole_weights(module).items())
+    assert {float(state["step"]) for state in first.state.values()} == {2.0}
+    assert {float(state["step"]) for state in module.made.state.values()} == {2.0}
+
+
+@case(2)
 def what_needs_all_gradients_is_refused() -> None:
     def two(module: Any) -> Any:
         halves = [list(half.parameters()) for half in (module.model.layers, module.model.lm_head)]
@@ -122,6 +141,11 @@ def what_needs_all_gradients_is_refused() -> None:
     with raises(ValueError, "`accumulate_grad_batches=4` adds up gradients"):
         fit(module, released(), callbacks=[GradientAccumulationScheduler({0: 1, 3: 4})])
     assert all(torch.equal(value, before[name]) for name, value in whole_weights(module).items())
+    with (
+        mock.patch.object(torch, "__version__", "2.12.1"),
+        raises(ValueError, "`cpu_offload` with `gradient_release` needs torch 2.13, got 2.12.1"),
+    ):
+        refuse_settings(trainer(), cpu_offload=True)
     with raises(TypeError, "needs an optimizer of lightning_memopt, got AdamW", "recipe 'adamw'"):
         fit(LanguageModule(), released())
     module = LanguageModule(optimizer=two)
@@ -146,6 +170,7 @@ class Manual(LanguageModule):
             self.clip_gradients(optimizer, 1.0, "norm")
         else:
             self.manual_backward(self.loss(batch))
+            optimizer.step()
 
 
 @case(2)
