@@ -246,6 +246,30 @@ def gradients_that_are_not_finite_in_fabric() -> None:
 
 
 @case(2)
+def released_gradients_in_fabric() -> None:
+    found = []
+    for release in (True, False):
+        made, module = fabric(), network()
+        wrapped, optimizer = made.setup(module, lm.AdaPMLean(module.parameters(), lr=0.01))
+        if release:
+            optimizer.optimizer.release_gradients(module)
+        for _ in range(2):
+            made.backward(loss_of(wrapped, tokens(4)))
+            assert any(param.grad is not None for param in module.parameters()) != release
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(whole_weights(module))
+    close_weights(*found, 1e-6)
+    made, module = fabric(), network()
+    wrapped, optimizer = made.setup(module, lm.AdaPMLean(module.parameters(), lr=0.01))
+    optimizer.optimizer.release_gradients(module)
+    made.backward(loss_of(wrapped, tokens(4)))
+    for how in ({"max_norm": 1.0}, {"clip_val": 1.0}):
+        with raises(RuntimeError, "Gradients cannot be clipped", "`clip_update=1.0`"):
+            made.clip_gradients(wrapped, optimizer, **how)
+
+
+@case(2)
 def two_modules_in_fabric() -> None:
     """As in a GAN: each optimizer finds its module, though their parameters have the same names."""
     made = fabric()
