@@ -171,5 +171,5 @@ class Tally:
                     f"{EVERY * COUNTED} steps, which changes the method. Gradients may be mostly zero, or the "
                     "learning rate too high. A larger `max_update` is closer to the unbounded method. This warning is "
                     "shown once.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )

@@ -37,7 +37,7 @@ def warn_of_no_effect(
     texts = [text for plan in plans for text in (*_roles(plan, blocks), *_overrides(plan, training, frozen))]
     texts += [*_ranks(training), *_undivided(training), *_heads(blocks, head_dim), *_schemes(blocks)]
     for text in texts:
-        warnings.warn(text, PlanWarning, stacklevel=7)
+        warnings.warn(text, PlanWarning, stacklevel=8)
 
 
 def _roles(plan: Plan, blocks: Sequence[Block]) -> Iterator[str]:

@@ -40,7 +40,7 @@ def warn_of_unknown_roles(training: Sequence[Block], *, bound: bool) -> None:
         return
     texts = [text for found in (_of_roles, _of_heads) for text in found(training, bound)]
     for text in texts or _of_nothing_saved(training):
-        warnings.warn(text, RoleWarning, stacklevel=7)
+        warnings.warn(text, RoleWarning, stacklevel=8)
 
 
 def _of_roles(blocks: Sequence[Block], bound: bool) -> Iterator[str]:
