@@ -97,6 +97,7 @@ STUDIES: dict[str, Study] = {
                 ("adapm_mini", 2e-3),
                 seeds=(0,),
             ),  # fmt: skip
+            *_rows(("adamw, beta1 0.8", 2.8e-3), ("adapm_lean, beta1 0.8", 4e-3), ratio=RATIO, seeds=(0,)),
             # At the best rate of their neighbors.
             *_rows(
                 ("muon, low rank 1/32", 8e-3),

@@ -108,6 +108,8 @@ VARIANTS = {
         Variant("QHAdam, nu 0.7", "QHAdam"),
         # The control with rates by role: equal to torch's AdamW, as the tests show.
         Variant("adamw", "adamw"),
+        Variant("adamw, beta1 0.8", "adamw", betas=(0.8, 0.95)),
+        Variant("adapm_lean, beta1 0.8", "adapm_lean", betas=(0.8, 0.95)),
         Variant("adapm", "adapm"),
         Variant("adapm_mini", "adapm_mini"),
         Variant("adapm_lean", "adapm_lean"),
