@@ -285,6 +285,9 @@ def cost(run: Run, settings: AdaptiveSettings, steps: int) -> dict[str, list[flo
     batches = module.family.training(TOKENS, brief, run.seed)
     for hook in ("on_before_optimizer_step", "on_train_batch_end"):
         setattr(callback, hook, timed(getattr(callback, hook), "decisions"))
-    with redirect_stdout(io.StringIO()), mock.patch.object(Probe, "_after_step", timed(Probe._after_step, "signals")):
+    with (
+        redirect_stdout(io.StringIO()),
+        mock.patch.object(Probe, "_after_update", timed(Probe._after_update, "signals")),
+    ):
         trainer(brief, [meter, callback]).fit(module, loader(batches))
     return {"step": meter.seconds[WARM_UP:], **seconds}
