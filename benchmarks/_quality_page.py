@@ -165,12 +165,12 @@ def _intro(study: Study) -> str:
     shape = f"{settings.layers} layers, width {settings.hidden}, {settings.heads} heads, {settings.vocabulary:,} tokens"
     about = f"""Small language models ({shape}) trained from scratch on text ({settings.data}), with
 {settings.warmup:.0%} linear warm-up, then a cosine to {settings.final_lr:.0%} of the learning rate, betas (0.9, 0.95)
-unless a name says otherwise, no weight decay, gradients clipped to norm {settings.clip:g}. At a given seed, all
-optimizers share initial weights and batches. Where "rates tried" follows a table, the rate is tuned for each row with
-the first seed: half the middle rate, the middle, twice it, and further while the best is at an edge. The other seeds
-run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at the end; the curves use the
-first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same ratio and
-seeds, or else with AdamW's at the ratio {RATIO:g}. "momentum" and
+unless a name says otherwise, no weight decay, gradients clipped to norm {settings.clip:g} unless a title says
+otherwise. At a given seed, all optimizers share initial weights and batches. Where "rates tried" follows a table, the
+rate is tuned for each row with the first seed: half the middle rate, the middle, twice it, and further while the best
+is at an edge. The other seeds run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at
+the end; the curves use the first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same
+ratio and seeds, or else with AdamW's at the ratio {RATIO:g}. "momentum" and
 "state" are shares of AdamW's bytes. "ratio" multiplies the rate of embeddings and norms:
 `overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier": {RATIO:g}}}}}`. `adamw` is this
 package's AdamW, which equals torch's."""

@@ -97,7 +97,7 @@ STUDIES: dict[str, Study] = {
                 ("adapm_mini", 2e-3),
                 seeds=(0,),
             ),  # fmt: skip
-            *_rows(("adamw, beta1 0.8", 2.8e-3), ("adapm_lean, beta1 0.8", 4e-3), ratio=RATIO, seeds=(0,)),
+            *_rows(("adamw, beta1 0.8", 2.8e-3), ("adapm_lean, beta1 0.8", 4e-3), ratio=RATIO),
             # At the best rate of their neighbors.
             *_rows(
                 ("muon, low rank 1/32", 8e-3),
@@ -139,7 +139,7 @@ STUDIES: dict[str, Study] = {
         Settings(**_LONG, every=100),
         (
             *_rows(("AdamW", 2e-3), *_MUONS, tuned=False, seeds=(0,)),
-            *_rows(*_BEST, ratio=RATIO, tuned=False, seeds=(0,)),
+            *_rows(*_BEST, ("adamw, beta1 0.8", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
         ),
     ),
     "gpt2": Study(
@@ -151,15 +151,19 @@ STUDIES: dict[str, Study] = {
         "bfloat16 weights and gradients, 4,096 tokens a step",
         Settings(steps=300, batch=32, every=50, half=True),
         (
-            *_rows(("AdamW", 2e-3), *((f"adamw{bits}", 2e-3) for bits in _BITS[:3]), tuned=False),
-            *_rows(
-                *((f"adapm_lean{bits}", 2e-3) for bits in _BITS),
-                ("muon_lean", 1.6e-2),
-                tuned=False,
-                seeds=(0,),
-            ),  # fmt: skip
+            *_rows(("AdamW", 2e-3), tuned=False),
+            *_rows(*((f"{name}{bits}", 2e-3) for name in ("adamw", "adapm_lean") for bits in _BITS), tuned=False),
+            *_rows(("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
         ),
     ),
+    **{
+        name: Study(
+            f"bfloat16 weights, {title}, 4,096 tokens a step",
+            Settings(steps=300, batch=32, every=50, half=True, clip=0.0, release=release),
+            tuple(_rows(("adamw", 2e-3), ("adapm_lean", 2e-3), tuned=False, seeds=(0,))),
+        )
+        for name, title, release in (("no clipping", "no clipping", False), ("release", "gradient release", True))
+    },
     "ratio": Study(
         "Ratio of rates, 4,096 tokens a step",
         Settings(steps=300, batch=32, every=50),

@@ -28,8 +28,9 @@ TOKENS: Tokens = {}
 class Settings:
     """Settings that all runs of one comparison share.
 
-    ``max_chars`` bounds the text; more makes other tokens. ``fidelity`` compares momentum with full Adam's. ``half``
-    keeps weights and gradients in bfloat16, and computes with them in float32, which a CPU does faster.
+    ``max_chars`` bounds the text; more makes other tokens. ``clip`` 0 means no clipping. ``fidelity`` compares momentum
+    with full Adam's. ``half`` keeps weights and gradients in bfloat16, and computes with them in float32, which a CPU
+    does faster. ``release`` updates in the backward pass, and excludes clipping.
     """
 
     model: str = "llama"
@@ -52,6 +53,7 @@ class Settings:
     max_chars: int = 4_000_000
     fidelity: bool = False
     half: bool = False
+    release: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
     if settings.half:
         forward = partial(widened, model.bfloat16())
     optimizer = VARIANTS[run.variant].build(model, run.lr, settings.weight_decay, run.ratio)
+    if settings.release:
+        optimizer.release_gradients(model)  # type: ignore[attr-defined]
     shadow = Shadow(optimizer) if settings.fidelity else None
     tokens, window = TOKENS["train"], torch.arange(settings.length + 1)
     curve: list[tuple[int, float]] = []
@@ -143,10 +147,11 @@ def train(run: Run, settings: Settings) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = run.lr * lr_factor(step, settings)
         loss_of(forward, tokens[starts[:, None] + window].long()).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        finite = bool(torch.isfinite(norm))
-        if not finite:
-            break
+        if settings.clip:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            finite = bool(torch.isfinite(norm))
+            if not finite:
+                break
         try:
             with shadow.watching(step, settings.steps) if shadow else nullcontext():
                 optimizer.step()
