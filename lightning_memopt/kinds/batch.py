@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -99,14 +101,43 @@ def limit(tensor: Large) -> int:
     return CPU_CHUNK if tensor.device.type == "cpu" else GPU_CHUNK
 
 
-def chunks(tensor: Large) -> Iterator[Index]:
-    """Yield indices that split ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size."""
+@contextmanager
+def two_chunks() -> Iterator[None]:
+    """Let loops over chunks and parts end after the second one: there they hold as much memory as in all others.
+
+    Only for the meta device, where nothing is computed. It makes plans for large models fast.
+    """
+    token = _TWO.set(True)
+    try:
+        yield
+    finally:
+        _TWO.reset(token)
+
+
+_TWO = ContextVar("two_chunks", default=False)
+
+
+def _loop(indices: Iterator[Index]) -> Iterator[Index]:
+    return itertools.islice(indices, 2) if _TWO.get() else indices
+
+
+def chunks(tensor: Large, share: int = 1) -> Iterator[Index]:
+    """Return indices that split ``[..., m, n]`` into runs of whole rows (or whole matrices) of bounded size.
+
+    Args:
+        tensor: The tensor.
+        share: The size is the limit divided by this.
+    """
+    return _loop(_chunks(tensor, limit(tensor) // share))
+
+
+def _chunks(tensor: Large, most: int) -> Iterator[Index]:
     if isinstance(tensor, Batch):
         for part in range(len(tensor.parts)):
-            yield from ((part, *inner) for inner in chunks(tensor.part(part)))
+            yield from ((part, *inner) for inner in _chunks(tensor.part(part), most))
         return
     *stack, m, n = tensor.shape
-    rows = max(1, limit(tensor) // max(1, n))
+    rows = max(1, most // max(1, n))
     if rows < m:
         rows = -(-m // -(-m // rows))  # of almost equal size
         for position in itertools.product(*(range(size) for size in stack)):
@@ -114,7 +145,7 @@ def chunks(tensor: Large) -> Iterator[Index]:
                 yield (*(slice(i, i + 1) for i in position), slice(start, min(start + rows, m)))
     elif stack:
         outer = max(1, stack[0])
-        count = max(1, limit(tensor) // max(1, tensor.numel() // outer))
+        count = max(1, most // max(1, tensor.numel() // outer))
         for start in range(0, stack[0], count):
             yield (slice(start, min(start + count, stack[0])),)
     else:
@@ -122,8 +153,9 @@ def chunks(tensor: Large) -> Iterator[Index]:
 
 
 def parts(tensor: Large) -> Iterator[Index]:
-    """Yield the index of every part of a batch, or that of a whole tensor."""
-    yield from ((position,) for position in range(len(tensor.parts))) if isinstance(tensor, Batch) else [()]
+    """Return the index of every part of a batch, or that of a whole tensor."""
+    count = len(tensor.parts) if isinstance(tensor, Batch) else None
+    return _loop(iter([()]) if count is None else ((position,) for position in range(count)))
 
 
 class Scratch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -235,8 +237,16 @@ def store_(target: Tensor, value: Tensor, noise: Noise | None = None) -> None:
     Rounding to nearest stalls an average whose increments are below the last bit (2⁻⁸ relative), which is always
     so with β₂ = 0.999. Rounding up with the probability of the remainder keeps the average unbiased.
     """
-    if value.data_ptr() != target.data_ptr() or value.dtype != target.dtype:
-        target.copy_(_rounded(value, target.dtype, noise))
+    if noise is not None and target.dtype == torch.bfloat16 != value.dtype:
+        for index in pieces(value):
+            target[index].copy_(_rounded(value[index], noise.part(index)))
+    elif value.data_ptr() != target.data_ptr() or value.dtype != target.dtype:
+        target.copy_(value)
+
+
+def pieces(tensor: Tensor) -> Iterator[Index]:
+    """Return indices that split a tensor for work with random numbers, which take four times the memory of float32."""
+    return chunks(tensor, share=8) if tensor.ndim > 1 else iter([()])
 
 
 def store_chunk_(target: Large, index: Index, value: Tensor, noise: Noise | None = None) -> None:
@@ -244,10 +254,8 @@ def store_chunk_(target: Large, index: Index, value: Tensor, noise: Noise | None
     store_(target[index], value, noise and noise.part(index))
 
 
-def _rounded(value: Tensor, dtype: torch.dtype, noise: Noise | None) -> Tensor:
-    """Return the value, stochastically rounded to a number of bfloat16 if that is the dtype and there is noise."""
-    if noise is None or dtype != torch.bfloat16 or value.dtype == torch.bfloat16:
-        return value
+def _rounded(value: Tensor, noise: Noise) -> Tensor:
+    """Return the value, stochastically rounded to a number of bfloat16."""
     single = value.float().contiguous()
     rounded = ((single.view(torch.int32) + noise.bits(single.shape, single.device)) & -65536).view(torch.float32)
     return torch.where(single.isfinite(), rounded, single)

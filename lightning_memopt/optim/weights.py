@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.kinds.batch import Index, Large, Scratch
-from lightning_memopt.kinds.linalg import store_chunk_
+from lightning_memopt.kinds.linalg import pieces, store_chunk_
 from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.sharding.layout import Layout
 from lightning_memopt.sharding.state import like_param
@@ -94,7 +94,9 @@ class Weights:
         if self.low is None:
             store_chunk_(self.values, index, chunk, self.noise)
             return
-        split_(chunk, self.values[index], self.low[index], self.noise and self.noise.part(index))
+        values, low, noise = self.values[index], self.low[index], self.noise and self.noise.part(index)
+        for piece in pieces(chunk):
+            split_(chunk[piece], values[piece], low[piece], noise and noise.part(piece))
 
 
 def joined_(out: Tensor, weights: Tensor, low: Tensor) -> Tensor:
