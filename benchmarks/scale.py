@@ -14,40 +14,31 @@ import argparse
 import json
 import sys
 import time
-import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from _report import OUTPUT, ROOT, markdown, provenance
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(ROOT))
 
 import lightning_memopt as lm
 from lightning_memopt.figures.style import COLORS, DPI, REFERENCE, byte_ticks, finish, new_figure
-from lightning_memopt.kinds.momentum import DenseMomentum
-from lightning_memopt.kinds.second_moment import DenseSecondMoment
-from lightning_memopt.optim.block import initial_state
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.stepping import Step
-from lightning_memopt.optim.update import Update
-from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_parameter, whole_parameter
+from lightning_memopt.planner.planned import PlannedGroup, PlannedMesh, outline, sharded_parameter, whole_parameter
+from lightning_memopt.planner.scratch import Temporaries, updates_of
 from lightning_memopt.planner.skeletons import skeleton
 from lightning_memopt.plans.placement import shard_dims
-from lightning_memopt.sharding import collectives
 from lightning_memopt.sharding.tensors import local_tensor
 
 MODELS = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-2-70b")
 RANKS = (1, 8, 64, 256, 1024)
 RECIPES = ("adamw", "adapm_lean", "adapm", "adam_snsm", "adafactor")
 STEP = 2  # a tenth of the subspaces are chosen again
-ADAM = (DenseMomentum(), DenseSecondMoment())
 
 
 @dataclass(frozen=True)
@@ -64,102 +55,48 @@ class Result:
     operations: int
 
 
-class CountedMesh(PlannedMesh):
-    """A planned mesh with a process group, which is the mesh itself."""
-
-    def get_group(self, mesh_dim: int) -> CountedMesh:
-        """Return the group of all ranks."""
-        return self
-
-    def get_local_rank(self, mesh_dim: int) -> int:
-        """Return the rank."""
-        return self.rank
-
-
-class Sent:
+class Sent(PlannedGroup):
     """Counts collectives, and the bytes that a rank sends in them on a ring."""
 
     def __init__(self, ranks: int) -> None:
         self.share, self.count, self.nbytes = (ranks - 1) / ranks, 0, 0.0
 
-    def all_reduce(self, flat: Tensor, group: Any) -> None:
+    def allreduce(self, tensors: Sequence[Tensor], options: Any) -> None:
         """Count a sum: its bytes go around once to be reduced, and once more to be gathered."""
-        self.add(2 * flat.nbytes)
+        self.add(2 * sum(tensor.nbytes for tensor in tensors))
 
-    def all_gather(self, whole: Tensor, piece: Tensor, group: Any) -> None:
+    def all_gather_single(self, output: Tensor, piece: Tensor, options: Any) -> None:
         """Count a gather."""
-        self.add(whole.nbytes)
+        self.add(output.nbytes)
 
     def add(self, nbytes: int) -> None:
         """Count a collective in which this many bytes go around the ring."""
         self.count, self.nbytes = self.count + 1, self.nbytes + nbytes * self.share
 
 
-class Scratch(TorchDispatchMode):
-    """Counts operations, and the largest number of bytes of storages made inside that live at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.now, self.peak = 0, 0, 0
-        self._made: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in given and id(storage) not in self._made:
-                    self._add(storage)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = id(storage), storage.nbytes()
-
-        def freed(reference: Any) -> None:
-            self.now -= nbytes
-            del self._made[key]
-
-        self._made[key] = weakref.ref(storage, freed)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
-def divided(module: nn.Module, ranks: int) -> nn.Module:
+def divided(module: nn.Module, sent: Sent, ranks: int) -> nn.Module:
     """Return the module as the strategy shards it, on the meta device, as rank 0 sees it."""
     if ranks == 1:
         return outline(module, lambda param: whole_parameter(param, param.dtype))
-    mesh, dims = CountedMesh(ranks), shard_dims(module, ranks)
+    mesh, dims = PlannedMesh(ranks, group=sent), shard_dims(module, ranks)
     return outline(module, lambda param: sharded_parameter(param, param.dtype, dim=dims[param], mesh=mesh))
 
 
 def measure(name: str, recipe: str, ranks: int) -> Result:
     """Count one step."""
-    module = skeleton(name)
-    model = divided(module, ranks)
-    for param, grad in zip(model.parameters(), divided(module, ranks).parameters(), strict=True):
+    module, sent = skeleton(name), Sent(ranks)
+    model = divided(module, sent, ranks)
+    for param, grad in zip(model.parameters(), divided(module, sent, ranks).parameters(), strict=True):
         param.grad = grad
     optimizer = lm.MemOpt(model.named_parameters(), recipe=recipe, lr=1e-3)
-    blocks: dict[Tensor, list[Any]] = {}
-    for group, param, block in optimizer.blocks():
-        blocks.setdefault(param, []).append((group, block))
-    updates, state = [], 0
-    for param, entries in blocks.items():
-        tensors = initial_state([block for _, block in entries])
-        state += sum(local_tensor(value).nbytes for key, value in tensors.items() if key != "step")
-        updates += [Update(block, param, tensors, group, STEP) for group, block in entries if block.kinds != ADAM]
-    sent, scratch = Sent(ranks), Scratch()
-    with (
-        mock.patch.object(collectives.dist, "all_reduce", sent.all_reduce),
-        mock.patch.object(collectives, "_all_gather", sent.all_gather),
-        torch.no_grad(),
-        scratch,
-    ):
+    updates, counted = updates_of(optimizer, STEP), Temporaries()
+    states = {id(update.state): update.state for update in updates}.values()
+    state = sum(local_tensor(value).nbytes for each in states for key, value in each.items() if key != "step")
+    with torch.no_grad(), counted:
         Step(updates).run(Watch())
     if ranks > 1:
-        sent.add(2 * torch.float32.itemsize * (4 * len(blocks) + 3))  # the gradient check: guards.verdict
-    return Result(name, recipe, ranks, state, scratch.peak, round(sent.nbytes), sent.count, scratch.operations)
+        sent.add(2 * torch.float32.itemsize * (4 * len(states) + 3))  # the gradient check: guards.verdict
+    return Result(name, recipe, ranks, state, counted.peak, round(sent.nbytes), sent.count, counted.operations)
 
 
 def table(results: Sequence[Result], value: str, unit: float, digits: int) -> str:

@@ -1,6 +1,6 @@
 """Write docs/memory-budget.md: how many devices a model needs, by memory and settings, as the planner says.
 
-python docs/budget.py > docs/memory-budget.md    # two minutes
+python docs/budget.py > docs/memory-budget.md    # ten minutes
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MODELS = ("llama-1b", "llama-7b", "llama-2-13b", "llama-3-70b")
 CARDS = (24, 48, 80)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RECIPE = "adapm_lean"
-# Share of a device's memory that a plan must leave for activations and the rest.
+# Share of a device's memory that must be left for activations and the rest.
 FREE = 0.15
 HALF, RELEASE, BITS = {"precision": "bf16-true"}, {"gradient_release": True}, {"master_weight_bits": 24}
 SETTINGS = (
@@ -42,11 +42,12 @@ def page() -> Iterator[str]:
     yield f"""# What fits on my card
 
 `python docs/budget.py` generates this page with the planner, which builds the optimizer itself on the meta device. A
-cell is the smallest number of devices (of {", ".join(map(str, RANKS))}) on which parameters, gradients, optimizer state
-and the largest gathered unit take at most {1 - FREE:.0%} of the memory. The rest is for activations, which depend on
-your batch; with activation checkpointing and short sequences, less is enough. "float32" is `precision="32-true"`,
+cell is the smallest number of devices (of {", ".join(map(str, RANKS))}) on which the peak takes at most {1 - FREE:.0%} of
+the memory: parameters, gradients, optimizer state, gathered units and their gradients, and the step's scratch
+([memory.md](memory.md#before-training)). The rest is for activations, which depend on your batch; with activation
+checkpointing and short sequences, less is enough. "float32" is `precision="32-true"`,
 "bfloat16" is `bf16-true` ([bfloat16.md](bfloat16.md)); [gradient_release.md](gradient_release.md) says what gradient
-release changes. For your own model and numbers: `lightning-memopt plan` ([memory.md](memory.md#before-training)).
+release changes. For your own model and numbers: `lightning-memopt plan`.
 """
     for model in MODELS:
         plans = {

@@ -18,7 +18,9 @@ LLAMA_SHAPES = {
 }
 
 
-def tiny_llama(seed: int = 0, hidden: int = 32, intermediate: int = 88, layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, hidden: int = 32, intermediate: int = 88, layers: int = 2, vocabulary: int = VOCAB
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -26,7 +28,7 @@ def tiny_llama(seed: int = 0, hidden: int = 32, intermediate: int = 88, layers: 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         max_position_embeddings=LENGTH,
         attn_implementation="eager",
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_memopt.cli.commands import COMMANDS
 from lightning_memopt.optim import classes
-from lightning_memopt.planner.planning import PRECISIONS
+from lightning_memopt.planner.settings import PRECISIONS
 from lightning_memopt.planner.skeletons import model_names
 from lightning_memopt.plans.recipes import recipe_names
 from lightning_memopt.terminal.parser import Parser

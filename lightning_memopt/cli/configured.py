@@ -76,6 +76,7 @@ def configured(args: list[str]) -> Configured:
     if not issubclass(cls, MemOpt):
         return Configured(cli.model, None, **cli.run)
     options = optimizer.init_args.as_dict()
+    cli.run["settings"]["master_weight_bits"] = options.get("master_weight_bits", 16)
     defaults = {
         key: entry.default for each in (MemOpt, cls) for key, entry in inspect.signature(each).parameters.items()
     }
@@ -91,20 +92,27 @@ def configured(args: list[str]) -> Configured:
 def _settings_of(trainer: Any) -> dict[str, Any]:
     """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
     devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
-    known = str(devices).isdigit() and int(devices) > 0
-    found: dict[str, Any] = {"precision": trainer.precision, "ranks": int(devices) * nodes if known else None}
     name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
     options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
-    sharded = name in ("memopt_fsdp", "auto") or name.endswith(".MemOptFSDPStrategy")
-    if not sharded:
-        found["warning"] = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."
-    uncounted = [key for key in ("replicate_size", "tensor_parallel_size") if options.get(key, 1) != 1]
-    uncounted += ["cpu_offload"] if options.get("cpu_offload") else []
-    if uncounted:
-        what = ", ".join(uncounted)
-        found["warning"] = f"{what} of the strategy is not planned: everything is sharded over all ranks."
-    found["gradient_release"] = bool(options.get("gradient_release"))
-    return {**found, "averaged": _averages(trainer.callbacks), "wrap": resolve_policy("wrap", options.get("wrap"))}
+    fsdp = name == "memopt_fsdp" or name.endswith(".MemOptFSDPStrategy")
+    found: dict[str, Any] = {
+        "precision": trainer.precision,
+        "fsdp": fsdp,
+        "averaged": _averages(trainer.callbacks),
+        "wrap": resolve_policy("wrap", options.get("wrap")),
+        "gradient_release": bool(options.get("gradient_release")),
+        "cpu_offload": bool(options.get("cpu_offload")),
+        "replicate_size": options.get("replicate_size", 1),
+        "reshard_after_forward": options.get("reshard_after_forward", True) is not False,
+    }
+    if str(devices).isdigit() and int(devices) > 0:
+        found["world_size"] = int(devices) * nodes
+    warning = ""
+    if not fsdp and name != "auto":
+        warning = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."
+    if options.get("tensor_parallel_size", 1) != 1:
+        warning = "tensor_parallel_size of the strategy is not planned: everything is sharded over all ranks."
+    return {"settings": found, "warning": warning}
 
 
 def _averages(callbacks: Any) -> bool:

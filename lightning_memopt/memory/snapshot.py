@@ -104,7 +104,7 @@ class ProcessMemory:
     Attributes:
         device: Where the parameters are. ``peak`` refers to this device.
         parameters: Bytes of parameters.
-        gradients: Bytes of existing gradients.
+        gradients: Bytes of existing gradients, or with gradient release the most that existed at a time.
         buffers: Bytes of the modules' buffers.
         peak: Peak memory: on a GPU, of tensors (``torch.cuda.max_memory_allocated``); on a CPU, the resident set of
             the process, including the interpreter and libraries.

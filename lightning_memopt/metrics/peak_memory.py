@@ -23,8 +23,10 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
 
     Returns:
         ``peak``, and its parts: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (with counters) and
-        ``rest``: activations, temporaries and memory of the allocator, and on a CPU the interpreter and libraries.
-        Gradients count if they exist when the snapshot is taken, for example before an optimizer step.
+        ``rest``: activations, gathered parameters, temporaries and memory of the allocator, and on a CPU the
+        interpreter and libraries.
+        Gradients count if they exist when the snapshot is taken, for example before an optimizer step, or if they were
+        released: the most that existed at a time.
 
     Raises:
         ValueError: If the snapshot does not include a module.

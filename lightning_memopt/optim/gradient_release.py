@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_memopt.sharding.consensus import world_size
-from lightning_memopt.sharding.tensors import is_dtensor
+from lightning_memopt.sharding.tensors import is_dtensor, local_tensor
 from lightning_memopt.sharding.wrapping import parameters_by_unit
 
 
@@ -22,6 +22,10 @@ class GradientRelease:
     modules. A parameter outside of them is a unit of its own. What has no gradient in a backward pass, or belongs to a
     unit with such a parameter, is left to ``optimizer.step()``. So are errors: an exception in the backward pass would
     leave FSDP2 half way. After one, the pass frees gradients and updates nothing.
+
+    Attributes:
+        active: Whether gradients are released.
+        peak_bytes: The most bytes of gradients that existed at a time so far, on this rank.
     """
 
     def __init__(self, units: Sequence[Sequence[Tensor]], update: Callable[[Sequence[Tensor]], None]) -> None:
@@ -36,7 +40,7 @@ class GradientRelease:
         self._missing: list[set[Tensor]] = []
         self._seen: set[Tensor] = set()
         self._error: Exception | None = None
-        self.active = True
+        self.active, self.peak_bytes, self._held = True, 0, 0
         self.start_over()
 
     def start_over(self) -> None:
@@ -44,6 +48,7 @@ class GradientRelease:
         if not self.active:
             return
         self._seen.clear()
+        self._held = 0
         self._missing = [{param for param in unit if param.requires_grad} for unit in self._units]
         for number, missing in enumerate(self._missing):
             for param in missing - self._handles.keys():
@@ -85,10 +90,14 @@ class GradientRelease:
                 "failed). To add up gradients of several passes, train without it. Reentrant activation checkpointing "
                 "counts as a pass of its own: use `use_reentrant=False`. The second pass has updated nothing."
             )
+        if param not in self._seen:
+            self._held += _nbytes(param)
+            self.peak_bytes = max(self.peak_bytes, self._held)
         self._seen.add(param)
         missing = self._missing[number]
         missing.discard(param)
         if self._error is not None:
+            self._held -= _nbytes(param)
             param.grad = None
         elif not missing:
             try:
@@ -96,7 +105,12 @@ class GradientRelease:
             except Exception as error:  # of any type: it is raised in the step
                 self._error = error
             for each in self._units[number]:
+                self._held -= _nbytes(each)
                 each.grad = None
+
+
+def _nbytes(param: Tensor) -> int:
+    return 0 if param.grad is None else local_tensor(param.grad).nbytes
 
 
 def units_of(model: nn.Module, mine: set[Tensor]) -> list[list[Tensor]]:

@@ -61,6 +61,10 @@ def take_snapshot(
     given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else _checked(optimizers)
     storages = Storages()
     memory = _memory(module, storages) if module is not None else None
+    if memory is not None:
+        handles = [optimizer.gradient_release for optimizer in given if isinstance(optimizer, MemOpt)]
+        released = sum(handle.peak_bytes for handle in handles if handle is not None)
+        memory = replace(memory, gradients=max(memory.gradients, released))
     names = _names(module)
     found = [
         optimizer.snapshot() if isinstance(optimizer, MemOpt) else _foreign(optimizer, names, module, storages)

@@ -71,6 +71,10 @@ class Step:
         wanted = [(update, update.gather_requests()) for update in updates if not update.block.layout.empty]
         self._waves = list(packed(wanted, _held))
 
+    def waves(self) -> list[list[Update]]:
+        """Return the updates of every wave."""
+        return [[each for each, _ in wave] for wave in self._waves]
+
     def run(self, watch: Watch) -> None:
         """Update all blocks. ``watch`` records what happens to the weights."""
         for wave in self._waves:

@@ -72,7 +72,7 @@ class Update:
             return False
         if layout.slot is not None or layout.state_dtype != layout.dtype:
             return False
-        if layout.device.type not in ("cpu", "cuda") or self.group["betas"][1] == 1 or self.rates.checked:
+        if layout.device.type not in ("cpu", "cuda", "meta") or self.group["betas"][1] == 1 or self.rates.checked:
             return False
         tensors = [local_tensor(tensor) for tensor in (self.param, self.grad)]
         return all(tensor.dtype == layout.dtype and tensor.is_contiguous() for tensor in tensors)

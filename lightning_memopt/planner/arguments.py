@@ -6,17 +6,17 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.planning import Candidate
 from lightning_memopt.planner.skeletons import model_names
-from lightning_memopt.sharding.wrapping import Policy
 from lightning_memopt.terminal.parser import Parser
 
 EPILOG = (
@@ -31,21 +31,13 @@ class Configured:
     Attributes:
         module: The LightningModule, on the meta device.
         optimizer: The optimizer, if it is one of this package.
-        precision: The trainer's precision.
-        ranks: The trainer's number of devices, if the config gives a number.
-        wrap: The modules that the strategy gathers as units.
-        averaged: Whether a callback keeps averaged weights.
-        gradient_release: Whether the strategy releases gradients.
+        settings: Those that the config decides, by their names in :class:`RunSettings`.
         warning: A warning about strategy settings that are not planned; empty if there are none.
     """
 
     module: nn.Module
     optimizer: Candidate | None
-    precision: str | int | None = None
-    ranks: int | None = None
-    wrap: Policy | None = None
-    averaged: bool = False
-    gradient_release: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
     warning: str = ""
 
 

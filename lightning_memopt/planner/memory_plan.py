@@ -8,16 +8,8 @@ from typing import Any
 from lightning_memopt.memory.sizes import format_bytes, format_share
 
 ADAMW = "torch.optim.AdamW"
-COLUMNS = (
-    "recipe",
-    "parameters",
-    "gradients",
-    "optimizer state",
-    "saved",
-    "largest block, unsharded",
-    "total",
-    "left for activations",
-)
+COLUMNS = ("recipe", "gradients", "optimizer state", "saved", "scratch", "peak", "left for activations")
+HOST = "in CPU memory"
 
 
 @dataclass(frozen=True)
@@ -25,12 +17,14 @@ class RecipeMemory:
     """The memory of one rank with one recipe, in bytes.
 
     Attributes:
-        recipe: The recipe's name. The first row is ``torch.optim.AdamW``.
+        recipe: The recipe's name. The first row is ``torch.optim.AdamW`` with ``fused=True``.
         state_bytes: Optimizer state.
-        total_bytes: Parameters and their average, gradients, optimizer state and the unsharded parameters of the
-            largest unit.
+        total_bytes: The peak on the device, without activations: the most that parameters and their average, buffers,
+            optimizer state, gradients, unsharded units and the step's scratch take at a time.
         saved: Fraction of AdamW's state that the recipe saves.
         gradient_bytes: Gradients: all of them, or with gradient release the most that exist at a time.
+        scratch_bytes: The most temporary memory of a step.
+        host_bytes: With CPU offloading, what is in CPU memory: parameters, gradients, optimizer state and scratch.
         remaining: Device memory left for activations; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
         rates: How rates of blocks differ from those of their parameter groups, in words.
@@ -41,6 +35,8 @@ class RecipeMemory:
     total_bytes: int
     saved: float
     gradient_bytes: int
+    scratch_bytes: int
+    host_bytes: int = 0
     remaining: int | None = None
     fits: bool | None = None
     rates: tuple[str, ...] = ()
@@ -48,12 +44,11 @@ class RecipeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory between forward and step of the rank that holds the most, in bytes.
+    """The peak memory of the rank that holds the most, in bytes, without activations.
 
-    The plan includes parameters as ``fully_shard`` pads them, reduced gradients, optimizer state, and the full
-    parameters of the largest module that ``fully_shard`` gathers at once. It excludes activations, the gradients of
-    that module before reduction, modules that are prefetched or that contain it, temporaries of collectives and of the
-    step, buffers, step counters, and the allocator's overhead.
+    The plan includes parameters as ``fully_shard`` pads them, buffers, reduced gradients, optimizer state, temporaries
+    of the step, and at the fullest moment of the backward pass gathered parameters, gradients that are not yet reduced,
+    and the buffers of both. It excludes activations, step counters and the allocator's overhead.
 
     Attributes:
         model: Name of the model.
@@ -64,14 +59,18 @@ class MemoryPlan:
         parameter_bytes: Parameters.
         gradient_bytes: Gradients of all parameters that train.
         counter_bytes: Step counters, one per parameter that trains. They are in CPU memory, and in no total.
-        unsharded_bytes: Parameters of the largest unit, gathered in its compute dtype; 0 on one rank.
-        largest_unit: Name of the largest unit; None on one rank.
+        unsharded_bytes: The most that gathered parameters, unreduced gradients and the buffers of both take at a time;
+            0 if nothing is sharded.
+        largest_unit: Name of the largest unit; None if nothing is sharded.
         matrices: Number of parameters with two or more dimensions.
         unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
+        buffer_bytes: The modules' buffers.
+        averaged_bytes: The average of the parameters that a callback keeps, in the dtype of the module.
         gradient_release: Whether recipes release gradients. AdamW, which is torch's, does not.
         master_weight_bits: Bits that recipes keep of every bfloat16 weight. More than 16 are state.
-        averaged_bytes: The average of the parameters that a callback keeps, in the dtype of the module; in the totals.
+        replicate_size: Number of replicas of the sharded model.
+        cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory.
     """
 
     model: str
@@ -87,9 +86,12 @@ class MemoryPlan:
     matrices: int
     unknown: tuple[str, ...]
     rows: tuple[RecipeMemory, ...]
+    buffer_bytes: int = 0
     averaged_bytes: int = 0
     gradient_release: bool = False
     master_weight_bits: int = 16
+    replicate_size: int = 1
+    cpu_offload: bool = False
 
     @property
     def first_fit(self) -> str | None:
@@ -111,13 +113,30 @@ class MemoryPlan:
     def title(self) -> str:
         """Return a one-line title."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        settings = [self.precision, *(["gradient release"] if self.gradient_release else [])]
+        replicas = [f"{self.replicate_size} replicas"] if self.replicate_size > 1 else []
+        settings = [*replicas, self.precision, *(["gradient release"] if self.gradient_release else [])]
         if self.master_weight_bits > 16 and self.precision == "bf16-true":
             settings.append(f"{self.master_weight_bits} bits of each weight")
-        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {', '.join(settings)}, memory per rank"
+        settings += ["CPU offloading"] if self.cpu_offload else []
+        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {', '.join(settings)}"
+
+    def shared(self) -> str:
+        """Return in words what all recipes have in common."""
+        sizes = {
+            "parameters": self.parameter_bytes,
+            "averaged weights": self.averaged_bytes,
+            "buffers": self.buffer_bytes,
+            "unsharded units and their gradients": self.unsharded_bytes,
+        }
+        return f"On each rank: {', '.join(f'{name} {format_bytes(size)}' for name, size in sizes.items() if size)}."
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of the columns."""
+        found = [name for name in COLUMNS if self.gpu_memory is not None or name != COLUMNS[-1]]
+        return tuple([*found, HOST] if self.cpu_offload else found)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the text of every row, in the order of :data:`COLUMNS`.
+        """Return the text of every row, in the order of :meth:`columns`.
 
         An asterisk marks recipes if some blocks have no known role.
         """
@@ -125,13 +144,13 @@ class MemoryPlan:
         return [
             (
                 row.recipe + (mark if row.recipe != ADAMW else ""),
-                format_bytes(self.parameter_bytes),
                 format_bytes(row.gradient_bytes),
                 format_bytes(row.state_bytes),
                 format_share(row.saved) if row.recipe != ADAMW else "",
-                format_bytes(self.unsharded_bytes),
+                format_bytes(row.scratch_bytes),
                 format_bytes(row.total_bytes),
-                "" if row.remaining is None else remaining(row.remaining),
+                *([] if row.remaining is None else [remaining(row.remaining)]),
+                *([format_bytes(row.host_bytes)] if self.cpu_offload else []),
             )
             for row in self.rows
         ]
@@ -139,13 +158,10 @@ class MemoryPlan:
     def note(self) -> str:
         """Return what the table does not say, a line each; empty if there is nothing.
 
-        These are the footnote of the asterisk, the bytes of averaged weights, and the rates of blocks.
+        These are the footnote of the asterisk, and the rates of blocks.
         """
-        lines, count = [], len(self.unknown)
-        if count:
-            lines.append(f"* {count} of {self.matrices} matrices have no known role and count as 'other'.")
-        if self.averaged_bytes:
-            lines.append(f"The totals include {format_bytes(self.averaged_bytes)} of averaged weights.")
+        count = len(self.unknown)
+        lines = [f"* {count} of {self.matrices} matrices have no known role and count as 'other'."] if count else []
         return "\n".join([*lines, *(f"{row.recipe}: {', '.join(row.rates)}." for row in self.rows if row.rates)])
 
     def __str__(self) -> str:
@@ -153,14 +169,13 @@ class MemoryPlan:
 
     def table(self) -> str:
         """Return a plain-text table."""
-        header = COLUMNS if self.gpu_memory is not None else COLUMNS[:-1]
-        rows = [header, *(cells[: len(header)] for cells in self.cells())]
+        rows = [self.columns(), *self.cells()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         first, *others = (
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
         )
         rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([self.title(), "", first, rule, *others, *filter(None, [self.note()])])
+        return "\n".join([self.title(), self.shared(), "", first, rule, *others, *filter(None, [self.note()])])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as types that JSON supports."""

@@ -6,8 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from lightning_memopt.memory.sizes import format_bytes, parse_bytes
 from lightning_memopt.optim.weights import SIZES
@@ -19,24 +22,37 @@ from lightning_memopt.planner.arguments import (
     read_model,
 )
 from lightning_memopt.planner.figure import sweep_figure
-from lightning_memopt.planner.memory_plan import ADAMW, COLUMNS, MemoryPlan, remaining
-from lightning_memopt.planner.planning import PRECISIONS, Candidate, candidates, plan_module
+from lightning_memopt.planner.memory_plan import ADAMW, COLUMNS, HOST, MemoryPlan, remaining
+from lightning_memopt.planner.planning import Candidate, candidates, plan_module
 from lightning_memopt.planner.role_table import RoleTable
 from lightning_memopt.planner.roles_command import print_roles
+from lightning_memopt.planner.settings import PRECISIONS, RunSettings
 from lightning_memopt.plans.recipes import recipe_names
 from lightning_memopt.terminal.parser import EXPECTED, Parser
 from lightning_memopt.terminal.tables import console, table
 
 MOST_RANKS = 64
-_FLAGS = {"precision": "--precision bf16-true", "gradient_release": "--gradient-release"}
+# Settings that take less memory, in the order in which they are tried.
+_CHANGES: dict[str, Any] = {"gradient_release": True, "precision": "bf16-true", "cpu_offload": True}
+_WAYS = (
+    ("gradient_release",),
+    ("precision",),
+    ("precision", "gradient_release"),
+    ("cpu_offload",),
+    ("precision", "cpu_offload"),
+)
+_FLAGS = {
+    "precision": "--precision bf16-true",
+    "gradient_release": "--gradient-release",
+    "cpu_offload": "--cpu-offload",
+}
 PICTURES = (".png", ".pdf", ".svg")
 # Column headers that keep the table within 80 columns.
 _BREAKS = {
-    "parameters": "params",
     "gradients": "grads",
     "optimizer state": "optimizer\nstate",
-    "largest block, unsharded": "largest\nblock,\nunsharded",
     "left for activations": "left for\nactivations",
+    HOST: "in CPU\nmemory",
 }
 
 
@@ -56,16 +72,17 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     if options.plot is not None and not Path(options.plot).parent.is_dir():
         parser.error(f"--plot {options.plot}: there is no folder {str(Path(options.plot).parent)!r}; create it first.")
     try:
-        optimizers = candidates(options.recipe, master_weight_bits=options.master_weight_bits)
+        candidates(options.recipe)  # an unknown recipe is an error before a config is read
         name, found = read_model(options, others, configured)
+        settings = _settings(options, found)
+        optimizers = candidates(options.recipe, master_weight_bits=settings.master_weight_bits)
         optimizers = [found.optimizer, *optimizers] if found.optimizer is not None else optimizers
-        options.precision = options.precision or found.precision
-        options.gradient_release = options.gradient_release or found.gradient_release
-        sizes = _world_sizes(options, found.ranks)
-        plans = [_plan(options, name, found, optimizers, size) for size in sizes]
+        asked = _Question(name, found.module, optimizers, options.gpu_memory)
+        sizes = _world_sizes(options.world_size, settings) if options.sweep else [settings.world_size]
+        plans = [asked.plan(replace(settings, world_size=size)) for size in sizes]
         plot = _write_figure(options, plans) if options.sweep else None
         roles = RoleTable.of(name, found.module) if options.roles else None
-        way_out = None if plot else _way_out(plans[0], options, name, found, optimizers)
+        way_out = None if plot else _way_out(plans[0], asked, settings)
     except EXPECTED as error:
         parser.error(" ".join(str(error).split()))
     _warn(plans[0], found.warning)
@@ -123,9 +140,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--master-weight-bits",
         type=int,
-        default=16,
         choices=SIZES,
-        help="Bits that recipes keep of every bfloat16 weight (default: 16, those of the weight).",
+        help="Bits that recipes keep of every bfloat16 weight (default: those of the config, or 16).",
+    )
+    parser.add_argument("--replicate-size", type=int, metavar="N", help="Number of replicas, as in MemOptFSDPStrategy.")
+    parser.add_argument(
+        "--cpu-offload",
+        action="store_true",
+        help="Parameters, gradients and state are in CPU memory, as with MemOptFSDPStrategy(cpu_offload=True).",
     )
     parser.add_argument(
         "--roles", action="store_true", help="Also show the role of every weight, as `lightning-memopt roles` does."
@@ -147,29 +169,32 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _world_sizes(options: argparse.Namespace, configured: int | None) -> list[int]:
-    if not options.sweep:
-        return [configured or 1 if options.world_size is None else options.world_size]
-    most = max(configured or 1, MOST_RANKS) if options.world_size is None else options.world_size
-    # Without a single rank, the plan itself says what is wrong.
-    return sorted({*(1 << power for power in range(max(0, most).bit_length())), most})
+def _settings(options: argparse.Namespace, found: Configured) -> RunSettings:
+    """Return the settings of the config, changed by the options that were given."""
+    names = ("world_size", "precision", "gradient_release", "master_weight_bits", "replicate_size", "cpu_offload")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    return RunSettings(**{**found.settings, **given})
 
 
-def _plan(
-    options: argparse.Namespace, name: str, found: Configured, optimizers: list[Candidate], world_size: int
-) -> MemoryPlan:
-    return plan_module(
-        found.module,
-        optimizers,
-        name=name,
-        world_size=world_size,
-        gpu_memory=options.gpu_memory,
-        precision=options.precision,
-        wrap=found.wrap,
-        averaged=found.averaged,
-        gradient_release=options.gradient_release,
-        master_weight_bits=options.master_weight_bits,
-    )
+def _world_sizes(most: int | None, settings: RunSettings) -> list[int]:
+    """Return the numbers of ranks of a sweep: powers of two, of those that the replicas divide, and the last one."""
+    most = max(settings.world_size, MOST_RANKS) if most is None else most
+    sizes = {*(1 << power for power in range(most.bit_length())), most}
+    return sorted(size for size in sizes if size % settings.replicate_size == 0)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked: the name of a model, the model, the optimizers, and the memory of a device."""
+
+    name: str
+    module: nn.Module
+    optimizers: list[Candidate]
+    gpu_memory: int | None
+
+    def plan(self, settings: RunSettings) -> MemoryPlan:
+        return plan_module(self.module, self.optimizers, settings, name=self.name, gpu_memory=self.gpu_memory)
 
 
 def _write_figure(options: argparse.Namespace, plans: list[MemoryPlan]) -> str:
@@ -205,13 +230,16 @@ def _print(plan: MemoryPlan, asked: list[str], way_out: str | None) -> None:
     from rich.text import Text
 
     shown, limited = console(), plan.gpu_memory is not None
-    shown.print(plan.title(), markup=False, soft_wrap=True)
-    found = _table(COLUMNS if limited else COLUMNS[:-1])
+    shown.print(f"{plan.title()}\n{plan.shared()}", markup=False, soft_wrap=True)
+    found = _table(plan.columns())
     fits, not_fits = ("✓", "✗") if shown.encoding.startswith("utf") else ("fits", "does not fit")
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
-        mark = Text(f"{cells[-1]} {fits}", "green") if row.fits else Text(f"{cells[-1]} {not_fits}", "red")
-        left = [mark] if limited else []
-        found.add_row(_label(cells[0]), *map(Text, cells[1:-1]), *left)
+        shown_cells = [*map(Text, cells[1:])]
+        if limited:
+            where = COLUMNS.index("left for activations")
+            text = f"{cells[where]} {fits if row.fits else not_fits}"
+            shown_cells[where - 1] = Text(text, "green" if row.fits else "red")
+        found.add_row(_label(cells[0]), *shown_cells)
     shown.print(found)
     lines = [plan.note()]
     if limited:
@@ -230,22 +258,26 @@ def _verdict(plan: MemoryPlan, recipe: str) -> str:
     return f"{recipe} does not fit in {memory}: it needs {format_bytes(row.total_bytes)} before activations."
 
 
-def _way_out(
-    plan: MemoryPlan, options: argparse.Namespace, name: str, found: Configured, optimizers: list[Candidate]
-) -> str | None:
+def _way_out(plan: MemoryPlan, asked: _Question, settings: RunSettings) -> str | None:
     """Return the first settings with which a recipe fits, if none does with those asked for."""
     if plan.gpu_memory is None or plan.first_fit is not None:
         return None
-    half: dict[str, Any] = {} if plan.precision == "bf16-true" else {"precision": "bf16-true"}
-    release: dict[str, Any] = {} if plan.gradient_release else {"gradient_release": True}
-    for changes in filter(None, (release, half, half and release and {**half, **release})):
-        changed = argparse.Namespace(**{**vars(options), **changes})
-        other = _plan(changed, name, found, optimizers, plan.world_size)
-        if other.first_fit is not None:
-            left = other.row(other.first_fit).remaining
-            assert left is not None
-            flags = [_FLAGS[key] for key in changes]
-            return f"With {' '.join(flags)}, {other.first_fit} fits: {remaining(left)} left for activations."
+    least = min(plan.rows, key=lambda row: row.total_bytes).recipe
+    smallest = [entry for entry in asked.optimizers if entry.label == least]
+    for names in _WAYS:
+        changes = {name: _CHANGES[name] for name in names if getattr(settings, name) != _CHANGES[name]}
+        if len(changes) < len(names):
+            continue  # that is what was asked for, or another way
+        wanted = replace(settings, **changes)
+        # Most often nothing fits, which the smallest says.
+        if replace(asked, optimizers=smallest).plan(wanted).first_fit is None:
+            continue
+        other = asked.plan(wanted)
+        assert other.first_fit is not None
+        left = other.row(other.first_fit).remaining
+        assert left is not None
+        flags = " ".join(_FLAGS[name] for name in names)
+        return f"With {flags}, {other.first_fit} fits: {remaining(left)} left for activations."
     return None
 
 

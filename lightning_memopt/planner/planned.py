@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,32 @@ from torch import Tensor, nn
 from lightning_memopt.sharding.tensors import local_part
 
 
+class PlannedGroup:
+    """A stand-in for a ``ProcessGroup``, with the methods that ``torch.distributed`` calls. It sends nothing."""
+
+    def allreduce(self, tensors: Sequence[Tensor], options: Any) -> None:
+        """Leave the tensors as they are."""
+
+    def all_gather_single(self, output: Tensor, piece: Tensor, options: Any) -> None:
+        """Leave the output as it is."""
+
+    def _allgather_base(self, output: Tensor, piece: Tensor, options: Any) -> None:
+        self.all_gather_single(output, piece, options)  # before torch 2.13
+
+
 @dataclass(frozen=True)
 class PlannedMesh:
     """A stand-in for a one-dimensional ``DeviceMesh``, with the methods that DTensor and the optimizer call.
 
-    It has no process group, because planning does not communicate.
-
     Attributes:
         ranks: Number of ranks.
         rank: The rank that it represents.
+        group: The process group.
     """
 
     ranks: int
     rank: int = 0
+    group: PlannedGroup = PlannedGroup()
     device_type: str = "meta"
     ndim: int = 1
 
@@ -35,6 +49,14 @@ class PlannedMesh:
     def size(self, mesh_dim: int | None = None) -> int:
         """Return the number of ranks."""
         return self.ranks
+
+    def get_group(self, mesh_dim: int | None = None) -> PlannedGroup:
+        """Return the group of all ranks."""
+        return self.group
+
+    def get_local_rank(self, mesh_dim: int | None = None) -> int:
+        """Return the rank."""
+        return self.rank
 
     def get_coordinate(self) -> list[int]:
         """Return the coordinates of the rank in the mesh."""

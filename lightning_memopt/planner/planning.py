@@ -12,30 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_memopt._registry import unknown
 from lightning_memopt.memory.sizes import parse_bytes
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.weights import weight_bits
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
-from lightning_memopt.planner.planned import PlannedMesh, outline, sharded_parameter, whole_parameter
-from lightning_memopt.plans.placement import shard_dims
+from lightning_memopt.planner.planned import PlannedMesh, outline
+from lightning_memopt.planner.scratch import step_scratch
+from lightning_memopt.planner.settings import RunSettings
+from lightning_memopt.planner.sharding import Sharding
 from lightning_memopt.plans.plan import Plan
 from lightning_memopt.plans.recipes import load_plan, recipe_names
 from lightning_memopt.plans.roles import names_without_role
 from lightning_memopt.sharding.tensors import local_tensor
-from lightning_memopt.sharding.wrapping import (
-    Policy,
-    Unit,
-    divided_by_dtype,
-    find_units,
-    own_modules,
-)
 
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
-# Other forms that the Trainer accepts.
-SHORT: dict[Any, str] = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
 LEAST_MEMORY = 1 << 20
 RecipeT = str | os.PathLike[str] | Mapping[str, Any] | Plan
 ModelT = str | os.PathLike[str] | nn.Module
@@ -63,6 +54,8 @@ def plan_memory(
     precision: str = "32-true",
     gradient_release: bool = False,
     master_weight_bits: int = 16,
+    replicate_size: int = 1,
+    cpu_offload: bool = False,
     averaged: bool = False,
 ) -> MemoryPlan:
     """Return the memory of the rank that holds the most, with AdamW and with recipes.
@@ -75,12 +68,14 @@ def plan_memory(
             configuration (``config.json``), or of the folder that holds it; or a module, which does not change.
         recipe: A recipe's name, the path or content of a recipe file, a plan, or a list of these. None means all named
             recipes.
-        world_size: Number of ranks. With one rank, nothing is sharded.
+        world_size: Number of ranks. With one rank, nothing is sharded, as with ``strategy="auto"``.
         gpu_memory: Memory of one device, such as "24GiB", or in bytes.
         precision: ``32-true`` and ``bf16-mixed`` keep parameters in the dtype of the module, which is float32 by
             default. ``bf16-true`` converts parameters, and so gradients and AdamW's state, but not that of recipes.
         gradient_release: Whether recipes release gradients in the backward pass, as the strategy's option does.
         master_weight_bits: Bits that recipes keep of every bfloat16 weight, as ``MemOpt`` takes it.
+        replicate_size: Number of replicas of the sharded model, as the strategy takes it.
+        cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory, as the strategy takes it.
         averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
 
     Raises:
@@ -92,13 +87,20 @@ def plan_memory(
     Example:
         >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1GiB")
         >>> plan.parameters, plan.row("adapm_lean").state_bytes, plan.first_fit
-        (134105856, 12108800, 'adam_mini')
+        (134105856, 12108800, 'adapm_lean')
     """
+    settings = RunSettings(
+        world_size=world_size,
+        replicate_size=replicate_size,
+        precision=precision,
+        gradient_release=gradient_release,
+        master_weight_bits=master_weight_bits,
+        cpu_offload=cpu_offload,
+        averaged=averaged,
+    )
     name, module = find_model(model)
-    options: Any = {"gpu_memory": gpu_memory, "precision": precision, "averaged": averaged}
-    options |= {"gradient_release": gradient_release, "master_weight_bits": master_weight_bits}
     found = candidates(recipe, master_weight_bits=master_weight_bits)
-    return plan_module(module, found, name=name, world_size=world_size, **options)
+    return plan_module(module, found, settings, name=name, gpu_memory=gpu_memory)
 
 
 def sweep_memory(
@@ -107,16 +109,13 @@ def sweep_memory(
     *,
     world_sizes: Iterable[int] = (1, 2, 4, 8, 16, 32, 64),
     gpu_memory: str | int | None = None,
-    precision: str = "32-true",
-    gradient_release: bool = False,
-    master_weight_bits: int = 16,
+    **options: Any,
 ) -> tuple[MemoryPlan, ...]:
-    """Return one plan per number of ranks. The other arguments are those of :func:`plan_memory`."""
+    """Return one plan per number of ranks. ``options`` are the other arguments of :func:`plan_memory`."""
     name, module = find_model(model)
-    options: Any = {"gpu_memory": gpu_memory, "precision": precision}
-    options |= {"gradient_release": gradient_release, "master_weight_bits": master_weight_bits}
-    found = candidates(recipe, master_weight_bits=master_weight_bits)
-    return tuple(plan_module(module, found, name=name, world_size=size, **options) for size in world_sizes)
+    settings = [RunSettings(world_size=size, **options) for size in world_sizes]
+    found = candidates(recipe, master_weight_bits=settings[0].master_weight_bits) if settings else []
+    return tuple(plan_module(module, found, each, name=name, gpu_memory=gpu_memory) for each in settings)
 
 
 def candidates(recipe: RecipeT | Sequence[RecipeT] | None, *, master_weight_bits: int = 16) -> list[Candidate]:
@@ -140,206 +139,83 @@ def _candidate(plan: Plan, bits: int) -> Candidate:
 def plan_module(
     module: nn.Module,
     optimizers: Sequence[Candidate],
+    settings: RunSettings,
     *,
     name: str,
-    world_size: int = 1,
     rank: int = 0,
     gpu_memory: str | int | None = None,
-    precision: str | int | None = "32-true",
-    wrap: Policy | None = None,
-    gradient_release: bool = False,
-    master_weight_bits: int = 16,
-    averaged: bool = False,
 ) -> MemoryPlan:
     """Return the plan for one rank. If a dimension is sharded unevenly, the first ranks hold more than the last.
 
     Args:
         module: The model, which does not change.
-        optimizers: The optimizers to compare, in addition to AdamW.
+        optimizers: The optimizers to compare, in addition to AdamW. They are created with the same number of
+            ``master_weight_bits`` as the settings say.
+        settings: The settings of the run.
         name: The name of the model.
-        world_size: See :func:`plan_memory`.
-        rank: The rank.
+        rank: The rank, among those that share one copy of the parameters.
         gpu_memory: See :func:`plan_memory`.
-        precision: See :func:`plan_memory`.
-        wrap: The modules to gather as units, as in the strategy's option.
-        gradient_release: See :func:`plan_memory`.
-        master_weight_bits: See :func:`plan_memory`; what the optimizers were created with.
-        averaged: See :func:`plan_memory`.
 
     Raises:
         ValueError: As for :func:`plan_memory`, and if the module has no parameters, or parameters without a shape.
     """
-    precision = _precision(precision)
-    _check(module, world_size)
+    _check(module)
     capacity = _capacity(gpu_memory)
-    sharding = _Sharding.of(module, name, PlannedMesh(world_size, rank), precision, wrap, release=gradient_release)
-    largest = max(sharding.units, key=sharding.gathered, default=None)
-    unsharded = sharding.gathered(largest) if largest is not None else 0
-    params = list(module.parameters())
-    stored = {param: sharding.stored(param) for param in params}
-    gradients = sum(stored[param] for param in params if param.requires_grad)
+    sharding = Sharding.of(module, name, PlannedMesh(settings.shards, rank), settings)
+    twins = {param: sharding.planned(param) for param in sharding.params}
+    copy, grads = outline(module, twins.__getitem__), outline(module, sharding.planned)
+    for param, grad in zip(copy.parameters(), grads.parameters(), strict=True):
+        param.grad = grad if param.requires_grad else None
+    parameters = sharding.stored(sharding.params)
+    buffers = sum(buffer.numel() * sharding.dtype(buffer).itemsize for buffer in module.buffers())
     # A strategy makes the average in the dtype that parameters have before they are converted.
-    average = sum(sharding.numbers(param) * param.itemsize for param in params) if averaged else 0
-    fixed = sum(stored.values()) + average + unsharded
-    kept = sharding.gradients_left(stored) if gradient_release else gradients
-    copy = outline(module, sharding.planned)
-    adamw = sum(
-        2 * local_tensor(param).numel() * param.element_size() for param in copy.parameters() if param.requires_grad
-    )
+    average = sum(sharding.numbers(each) * each.itemsize for each in sharding.params) if settings.averaged else 0
+    unsharded = sharding.unsharded()
+    gradients, kept = (sharding.held_gradients(release=release) for release in (False, settings.gradient_release))
+    adamw = sum(2 * local_tensor(param).nbytes for param in copy.parameters() if param.requires_grad)
 
-    def row(label: str, state: int, grads: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
-        total = fixed + grads + state
+    def row(label: str, state: int, grads: int, scratch: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
+        held = parameters + average + state + grads
+        # With release, steps are a part of the backward pass.
+        releases = settings.gradient_release and label != ADAMW
+        peak = max(unsharded + scratch * releases, scratch)
+        total, host = (held + buffers + peak, 0)
+        if settings.cpu_offload:
+            total, host = buffers + unsharded, held + scratch
         left = None if capacity is None else capacity - total
         saved = 1 - state / adamw if adamw else 0.0
-        return RecipeMemory(label, state, total, saved, grads, left, None if left is None else left > 0, rates)
+        fits = None if left is None else left > 0
+        return RecipeMemory(label, state, total, saved, grads, scratch, host, left, fits, rates)
 
-    snapshots = [(entry.label, _snapshot(copy, entry)) for entry in optimizers]
+    released = sharding.released() if settings.gradient_release else []
+    units: list[set[Tensor]] = [{twins[param] for param in unit} for unit in released]
+    rows = [row(ADAMW, adamw, gradients, 0)]
+    for entry in optimizers:
+        optimizer = entry.build(list(copy.parameters()))
+        optimizer.bind(copy)  # names and heads come first, so that state is created once
+        facts = optimizer.snapshot()
+        rows.append(row(entry.label, facts.local_bytes, kept, step_scratch(optimizer, units), _rates(facts)))
     return MemoryPlan(
         model=name,
-        parameters=sum(param.numel() for param in params),
-        world_size=world_size,
-        precision=precision,
+        parameters=sum(param.numel() for param in sharding.params),
+        world_size=settings.world_size,
+        replicate_size=settings.replicate_size,
+        precision=settings.precision,
+        gradient_release=settings.gradient_release,
+        master_weight_bits=settings.master_weight_bits,
+        cpu_offload=settings.cpu_offload,
         gpu_memory=capacity,
-        parameter_bytes=sum(stored.values()),
-        gradient_bytes=gradients,
-        counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in params),
-        unsharded_bytes=unsharded,
-        largest_unit=largest.name if largest is not None else None,
-        matrices=sum(param.ndim > 1 for param in params),
-        unknown=tuple(names_without_role(module)),
-        rows=(
-            row(ADAMW, adamw, gradients),
-            *(row(label, snapshot.local_bytes, kept, _rates(snapshot)) for label, snapshot in snapshots),
-        ),
+        parameter_bytes=parameters,
+        buffer_bytes=buffers,
         averaged_bytes=average,
-        gradient_release=gradient_release,
-        master_weight_bits=master_weight_bits,
+        gradient_bytes=gradients,
+        counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in sharding.params),
+        unsharded_bytes=unsharded,
+        largest_unit=sharding.largest_unit,
+        matrices=sum(param.ndim > 1 for param in sharding.params),
+        unknown=tuple(names_without_role(module)),
+        rows=tuple(rows),
     )
-
-
-@dataclass(frozen=True)
-class _Sharding:
-    """How the strategy would shard a module.
-
-    Attributes:
-        mesh: The ranks.
-        precision: Lightning's name of the precision.
-        units: The modules that are gathered as units; none on one rank.
-        own: The parameters of every unit, without those of inner units.
-        released: The same for the units whose gradients would be released, on one rank too; with whether they contain
-            others.
-        dims: The dimension along which every parameter of a unit is sharded.
-    """
-
-    mesh: PlannedMesh
-    precision: str
-    units: tuple[Unit, ...]
-    own: dict[nn.Module, list[nn.Parameter]]
-    released: tuple[tuple[list[nn.Parameter], bool], ...]
-    dims: dict[Tensor, int]
-
-    @staticmethod
-    def of(
-        module: nn.Module, name: str, mesh: PlannedMesh, precision: str, wrap: Policy | None, *, release: bool = False
-    ) -> _Sharding:
-        """Return how the strategy would shard a module."""
-        alone = mesh.ranks == 1
-        units = [] if alone and not release else _units(module, name, wrap, precision)
-        own = _own(units)
-        released = tuple(
-            (own[unit.module], any(other in own for other in unit.module.modules() if other is not unit.module))
-            for unit in units
-        )
-        if alone:
-            return _Sharding(mesh, precision, (), {}, released, {})
-        divided = {param for params in own.values() for param in params}
-        dims = {param: dim for param, dim in shard_dims(module, mesh.ranks).items() if param in divided}
-        return _Sharding(mesh, precision, tuple(units), own, released, dims)
-
-    def planned(self, param: nn.Parameter) -> nn.Parameter:
-        """Return the rank's planned parameter. Parameters outside all units are not sharded."""
-        dtype = self._dtype(param)
-        if param not in self.dims:
-            return whole_parameter(param, dtype)
-        return sharded_parameter(param, dtype, dim=self.dims[param], mesh=self.mesh)
-
-    def stored(self, param: Tensor) -> int:
-        """Return the bytes of a parameter, or its gradient, on every rank, padded to the size on the first."""
-        return self.numbers(param) * self._dtype(param).itemsize
-
-    def gradients_left(self, stored: Mapping[nn.Parameter, int]) -> int:
-        """Return the bytes of gradients that may exist at a time if units release them, given those of parameters.
-
-        These are the gradients of units that contain others, which end last; of the two largest others, since the next
-        one may begin while one is applied; and of what is not sharded.
-        """
-
-        def size(params: Iterable[nn.Parameter]) -> int:
-            return sum(stored[param] for param in params if param.requires_grad)
-
-        inside = {param for params, _ in self.released for param in params}
-        outer = sum(size(params) for params, contains in self.released if contains)
-        inner = sorted(size(params) for params, contains in self.released if not contains)
-        return outer + sum(inner[-2:]) + size(param for param in stored if param not in inside)
-
-    def gathered(self, unit: Unit) -> int:
-        """Return the bytes of a unit's gathered parameters."""
-        half = self.precision == "bf16-mixed"
-        return sum(
-            self.numbers(param)
-            * self.mesh.ranks
-            * (torch.bfloat16 if half and param.is_floating_point() else self._dtype(param)).itemsize
-            for param in self.own[unit.module]
-        )
-
-    def numbers(self, param: Tensor) -> int:
-        """Return the number of elements of a parameter on every rank, padded to the number on the first."""
-        if param not in self.dims:
-            return param.numel()
-        length = param.shape[self.dims[param]]
-        return -(-length // self.mesh.ranks) * (param.numel() // max(1, length))
-
-    def _dtype(self, param: Tensor) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16-true" and param.is_floating_point() else param.dtype
-
-
-def _own(units: Sequence[Unit]) -> dict[nn.Module, list[nn.Parameter]]:
-    """Return the parameters of every unit, without those of inner units."""
-    modules = {unit.module for unit in units}
-    return {
-        unit.module: list(
-            dict.fromkeys(
-                param
-                for _, inner in own_modules(unit.module, modules)
-                for param in inner.parameters(recurse=False)
-                if param.ndim > 0
-            )
-        )
-        for unit in units
-    }
-
-
-def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:
-    """Return the units of a LightningModule, or of a wrapper around another module, whose unit is called ``name``."""
-    alone = not hasattr(module, "training_step")
-    root = nn.Module() if alone else module
-    if alone:
-        root.add_module("model", module)
-    units = find_units(root, wrap)
-    if precision != "bf16-true":  # bf16-true has one dtype
-        units = divided_by_dtype(root, units)
-    if not alone:
-        return units
-    return [
-        Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost) for unit in units
-    ]
-
-
-def _snapshot(copy: nn.Module, candidate: Candidate) -> Snapshot:
-    """Return the facts about an optimizer. Names and heads are bound first, so that state is created once."""
-    optimizer = candidate.build(list(copy.parameters()))
-    optimizer.bind(copy)
-    return optimizer.snapshot()
 
 
 def _rates(snapshot: Snapshot) -> tuple[str, ...]:
@@ -348,21 +224,7 @@ def _rates(snapshot: Snapshot) -> tuple[str, ...]:
     return tuple(f"{rates} in {count} {role} block{'s' * (count > 1)}" for (rates, role), count in counts.items())
 
 
-def _precision(precision: str | int | None) -> str:
-    found = SHORT.get(precision, precision)
-    if found not in PRECISIONS:
-        raise ValueError(
-            f"{unknown('precision', str(precision), list(PRECISIONS))} For another precision, plan for the one with "
-            "the same sizes, such as 'bf16-mixed' for '16-mixed'."
-        )
-    return str(found)
-
-
-def _check(module: nn.Module, world_size: int) -> None:
-    if isinstance(world_size, bool) or not isinstance(world_size, int):
-        raise TypeError(f"`world_size` must be an integer, got {world_size!r}.")
-    if world_size < 1:
-        raise ValueError(f"`world_size` must be at least 1, got {world_size}.")
+def _check(module: nn.Module) -> None:
     named = list(module.named_parameters())
     if not named:
         raise ValueError(

@@ -128,7 +128,7 @@ def llama(sizes: LlamaSizes) -> nn.Module:
         return Skeleton(self_attn=attention, mlp=mlp(sizes), **norms)
 
     model = Skeleton(
-        embed_tokens=_weight(sizes.vocabulary, hidden), layers=_repeat(layer, sizes.layers), norm=_weight(hidden)
+        embed_tokens=_embedding(sizes.vocabulary, hidden), layers=_repeat(layer, sizes.layers), norm=_weight(hidden)
     )
     return Skeleton(model=model, lm_head=_weight(sizes.vocabulary, hidden))
 
@@ -144,11 +144,11 @@ def gpt2(sizes: GPT2Sizes) -> nn.Module:
         mlp = Skeleton(c_fc=_biased(hidden, 4 * hidden), c_proj=_biased(4 * hidden, hidden))
         return Skeleton(ln_1=_biased(hidden), attn=attention, ln_2=_biased(hidden), mlp=mlp)
 
-    embedding, head = _weight(sizes.vocabulary, hidden), Skeleton()
+    embedding, head = _embedding(sizes.vocabulary, hidden), Skeleton()
     head.weight = embedding.weight
     transformer = Skeleton(
         wte=embedding,
-        wpe=_weight(sizes.positions, hidden),
+        wpe=_embedding(sizes.positions, hidden),
         h=_repeat(layer, sizes.layers),
         ln_f=_biased(hidden),
     )
@@ -167,6 +167,10 @@ def _experts(sizes: LlamaSizes) -> nn.Module:
         down_proj=torch.Size((sizes.experts, sizes.hidden, sizes.intermediate)),
     )
     return Skeleton(gate=_weight(sizes.experts, sizes.hidden), experts=experts)
+
+
+def _embedding(count: int, hidden: int) -> nn.Embedding:
+    return nn.Embedding(count, hidden, device="meta")
 
 
 def _weight(*shape: int) -> nn.Module:

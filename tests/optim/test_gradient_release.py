@@ -12,6 +12,7 @@ from torch import nn
 
 import lightning_memopt as lm
 from lightning_memopt.optim.signals import Probe
+from lightning_memopt.planner.scratch import Temporaries
 from tests._compare import assert_equal, relative_error
 from tests._models import tiny_llama
 
@@ -64,7 +65,7 @@ def test_at_most_two_layers_have_gradients():
     layers = [set(layer.parameters()) for layer in model.model.layers]
     assert len(layers) >= 2
     optimizer = lm.AdaPMLean(model.named_parameters(), lr=1e-2)
-    optimizer.release_gradients(model)
+    handle = optimizer.release_gradients(model)
     largest = sorted(sum(param.numel() for param in unit) for unit in [*layers, {model.lm_head.weight}])[-2:]
     held = []
 
@@ -75,6 +76,24 @@ def test_at_most_two_layers_have_gradients():
         param.register_post_accumulate_grad_hook(count)
     backward(model, 0)
     assert 0 < max(held) <= sum(largest)
+    assert 4 * max(held) <= handle.peak_bytes <= 4 * sum(largest)
+    assert lm.take_snapshot(optimizer, model).memory.gradients == handle.peak_bytes
+
+
+def test_a_tracer_of_allocations_finds_two_layers():
+    """With what the step of a layer takes."""
+    peaks, layers, size = {}, 12, 4 * 256 * 256
+    for release in (True, False):
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers)))
+        optimizer = lm.Adafactor(model.named_parameters(), lr=1e-2)
+        if release:
+            optimizer.release_gradients(nn.ModuleList([model]))
+        loss = model(torch.ones(1, 256)).sum()
+        with Temporaries() as traced:
+            loss.backward()
+        peaks[release] = traced.peak
+    assert peaks[False] > layers * size
+    assert peaks[True] < 2 * size + 4 * size  # update, divisor and squares of a chunk, and the state of a first step
 
 
 def test_what_has_no_gradient_is_left_to_the_step():

@@ -132,9 +132,14 @@ def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_
     small, error = config(ours(wrap="torch.nn.Linear"))
     assert small["unsharded_bytes"] != whole["unsharded_bytes"], "other modules are gathered together"
     assert error == ""
-    for name, value in (("replicate_size", 2), ("cpu_offload", True)):
-        _, error = config(ours(**{name: value}))
-        assert f"Warning: {name} of the strategy is not planned" in error
+    for name, value in (("replicate_size", 2), ("cpu_offload", True), ("gradient_release", True)):
+        plan, error = config(ours(**{name: value}))
+        assert (plan[name], error) == (value, "")
+    assert config(ours(reshard_after_forward=False))[0]["unsharded_bytes"] > whole["unsharded_bytes"]
+    alone, copied = (config(strategy, 1)[0] for strategy in ("auto", "memopt_fsdp"))
+    assert (alone["unsharded_bytes"], alone["world_size"]) == (0, 1) != copied["unsharded_bytes"]
+    _, error = config(ours(tensor_parallel_size=2))
+    assert "Warning: tensor_parallel_size of the strategy is not planned" in error
     _, error = config("ddp")
     assert "Warning: The strategy 'ddp' is planned as 'memopt_fsdp'" in error
     assert config("memopt_fsdp", "auto")[0]["world_size"] == 1
@@ -146,4 +151,4 @@ def test_averaged_weights_of_a_config(run, name):
     args = ["--config", str(CONFIGS / "demo.yaml"), "--recipe", "adapm", f"--trainer.callbacks+={name}"]
     code, out, _ = run(*args)
     assert code == 0
-    assert "The totals include 13.2 MiB of averaged weights." in out
+    assert "parameters 13.2 MiB, averaged weights 13.2 MiB, buffers" in out

@@ -16,7 +16,10 @@ pytest.importorskip("transformers")
 import lightning_memopt as lm
 from lightning_memopt.memory.storages import Storages
 from lightning_memopt.planner.memory_plan import ADAMW
+from lightning_memopt.planner.planned import PlannedMesh
 from lightning_memopt.planner.planning import candidates, plan_module
+from lightning_memopt.planner.settings import RunSettings
+from lightning_memopt.planner.sharding import Sharding as PlannedSharding
 from lightning_memopt.sharding.wrapping import find_units
 from lightning_memopt.strategy.model.shard import Sharding, shard
 from tests._models import LENGTH, VOCAB, tiny_gpt2, tiny_llama
@@ -104,13 +107,13 @@ def test_every_rank_holds_what_was_planned(world):
     assert found[0][0][ADAMW] > found[-1][0][ADAMW]
     for position, (name, precision, recipes) in enumerate(CASES):
         for rank in range(world):
-            plan = plan_module(
-                held(name), candidates(recipes), name=name, world_size=world, rank=rank, precision=precision
-            )
+            settings = RunSettings(world, precision=precision)
+            plan = plan_module(held(name), candidates(recipes), settings, name=name, rank=rank)
+            sharding = PlannedSharding.of(held(name), name, PlannedMesh(world, rank), settings)
             entry = found[rank][position]
             assert plan.parameter_bytes == entry["parameters"]
             assert plan.gradient_bytes == entry["gradients"]
-            assert plan.unsharded_bytes == entry["whole"]
+            assert max(map(sharding.gathered, sharding.own.values())) == entry["whole"]
             assert plan.row(ADAMW).state_bytes == entry[ADAMW]
             assert {recipe: (plan.row(recipe).state_bytes,) * 2 for recipe in recipes} == {
                 recipe: entry[recipe] for recipe in recipes

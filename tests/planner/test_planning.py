@@ -64,7 +64,8 @@ def test_released_gradients_are_at_most_those_planned():
     assert lean.state_bytes == optimizer.snapshot().state_bytes
     held_bits = sum(state["low_bits"].nbytes for state in optimizer.state.values())
     assert held_bits == sum(block.state.other for block in optimizer.snapshot().blocks) == plan.parameter_bytes // 2
-    assert lean.total_bytes == plan.parameter_bytes + lean.gradient_bytes + lean.state_bytes
+    parts = (plan.parameter_bytes, plan.buffer_bytes, lean.gradient_bytes, lean.state_bytes, lean.scratch_bytes)
+    assert lean.total_bytes == sum(parts)
 
 
 def test_a_7b_model_takes_few_bytes_per_parameter():
@@ -79,8 +80,9 @@ def test_ranks_keep_the_gradients_of_two_units(ranks):
     plan = lm.plan_memory("llama-130m", "adapm_lean", world_size=ranks, gradient_release=True)
     layer = lm.plan_memory("llama-130m", "adapm_lean", world_size=ranks)
     assert plan.rows[1].gradient_bytes < plan.gradient_bytes == layer.rows[1].gradient_bytes
-    # The outermost unit, with embedding and head, is the largest.
-    assert plan.rows[1].gradient_bytes > plan.unsharded_bytes / ranks
+    # The outermost unit, with embedding and head, is the largest, and its gradients are the last ones.
+    ends = 2 * 32_000 * 768 * 4 / ranks
+    assert ends < plan.rows[1].gradient_bytes < 1.3 * ends
 
 
 def test_one_rank_holds_what_the_optimizer_says():
@@ -94,8 +96,10 @@ def test_one_rank_holds_what_the_optimizer_says():
         assert plan.rows[1].saved == snapshot.saved
         assert plan.rows[0].state_bytes == snapshot.adamw_bytes
     size = 4 * sum(param.numel() for param in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert (plan.parameter_bytes, plan.gradient_bytes, plan.unsharded_bytes, plan.largest_unit) == (size, size, 0, None)
-    assert plan.rows[0].total_bytes == 4 * size
+    assert plan.buffer_bytes == buffers > 0
+    assert plan.rows[0].total_bytes == 4 * size + buffers
 
 
 def test_frozen_parameters_have_neither_gradient_nor_state():
@@ -120,7 +124,8 @@ def test_precisions():
     )
     assert true.parameter_bytes * 2 == whole.parameter_bytes == mixed.parameter_bytes
     assert true.gradient_bytes * 2 == whole.gradient_bytes == mixed.gradient_bytes
-    assert true.unsharded_bytes * 2 == whole.unsharded_bytes == mixed.unsharded_bytes * 2
+    # In bf16-mixed, gradients are reduced in float32.
+    assert true.unsharded_bytes * 2 == whole.unsharded_bytes > mixed.unsharded_bytes > true.unsharded_bytes
     assert true.row(ADAMW).state_bytes * 2 == whole.row(ADAMW).state_bytes == mixed.row(ADAMW).state_bytes
     assert len({plan.row("adapm_lean").state_bytes for plan in (whole, true, mixed)}) == 1
 
@@ -140,8 +145,7 @@ def test_the_example_in_the_docstring():
 
 def peak_of_planning(rank: int, world: int) -> int:
     """Plan in a process of its own, and return the most KiB that were resident in it."""
-    plan = lm.plan_memory("llama-3-70b", world_size=64)
-    assert len(plan.rows) == 1 + len(lm.recipe_names())
+    lm.plan_memory("llama-3-70b", ["adapm_lean", "galore"], world_size=64)
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
@@ -154,7 +158,7 @@ def test_a_model_of_70_billion_parameters_needs_little_memory():
 
 def test_state_is_divided_as_evenly_as_weights():
     """Of GPT-2's 1,600 rows, 800 of 1,024 ranks hold two and the others none."""
-    recipes = ["adapm_lean", "adapm", "adam_snsm", "adafactor"]
+    recipes = ["adapm_lean", "adam_snsm"]
     whole, part = (lm.plan_memory("gpt2-xl", recipes, world_size=ranks) for ranks in (1, 1024))
     weights = part.parameter_bytes * 1024 / whole.parameter_bytes
     assert 1.21 < weights < 1.22

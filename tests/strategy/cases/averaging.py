@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_memopt import MemOptFSDPStrategy
 from lightning_memopt.memory.storages import Storages
 from lightning_memopt.planner.planning import plan_module
+from lightning_memopt.planner.settings import RunSettings
 from tests.strategy._training import WIDTH, LanguageModule, Network, fit, trainer, whole, whole_weights
 from tests.strategy.cases.shared import Direct, case, close_weights, same_weights_everywhere
 
@@ -88,7 +89,7 @@ def averages_are_sharded_like_the_model() -> None:
             assert isinstance(average[name], DTensor)
             assert average[name].placements == param.placements
         if dist.get_rank() == 0:
-            plan = plan_module(LanguageModule(Normalised()), [], name="planned", world_size=2, averaged=True)
+            plan = plan_module(LanguageModule(Normalised()), [], RunSettings(2, averaged=True), name="planned")
             assert plan.averaged_bytes == Storages().count(average.values())
         buffers = dict(callback._average_model.module.named_buffers())
         assert buffers.keys() == dict(module.named_buffers()).keys()

@@ -1,0 +1,76 @@
+"""The settings of a run that decide its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_memopt._registry import unknown
+from lightning_memopt.sharding.wrapping import Policy
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+# Other forms that the Trainer accepts.
+SHORT: dict[Any, str] = {None: "32-true", 32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run that decide its memory, checked.
+
+    Attributes:
+        world_size: Number of ranks.
+        replicate_size: Number of replicas of the sharded model.
+        precision: Lightning's name of the precision; its other forms are converted.
+        gradient_release: Whether recipes release gradients.
+        master_weight_bits: Bits that recipes keep of every bfloat16 weight.
+        cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory.
+        reshard_after_forward: Whether gathered parameters are freed between forward and backward pass.
+        averaged: Whether a callback keeps an average of the parameters.
+        wrap: The modules that the strategy gathers as units.
+        fsdp: Whether the strategy is ``memopt_fsdp`` on a single rank, too, where FSDP2 copies units.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If a number is too small, if the replicas do not divide the ranks, or if the precision is unknown.
+    """
+
+    world_size: int = 1
+    replicate_size: int = 1
+    precision: Any = "32-true"
+    gradient_release: bool = False
+    master_weight_bits: int = 16
+    cpu_offload: bool = False
+    reshard_after_forward: bool = True
+    averaged: bool = False
+    wrap: Policy | None = None
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "replicate_size"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"`{name}` must be an integer, got {number!r}.")
+            if number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        if self.world_size % self.replicate_size:
+            raise ValueError(
+                f"`replicate_size` {self.replicate_size} does not divide the {self.world_size} ranks: choose "
+                f"`world_size` as a multiple of it."
+            )
+        found = SHORT.get(self.precision, self.precision)
+        if found not in PRECISIONS:
+            raise ValueError(
+                f"{unknown('precision', str(self.precision), list(PRECISIONS))} For another precision, plan for the "
+                "one with the same sizes, such as 'bf16-mixed' for '16-mixed'."
+            )
+        object.__setattr__(self, "precision", found)
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks that share one copy of the parameters."""
+        return self.world_size // self.replicate_size
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is sharded or copied."""
+        return self.world_size == 1 and not self.cpu_offload and not self.fsdp

@@ -1,0 +1,212 @@
+"""How the strategy would shard a module, and what a rank then holds beside its shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memopt.planner.planned import PlannedMesh, sharded_parameter, whole_parameter
+from lightning_memopt.planner.settings import RunSettings
+from lightning_memopt.plans.placement import shard_dims
+from lightning_memopt.sharding.wrapping import (
+    Policy,
+    Unit,
+    divided_by_dtype,
+    find_units,
+    own_modules,
+    parameters_by_unit,
+)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the strategy would shard a module.
+
+    Attributes:
+        params: All parameters.
+        mesh: The ranks that share them.
+        precision: Lightning's name of the precision.
+        units: The modules that are gathered as units; none if nothing is sharded.
+        own: The parameters of every unit, without those of inner units.
+        dims: The dimension along which every parameter of a unit is sharded.
+        reshard: Whether gathered parameters are freed between forward and backward pass.
+        offload: Whether shards are in CPU memory.
+        layers: The parameters that gradient release would update together, if nothing is sharded.
+        late: The parameters whose gradients are the last ones: embeddings that no other module shares.
+    """
+
+    params: tuple[nn.Parameter, ...]
+    mesh: PlannedMesh
+    precision: str
+    units: tuple[Unit, ...]
+    own: dict[nn.Module, list[nn.Parameter]]
+    dims: dict[Tensor, int]
+    reshard: bool
+    offload: bool
+    layers: tuple[Sequence[nn.Parameter], ...]
+    late: frozenset[Tensor]
+
+    @staticmethod
+    def of(module: nn.Module, name: str, mesh: PlannedMesh, settings: RunSettings) -> Sharding:
+        """Return how the strategy would shard a module, which is called ``name`` in a wrapper."""
+        alone, precision = settings.alone, settings.precision
+        units = [] if alone else _units(module, name, settings.wrap, precision)
+        own = _own(units)
+        divided = {param for params in own.values() for param in params}
+        return Sharding(
+            params=tuple(module.parameters()),
+            mesh=mesh,
+            precision=precision,
+            units=tuple(units),
+            own=own,
+            dims={} if alone else {key: dim for key, dim in shard_dims(module, mesh.ranks).items() if key in divided},
+            reshard=settings.reshard_after_forward,
+            offload=settings.cpu_offload,
+            layers=tuple(parameters_by_unit(module)) if alone else (),
+            late=frozenset(_embeddings(module)),
+        )
+
+    def planned(self, param: nn.Parameter) -> nn.Parameter:
+        """Return the rank's planned parameter. Parameters outside all units are not sharded."""
+        dtype = self.dtype(param)
+        if param not in self.dims:
+            return whole_parameter(param, dtype)
+        return sharded_parameter(param, dtype, dim=self.dims[param], mesh=self.mesh)
+
+    def dtype(self, tensor: Tensor) -> torch.dtype:
+        """Return the dtype that a parameter or buffer is kept in."""
+        return torch.bfloat16 if self.precision == "bf16-true" and tensor.is_floating_point() else tensor.dtype
+
+    def numbers(self, param: Tensor) -> int:
+        """Return the number of elements of a parameter on every rank, padded to the number on the first."""
+        if param not in self.dims:
+            return param.numel()
+        length = param.shape[self.dims[param]]
+        return -(-length // self.mesh.ranks) * (param.numel() // max(1, length))
+
+    def stored(self, params: Iterable[Tensor]) -> int:
+        """Return the bytes of parameters, or of their gradients, on a rank."""
+        return sum(self.numbers(param) * self.dtype(param).itemsize for param in params)
+
+    def gathered(self, params: Iterable[Tensor]) -> int:
+        """Return the bytes of gathered parameters, or of their gradients before they are reduced."""
+        half = self.precision == "bf16-mixed"
+        sizes = (
+            (self.numbers(param), torch.bfloat16 if half and param.is_floating_point() else self.dtype(param))
+            for param in params
+        )
+        return self.mesh.ranks * sum(numbers * dtype.itemsize for numbers, dtype in sizes)
+
+    def reduced(self, params: Iterable[Tensor]) -> int:
+        """Return the bytes of the buffer from which gradients are reduced."""
+        return self.mesh.ranks * self.stored(params)
+
+    @property
+    def outer(self) -> list[nn.Parameter]:
+        """The parameters of units that contain others. They stay gathered while the others run."""
+        return [param for unit in self.units if self._contains(unit) for param in self.own[unit.module]]
+
+    @property
+    def inner(self) -> list[list[nn.Parameter]]:
+        """The parameters of every other unit, largest first."""
+        found = [self.own[unit.module] for unit in self.units if not self._contains(unit)]
+        return sorted(found, key=self.gathered, reverse=True)
+
+    def unsharded(self) -> int:
+        """Return the most bytes of gathered parameters and unreduced gradients, with the buffers of collectives.
+
+        FSDP2 gathers a unit into a buffer and copies it out, gathers the next one ahead, and reduces gradients from a
+        buffer that it keeps until the next reduction. The units that contain others stay gathered, and their gradients
+        are reduced last. This is the largest of four moments, each at the largest units.
+        """
+        outer, inner = self.outer, self.inner
+        around = self.gathered(outer)
+        first, second, *_ = [*map(self.gathered, inner), 0, 0]
+        buffers = self.mesh.ranks > 1  # one rank copies its shards, without a buffer
+        grads = max((self.gathered(_trained(params)) for params in inner), default=0)
+        reducing = max((self.reduced(_trained(params)) for params in inner), default=0)
+        early = self.gathered(_trained(param for param in outer if param not in self.late))
+        whole = first + buffers * second
+        if not self.reshard:
+            whole = sum(map(self.gathered, inner))
+        backward = around + early + whole + grads + reducing
+        last = self.gathered(_trained(outer)) + max(around + reducing, self.reduced(_trained(outer)))
+        start = (1 + buffers) * (around + first)
+        forward = around + (1 + buffers) * first + buffers * second
+        # Offloaded shards of a unit come from the CPU while gradients go there.
+        transit = 2 * max(map(self.stored, self.own.values()), default=0) if self.offload else 0
+        return max(backward, last, start, forward) + transit
+
+    def held_gradients(self, *, release: bool) -> int:
+        """Return the most bytes of reduced gradients that exist at a time.
+
+        With release, these are the gradients of the two largest units, since one may begin while another is applied, or
+        those of units that contain others, which end last. What is not sharded on several ranks is not released.
+        """
+        if not release:
+            return self.stored(_trained(self.params))
+        if not self.units:
+            return sum(sorted(self.stored(_trained(unit)) for unit in self.layers)[-2:])
+        sizes = sorted(self.stored(_trained(params)) for params in self.inner)
+        loose = self.stored(_trained(param for param in self.params if param not in self.dims))
+        return loose + max(sum(sizes[-2:]), self.stored(_trained(self.outer)) + sum(sizes[-1:]))
+
+    def released(self) -> list[Sequence[nn.Parameter]]:
+        """Return the parameters that are updated together with release."""
+        return [*self.own.values()] if self.units else [*self.layers]
+
+    @property
+    def largest_unit(self) -> str | None:
+        """The name of the unit with the most parameters; None without units."""
+        largest = max(self.units, key=lambda unit: self.gathered(self.own[unit.module]), default=None)
+        return None if largest is None else largest.name
+
+    def _contains(self, unit: Unit) -> bool:
+        return any(other in self.own for other in unit.module.modules() if other is not unit.module)
+
+
+def _trained(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [param for param in params if param.requires_grad]
+
+
+def _embeddings(module: nn.Module) -> set[Tensor]:
+    """Return the weights of embeddings that no other module has."""
+    places: Counter[Tensor] = Counter(param for each in module.modules() for param in each.parameters(recurse=False))
+    weights: set[Tensor] = {each.weight for each in module.modules() if isinstance(each, nn.Embedding)}
+    return {weight for weight in weights if places[weight] == 1}
+
+
+def _own(units: Sequence[Unit]) -> dict[nn.Module, list[nn.Parameter]]:
+    """Return the parameters of every unit, without those of inner units."""
+    modules = {unit.module for unit in units}
+    return {
+        unit.module: list(
+            dict.fromkeys(
+                param
+                for _, inner in own_modules(unit.module, modules)
+                for param in inner.parameters(recurse=False)
+                if param.ndim > 0
+            )
+        )
+        for unit in units
+    }
+
+
+def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:
+    """Return the units of a LightningModule, or of a wrapper around another module, whose unit is called ``name``."""
+    alone = not hasattr(module, "training_step")
+    root = nn.Module() if alone else module
+    if alone:
+        root.add_module("model", module)
+    units = find_units(root, wrap)
+    if precision != "bf16-true":  # bf16-true has one dtype
+        units = divided_by_dtype(root, units)
+    if not alone:
+        return units
+    return [
+        Unit(unit.name.removeprefix("model").removeprefix(".") or name, unit.module, unit.outermost) for unit in units
+    ]
