@@ -33,6 +33,7 @@ SECTIONS = {
     "profile": "_gpu_step",
     "train": "_gpu_train",
     "guards": "_gpu_train",
+    "fits": "_gpu_7b",
 }
 
 
