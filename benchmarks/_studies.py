@@ -160,7 +160,7 @@ STUDIES: dict[str, Study] = {
         name: Study(
             f"bfloat16 weights, {title}, 4,096 tokens a step",
             Settings(steps=300, batch=32, every=50, half=True, clip=0.0, release=release),
-            tuple(_rows(("adamw", 2e-3), ("adapm_lean", 2e-3), tuned=False, seeds=(0,))),
+            (*_rows(("adamw", 2e-3), tuned=False, seeds=(0,)), *_rows(("adapm_lean", 2e-3), tuned=False)),
         )
         for name, title, release in (("no clipping", "no clipping", False), ("release", "gradient release", True))
     },
