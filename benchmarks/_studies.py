@@ -66,7 +66,7 @@ _ORTHOGONAL = (
     "muon_lean", *(f"muon_lean, {change}" for change in ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")),
     "muon", "muon, beta1 0.9",
 )  # fmt: skip
-_BITS = ("", ", to nearest", ", 24 bits", ", 32 bits")
+BITS = ("", ", to nearest", ", 24 bits", ", 32 bits")
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
 STUDIES: dict[str, Study] = {
@@ -152,7 +152,7 @@ STUDIES: dict[str, Study] = {
         Settings(steps=300, batch=32, every=50, half=True),
         (
             *_rows(("AdamW", 2e-3), tuned=False),
-            *_rows(*((f"{name}{bits}", 2e-3) for name in ("adamw", "adapm_lean") for bits in _BITS), tuned=False),
+            *_rows(*((f"{name}{bits}", 2e-3) for name in ("adamw", "adapm_lean") for bits in BITS), tuned=False),
             *_rows(("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
         ),
     ),

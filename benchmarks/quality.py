@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _memory_page as memory
 from _pool import train_in_pool
 from _quality_cost import costs
 from _quality_page import page, table
@@ -150,10 +151,16 @@ def main() -> None:
         raise SystemExit(f"{args.results} holds no run of these studies: {', '.join(studies)}.")
     for study, results in found:
         show(study.title, *table(study, results))
-    (args.output / "quality.md").write_text(page(found, read_costs(args.results)))
-    plot_curves(found[0][1], found[0][0], args.output / "quality.png")
-    plot_ranks(found, args.output / "quality_rank.png")
-    print(f"written: {args.output / 'quality.md'}")
+    by_name = {name: each for name, study in studies.items() for each in found if each[0] is study}
+    if memory.FLOAT32 in by_name and "bfloat16" in by_name:
+        (args.output / "memory.md").write_text(memory.page(by_name))
+        memory.plot(by_name, args.output / "memory.png")
+    found = [by_name[name] for name in by_name if name not in memory.STUDIES]
+    if found:
+        (args.output / "quality.md").write_text(page(found, read_costs(args.results)))
+        plot_curves(found[0][1], found[0][0], args.output / "quality.png")
+        plot_ranks(found, args.output / "quality_rank.png")
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":
