@@ -98,6 +98,6 @@ def plot(found: Found, path: Path) -> None:
 _INTRO = """What bfloat16 weights and gradient release cost in loss, on the small LLaMA of [quality.md](quality.md): 300
 steps of 4,096 tokens, learning rate 2e-3 for all. Weights and gradients are in bfloat16, everything between them in
 float32, which a CPU does faster. Means of three seeds; in parentheses the difference to float32 weights at the same
-seeds. `torch.optim.AdamW` on the same weights, which rounds to nearest and keeps its state in bfloat16, ends at {torch}.
+seeds. `torch.optim.AdamW` on these weights, which rounds to nearest and keeps its state in bfloat16, ends at {torch}.
 [bfloat16.md](../bfloat16.md) and [gradient_release.md](../gradient_release.md) say how to use both."""
 _PLOT = "![Losses relative to float32 weights](memory.png)"
