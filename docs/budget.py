@@ -42,12 +42,13 @@ def page() -> Iterator[str]:
     yield f"""# What fits on my card
 
 `python docs/budget.py` generates this page with the planner, which builds the optimizer itself on the meta device. A
-cell is the smallest number of devices (of {", ".join(map(str, RANKS))}) on which the peak takes at most {1 - FREE:.0%} of
-the memory: parameters, gradients, optimizer state, gathered units and their gradients, and the step's scratch
+cell is the smallest number of devices (of {", ".join(map(str, RANKS))}) on which the peak takes at most {1 - FREE:.0%}
+of the memory: parameters, gradients, optimizer state, gathered units and their gradients, and the step's scratch
 ([memory.md](memory.md#before-training)). The rest is for activations, which depend on your batch; with activation
 checkpointing and short sequences, less is enough. "float32" is `precision="32-true"`,
 "bfloat16" is `bf16-true` ([bfloat16.md](bfloat16.md)); [gradient_release.md](gradient_release.md) says what gradient
-release changes. For your own model and numbers: `lightning-memopt plan`.
+release changes. One device is planned as with `strategy="auto"`, where nothing is copied, and with
+`optimizer.release_gradients(model)`. For your own model and numbers: `lightning-memopt plan`.
 """
     for model in MODELS:
         plans = {

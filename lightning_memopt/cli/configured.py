@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_memopt._registration import NAMES
 from lightning_memopt.cli.memopt_cli import MemOptCLI
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.arguments import Configured
@@ -77,6 +78,16 @@ def configured(args: list[str]) -> Configured:
         return Configured(cli.model, None, **cli.run)
     options = optimizer.init_args.as_dict()
     cli.run["settings"]["master_weight_bits"] = options.get("master_weight_bits", 16)
+
+    def candidate(bits: int | None) -> Candidate:
+        changed = options if bits is None else {**options, "master_weight_bits": bits}
+        return Candidate(_label(cls, changed), lambda params: cls(params, **changed))
+
+    return Configured(cli.model, candidate, **cli.run)
+
+
+def _label(cls: type[MemOpt], options: dict[str, Any]) -> str:
+    """Return the class of an optimizer with the options that decide its state."""
     defaults = {
         key: entry.default for each in (MemOpt, cls) for key, entry in inspect.signature(each).parameters.items()
     }
@@ -85,16 +96,18 @@ def configured(args: list[str]) -> Configured:
         for key, value in options.items()
         if key == "recipe" or (key not in RATES and value != defaults.get(key))
     ]
-    label = f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
-    return Configured(cli.model, Candidate(label, lambda params: cls(params, **options)), **cli.run)
+    name = cls.__name__
+    return f"config: {name}({', '.join(shown)})" if shown else f"config: {name}"
 
 
 def _settings_of(trainer: Any) -> dict[str, Any]:
     """Return the fields of :class:`Configured` that the trainer's section of a config sets."""
     devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
     name = strategy if isinstance(strategy, str) else strategy.get("class_path", "")
-    options = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
-    fsdp = name == "memopt_fsdp" or name.endswith(".MemOptFSDPStrategy")
+    options = NAMES.get(name, {}) if isinstance(strategy, str) else strategy.get("init_args") or {}
+    fsdp = name in NAMES or name.endswith(".MemOptFSDPStrategy")
+    reshard = options.get("reshard_after_forward")
+    accumulates = (trainer.accumulate_grad_batches or 1) > 1
     found: dict[str, Any] = {
         "precision": trainer.precision,
         "fsdp": fsdp,
@@ -103,10 +116,14 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
         "gradient_release": bool(options.get("gradient_release")),
         "cpu_offload": bool(options.get("cpu_offload")),
         "replicate_size": options.get("replicate_size", 1),
-        "reshard_after_forward": options.get("reshard_after_forward", True) is not False,
+        "reshard_after_forward": True if reshard is None else reshard,
+        "unreduced": accumulates and options.get("sync_every_batch") is False,
     }
+    size = options.get("data_parallel_size")
     if str(devices).isdigit() and int(devices) > 0:
         found["world_size"] = int(devices) * nodes
+    elif isinstance(size, int):
+        found["world_size"] = size
     warning = ""
     if not fsdp and name != "auto":
         warning = f"The strategy {name!r} is planned as 'memopt_fsdp', which shards everything over all ranks."

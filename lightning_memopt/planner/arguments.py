@@ -30,13 +30,14 @@ class Configured:
 
     Attributes:
         module: The LightningModule, on the meta device.
-        optimizer: The optimizer, if it is one of this package.
+        optimizer: Returns the optimizer, with another number of ``master_weight_bits`` if one is given; None if it is
+            not of this package.
         settings: Those that the config decides, by their names in :class:`RunSettings`.
         warning: A warning about strategy settings that are not planned; empty if there are none.
     """
 
     module: nn.Module
-    optimizer: Candidate | None
+    optimizer: Callable[[int | None], Candidate] | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     warning: str = ""
 

@@ -19,13 +19,13 @@ class RecipeMemory:
     Attributes:
         recipe: The recipe's name. The first row is ``torch.optim.AdamW`` with ``fused=True``.
         state_bytes: Optimizer state.
-        total_bytes: The peak on the device, without activations: the most that parameters and their average, buffers,
-            optimizer state, gradients, unsharded units and the step's scratch take at a time.
+        total_bytes: The peak on the device: the most that parameters and their average, buffers, optimizer state,
+            gradients, unsharded units and the step's scratch take at a time, with activations if there is a batch.
         saved: Fraction of AdamW's state that the recipe saves.
         gradient_bytes: Gradients: all of them, or with gradient release the most that exist at a time.
         scratch_bytes: The most temporary memory of a step.
         host_bytes: With CPU offloading, what is in CPU memory: parameters, gradients, optimizer state and scratch.
-        remaining: Device memory left for activations; None if the device's memory is unknown.
+        remaining: Device memory that is left; None if the device's memory is unknown.
         fits: Whether memory is left; None if the device's memory is unknown.
         rates: How rates of blocks differ from those of their parameter groups, in words.
     """
@@ -44,11 +44,12 @@ class RecipeMemory:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The peak memory of the rank that holds the most, in bytes, without activations.
+    """The peak memory of the rank that holds the most, in bytes.
 
     The plan includes parameters as ``fully_shard`` pads them, buffers, reduced gradients, optimizer state, temporaries
     of the step, and at the fullest moment of the backward pass gathered parameters, gradients that are not yet reduced,
-    and the buffers of both. It excludes activations, step counters and the allocator's overhead.
+    and the buffers of both. It includes activations if there is a batch. It excludes step counters and the allocator's
+    overhead.
 
     Attributes:
         model: Name of the model.
@@ -61,7 +62,6 @@ class MemoryPlan:
         counter_bytes: Step counters, one per parameter that trains. They are in CPU memory, and in no total.
         unsharded_bytes: The most that gathered parameters, unreduced gradients and the buffers of both take at a time;
             0 if nothing is sharded.
-        largest_unit: Name of the largest unit; None if nothing is sharded.
         matrices: Number of parameters with two or more dimensions.
         unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
@@ -71,6 +71,9 @@ class MemoryPlan:
         master_weight_bits: Bits that recipes keep of every bfloat16 weight. More than 16 are state.
         replicate_size: Number of replicas of the sharded model.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory.
+        batch: Sequences and tokens per sequence on a rank; None if activations are not planned.
+        activation_bytes: Activations and temporaries of a pass; None if they are not planned.
+        activation_checkpointing: Whether the activations of blocks are recomputed.
     """
 
     model: str
@@ -82,7 +85,6 @@ class MemoryPlan:
     gradient_bytes: int
     counter_bytes: int
     unsharded_bytes: int
-    largest_unit: str | None
     matrices: int
     unknown: tuple[str, ...]
     rows: tuple[RecipeMemory, ...]
@@ -92,12 +94,20 @@ class MemoryPlan:
     master_weight_bits: int = 16
     replicate_size: int = 1
     cpu_offload: bool = False
+    batch: tuple[int, int] | None = None
+    activation_bytes: int | None = None
+    activation_checkpointing: bool = False
 
     @property
     def first_fit(self) -> str | None:
         """The recipe that fits and keeps the most state; None if none fits or the device's memory is unknown."""
         fitting = [row for row in self.rows if row.fits]
         return max(fitting, key=lambda row: row.state_bytes).recipe if fitting else None
+
+    @property
+    def smallest(self) -> RecipeMemory:
+        """The entry that needs the least memory on the device, and of those the least in CPU memory."""
+        return min(self.rows, key=lambda row: (row.total_bytes, row.host_bytes))
 
     def row(self, recipe: str) -> RecipeMemory:
         """Return the entry of a recipe.
@@ -110,15 +120,19 @@ class MemoryPlan:
                 return row
         raise KeyError(f"{recipe!r} is not in the plan; available: {', '.join(row.recipe for row in self.rows)}.")
 
+    def settings(self) -> list[str]:
+        """Return the settings in words."""
+        found = [f"{self.replicate_size} replicas"] if self.replicate_size > 1 else []
+        found += [self.precision, *(["gradient release"] if self.gradient_release else [])]
+        if self.master_weight_bits > 16 and self.precision == "bf16-true":
+            found.append(f"{self.master_weight_bits} bits of each weight")
+        found += ["CPU offloading"] if self.cpu_offload else []
+        return [*found, *(["activation checkpointing"] if self.activation_checkpointing else [])]
+
     def title(self) -> str:
         """Return a one-line title."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        replicas = [f"{self.replicate_size} replicas"] if self.replicate_size > 1 else []
-        settings = [*replicas, self.precision, *(["gradient release"] if self.gradient_release else [])]
-        if self.master_weight_bits > 16 and self.precision == "bf16-true":
-            settings.append(f"{self.master_weight_bits} bits of each weight")
-        settings += ["CPU offloading"] if self.cpu_offload else []
-        return f"{self.model}: {self.parameters:,} parameters, {ranks}, {', '.join(settings)}"
+        return f"{self.model}: {self.parameters:,} parameters, {', '.join([ranks, *self.settings()])}"
 
     def shared(self) -> str:
         """Return in words what all recipes have in common."""
@@ -128,11 +142,24 @@ class MemoryPlan:
             "buffers": self.buffer_bytes,
             "unsharded units and their gradients": self.unsharded_bytes,
         }
-        return f"On each rank: {', '.join(f'{name} {format_bytes(size)}' for name, size in sizes.items() if size)}."
+        if self.batch is not None:
+            sizes[f"activations of {self.batch[0]} x {self.batch[1]} tokens"] = self.activation_bytes or 0
+        # With offloading, parameters and their average are in CPU memory, as are gradients, state and scratch.
+        host = [key for key in ("parameters", "averaged weights") if self.cpu_offload]
+        device = _listed({key: size for key, size in sizes.items() if key not in host})
+        if not self.cpu_offload:
+            return f"On each rank: {device}."
+        held = _listed({key: sizes[key] for key in host})
+        return f"On each rank: {device}. In CPU memory: {held}, gradients, optimizer state and scratch."
+
+    @property
+    def left(self) -> str:
+        """The name of the column of memory that is left."""
+        return COLUMNS[-1] if self.batch is None else "left"
 
     def columns(self) -> tuple[str, ...]:
         """Return the names of the columns."""
-        found = [name for name in COLUMNS if self.gpu_memory is not None or name != COLUMNS[-1]]
+        found = [*COLUMNS[:-1], *([self.left] if self.gpu_memory is not None else [])]
         return tuple([*found, HOST] if self.cpu_offload else found)
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -180,6 +207,10 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return all values as types that JSON supports."""
         return {**asdict(self), "unknown": list(self.unknown), "first_fit": self.first_fit}
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
 
 
 def remaining(size: int) -> str:

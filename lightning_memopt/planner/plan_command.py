@@ -22,7 +22,7 @@ from lightning_memopt.planner.arguments import (
     read_model,
 )
 from lightning_memopt.planner.figure import sweep_figure
-from lightning_memopt.planner.memory_plan import ADAMW, COLUMNS, HOST, MemoryPlan, remaining
+from lightning_memopt.planner.memory_plan import ADAMW, HOST, MemoryPlan, remaining
 from lightning_memopt.planner.planning import Candidate, candidates, plan_module
 from lightning_memopt.planner.role_table import RoleTable
 from lightning_memopt.planner.roles_command import print_roles
@@ -32,20 +32,23 @@ from lightning_memopt.terminal.parser import EXPECTED, Parser
 from lightning_memopt.terminal.tables import console, table
 
 MOST_RANKS = 64
-# Settings that take less memory, in the order in which they are tried.
-_CHANGES: dict[str, Any] = {"gradient_release": True, "precision": "bf16-true", "cpu_offload": True}
+# Settings that take less memory: their values and flags.
+_SAVING: dict[str, tuple[Any, str]] = {
+    "activation_checkpointing": (True, "--activation-checkpointing"),
+    "gradient_release": (True, "--gradient-release"),
+    "precision": ("bf16-true", "--precision bf16-true"),
+    "cpu_offload": (True, "--cpu-offload"),
+}
+# In the order in which they are tried.
 _WAYS = (
+    ("activation_checkpointing",),
     ("gradient_release",),
     ("precision",),
     ("precision", "gradient_release"),
+    ("precision", "gradient_release", "activation_checkpointing"),
     ("cpu_offload",),
-    ("precision", "cpu_offload"),
+    ("precision", "cpu_offload", "activation_checkpointing"),
 )
-_FLAGS = {
-    "precision": "--precision bf16-true",
-    "gradient_release": "--gradient-release",
-    "cpu_offload": "--cpu-offload",
-}
 PICTURES = (".png", ".pdf", ".svg")
 # Column headers that keep the table within 80 columns.
 _BREAKS = {
@@ -65,6 +68,12 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     """
     parser = _parser()
     options, others = parse(parser, args)
+    if options.batch is not None and options.config:
+        parser.error(
+            "--batch calls a model with tokens, which the module of a config may not take: give it by --model."
+        )
+    if options.activation_checkpointing and options.batch is None:
+        parser.error("--activation-checkpointing changes activations only: say for which --batch, such as 4x512.")
     if options.plot is not None and not options.sweep:
         parser.error("--plot draws a sweep: add --sweep.")
     if options.plot is not None and Path(options.plot).suffix not in PICTURES:
@@ -76,7 +85,7 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
         name, found = read_model(options, others, configured)
         settings = _settings(options, found)
         optimizers = candidates(options.recipe, master_weight_bits=settings.master_weight_bits)
-        optimizers = [found.optimizer, *optimizers] if found.optimizer is not None else optimizers
+        optimizers = [*([found.optimizer(options.master_weight_bits)] if found.optimizer else []), *optimizers]
         asked = _Question(name, found.module, optimizers, options.gpu_memory)
         sizes = _world_sizes(options.world_size, settings) if options.sweep else [settings.world_size]
         plans = [asked.plan(replace(settings, world_size=size)) for size in sizes]
@@ -105,8 +114,8 @@ def _parser() -> Parser:
         prog="lightning-memopt plan",
         allow_abbrev=False,
         description=(
-            "Show the memory per rank of parameters, gradients and optimizer state, with AdamW and with recipes, "
-            "without running or allocating anything."
+            "Show the peak memory per rank with AdamW and with recipes, without running or allocating anything: "
+            "parameters, gradients, optimizer state, gathered units and the scratch of a step."
         ),
         epilog=EPILOG,
     )
@@ -134,7 +143,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--gradient-release",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="Recipes release gradients in the backward pass, as MemOptFSDPStrategy(gradient_release=True) does.",
     )
     parser.add_argument(
@@ -146,8 +155,19 @@ def _parser() -> Parser:
     parser.add_argument("--replicate-size", type=int, metavar="N", help="Number of replicas, as in MemOptFSDPStrategy.")
     parser.add_argument(
         "--cpu-offload",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="Parameters, gradients and state are in CPU memory, as with MemOptFSDPStrategy(cpu_offload=True).",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_batch,
+        metavar="NxLENGTH",
+        help="Sequences and tokens per sequence on a rank, such as 4x512: plan activations, too (with --model).",
+    )
+    parser.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="The activations of blocks are recomputed, as with MemOptFSDPStrategy(activation_checkpointing=True).",
     )
     parser.add_argument(
         "--roles", action="store_true", help="Also show the role of every weight, as `lightning-memopt roles` does."
@@ -162,6 +182,13 @@ def _parser() -> Parser:
     return parser
 
 
+def _batch(text: str) -> tuple[int, int]:
+    count, _, length = text.lower().partition("x")
+    if not (count.isdecimal() and length.isdecimal() and int(count) and int(length)):
+        raise argparse.ArgumentTypeError(f"two numbers with an x between them, such as 4x512, are needed, got {text!r}")
+    return int(count), int(length)
+
+
 def _size(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -172,9 +199,10 @@ def _size(text: str) -> int:
 def _settings(options: argparse.Namespace, found: Configured) -> RunSettings:
     """Return the settings of the config, changed by the options that were given."""
     names = ("world_size", "precision", "gradient_release", "master_weight_bits", "replicate_size", "cpu_offload")
-    given = {name: getattr(options, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
-    return RunSettings(**{**found.settings, **given})
+    given = {name: getattr(options, name) for name in (*names, "batch", "activation_checkpointing")}
+    merged = {**found.settings, **{name: value for name, value in given.items() if value is not None}}
+    merged.setdefault("world_size", merged.get("replicate_size", 1))
+    return RunSettings(**merged)
 
 
 def _world_sizes(most: int | None, settings: RunSettings) -> list[int]:
@@ -236,7 +264,7 @@ def _print(plan: MemoryPlan, asked: list[str], way_out: str | None) -> None:
     for row, cells in zip(plan.rows, plan.cells(), strict=True):
         shown_cells = [*map(Text, cells[1:])]
         if limited:
-            where = COLUMNS.index("left for activations")
+            where = plan.columns().index(plan.left)
             text = f"{cells[where]} {fits if row.fits else not_fits}"
             shown_cells[where - 1] = Text(text, "green" if row.fits else "red")
         found.add_row(_label(cells[0]), *shown_cells)
@@ -254,30 +282,42 @@ def _verdict(plan: MemoryPlan, recipe: str) -> str:
     assert row.remaining is not None
     memory = format_bytes(plan.gpu_memory)
     if row.fits:
-        return f"{recipe} fits in {memory}: {format_bytes(row.remaining)} left for activations."
-    return f"{recipe} does not fit in {memory}: it needs {format_bytes(row.total_bytes)} before activations."
+        return f"{recipe} fits in {memory}: {_left(plan, recipe)}."
+    return f"{recipe} does not fit in {memory}: it needs {format_bytes(row.total_bytes)}{_before(plan)}."
+
+
+def _left(plan: MemoryPlan, recipe: str) -> str:
+    row = plan.row(recipe)
+    assert row.remaining is not None
+    host = f", {format_bytes(row.host_bytes)} in CPU memory" if plan.cpu_offload else ""
+    return f"{remaining(row.remaining)} left{' for activations' if plan.batch is None else ''}{host}"
+
+
+def _before(plan: MemoryPlan) -> str:
+    return " before activations" if plan.batch is None else ""
 
 
 def _way_out(plan: MemoryPlan, asked: _Question, settings: RunSettings) -> str | None:
     """Return the first settings with which a recipe fits, if none does with those asked for."""
     if plan.gpu_memory is None or plan.first_fit is not None:
         return None
-    least = min(plan.rows, key=lambda row: row.total_bytes).recipe
+    least = plan.smallest.recipe
     smallest = [entry for entry in asked.optimizers if entry.label == least]
-    for names in _WAYS:
-        changes = {name: _CHANGES[name] for name in names if getattr(settings, name) != _CHANGES[name]}
-        if len(changes) < len(names):
-            continue  # that is what was asked for, or another way
+    tried: list[dict[str, Any]] = [{}]
+    for way in _WAYS:
+        names = [name for name in way if settings.batch is not None or name != "activation_checkpointing"]
+        changes = {name: _SAVING[name][0] for name in names if getattr(settings, name) != _SAVING[name][0]}
+        if changes in tried:
+            continue
+        tried.append(changes)
         wanted = replace(settings, **changes)
         # Most often nothing fits, which the smallest says.
         if replace(asked, optimizers=smallest).plan(wanted).first_fit is None:
             continue
         other = asked.plan(wanted)
         assert other.first_fit is not None
-        left = other.row(other.first_fit).remaining
-        assert left is not None
-        flags = " ".join(_FLAGS[name] for name in names)
-        return f"With {flags}, {other.first_fit} fits: {remaining(left)} left for activations."
+        flags = " ".join(_SAVING[name][1] for name in changes)
+        return f"With {flags}, {other.first_fit} fits: {_left(other, other.first_fit)}."
     return None
 
 
@@ -285,14 +325,9 @@ def _answer(plan: MemoryPlan, way_out: str | None) -> str:
     assert plan.gpu_memory is not None
     memory = format_bytes(plan.gpu_memory)
     if plan.first_fit is not None:
-        left = plan.row(plan.first_fit).remaining
-        assert left is not None
-        return (
-            f"First that fits in {memory}, keeping the most state: {plan.first_fit} ({remaining(left)} left for "
-            "activations)."
-        )
-    smallest = min(plan.rows, key=lambda row: row.total_bytes)
-    needs = f"{format_bytes(smallest.total_bytes)} before activations."
+        return f"First that fits in {memory}, keeping the most state: {plan.first_fit} ({_left(plan, plan.first_fit)})."
+    smallest = plan.smallest
+    needs = f"{format_bytes(smallest.total_bytes)}{_before(plan)}."
     advice = way_out or "Use more ranks (--world-size) or devices with more memory."
     return f"Nothing fits in {memory}: the smallest, {smallest.recipe}, needs {needs} {advice}"
 
@@ -307,7 +342,9 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
     from rich.text import Text
 
     first, limited = plans[0], plans[0].gpu_memory is not None
-    title = f"{first.model}: {first.parameters:,} parameters, {first.precision}, GiB per rank before activations"
+    title = (
+        f"{first.model}: {first.parameters:,} parameters, {', '.join(first.settings())}, GiB per rank{_before(first)}"
+    )
     columns = ["recipe", *(f"{plan.world_size} rank{'s' * (plan.world_size > 1)}" for plan in plans)]
     shown = console()
     shown.print(title, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,12 +91,17 @@ def sharded_parameter(param: Tensor, dtype: torch.dtype, *, dim: int, mesh: Plan
     return nn.Parameter(DTensor(local, spec, requires_grad=False), requires_grad=param.requires_grad)
 
 
-def outline(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> nn.Module:
-    """Return a copy of a module's structure with new parameters and without buffers.
+def outline(
+    module: nn.Module,
+    make: Callable[[nn.Parameter], nn.Parameter],
+    buffers: Callable[[Tensor], Tensor] | None = None,
+) -> nn.Module:
+    """Return a copy of a module's structure with new parameters, and with new buffers or none.
 
     Args:
-        module: Any module. It does not change, its attributes are shared, and its values are not read.
+        module: Any module. It does not change, its attributes are shared except hooks, and its values are not read.
         make: Returns the new parameter for an old one. It is called once per parameter, so tied weights stay tied.
+        buffers: Returns the new buffer for an old one; None for no buffers.
     """
     modules: dict[nn.Module, nn.Module] = {}
     params: dict[Tensor, nn.Parameter] = {}
@@ -109,9 +115,13 @@ def outline(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> 
         if old not in modules:
             new = modules[old] = object.__new__(type(old))
             own = {key: None if param is None else twin(param) for key, param in old._parameters.items()}
+            named = old._buffers.items() if buffers is not None else ()
+            held = {key: None if buffer is None else buffers(buffer) for key, buffer in named}  # type: ignore[misc]
             inner = {key: None if child is None else copy(child) for key, child in old._modules.items()}
             # Bypass nn.Module.__setattr__, and the allocations of __init__.
-            vars(new).update({**vars(old), "_parameters": own, "_buffers": {}, "_modules": inner})
+            attributes = vars(old).items()
+            shared = {key: OrderedDict(each) if isinstance(each, OrderedDict) else each for key, each in attributes}
+            vars(new).update({**shared, "_parameters": own, "_buffers": held, "_modules": inner})
         return modules[old]
 
     return copy(module)

@@ -16,6 +16,7 @@ from lightning_memopt.memory.sizes import parse_bytes
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.weights import weight_bits
+from lightning_memopt.planner.activations import activation_bytes
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
 from lightning_memopt.planner.planned import PlannedMesh, outline
@@ -57,6 +58,8 @@ def plan_memory(
     replicate_size: int = 1,
     cpu_offload: bool = False,
     averaged: bool = False,
+    batch: tuple[int, int] | None = None,
+    activation_checkpointing: bool = False,
 ) -> MemoryPlan:
     """Return the memory of the rank that holds the most, with AdamW and with recipes.
 
@@ -77,6 +80,10 @@ def plan_memory(
         replicate_size: Number of replicas of the sharded model, as the strategy takes it.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory, as the strategy takes it.
         averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
+        batch: Sequences and tokens per sequence on a rank, for activations. The model must be a language model of
+            transformers, which runs on fake tensors.
+        activation_checkpointing: Whether the activations of blocks are recomputed, as the strategy takes it. It needs
+            ``batch``.
 
     Raises:
         ValueError: If a name, a size or the precision is invalid; the message says which values are valid.
@@ -97,7 +104,14 @@ def plan_memory(
         master_weight_bits=master_weight_bits,
         cpu_offload=cpu_offload,
         averaged=averaged,
+        batch=batch,
+        activation_checkpointing=activation_checkpointing,
     )
+    if activation_checkpointing and batch is None:
+        raise ValueError(
+            "`activation_checkpointing` changes activations only, which are planned for a `batch`: add one, such as "
+            "`batch=(4, 512)`."
+        )
     name, module = find_model(model)
     found = candidates(recipe, master_weight_bits=master_weight_bits)
     return plan_module(module, found, settings, name=name, gpu_memory=gpu_memory)
@@ -111,9 +125,14 @@ def sweep_memory(
     gpu_memory: str | int | None = None,
     **options: Any,
 ) -> tuple[MemoryPlan, ...]:
-    """Return one plan per number of ranks. ``options`` are the other arguments of :func:`plan_memory`."""
+    """Return one plan per number of ranks that the replicas divide.
+
+    ``options`` are the other arguments of :func:`plan_memory`.
+    """
     name, module = find_model(model)
-    settings = [RunSettings(world_size=size, **options) for size in world_sizes]
+    replicas = options.get("replicate_size", 1)
+    sizes = [size for size in world_sizes if size % replicas == 0]
+    settings = [RunSettings(world_size=size, **options) for size in sizes]
     found = candidates(recipe, master_weight_bits=settings[0].master_weight_bits) if settings else []
     return tuple(plan_module(module, found, each, name=name, gpu_memory=gpu_memory) for each in settings)
 
@@ -166,28 +185,31 @@ def plan_module(
     copy, grads = outline(module, twins.__getitem__), outline(module, sharding.planned)
     for param, grad in zip(copy.parameters(), grads.parameters(), strict=True):
         param.grad = grad if param.requires_grad else None
-    parameters = sharding.stored(sharding.params)
+    parameters, loose = sharding.stored(sharding.params), sharding.loose
     buffers = sum(buffer.numel() * sharding.dtype(buffer).itemsize for buffer in module.buffers())
     # A strategy makes the average in the dtype that parameters have before they are converted.
     average = sum(sharding.numbers(each) * each.itemsize for each in sharding.params) if settings.averaged else 0
     unsharded = sharding.unsharded()
+    activations = None if settings.batch is None else activation_bytes(module, name, settings)
     gradients, kept = (sharding.held_gradients(release=release) for release in (False, settings.gradient_release))
     adamw = sum(2 * local_tensor(param).nbytes for param in copy.parameters() if param.requires_grad)
+    # With CPU offloading, what is not sharded stays on the device, with gradients and at most AdamW's state.
+    stays = sharding.stored(loose) + 3 * sharding.stored(param for param in loose if param.requires_grad)
 
     def row(label: str, state: int, grads: int, scratch: int, rates: tuple[str, ...] = ()) -> RecipeMemory:
         held = parameters + average + state + grads
         # With release, steps are a part of the backward pass.
         releases = settings.gradient_release and label != ADAMW
-        peak = max(unsharded + scratch * releases, scratch)
-        total, host = (held + buffers + peak, 0)
+        passing = unsharded + (activations or 0)
+        total, host = held + buffers + max(passing + scratch * releases, scratch), 0
         if settings.cpu_offload:
-            total, host = buffers + unsharded, held + scratch
+            total, host = buffers + passing + stays, held + scratch
         left = None if capacity is None else capacity - total
         saved = 1 - state / adamw if adamw else 0.0
         fits = None if left is None else left > 0
         return RecipeMemory(label, state, total, saved, grads, scratch, host, left, fits, rates)
 
-    released = sharding.released() if settings.gradient_release else []
+    released = sharding.updated_together if settings.gradient_release else []
     units: list[set[Tensor]] = [{twins[param] for param in unit} for unit in released]
     rows = [row(ADAMW, adamw, gradients, 0)]
     for entry in optimizers:
@@ -211,7 +233,9 @@ def plan_module(
         gradient_bytes=gradients,
         counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in sharding.params),
         unsharded_bytes=unsharded,
-        largest_unit=sharding.largest_unit,
+        activation_bytes=activations,
+        batch=settings.batch,
+        activation_checkpointing=settings.activation_checkpointing,
         matrices=sum(param.ndim > 1 for param in sharding.params),
         unknown=tuple(names_without_role(module)),
         rows=tuple(rows),

@@ -24,14 +24,19 @@ class RunSettings:
         gradient_release: Whether recipes release gradients.
         master_weight_bits: Bits that recipes keep of every bfloat16 weight.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory.
-        reshard_after_forward: Whether gathered parameters are freed between forward and backward pass.
+        reshard_after_forward: Whether gathered parameters are freed between forward and backward pass; n to keep an
+            n-th of them.
+        unreduced: Whether gradients of full size add up over several batches before they are reduced.
         averaged: Whether a callback keeps an average of the parameters.
+        batch: Sequences and tokens per sequence on a rank; None leaves activations out.
+        activation_checkpointing: Whether the activations of blocks are recomputed.
         wrap: The modules that the strategy gathers as units.
         fsdp: Whether the strategy is ``memopt_fsdp`` on a single rank, too, where FSDP2 copies units.
 
     Raises:
-        TypeError: If a number is not an integer.
-        ValueError: If a number is too small, if the replicas do not divide the ranks, or if the precision is unknown.
+        TypeError: If a number is not an integer, or a switch not a boolean.
+        ValueError: If a number is too small, if the replicas do not divide the ranks, if ``batch`` is not two numbers,
+            or if the precision is unknown.
     """
 
     world_size: int = 1
@@ -40,12 +45,18 @@ class RunSettings:
     gradient_release: bool = False
     master_weight_bits: int = 16
     cpu_offload: bool = False
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | int = True
+    unreduced: bool = False
     averaged: bool = False
+    batch: tuple[int, int] | None = None
+    activation_checkpointing: bool = False
     wrap: Policy | None = None
     fsdp: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("gradient_release", "cpu_offload", "averaged", "activation_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         for name in ("world_size", "replicate_size"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int):
@@ -54,10 +65,12 @@ class RunSettings:
                 raise ValueError(f"`{name}` must be at least 1, got {number}.")
         if self.world_size % self.replicate_size:
             raise ValueError(
-                f"`replicate_size` {self.replicate_size} does not divide the {self.world_size} ranks: choose "
-                f"`world_size` as a multiple of it."
+                f"`replicate_size` {self.replicate_size} does not divide `world_size` {self.world_size}: choose a "
+                "multiple of it as the number of ranks."
             )
-        found = SHORT.get(self.precision, self.precision)
+        if self.batch is not None and not _is_batch(self.batch):
+            raise ValueError(f"`batch` must be two numbers, such as (4, 512) for 4 x 512 tokens, got {self.batch!r}.")
+        found = SHORT.get(self.precision, self.precision) if isinstance(self.precision, str | int | None) else None
         if found not in PRECISIONS:
             raise ValueError(
                 f"{unknown('precision', str(self.precision), list(PRECISIONS))} For another precision, plan for the "
@@ -74,3 +87,11 @@ class RunSettings:
     def alone(self) -> bool:
         """Whether nothing is sharded or copied."""
         return self.world_size == 1 and not self.cpu_offload and not self.fsdp
+
+
+def _is_batch(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in value)
+    )

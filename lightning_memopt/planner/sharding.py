@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,10 +32,12 @@ class Sharding:
         units: The modules that are gathered as units; none if nothing is sharded.
         own: The parameters of every unit, without those of inner units.
         dims: The dimension along which every parameter of a unit is sharded.
-        reshard: Whether gathered parameters are freed between forward and backward pass.
+        reshard: Whether gathered parameters are freed between forward and backward pass; n to keep an n-th of them.
         offload: Whether shards are in CPU memory.
         layers: The parameters that gradient release would update together, if nothing is sharded.
-        late: The parameters whose gradients are the last ones: embeddings that no other module shares.
+        released: Whether gradients are released.
+        replicas: Number of copies of the parameters.
+        unreduced: Whether gradients of full size add up over several batches.
     """
 
     params: tuple[nn.Parameter, ...]
@@ -45,10 +46,12 @@ class Sharding:
     units: tuple[Unit, ...]
     own: dict[nn.Module, list[nn.Parameter]]
     dims: dict[Tensor, int]
-    reshard: bool
+    reshard: bool | int
     offload: bool
     layers: tuple[Sequence[nn.Parameter], ...]
-    late: frozenset[Tensor]
+    released: bool
+    replicas: int
+    unreduced: bool
 
     @staticmethod
     def of(module: nn.Module, name: str, mesh: PlannedMesh, settings: RunSettings) -> Sharding:
@@ -57,17 +60,22 @@ class Sharding:
         units = [] if alone else _units(module, name, settings.wrap, precision)
         own = _own(units)
         divided = {param for params in own.values() for param in params}
+        dims = shard_dims(module, mesh.ranks)
+        if not isinstance(settings.reshard_after_forward, bool):
+            dims = dict.fromkeys(dims, 0)  # as the strategy does
         return Sharding(
             params=tuple(module.parameters()),
             mesh=mesh,
             precision=precision,
             units=tuple(units),
             own=own,
-            dims={} if alone else {key: dim for key, dim in shard_dims(module, mesh.ranks).items() if key in divided},
+            dims={} if alone else {key: dim for key, dim in dims.items() if key in divided},
             reshard=settings.reshard_after_forward,
             offload=settings.cpu_offload,
             layers=tuple(parameters_by_unit(module)) if alone else (),
-            late=frozenset(_embeddings(module)),
+            released=settings.gradient_release,
+            replicas=settings.replicate_size,
+            unreduced=settings.unreduced,
         )
 
     def planned(self, param: nn.Parameter) -> nn.Parameter:
@@ -102,8 +110,10 @@ class Sharding:
         return self.mesh.ranks * sum(numbers * dtype.itemsize for numbers, dtype in sizes)
 
     def reduced(self, params: Iterable[Tensor]) -> int:
-        """Return the bytes of the buffer from which gradients are reduced."""
-        return self.mesh.ranks * self.stored(params)
+        """Return the bytes of the buffer from which gradients are reduced: in float32 with ``bf16-mixed``."""
+        mixed = self.precision == "bf16-mixed"
+        sizes = (self.numbers(param) * (4 if mixed else self.dtype(param).itemsize) for param in params)
+        return self.mesh.ranks * sum(sizes)
 
     @property
     def outer(self) -> list[nn.Parameter]:
@@ -120,50 +130,86 @@ class Sharding:
         """Return the most bytes of gathered parameters and unreduced gradients, with the buffers of collectives.
 
         FSDP2 gathers a unit into a buffer and copies it out, gathers the next one ahead, and reduces gradients from a
-        buffer that it keeps until the next reduction. The units that contain others stay gathered, and their gradients
-        are reduced last. This is the largest of four moments, each at the largest units.
+        buffer that it keeps until the next reduction below the same outermost unit. The units that contain others stay
+        gathered, and their gradients are reduced last. This is the largest of several moments, each at the largest
+        units.
         """
+        if not self.units:
+            return self._copies()
         outer, inner = self.outer, self.inner
         around = self.gathered(outer)
         first, second, *_ = [*map(self.gathered, inner), 0, 0]
         buffers = self.mesh.ranks > 1  # one rank copies its shards, without a buffer
+        moved = max(map(self._moved, inner), default=0)
         grads = max((self.gathered(_trained(params)) for params in inner), default=0)
-        reducing = max((self.reduced(_trained(params)) for params in inner), default=0)
-        early = self.gathered(_trained(param for param in outer if param not in self.late))
-        whole = first + buffers * second
-        if not self.reshard:
-            whole = sum(map(self.gathered, inner))
-        backward = around + early + whole + grads + reducing
-        last = self.gathered(_trained(outer)) + max(around + reducing, self.reduced(_trained(outer)))
-        start = (1 + buffers) * (around + first)
-        forward = around + (1 + buffers) * first + buffers * second
+        # A unit that is frozen, in part or whole, is freed after the next one is gathered.
+        frozen = max((self.gathered(params) - self.gathered(_trained(params)) for params in inner), default=0)
+        reducing = self._reducing()
+        early = self.gathered(_trained(outer))
+        added = max((self.gathered([param]) for param in _trained(outer)), default=0)  # of a weight that is used twice
+        kept = 0  # between the forward and the backward pass
+        if self.reshard is False:
+            kept = sum(map(self.gathered, inner)) - first
+        elif self.reshard is not True:
+            kept = sum(map(self.gathered, inner)) // self.reshard
+        ahead = 0 if self.reshard is False else buffers * second
+        backward = around + early + first + max(ahead + grads, buffers * first + moved + frozen) + reducing
+        last = early + max(around + added, self.reduced(_trained(outer))) + reducing
+        start = (1 + buffers) * (around + first) + self._moved(outer)
+        forward = around + first + max(buffers * (first + second), buffers * first + moved)
+        held = self.gathered(_trained(self.params)) if self.unreduced else 0
         # Offloaded shards of a unit come from the CPU while gradients go there.
         transit = 2 * max(map(self.stored, self.own.values()), default=0) if self.offload else 0
-        return max(backward, last, start, forward) + transit
+        return kept + max(backward, last, start, forward) + held + transit
+
+    def _copies(self) -> int:
+        """Return the bytes of autocast's copies of matrices, which exist before gradients do."""
+        if self.precision != "bf16-mixed" or not self.released:
+            return 0
+        return sum(2 * param.numel() for param in self.params if param.ndim > 1 and param.is_floating_point())
+
+    def _moved(self, params: Iterable[Tensor]) -> int:
+        """Return the bytes of what is copied once more after a gather, because of the dimension that is sharded."""
+        buffers = self.mesh.ranks > 1
+        moved = self.gathered(param for param in params if self.dims.get(param)) if buffers else 0
+        cast = self.gathered(params) // self.mesh.ranks if self.precision == "bf16-mixed" else 0
+        return moved + cast
+
+    def _reducing(self) -> int:
+        """Return the bytes of gradients that are being reduced: the largest unit below every outermost one."""
+        found = 0
+        for root in (unit for unit in self.units if unit.outermost):
+            inside = set(root.module.modules())
+            units = [params for module, params in self.own.items() if module in inside]
+            found += max((self.reduced(_trained(params)) for params in units), default=0)
+        return found
 
     def held_gradients(self, *, release: bool) -> int:
         """Return the most bytes of reduced gradients that exist at a time.
 
         With release, these are the gradients of the two largest units, since one may begin while another is applied, or
-        those of units that contain others, which end last. What is not sharded on several ranks is not released.
+        those of units that contain others, which end last. What is not sharded on several ranks is not released. With
+        replicas, FSDP2 keeps all until the end of the backward pass.
         """
-        if not release:
-            return self.stored(_trained(self.params))
+        everything = self.stored(_trained(self.params))
+        if not release or self.replicas > 1:
+            return everything
         if not self.units:
-            return sum(sorted(self.stored(_trained(unit)) for unit in self.layers)[-2:])
+            return sum(sorted(self.stored(_trained(unit)) for unit in self.layers)[-2:]) if self.layers else everything
         sizes = sorted(self.stored(_trained(params)) for params in self.inner)
-        loose = self.stored(_trained(param for param in self.params if param not in self.dims))
-        return loose + max(sum(sizes[-2:]), self.stored(_trained(self.outer)) + sum(sizes[-1:]))
-
-    def released(self) -> list[Sequence[nn.Parameter]]:
-        """Return the parameters that are updated together with release."""
-        return [*self.own.values()] if self.units else [*self.layers]
+        return self.stored(_trained(self.loose)) + max(
+            sum(sizes[-2:]), self.stored(_trained(self.outer)) + sum(sizes[-1:])
+        )
 
     @property
-    def largest_unit(self) -> str | None:
-        """The name of the unit with the most parameters; None without units."""
-        largest = max(self.units, key=lambda unit: self.gathered(self.own[unit.module]), default=None)
-        return None if largest is None else largest.name
+    def loose(self) -> list[nn.Parameter]:
+        """The parameters that are not sharded though others are."""
+        return [param for param in self.params if self.units and param not in self.dims]
+
+    @property
+    def updated_together(self) -> list[Sequence[nn.Parameter]]:
+        """The parameters that are updated together with release."""
+        return [*self.own.values(), self.loose] if self.units else [*self.layers]
 
     def _contains(self, unit: Unit) -> bool:
         return any(other in self.own for other in unit.module.modules() if other is not unit.module)
@@ -171,13 +217,6 @@ class Sharding:
 
 def _trained(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [param for param in params if param.requires_grad]
-
-
-def _embeddings(module: nn.Module) -> set[Tensor]:
-    """Return the weights of embeddings that no other module has."""
-    places: Counter[Tensor] = Counter(param for each in module.modules() for param in each.parameters(recurse=False))
-    weights: set[Tensor] = {each.weight for each in module.modules() if isinstance(each, nn.Embedding)}
-    return {weight for weight in weights if places[weight] == 1}
 
 
 def _own(units: Sequence[Unit]) -> dict[nn.Module, list[nn.Parameter]]:

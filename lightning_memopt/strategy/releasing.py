@@ -43,12 +43,17 @@ def end_release(optimizers: Sequence[Optimizer]) -> None:
             handle.remove()
 
 
-def refuse_settings(trainer: Trainer, *, cpu_offload: bool) -> None:
-    """Refuse settings that change gradients between the backward pass and the step, or that torch does not support.
+def refuse_settings(trainer: Trainer, *, cpu_offload: bool, replicas: int) -> None:
+    """Refuse settings that change gradients between the backward pass and the step, or with which nothing is freed.
 
     Raises:
         ValueError: If there are any.
     """
+    if replicas > 1:
+        raise ValueError(
+            f"`gradient_release` frees nothing with `replicate_size={replicas}`: FSDP2 keeps gradients that replicas add "
+            f"up until the end of the backward pass. Choose one of the two, {_LEAVE_OUT}"
+        )
     if cpu_offload and TorchVersion(torch.__version__) < "2.13":
         raise ValueError(
             f"`cpu_offload` with `gradient_release` needs torch 2.13, got {torch.__version__}: before, FSDP2 calls "

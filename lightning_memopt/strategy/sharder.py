@@ -50,7 +50,7 @@ class Sharder:
         """Check the options; they are those of ``MemOptFSDPStrategy``."""
         check_sizes(data_parallel_size, tensor_parallel_size, replicate_size)
         self._data_size, self._tensor_size = data_parallel_size, tensor_parallel_size
-        self._replicate_size = replicate_size
+        self.replicate_size = replicate_size
         self._wrap = resolve_policy("wrap", wrap)
         self._checkpoint_blocks = activation_checkpointing is True
         given = None if isinstance(activation_checkpointing, bool) else activation_checkpointing
@@ -67,8 +67,8 @@ class Sharder:
             RuntimeError: If the sizes do not multiply to the number of ranks.
         """
         if self.mesh is None:
-            size = resolved_data_size(self._data_size, self._tensor_size, self._replicate_size, world_size)
-            meshes = make_meshes(device_type, size, self._tensor_size, self._replicate_size)
+            size = resolved_data_size(self._data_size, self._tensor_size, self.replicate_size, world_size)
+            meshes = make_meshes(device_type, size, self._tensor_size, self.replicate_size)
             self.mesh, self.data_mesh, self._fsdp_mesh = meshes
         return self.mesh
 

@@ -173,7 +173,7 @@ class MemOptFSDPStrategy(CheckpointingStrategy):
             let_finetuning_compare_sharded_parameters(trainer)
             refuse_embeddings(self.model)
             if self._gradient_release:
-                refuse_settings(trainer, cpu_offload=self._sharder.cpu_offload)
+                refuse_settings(trainer, cpu_offload=self._sharder.cpu_offload, replicas=self._sharder.replicate_size)
         self._known.learn(self.model)
         self._reshard()
         plugin, dtypes = self.precision_plugin, tensor_dtypes(self.model)

@@ -103,6 +103,8 @@ def shard(
     for module in checkpointed:
         checkpoint(module)
     dims = shard_dims(model, shard_size(sharding.mesh))
+    if type(sharding.reshard_after_forward) is int:
+        dims = dict.fromkeys(dims, 0)  # FSDP2 cannot gather other dimensions from fewer ranks
     rest = () if model in modules else (Unit("", model, True),)
     for unit in (*units, *rest):
         prefix = f"{unit.name}." if unit.name else ""

@@ -145,7 +145,9 @@ def what_needs_all_gradients_is_refused() -> None:
         mock.patch.object(torch, "__version__", "2.12.1"),
         raises(ValueError, "`cpu_offload` with `gradient_release` needs torch 2.13, got 2.12.1"),
     ):
-        refuse_settings(trainer(), cpu_offload=True)
+        refuse_settings(trainer(), cpu_offload=True, replicas=1)
+    with raises(ValueError, "`gradient_release` frees nothing with `replicate_size=2`", "leave `gradient_release`"):
+        fit(LanguageModule(), MemOptFSDPStrategy(replicate_size=2, gradient_release=True))
     with raises(TypeError, "needs an optimizer of lightning_memopt, got AdamW", "recipe 'adamw'"):
         fit(LanguageModule(), released())
     module = LanguageModule(optimizer=two)

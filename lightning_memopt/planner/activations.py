@@ -1,0 +1,106 @@
+"""Memory of activations: a language model of transformers runs on fake tensors, whose storages are counted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_memopt.planner.planned import outline
+from lightning_memopt.planner.scratch import Temporaries
+from lightning_memopt.planner.settings import RunSettings
+from lightning_memopt.planner.skeletons import ALIASES, MODELS, LlamaSizes, Skeleton
+from lightning_memopt.sharding.wrapping import blocks
+
+
+def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int:
+    """Return the most bytes of what a pass forward and backward makes besides gradients of weights.
+
+    These are activations that are kept for the backward pass, temporaries of operations, logits and their cross entropy
+    in float32, and what is recomputed with activation checkpointing. Attention is that of
+    ``scaled_dot_product_attention``, which keeps no scores.
+
+    Args:
+        module: A language model, called with ``input_ids``. It does not change.
+        name: The name of the model.
+        settings: The settings of the run, with a batch.
+
+    Raises:
+        ValueError: If the model cannot run that way.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
+    assert settings.batch is not None
+    half = settings.precision != "32-true"
+
+    def fake(tensor: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if half and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+    def fake_parameter(param: nn.Parameter) -> nn.Parameter:
+        made = nn.Parameter(fake(param), requires_grad=param.requires_grad)
+        if param.requires_grad:
+            made.register_post_accumulate_grad_hook(_drop)
+        return made
+
+    source = callable_model(module, name)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = outline(source, fake_parameter, buffers=fake).train()
+            for block in blocks(model) if settings.activation_checkpointing else ():
+                checkpoint(block)
+            ids = torch.zeros(settings.batch, dtype=torch.long)
+            with Temporaries() as temporaries:
+                logits = model(input_ids=ids, use_cache=False).logits
+                nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
+    except Exception as error:
+        raise ValueError(
+            f"The activations of {name} are unknown: it cannot be called with `input_ids` alone, without data "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave `batch` out."
+        ) from error
+    return temporaries.peak
+
+
+def callable_model(module: nn.Module, name: str) -> nn.Module:
+    """Return the module, or what transformers makes of a built-in model's sizes.
+
+    Raises:
+        ValueError: If transformers cannot make it on the meta device.
+        ImportError: If transformers is missing.
+    """
+    if not isinstance(module, Skeleton):
+        return module
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("Activations of a built-in model need transformers: pip install transformers.") from error
+    sizes = MODELS[ALIASES.get(name, name)]
+    if isinstance(sizes, LlamaSizes) and sizes.experts is not None:
+        raise ValueError(f"The activations of {name} depend on which experts its tokens choose. Leave `batch` out.")
+    with torch.device("meta"):
+        if isinstance(sizes, LlamaSizes):
+            return transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    hidden_size=sizes.hidden,
+                    intermediate_size=sizes.intermediate,
+                    num_hidden_layers=sizes.layers,
+                    num_attention_heads=sizes.heads,
+                    num_key_value_heads=sizes.kv_heads,
+                    vocab_size=sizes.vocabulary,
+                )
+            )
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_embd=sizes.hidden,
+                n_layer=sizes.layers,
+                n_head=sizes.heads,
+                vocab_size=sizes.vocabulary,
+                n_positions=sizes.positions,
+                attn_pdrop=0.0,  # on a CPU, attention with dropout keeps scores
+            )
+        )
+
+
+def _drop(param: Tensor) -> None:
+    """Free the gradient of a weight, which is counted elsewhere."""
+    param.grad = None
