@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_memopt._registration import NAMES
 from lightning_memopt.cli.memopt_cli import MemOptCLI
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.arguments import Configured
@@ -20,6 +19,8 @@ from lightning_memopt.planner.planning import Candidate
 from lightning_memopt.sharding.wrapping import resolve_policy
 from lightning_memopt.strategy.averaging import AVERAGING
 
+# The registered names of the strategy, with their options.
+NAMES: dict[str, dict[str, Any]] = {"memopt_fsdp": {}, "memopt_fsdp_offload": {"cpu_offload": True}}
 # Arguments of optimizers that do not affect the size of their state.
 RATES = (
     "lr", "betas", "eps", "weight_decay", "maximize", "max_update", "fused", "nonfinite", "seed",

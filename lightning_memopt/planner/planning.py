@@ -92,7 +92,7 @@ def plan_memory(
         ImportError: If a configuration file is given and transformers is missing.
 
     Example:
-        >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1GiB")
+        >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1.3GiB")
         >>> plan.parameters, plan.row("adapm_lean").state_bytes, plan.first_fit
         (134105856, 12108800, 'adapm_lean')
     """

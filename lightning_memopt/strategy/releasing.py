@@ -51,8 +51,8 @@ def refuse_settings(trainer: Trainer, *, cpu_offload: bool, replicas: int) -> No
     """
     if replicas > 1:
         raise ValueError(
-            f"`gradient_release` frees nothing with `replicate_size={replicas}`: FSDP2 keeps gradients that replicas add "
-            f"up until the end of the backward pass. Choose one of the two, {_LEAVE_OUT}"
+            f"`gradient_release` frees nothing with `replicate_size={replicas}`: FSDP2 keeps what replicas add up "
+            f"until the end of the backward pass. Choose one of the two, {_LEAVE_OUT}"
         )
     if cpu_offload and TorchVersion(torch.__version__) < "2.13":
         raise ValueError(

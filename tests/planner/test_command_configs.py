@@ -15,6 +15,7 @@ pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("transformers")
 
 import lightning_memopt as lm
+from lightning_memopt import _registration
 from lightning_memopt.planner.memory_plan import ADAMW
 
 pytestmark = pytest.mark.slow
@@ -138,6 +139,9 @@ def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_
     assert config(ours(reshard_after_forward=False))[0]["unsharded_bytes"] > whole["unsharded_bytes"]
     alone, copied = (config(strategy, 1)[0] for strategy in ("auto", "memopt_fsdp"))
     assert (alone["unsharded_bytes"], alone["world_size"]) == (0, 1) != copied["unsharded_bytes"]
+    for name, options in _registration.NAMES.items():
+        plan, error = config(name)
+        assert ({key: plan[key] for key in options}, error) == (options, "")
     _, error = config(ours(tensor_parallel_size=2))
     assert "Warning: tensor_parallel_size of the strategy is not planned" in error
     _, error = config("ddp")
