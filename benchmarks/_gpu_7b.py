@@ -76,7 +76,8 @@ def measured(options: dict[str, int]) -> list[str]:
     rate = BATCH * LENGTH * (STEPS - 2) / (time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else math.nan
     bits = options.get("master_weight_bits", 16)
-    plan = lm.plan_memory(model, "adapm_lean", precision="bf16-true", gradient_release=True, master_weight_bits=bits)
+    settings = {"precision": "bf16-true", "gradient_release": True, "master_weight_bits": bits}
+    plan = lm.plan_memory(model, "adapm_lean", **settings, batch=(BATCH, LENGTH), activation_checkpointing=True)
     planned = plan.row("adapm_lean").total_bytes / 2**30
     return [f"{peak:.2f}", f"{planned:.2f}", f"{rate:.0f}", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"]
 

@@ -123,7 +123,7 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
     size = options.get("data_parallel_size")
     if str(devices).isdigit() and int(devices) > 0:
         found["world_size"] = int(devices) * nodes
-    elif isinstance(size, int):
+    elif isinstance(size, int) and options.get("tensor_parallel_size", 1) == 1:
         found["world_size"] = size
     warning = ""
     if not fsdp and name != "auto":

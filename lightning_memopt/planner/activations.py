@@ -17,7 +17,7 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
 
     These are activations that are kept for the backward pass, temporaries of operations, logits and their cross entropy
     in float32, and what is recomputed with activation checkpointing. Attention is that of
-    ``scaled_dot_product_attention``, which keeps no scores.
+    ``scaled_dot_product_attention``, which keeps no scores, unless the model's configuration chooses another one.
 
     Args:
         module: A language model, called with ``input_ids``. It does not change.
@@ -47,16 +47,19 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = outline(source, fake_parameter, buffers=fake).train()
+            _without_attention_dropout(model)
             for block in blocks(model) if settings.activation_checkpointing else ():
                 checkpoint(block)
             ids = torch.zeros(settings.batch, dtype=torch.long)
             with Temporaries() as temporaries:
                 logits = model(input_ids=ids, use_cache=False).logits
-                nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
+                loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+                if loss.requires_grad:
+                    loss.backward()
     except Exception as error:
         raise ValueError(
-            f"The activations of {name} are unknown: it cannot be called with `input_ids` alone, without data "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave `batch` out."
+            f"The activations of {name} are unknown: only language models of transformers that read `input_ids` alone "
+            f"are supported ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave `batch` out."
         ) from error
     return temporaries.peak
 
@@ -96,9 +99,19 @@ def callable_model(module: nn.Module, name: str) -> nn.Module:
                 n_head=sizes.heads,
                 vocab_size=sizes.vocabulary,
                 n_positions=sizes.positions,
-                attn_pdrop=0.0,  # on a CPU, attention with dropout keeps scores
             )
         )
+
+
+def _without_attention_dropout(model: nn.Module) -> None:
+    """Turn dropout of attention off: with it, attention on a CPU keeps scores, which it does not on a GPU."""
+    for module in model.modules():
+        for name in ("attn_dropout", "attention_dropout", "attn_pdrop", "dropout_p"):
+            found = getattr(module, name, None)
+            if isinstance(found, nn.Dropout):
+                module._modules[name] = nn.Dropout(0.0)
+            elif isinstance(found, float):
+                setattr(module, name, 0.0)
 
 
 def _drop(param: Tensor) -> None:

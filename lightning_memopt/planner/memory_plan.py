@@ -60,8 +60,8 @@ class MemoryPlan:
         parameter_bytes: Parameters.
         gradient_bytes: Gradients of all parameters that train.
         counter_bytes: Step counters, one per parameter that trains. They are in CPU memory, and in no total.
-        unsharded_bytes: The most that gathered parameters, unreduced gradients and the buffers of both take at a time;
-            0 if nothing is sharded.
+        unsharded_bytes: The most that gathered parameters, unreduced gradients and the buffers of both take at a time.
+            If nothing is sharded: autocast's copies of weights, with ``bf16-mixed`` and gradient release; else 0.
         matrices: Number of parameters with two or more dimensions.
         unknown: Names of the matrices whose role is ``other``.
         rows: One entry per recipe, after ``torch.optim.AdamW``.
@@ -71,6 +71,7 @@ class MemoryPlan:
         master_weight_bits: Bits that recipes keep of every bfloat16 weight. More than 16 are state.
         replicate_size: Number of replicas of the sharded model.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory.
+        sharded: Whether FSDP2 gathers units.
         batch: Sequences and tokens per sequence on a rank; None if activations are not planned.
         activation_bytes: Activations and temporaries of a pass; None if they are not planned.
         activation_checkpointing: Whether the activations of blocks are recomputed.
@@ -94,6 +95,7 @@ class MemoryPlan:
     master_weight_bits: int = 16
     replicate_size: int = 1
     cpu_offload: bool = False
+    sharded: bool = False
     batch: tuple[int, int] | None = None
     activation_bytes: int | None = None
     activation_checkpointing: bool = False
@@ -127,7 +129,8 @@ class MemoryPlan:
         if self.master_weight_bits > 16 and self.precision == "bf16-true":
             found.append(f"{self.master_weight_bits} bits of each weight")
         found += ["CPU offloading"] if self.cpu_offload else []
-        return [*found, *(["activation checkpointing"] if self.activation_checkpointing else [])]
+        found += ["activation checkpointing"] if self.activation_checkpointing else []
+        return [*found, *([f"{self.batch[0]} x {self.batch[1]} tokens"] if self.batch is not None else [])]
 
     def title(self) -> str:
         """Return a one-line title."""
@@ -140,7 +143,7 @@ class MemoryPlan:
             "parameters": self.parameter_bytes,
             "averaged weights": self.averaged_bytes,
             "buffers": self.buffer_bytes,
-            "unsharded units and their gradients": self.unsharded_bytes,
+            "unsharded units and their gradients" if self.sharded else "autocast's copies": self.unsharded_bytes,
         }
         if self.batch is not None:
             sizes[f"activations of {self.batch[0]} x {self.batch[1]} tokens"] = self.activation_bytes or 0

@@ -44,6 +44,7 @@ _WAYS = (
     ("activation_checkpointing",),
     ("gradient_release",),
     ("precision",),
+    ("precision", "activation_checkpointing"),
     ("precision", "gradient_release"),
     ("precision", "gradient_release", "activation_checkpointing"),
     ("cpu_offload",),
@@ -307,7 +308,7 @@ def _way_out(plan: MemoryPlan, asked: _Question, settings: RunSettings) -> str |
     for way in _WAYS:
         names = [name for name in way if settings.batch is not None or name != "activation_checkpointing"]
         changes = {name: _SAVING[name][0] for name in names if getattr(settings, name) != _SAVING[name][0]}
-        if changes in tried:
+        if changes in tried or ("gradient_release" in changes and settings.replicate_size > 1):
             continue
         tried.append(changes)
         wanted = replace(settings, **changes)

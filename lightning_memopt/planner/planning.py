@@ -131,7 +131,7 @@ def sweep_memory(
     """
     name, module = find_model(model)
     replicas = options.get("replicate_size", 1)
-    sizes = [size for size in world_sizes if size % replicas == 0]
+    sizes = [size for size in world_sizes if replicas < 1 or size % replicas == 0]
     settings = [RunSettings(world_size=size, **options) for size in sizes]
     found = candidates(recipe, master_weight_bits=settings[0].master_weight_bits) if settings else []
     return tuple(plan_module(module, found, each, name=name, gpu_memory=gpu_memory) for each in settings)
@@ -233,6 +233,7 @@ def plan_module(
         gradient_bytes=gradients,
         counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in sharding.params),
         unsharded_bytes=unsharded,
+        sharded=not settings.alone,
         activation_bytes=activations,
         batch=settings.batch,
         activation_checkpointing=settings.activation_checkpointing,

@@ -35,8 +35,8 @@ class RunSettings:
 
     Raises:
         TypeError: If a number is not an integer, or a switch not a boolean.
-        ValueError: If a number is too small, if the replicas do not divide the ranks, if ``batch`` is not two numbers,
-            or if the precision is unknown.
+        ValueError: If a number is too small, if the replicas do not divide the ranks or if gradients are released with
+            replicas, if ``batch`` is not two numbers, or if the precision or ``reshard_after_forward`` is unknown.
     """
 
     world_size: int = 1
@@ -68,8 +68,18 @@ class RunSettings:
                 f"`replicate_size` {self.replicate_size} does not divide `world_size` {self.world_size}: choose a "
                 "multiple of it as the number of ranks."
             )
+        if self.gradient_release and self.replicate_size > 1:
+            raise ValueError(
+                f"`gradient_release` frees nothing with `replicate_size={self.replicate_size}`, and the strategy "
+                "refuses it: leave one of the two out."
+            )
+        if isinstance(self.batch, list):
+            object.__setattr__(self, "batch", tuple(self.batch))
         if self.batch is not None and not _is_batch(self.batch):
-            raise ValueError(f"`batch` must be two numbers, such as (4, 512) for 4 x 512 tokens, got {self.batch!r}.")
+            raise ValueError(
+                f"`batch` must be two positive integers, such as (4, 512) for 4 x 512 tokens, got {self.batch!r}."
+            )
+        self._check_reshard()
         found = SHORT.get(self.precision, self.precision) if isinstance(self.precision, str | int | None) else None
         if found not in PRECISIONS:
             raise ValueError(
@@ -77,6 +87,19 @@ class RunSettings:
                 "one with the same sizes, such as 'bf16-mixed' for '16-mixed'."
             )
         object.__setattr__(self, "precision", found)
+
+    def _check_reshard(self) -> None:
+        """Check what FSDP2 would check. All ranks are the same as True, and one is the same as False."""
+        value = self.reshard_after_forward
+        if isinstance(value, bool):
+            return
+        if not isinstance(value, int) or value < 1 or self.shards % value:
+            raise ValueError(
+                f"`reshard_after_forward` must be True, False or a number that divides the {self.shards} ranks of a "
+                f"replica, got {value!r}."
+            )
+        if value in (1, self.shards):
+            object.__setattr__(self, "reshard_after_forward", value != 1)
 
     @property
     def shards(self) -> int:

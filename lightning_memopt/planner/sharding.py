@@ -36,7 +36,6 @@ class Sharding:
         offload: Whether shards are in CPU memory.
         layers: The parameters that gradient release would update together, if nothing is sharded.
         released: Whether gradients are released.
-        replicas: Number of copies of the parameters.
         unreduced: Whether gradients of full size add up over several batches.
     """
 
@@ -50,7 +49,6 @@ class Sharding:
     offload: bool
     layers: tuple[Sequence[nn.Parameter], ...]
     released: bool
-    replicas: int
     unreduced: bool
 
     @staticmethod
@@ -74,7 +72,6 @@ class Sharding:
             offload=settings.cpu_offload,
             layers=tuple(parameters_by_unit(module)) if alone else (),
             released=settings.gradient_release,
-            replicas=settings.replicate_size,
             unreduced=settings.unreduced,
         )
 
@@ -188,11 +185,10 @@ class Sharding:
         """Return the most bytes of reduced gradients that exist at a time.
 
         With release, these are the gradients of the two largest units, since one may begin while another is applied, or
-        those of units that contain others, which end last. What is not sharded on several ranks is not released. With
-        replicas, FSDP2 keeps all until the end of the backward pass.
+        those of units that contain others, which end last. What is not sharded on several ranks is not released.
         """
         everything = self.stored(_trained(self.params))
-        if not release or self.replicas > 1:
+        if not release:
             return everything
         if not self.units:
             return sum(sorted(self.stored(_trained(unit)) for unit in self.layers)[-2:]) if self.layers else everything

@@ -33,7 +33,15 @@ def measured(model: nn.Module, *, checkpointed: bool) -> int:
     return temporaries.peak
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_llama(layers=4), lambda: tiny_gpt2(layers=4)], ids=["llama", "gpt2"])
+def quiet_gpt2(layers: int = 2) -> nn.Module:
+    """Return a GPT-2 without dropout of attention."""
+    model = tiny_gpt2(layers=layers)
+    for block in model.transformer.h:
+        block.attn.attn_dropout.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(layers=4), lambda: quiet_gpt2(layers=4)], ids=["llama", "gpt2"])
 def test_activations_are_those_of_a_pass(make):
     found = {}
     for checkpointed in (False, True):
@@ -47,6 +55,17 @@ def test_activations_are_those_of_a_pass(make):
     assert more.total_bytes == adamw.total_bytes + found[False].activation_bytes
     half = lm.plan_memory(make(), "adafactor", batch=BATCH, precision="bf16-mixed")
     assert half.activation_bytes < found[False].activation_bytes
+
+
+def test_frozen_models_and_dropout_of_attention():
+    """Attention with dropout keeps no scores on a GPU, where it is part of the kernel."""
+    quiet, noisy = quiet_gpt2(), tiny_gpt2()
+    assert noisy.transformer.h[0].attn.attn_dropout.p > 0
+    plans = [lm.plan_memory(model, "adafactor", batch=list(BATCH)) for model in (quiet, noisy)]
+    assert plans[0].activation_bytes == plans[1].activation_bytes
+    assert noisy.transformer.h[0].attn.attn_dropout.p > 0
+    frozen = lm.plan_memory(tiny_gpt2().requires_grad_(False), "adafactor", batch=BATCH)
+    assert 0 < frozen.activation_bytes < plans[0].activation_bytes
 
 
 def test_a_module_and_its_hooks_stay_as_they_are():
@@ -68,7 +87,7 @@ def test_a_built_in_model_runs(run):
     code, out, _ = run(*given, "--gpu-memory", "3G")
     assert "With --activation-checkpointing, adapm_lean fits: " in out
     code, out, _ = run(*given, "--activation-checkpointing", "--gpu-memory", "4G")
-    assert "124,439,808 parameters, 1 rank, 32-true, activation checkpointing\n" in out
+    assert "124,439,808 parameters, 1 rank, 32-true, activation checkpointing, 8 x 256 tokens\n" in out
     assert "First that fits in 4 GiB, keeping the most state: torch.optim.AdamW (" in out
 
 
@@ -85,8 +104,9 @@ class Images(nn.Module):
     ("model", "options", "message"),
     [
         ("mixtral-8x7b", {"batch": (1, 8)}, "activations of mixtral-8x7b depend on which experts.*Leave `batch` out"),
-        (Images(), {"batch": (1, 8)}, "activations of Images are unknown.*`input_ids`.*Leave `batch` out"),
-        ("gpt2", {"batch": (1, 0)}, r"`batch` must be two numbers, such as \(4, 512\).*got \(1, 0\)"),
+        (Images(), {"batch": (1, 8)}, "activations of Images are unknown.*read `input_ids` alone.*Leave `batch` out"),
+        ("gpt2", {"batch": (1, 0)}, r"`batch` must be two positive integers, such as \(4, 512\).*got \(1, 0\)"),
+        ("gpt2", {"gradient_release": True, "world_size": 4, "replicate_size": 2}, "frees nothing.*leave one of the"),
         ("gpt2", {"activation_checkpointing": True}, r"planned for a `batch`: add one, such as `batch=\(4, 512\)`"),
     ],
 )

@@ -176,6 +176,8 @@ def test_state_is_divided_as_evenly_as_weights():
         (ValueError, "Unknown recipe 'adapm_leen'.*adapm_lean", {"recipe": "adapm_leen"}),
         (ValueError, "`recipe` is an empty list: name some of adamw", {"recipe": []}),
         (ValueError, "`world_size` must be at least 1, got 0", {"world_size": 0}),
+        (ValueError, "`replicate_size` 2 does not divide `world_size` 1: choose a multiple", {"replicate_size": 2}),
+        (TypeError, "`cpu_offload` must be True or False, got 'no'", {"cpu_offload": "no"}),
         (TypeError, "`world_size` must be an integer, got 2.5", {"world_size": 2.5}),
         (ValueError, "such as '512MiB'.*got '24 gigs'", {"gpu_memory": "24 gigs"}),
         (ValueError, "`gpu_memory` 0 means 0 bytes, too few", {"gpu_memory": 0}),
