@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-quick docs lint clean venv
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python examples/pretrain/compare.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

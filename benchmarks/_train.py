@@ -70,14 +70,14 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
     """Return the examples' tokens as two long vectors, ``train`` and ``validation``."""
     if settings.data == "synthetic":
         return {"train": _synthetic(settings, 200_000, 0), "validation": _synthetic(settings, 70_000, 1)}
-    sys.path.insert(0, str(ROOT / "examples"))
-    from text import TextDataModule
+    sys.path.insert(0, str(ROOT))
+    from examples.pretrain.data import TextDataModule
 
     options = {} if root is None else {"root": root}
     data = TextDataModule(vocab_size=settings.vocabulary, max_chars=settings.max_chars, **options)
     data.prepare_data()
     data.setup("fit")
-    return {"train": data.tokens["train"].flatten(), "validation": data.tokens["val"].flatten()}
+    return {"train": data.tokens["train"][:].flatten(), "validation": data.tokens["val"][:].flatten()}
 
 
 def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:

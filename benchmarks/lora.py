@@ -38,20 +38,21 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def tokens_of_headers(settings: Settings) -> dict[str, dict[str, Tensor]]:
     """Return the tokens of Python's standard library and of torch's C++ headers, in the vocabulary of the first."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from text import TextDataModule, read_texts
+    sys.path.insert(0, str(ROOT))
+    from examples.pretrain.data import TextDataModule
+    from examples.pretrain.texts import Texts
 
     data = TextDataModule(vocab_size=settings.vocabulary)
     data.prepare_data()
     data.setup("fit")
-    headers, _ = read_texts(Path(torch.__file__).parent / "include" / "ATen", "**/*.h", 0.1, 2_000_000)
+    headers = Texts(Path(torch.__file__).parent / "include" / "ATen", "**/*.h", 0.1, 2_000_000)
     assert data.tokenizer is not None
     encoded = {
-        split: torch.cat([torch.tensor(data.tokenizer.encode(text).ids) for text in texts])
-        for split, texts in headers.items()
+        split: torch.cat([torch.tensor(data.tokenizer.encode(text).ids) for text in headers.read(split)])
+        for split in ("train", "val")
     }
     return {
-        "base": {"train": data.tokens["train"].flatten(), "validation": data.tokens["val"].flatten()},
+        "base": {"train": data.tokens["train"][:].flatten(), "validation": data.tokens["val"][:].flatten()},
         "headers": {"train": encoded["train"], "validation": encoded["val"]},
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import lightning_memopt as lm  # noqa: E402
-from examples.text import TextDataModule  # noqa: E402
+from examples.pretrain.data import TextDataModule  # noqa: E402
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:

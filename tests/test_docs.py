@@ -66,9 +66,7 @@ def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
         "--trainer.default_root_dir": tmp_path,
         "--trainer.limit_val_batches": 1,
         "--data.cache_dir": tmp_path / "cache",
-        "--model.num_hidden_layers": 1,
-        "--model.hidden_size": 32,
-        "--model.intermediate_size": 64,
+        "--model.model": "llama-1m",
     }
     if args[0] == "fit":
         small["--trainer.max_steps"] = 2

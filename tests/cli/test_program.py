@@ -225,7 +225,7 @@ def test_a_reader_that_has_left(monkeypatch, printed):
 
 def test_an_installed_program_in_an_empty_folder(installed, tmp_path):
     """Classes of a config are found from anywhere, and a reader that leaves is no error."""
-    config = ROOT / "examples" / "configs" / "demo.yaml"
+    config = ROOT / "examples" / "pretrain" / "pretrain.yaml"
     program = (
         f"{sys.executable} -m lightning_memopt fit --config {config} --print_config | head -2; echo ${{PIPESTATUS[0]}}"
     )

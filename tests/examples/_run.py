@@ -20,11 +20,11 @@ def configs(*names: str) -> list[str]:
     return [f"--config={EXAMPLES / name}" for name in names]
 
 
-def fit_command(*args: str) -> Any:
-    """Do as ``lightning-memopt fit *args`` does, with three steps and on one device unless ``args`` say otherwise."""
+def fit_command(*args: str, first: Sequence[str] = ()) -> Any:
+    """Do as ``lightning-memopt *first fit *args`` does, with three steps on one device unless ``args`` differ."""
     from lightning_memopt.cli import MemOptCLI
 
-    return MemOptCLI(args=["fit", *configs_first(args, [*QUIET, "--trainer.max_steps=3"])])
+    return MemOptCLI(args=[*first, "fit", *configs_first(args, [*QUIET, "--trainer.max_steps=3"])])
 
 
 def configs_first(args: Sequence[str], defaults: Sequence[str]) -> list[str]:
@@ -46,7 +46,12 @@ def fit_on_ranks(rank: int, world_size: int, commands: list[list[str]], folder: 
     os.chdir(folder)
     found = []
     for args in commands:
-        defaults = [*QUIET, "--trainer.max_steps=3", f"--trainer.devices={world_size}", "--trainer.strategy=memopt_fsdp"]
+        defaults = [
+            *QUIET,
+            "--trainer.max_steps=3",
+            f"--trainer.devices={world_size}",
+            "--trainer.strategy=memopt_fsdp",
+        ]
         cli = MemOptCLI(trainer_defaults={"plugins": [Spawned()]}, args=["fit", *configs_first(args, defaults)])
         (optimizer,) = cli.trainer.optimizers
         params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,50 +1,25 @@
+"""Pretraining: every config, the demo, and the text that both read."""
+
+from __future__ import annotations
+
+import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-pytest.importorskip("lightning.pytorch.cli")
-pytest.importorskip("transformers")
-
-import jsonargparse
-
 import lightning_memopt as lm
-from lightning_memopt.cli import MemOptCLI
-from tests._commands import keep_parsers, run_python
+from tests._commands import run_python
+from tests._ranks import run_ranks
+from tests.examples._run import EXAMPLES, RECIPES, configs, fit_on_ranks
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "examples" / "configs"
-
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["test"])
-    monkeypatch.syspath_prepend(str(ROOT))
-    # seed_everything writes these.
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setenv("PL_SEED_WORKERS", "0")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    keep_parsers(monkeypatch, "fit")
-    yield
-    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=False)
-
-
-@pytest.fixture
-def texts(tmp_path):
-    """A folder with 30 files of prose, each of its own."""
-    folder = tmp_path / "texts"
-    for number in range(30):
-        path = folder / f"part{number % 3}" / f"{number}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        words = (f"word{number * i % 17} and {i * i % 101}, " for i in range(60))
-        path.write_text(f"File {number}. " + "".join(words))
-    return folder
+FOLDER = EXAMPLES / "pretrain"
+BASE = "pretrain/pretrain.yaml"
+# No checkpoints and no folder for transformers: `test_the_whole_way` sees to these.
+DEMO = configs(BASE, "pretrain/demo.yaml")
 
 
 @pytest.fixture
@@ -52,33 +27,40 @@ def small(texts, tmp_path):
     """Arguments that make a config of the examples quick."""
     return [
         f"--data.root={texts}", "--data.vocab_size=300", "--data.seq_len=16", "--data.batch_size=2",
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=3", "--trainer.val_check_interval=3",
-        "--trainer.limit_val_batches=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=2",
     ]  # fmt: skip
 
 
 def data(root, **kwargs):
-    from examples.text import TextDataModule
+    from examples.pretrain.data import TextDataModule
 
     return TextDataModule(str(root), **{"vocab_size": 300, "seq_len": 16, "batch_size": 2, **kwargs})
+
+
+def texts_of(root, pattern="**/*", val_fraction=0.1, max_chars=None):
+    from examples.pretrain.texts import Texts
+
+    found = Texts(root, pattern, val_fraction, max_chars)
+    return {split: list(found.read(split)) for split in ("train", "val")}
 
 
 def arguments(path):
     """Return how a config of the examples is meant to be used."""
     content = yaml.safe_load(path.read_text())
-    mode = ["--parser_mode=omegaconf+"] if "${" in path.read_text() else []
-    if "model" in content:
-        return [*mode, "fit", f"--config={path}"]
-    if "optimizer" in content or "trainer" in content:
-        return ["fit", f"--config={CONFIGS / 'demo.yaml'}", f"--config={path}"]
-    return ["fit", f"--config={CONFIGS / 'demo.yaml'}", "--optimizer=lightning_memopt.MemOpt",
-            f"--optimizer.recipe={path}", "--optimizer.lr=1e-3"]  # fmt: skip
+    if "data" in content:
+        mode = ["--parser_mode=omegaconf+"] if "${" in path.read_text() else []
+        return mode, [f"--config={path}"]
+    if path.name == "adaptive.yaml":
+        return [], [*configs(BASE), f"--config={path}"]
+    if "optimizer" in content or "trainer" in content or "model" in content:
+        return [], [*DEMO, f"--config={path}"]
+    return [], [*DEMO, "--optimizer=lightning_memopt.MemOpt", f"--optimizer.recipe={path}", "--optimizer.lr=1e-3"]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_config_trains(name, small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # for checkpoints
-    cli = MemOptCLI(args=[*arguments(CONFIGS / name), *small])
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.yaml")))
+def test_every_config_trains(name, small, tmp_path, fit):
+    first, args = arguments(FOLDER / name)
+    cli = fit(*args, *small, first=first)
     assert cli.trainer.global_step == 3
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
     (optimizer,) = cli.trainer.optimizers
@@ -94,28 +76,66 @@ def test_every_config_trains(name, small, tmp_path, monkeypatch):
             assert blocks["model.model.layers.1.mlp.up_proj.weight"].rank == 8
 
 
-def test_interpolation_follows_overrides_in_one_mode_only(texts, tmp_path):
-    # data.seq_len is overridden; the file says max_position_embeddings: ${data.init_args.seq_len}.
-    args = ["fit", f"--config={CONFIGS / 'interpolation.yaml'}", f"--data.root={texts}", "--data.vocab_size=300",
+def test_interpolation_follows_overrides_in_one_mode_only(texts, tmp_path, fit):
+    # data.seq_len is overridden; the file says seq_len: ${data.init_args.seq_len}.
+    args = [*configs("pretrain/interpolation.yaml"), f"--data.root={texts}", "--data.vocab_size=300",
             "--data.batch_size=1", "--data.seq_len=160", "--trainer.max_steps=1", "--trainer.limit_val_batches=1",
-            "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
-            "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
-    follows = MemOptCLI(args=["--parser_mode=omegaconf+", *args])
+            "--trainer.logger=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
+    follows = fit(*args, first=["--parser_mode=omegaconf+"])
     assert follows.model.model.config.max_position_embeddings == 160
     assert follows.model.model.config.vocab_size == 300
     assert follows.trainer.val_check_interval == 1
-    with pytest.raises(ValueError, match="The data's `seq_len` is 160, the model's `max_position_embeddings` only 128"):
-        MemOptCLI(args=["--parser_mode=omegaconf", *args, "--trainer.val_check_interval=1"])
+    with pytest.raises(ValueError, match="The data's `seq_len` is 160, the model's only 128"):
+        fit(*args, "--trainer.val_check_interval=1", first=["--parser_mode=omegaconf"])
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(small):
-    with pytest.raises(ValueError, match="The data's `vocab_size` is 300, the model's `vocab_size` only 200"):
-        MemOptCLI(args=["fit", f"--config={CONFIGS / 'demo.yaml'}", *small, "--model.vocab_size=200"])
+def test_a_vocabulary_that_does_not_fit_is_refused(small, fit):
+    with pytest.raises(ValueError, match="The data's `vocab_size` is 300, the model's only 200: set the model's"):
+        fit(*DEMO, *small, "--model.vocab_size=200")
+
+
+def test_models_by_name():
+    from examples.pretrain.model import LanguageModel
+    from examples.pretrain.sizes import GPT2, LLAMA, config_of
+
+    for name in (*LLAMA, *GPT2):
+        config_of(name, 300, 16, {})
+    module = LanguageModel("llama-1m", 300, 16, config={"num_key_value_heads": 2}, activation_checkpointing=True)
+    assert module.model.config.num_key_value_heads == 2
+    assert module.model.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="There is no model 'llama-2m'; use one of llama-1m, "):
+        LanguageModel("llama-2m")
+
+
+def test_the_whole_way(small, texts, tmp_path, fit, capsys):
+    """Two ranks train every recipe and save; one process continues; what it leaves opens in transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny = ["--model.model=llama-1m", "--model.vocab_size=300", "--model.seq_len=16"]
+    recipes = [[*DEMO, *configs(f"pretrain/{name}.yaml"), *small, *tiny] for name in RECIPES]
+    base = [*configs(BASE), *small, *tiny]
+    ranks = run_ranks(fit_on_ranks, 2, [*recipes, base], str(tmp_path))
+    for found in ranks[0]:
+        assert found["steps"] == 3
+        assert found["sharded"] > 0.9
+        assert found["metrics"]["val_perplexity"] == pytest.approx(math.exp(found["metrics"]["val_loss"]), rel=1e-5)
+    saved = tmp_path / "runs" / "pretrain" / "last.ckpt"
+    cli = fit(*base, "--trainer.max_steps=5", f"--ckpt_path={saved}", "--data.batch_size=4")
+    assert cli.trainer.global_step == 5
+    folder = tmp_path / "runs" / "pretrain" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, weight in cli.model.model.state_dict().items():
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        torch.testing.assert_close(model.state_dict()[name], whole.cpu(), rtol=0, atol=0)
+    assert tokenizer.decode(tokenizer("File 7.").input_ids) == "File 7."
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert "A sample of the model:" in capsys.readouterr().out
 
 
 def test_demo_trains_on_two_processes_and_prints_one_table(small):
-    args = [arg for arg in small if "max_steps" not in arg and "accelerator" not in arg]
-    done = run_python(str(ROOT / "examples" / "demo.py"), *args, "--trainer.max_steps=7")
+    done = run_python(
+        str(FOLDER / "compare.py"), *small, "--trainer.max_steps=7", "--trainer.enable_progress_bar=false"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("The same model, data and steps") == 1, "rank 0 alone prints"
     table = done.stdout[done.stdout.rindex("The same model, data and steps") :]
@@ -138,7 +158,7 @@ def test_fabric_trains_on_two_processes_and_continues_on_one(texts, tmp_path, ca
     from examples.fabric import main
 
     args = [f"--root={texts}", "--vocab-size=300", "--seq-len=16", "--batch-size=2", "--hidden-size=16"]
-    first = run_python(str(ROOT / "examples" / "fabric.py"), *args, "--steps=20", "--devices=2")
+    first = run_python(str(EXAMPLES / "fabric.py"), *args, "--steps=20", "--devices=2")
     assert first.returncode == 0, first.stderr[-3000:]
     assert re.search(r"step    20  loss \d\.\d+\nvalidation loss \d\.\d+\nsaved to runs/fabric.ckpt", first.stdout)
     assert first.stdout.count("embed_tokens") == first.stdout.count("validation loss") == 1, "rank 0 alone prints"
@@ -150,94 +170,146 @@ def test_fabric_trains_on_two_processes_and_continues_on_one(texts, tmp_path, ca
 def test_llama_in_plain_python(texts, tmp_path):
     from lightning.pytorch import Trainer
 
-    from examples.llama import LlamaModule
+    from examples.pretrain.model import LanguageModel
 
-    module = LlamaModule(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
+    module = LanguageModel("llama-1m", vocab_size=300, seq_len=16)
     module.configure_optimizers = lambda: lm.AdaPMLean(module.named_parameters(), lr=3e-3)
     trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, limit_val_batches=1,
                       enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
     trainer.fit(module, data(texts))
-    assert module.model.config.hidden_size == 16
     assert trainer.optimizers[0].snapshot().step == 2
 
 
 def test_split_by_file_is_deterministic_and_total(texts):
-    from examples.text import read_texts
-
-    first, skipped = read_texts(texts, "**/*", 0.3, None)
-    again, _ = read_texts(texts, "**/*", 0.3, None)
-    assert first == again
-    assert skipped == 0
+    first = texts_of(texts, val_fraction=0.3)
+    assert first == texts_of(texts, val_fraction=0.3)
     everything = sorted(path.read_text() for path in texts.rglob("*.txt"))
     assert sorted(first["train"] + first["val"]) == everything
     assert 1 <= len(first["val"]) <= 18
     # A file keeps its side when another one comes.
     (texts / "new.txt").write_text("something new")
-    more, _ = read_texts(texts, "**/*", 0.3, None)
+    more = texts_of(texts, val_fraction=0.3)
     assert set(first["val"]) <= set(more["val"])
     assert set(first["train"]) <= set(more["train"])
 
 
 def test_a_cap_leaves_both_sides_their_share(texts):
-    from examples.text import read_texts
-
-    capped, _ = read_texts(texts, "**/*", 0.25, 2000)
+    capped = texts_of(texts, val_fraction=0.25, max_chars=2000)
     assert [sum(map(len, capped[split])) for split in ("train", "val")] == [1500, 500]
 
 
 def test_binary_and_hidden_files_are_left_out(texts):
-    from examples.text import read_texts
-
-    before, _ = read_texts(texts, "**/*", 0.1, None)
+    before = texts_of(texts)
     (texts / "image.bin").write_bytes(b"\xff\xfe\x00")
     (texts / "zeros.txt").write_bytes(b"a\0b")
     (texts / ".git").mkdir()
     (texts / ".git" / "config").write_text("hidden")
     (texts / "site-packages").mkdir()
     (texts / "site-packages" / "x.txt").write_text("not ours")
-    after, skipped = read_texts(texts, "**/*", 0.1, None)
-    assert skipped == 2
-    assert after == before
+    assert texts_of(texts) == before
+
+
+def test_both_sides_have_text_where_chance_left_one_without(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    for fraction in (1e-6, 1 - 1e-6):
+        found = texts_of(tmp_path, val_fraction=fraction)
+        assert all(found.values())
+        assert sorted(found["train"] + found["val"]) == ["a", "b", "c"]
 
 
 def test_tokens_are_cached_and_decode_to_the_text(texts, monkeypatch):
-    from examples import text as module
+    from examples.pretrain import tokens
 
     first = data(texts)
     first.prepare_data()
     first.setup()
-    monkeypatch.setattr(module, "tokenize", None)  # may not be called again
+    monkeypatch.setattr(tokens, "train_tokenizer", None)  # may not be called again
     second = data(texts)
     second.prepare_data()
     second.setup()
-    torch.testing.assert_close(first.tokens["train"], second.tokens["train"], rtol=0, atol=0)
-    start = second.tokenizer.decode(second.tokens["train"].flatten().tolist())
-    assert start.startswith(module.read_texts(texts, "**/*", 0.1, None)[0]["train"][0][:50])
+    torch.testing.assert_close(first.tokens["train"][:], second.tokens["train"][:], rtol=0, atol=0)
+    start = second.tokenizer.decode(second.tokens["train"][:].flatten().tolist())
+    assert start.startswith(texts_of(texts)["train"][0][:50])
     batch = next(iter(second.train_dataloader()))
     assert (batch.shape, batch.dtype) == ((2, 16), torch.int64)
     assert batch.max() < 300
     (texts / "part0" / "0.txt").write_text("other text")
     with pytest.raises(TypeError, match="not callable"):
         data(texts).prepare_data()
-    assert not list(second.cache_dir.glob("*.tmp"))
+    assert not list(second.cache_dir.glob("unfinished-*"))
 
 
-def test_the_vocabulary_is_trained_without_validation_text():
-    from examples.text import tokenize
+def test_the_vocabulary_is_trained_without_validation_text(texts):
+    from examples.pretrain.texts import Texts
+    from examples.pretrain.tokens import cached, train_tokenizer
 
-    alone = tokenize({"train": ["the cat " * 50], "val": ["a"]}, 300)
-    beside = tokenize({"train": ["the cat " * 50], "val": ["zebra " * 1000]}, 300)
-    assert alone["tokenizer"] == beside["tokenizer"]
+    found = Texts(texts, "**/*", 0.1, None)
+    folder, _ = cached(found, 300, texts.parent / "cache")
+    alone = train_tokenizer(found.read("train"), 300)
+    assert (folder / "tokenizer.json").read_text() == alone.to_str(pretty=True)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_step_has_the_same_examples_on_any_number_of_processes_also_after_a_resume(replicas):
+    from examples.pretrain.order import ResumableLoader
+
+    def steps(replicas, skipped=0):
+        """The examples of every step of two epochs."""
+        loaders = [ResumableLoader(torch.arange(50), 8 // replicas, replicas, rank) for rank in range(replicas)]
+        for loader in loaders:
+            loader.load_state_dict({"epoch": 0, "examples": 8 * skipped})
+        found = []
+        for _ in range(2):
+            for batches in zip(*loaders, strict=True):
+                found.append(sorted(torch.cat(batches).tolist()))
+                given = {loader.state_dict()["examples"] for loader in loaders}
+                assert given == {8 * ((len(found) + skipped - 1) % 6 + 1)}
+        return found
+
+    whole = steps(1)
+    assert len(whole) == 12
+    assert whole[:6] != whole[6:]
+    assert steps(replicas) == whole
+    assert steps(replicas, skipped=2) == whole[2:]
+
+
+def test_a_resumed_run_continues_with_the_next_batches(texts, tmp_path):
+    from lightning.pytorch import Callback, Trainer
+
+    from examples.pretrain.model import LanguageModel
+
+    class Seen(Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.batches.append(batch)
+
+    def run(steps, path=None):
+        torch.manual_seed(0)
+        module, seen = LanguageModel("llama-1m", vocab_size=300, seq_len=64), Seen()
+        module.configure_optimizers = lambda: lm.AdaPMLean(module.named_parameters(), lr=3e-3)
+        trainer = Trainer(accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, barebones=False,
+                          limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, callbacks=[seen],
+                          default_root_dir=tmp_path)  # fmt: skip
+        trainer.fit(module, data(texts, batch_size=8, seq_len=64), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return seen.batches, {name: weight.clone() for name, weight in module.state_dict().items()}
+
+    whole, weights = run(12)
+    first, _ = run(5)
+    rest, again = run(12, tmp_path / "5.ckpt")
+    torch.testing.assert_close(first + rest, whole, rtol=0, atol=0)
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
 
 
 def test_the_standard_library_is_the_default():
-    from examples.text import TextDataModule, read_texts
+    from examples.pretrain.data import TextDataModule
 
     module = TextDataModule()
     assert (module.root / "argparse.py").is_file()
-    texts, _ = read_texts(module.root, module.pattern, 0.1, 300_000)
+    texts = texts_of(module.root, module.pattern, 0.1, 300_000)
     assert sum(map(len, texts["train"])) == 270_000
     assert sum(map(len, texts["val"])) == 30_000
 
@@ -251,7 +323,7 @@ def test_folders_that_cannot_be_used(tmp_path, texts):
         data(empty).prepare_data()
     (empty / "a.bin").write_bytes(b"\xff")
     (empty / "a.txt").write_text("one file")
-    with pytest.raises(FileNotFoundError, match=r"has 2 files that match '\*\*/\*', of which 1 are not UTF-8"):
+    with pytest.raises(FileNotFoundError, match=r"has 2 files that match '\*\*/\*', of which 1 are empty or not"):
         data(empty).prepare_data()
     (empty / "b.txt").write_text("another file")
     short = data(empty)

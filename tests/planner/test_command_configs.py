@@ -20,51 +20,47 @@ from lightning_memopt.planner.memory_plan import ADAMW
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "pretrain"
+BASE = ["--config", str(CONFIGS / "pretrain.yaml")]
 CONFIG_ARGS = {
-    "demo.yaml": [],
-    "gpt2.yaml": [],
+    "pretrain.yaml": [],
     "interpolation.yaml": ["--parser_mode", "omegaconf+", "--data.vocab_size=3000"],
-    "adaptive.yaml": ["--config", str(CONFIGS / "demo.yaml")],
-    "adamw.yaml": ["--config", str(CONFIGS / "demo.yaml")],
-    "recipe.yaml": ["--config", str(CONFIGS / "demo.yaml"), "--optimizer=lightning_memopt.MemOpt",
-                    f"--optimizer.recipe={CONFIGS / 'recipe.yaml'}"],
-}  # fmt: skip
+    "recipe.yaml": [*BASE, "--optimizer=lightning_memopt.MemOpt", f"--optimizer.recipe={CONFIGS / 'recipe.yaml'}"],
+}
 OWN_ROWS = {
-    "demo.yaml": "config: AdaPMLean",
-    "gpt2.yaml": "config: AdaPMMini",
     "interpolation.yaml": "config: MemOpt(recipe=adapm_lean)",
-    "adaptive.yaml": "config: AdaPMLean",
     "adamw.yaml": None,
+    "adapm.yaml": "config: AdaPM",
+    "adam_snsm.yaml": "config: AdamSNSM",
     "recipe.yaml": "config: MemOpt(recipe=wide_mlp)",
 }
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_configs_of_the_examples(run, name):
-    files = CONFIG_ARGS[name]
+    files = CONFIG_ARGS.get(name, BASE)
     own = [] if name == "recipe.yaml" else ["--config", str(CONFIGS / name)]
     code, out, err = run(*files[:2], *own, *files[2:], "--recipe", "adafactor", "--world-size", "2", "--json")
     assert code == 0, err
     plan = json.loads(out)
     rows = [row["recipe"] for row in plan["rows"]]
-    assert rows == [ADAMW, *filter(None, [OWN_ROWS[name]]), "adafactor"]
+    assert rows == [ADAMW, *filter(None, [OWN_ROWS.get(name, "config: AdaPMLean")]), "adafactor"]
     assert plan["unknown"] == []
     if name == "interpolation.yaml":  # the model follows the override
-        demo = json.loads(run("--config", str(CONFIGS / "demo.yaml"), "--json")[1])
+        demo = json.loads(run("--config", str(CONFIGS / "pretrain.yaml"), "--json")[1])
         assert plan["parameters"] == demo["parameters"] + 2 * 256 * (3000 - 2048)
 
 
 def test_the_optimizer_of_a_config_has_its_options(run):
-    args = ["--config", str(CONFIGS / "demo.yaml"), "--optimizer.rank=8", "--optimizer.state_dtype=bfloat16"]
+    args = ["--config", str(CONFIGS / "pretrain.yaml"), "--optimizer.rank=8", "--optimizer.state_dtype=bfloat16"]
     _, out, err = run(*args, "--recipe", "adapm_lean", "--json")
     own, named_one = json.loads(out)["rows"][1:]
     assert own["recipe"] == "config: AdaPMLean(rank=8, state_dtype=bfloat16)"
     assert 0 < own["state_bytes"] < named_one["state_bytes"] / 2 * 1.5
-    import examples.llama
+    from examples.pretrain.model import LanguageModel
 
     with torch.device("meta"):
-        module = examples.llama.LlamaModule()
+        module = LanguageModel()
     optimizer = lm.AdaPMLean(module.named_parameters(), rank=8, state_dtype="bfloat16")
     assert own["state_bytes"] == optimizer.snapshot().state_bytes
 
@@ -102,7 +98,7 @@ def test_modules_that_are_made_later_or_need_values(run, monkeypatch):
 
 
 def test_the_precision_of_a_config_is_the_default(run):
-    config = str(CONFIGS / "demo.yaml")
+    config = str(CONFIGS / "pretrain.yaml")
     for value, name in (("bf16", "bf16-mixed"), ("bf16-true", "bf16-true"), ("32", "32-true")):
         _, out, _ = run("--config", config, f"--trainer.precision={value}", "--recipe", "adapm_lean", "--json")
         assert json.loads(out)["precision"] == name
@@ -119,7 +115,7 @@ def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_
     def config(strategy: Any, devices: Any = 2) -> tuple[dict[str, Any], str]:
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({"trainer": {"strategy": strategy, "devices": devices}}))
-        files = ["--config", str(CONFIGS / "demo.yaml"), "--config", str(path)]
+        files = ["--config", str(CONFIGS / "pretrain.yaml"), "--config", str(path)]
         code, out, error = run(*files, "--recipe", "adapm", "--json")
         assert code == 0
         return json.loads(out), error
@@ -152,7 +148,7 @@ def test_the_strategy_and_the_devices_of_a_config_are_planned_or_named(run, tmp_
 
 @pytest.mark.parametrize("name", ["lightning.pytorch.callbacks.WeightAveraging", "EMAWeightAveraging"])
 def test_averaged_weights_of_a_config(run, name):
-    args = ["--config", str(CONFIGS / "demo.yaml"), "--recipe", "adapm", f"--trainer.callbacks+={name}"]
+    args = ["--config", str(CONFIGS / "pretrain.yaml"), "--recipe", "adapm", f"--trainer.callbacks+={name}"]
     code, out, _ = run(*args)
     assert code == 0
     assert "parameters 13.2 MiB, averaged weights 13.2 MiB, buffers" in out

@@ -17,7 +17,7 @@ from lightning_memopt.planner.skeletons import ALIASES, MODELS
 
 pytestmark = pytest.mark.slow
 
-CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "pretrain"
 
 
 def test_the_command_sweeps(run):
@@ -149,11 +149,11 @@ def test_json_is_all_there_is(run):
         ([], "one of the arguments --model --config is required"),
         (["--config", "nothere.yaml"], r"File does not exist: .*nothere\.yaml"),
         (["--config", f"{CONFIGS}/adamw.yaml"], r"The config has no `model:`: add it"),
-        (["--config", f"{CONFIGS}/demo.yaml", "--optimizer.nothing=1"], "nothing"),
-        (["--config", f"{CONFIGS}/demo.yaml", "--optimizer.gap=1"], "'gap' has no effect in the recipe 'adapm_lean'"),
+        (["--config", f"{CONFIGS}/pretrain.yaml", "--optimizer.nothing=1"], "nothing"),
+        (["--config", f"{CONFIGS}/pretrain.yaml", "--optimizer.gap=1"], "'gap' has no effect in the recipe"),
         (
-            ["--config", f"{CONFIGS}/demo.yaml", "--model.num_attention_heads=7"],
-            "LlamaModule could not be created on the meta",
+            ["--config", f"{CONFIGS}/pretrain.yaml", "--model.model=llama-2m"],
+            "LanguageModel could not be created on the meta",
         ),
     ],
 )

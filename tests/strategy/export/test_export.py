@@ -124,11 +124,14 @@ def test_no_optimizer_is_no_state(tmp_path, format):
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 def llama(**options):
     pytest.importorskip("transformers")
-    from examples.llama import LlamaModule
+    from examples.pretrain.model import LanguageModel
 
-    return LlamaModule(64, 16, 32, 1, 2, max_position_embeddings=16, **options)
+    return LanguageModel("llama-1m", 64, 16, config={**SMALL, **options})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -137,7 +140,7 @@ def test_a_folder_for_transformers(tmp_path, format, tied):
     """The model of an example, with tied weights or without: equal logits."""
     module = llama(tie_word_embeddings=tied)
     path = save(tmp_path / "last.ckpt", module, optimizer(module), format=format, hyper_parameters=dict(module.hparams))
-    out = exported(path, tmp_path / "model", "--module", "examples.llama.LlamaModule")
+    out = exported(path, tmp_path / "model", "--module", "examples.pretrain.model.LanguageModel")
     assert_read(out, module)
     other = exported(path, tmp_path / "again", "--model-config", str(out))
     assert sorted(os.listdir(other)) == sorted(os.listdir(out))
@@ -146,12 +149,12 @@ def test_a_folder_for_transformers(tmp_path, format, tied):
 
 def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
     """A console script does not have the working directory in its path."""
-    (tmp_path / "mine_alone.py").write_text("from examples.llama import LlamaModule\n")
+    (tmp_path / "mine_alone.py").write_text("from examples.pretrain.model import LanguageModel\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
     module = llama()
     path = save(tmp_path / "last.ckpt", module, format="directory", hyper_parameters=dict(module.hparams))
-    assert_read(exported(path, tmp_path / "model", "--module", "mine_alone.LlamaModule"), module)
+    assert_read(exported(path, tmp_path / "model", "--module", "mine_alone.LanguageModel"), module)
 
 
 def assert_read(folder, module) -> None:
@@ -170,7 +173,7 @@ def test_a_folder_in_another_dtype(tmp_path):
 
     module = llama()
     path = save(tmp_path / "last.ckpt", module, format="directory", hyper_parameters=dict(module.hparams))
-    out = exported(path, tmp_path / "model", "--module", "examples.llama.LlamaModule", "--dtype", "bfloat16")
+    out = exported(path, tmp_path / "model", "--module", "examples.pretrain.model.LanguageModel", "--dtype", "bfloat16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert {param.dtype for param in AutoModelForCausalLM.from_pretrained(out).parameters()} == {torch.bfloat16}
 
@@ -326,7 +329,7 @@ def test_the_commands_on_the_page_run(tmp_path, capsys, monkeypatch):
     module.model.config.architectures = ["LlamaForCausalLM"]
     module.model.config.to_json_file("config.json")
     for command in commands:
-        args = command.replace("my_module.MyModel", "examples.llama.LlamaModule").split()
+        args = command.replace("my_module.MyModel", "examples.pretrain.model.LanguageModel").split()
         if args[0] == "inspect":
             assert inspect(args[1:]) == 0
         else:

@@ -1,9 +1,9 @@
 """Train the same sharded model with AdamW and with compressed state, and compare.
 
-Run ``make demo`` or ``python examples/demo.py``. It uses all GPUs, or two CPU processes; Lightning starts this file
-again for each further process. Other arguments go to both runs, as to ``lightning-memopt fit``::
+Run ``make demo`` or ``python examples/pretrain/compare.py``. It uses all GPUs, or two CPU processes; Lightning starts
+this file again for each further process. Other arguments go to both runs, as to ``lightning-memopt fit``::
 
-    python examples/demo.py --data.root DIR --trainer.max_steps 1000
+    python examples/pretrain/compare.py --data.root DIR --trainer.max_steps 1000
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# The configs import classes such as examples.llama.LlamaModule, in any working directory.
-sys.path.insert(0, str(HERE.parent))
+# The configs import classes such as examples.pretrain.model.LanguageModel, in any working directory.
+sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
@@ -28,11 +28,8 @@ from torchmetrics import MetricCollection  # noqa: E402
 
 import lightning_memopt as lm  # noqa: E402
 
-CONFIGS = HERE / "configs"
-RUNS = {
-    "AdamW": ["--config", str(CONFIGS / "demo.yaml"), "--config", str(CONFIGS / "adamw.yaml")],
-    "adapm_lean": ["--config", str(CONFIGS / "demo.yaml")],
-}
+DEMO = ["--config", str(HERE / "pretrain.yaml"), "--config", str(HERE / "demo.yaml")]
+RUNS = {"AdamW": [*DEMO, "--config", str(HERE / "adamw.yaml")], "adapm_lean": DEMO}
 BATCH = 8  # sequences, over all processes
 WARMUP_STEPS = 5
 

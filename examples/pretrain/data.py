@@ -1,0 +1,129 @@
+"""A data module for any folder of text files, with a vocabulary trained on the training files."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+import tokenizers
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from examples.pretrain.order import ResumableLoader
+from examples.pretrain.texts import Texts
+from examples.pretrain.tokens import Tokens, cached, load
+
+
+class TextDataModule(LightningDataModule):
+    """Token sequences from a folder of text files, divided by file into training and validation (`Texts`).
+
+    The byte-level BPE vocabulary is trained on the training files only. Vocabulary and tokens are cached under a name
+    made from the files and the settings, and mapped into memory. A resumed run continues with the next sequences.
+
+    Args:
+        root: A folder, searched with its subfolders. None: the source code of Python's standard library.
+        pattern: Files to read, as in ``Path.glob``. None: all files, or ``**/*.py`` for the standard library.
+        vocab_size: Size of the vocabulary; a small text may yield fewer tokens.
+        seq_len: Tokens per sequence.
+        batch_size: Sequences per batch and process.
+        val_fraction: Share of the files used for validation.
+        max_chars: Maximum number of characters to read, chosen by the same hash; None reads everything.
+        cache_dir: Folder for the cached tokens; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        num_workers: Worker processes per loader; the tokens are in memory, so workers have little to do.
+        seed: Of the order of the sequences.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        pattern: str | None = None,
+        vocab_size: int = 2048,
+        seq_len: int = 128,
+        batch_size: int = 8,
+        val_fraction: float = 0.1,
+        max_chars: int | None = 4_000_000,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # 256 bytes and the end of the text are in every vocabulary.
+        for name, value, least in (
+            ("vocab_size", vocab_size, 257),
+            ("seq_len", seq_len, 2),
+            ("batch_size", batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
+        if max_chars is not None and max_chars < 1:
+            raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
+        self.root = Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+        self.pattern = pattern or ("**/*" if root else "**/*.py")
+        self.vocab_size, self.seq_len, self.batch_size = vocab_size, seq_len, batch_size
+        self.val_fraction, self.max_chars = val_fraction, max_chars
+        self.num_workers, self.seed = num_workers, seed
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.cache_dir = Path(cache_dir or f"{cache}/lightning_memopt").expanduser()
+        self.tokenizer: tokenizers.Tokenizer | None = None
+        self.tokens: dict[str, Tokens] = {}
+
+    def prepare_data(self) -> None:
+        """Tokenize the text unless the cache holds it; runs in one process per machine."""
+        if self.tokens:
+            return
+        texts = self._texts()
+        folder, known = cached(texts, self.vocab_size, self.cache_dir)
+        rank_zero_info(
+            f"{type(self).__name__}: {sum(map(len, texts.files.values())):,} files in {self.root}, "
+            f"{len(texts.files['val']):,} of them for validation; tokens {'from' if known else 'saved to'} {folder}"
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the tokens into memory.
+
+        Raises:
+            ValueError: If there is less than one training batch, or less than one validation sequence.
+        """
+        if self.tokens:
+            return
+        folder, _ = cached(self._texts(), self.vocab_size, self.cache_dir)
+        tokenizer, tokens = load(folder, self.seq_len)
+        for split, needed in (("train", self.batch_size), ("val", 1)):
+            if len(tokens[split]) < needed:
+                raise ValueError(
+                    f"The {split} files of {self.root} make {tokens[split].count:,} tokens, which is less than "
+                    f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more "
+                    "text, or a smaller `seq_len`, `batch_size` or `vocab_size`."
+                )
+        self.tokenizer, self.tokens = tokenizer, tokens
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Return batches ``[batch_size, seq_len]`` in an order that does not depend on the number of processes."""
+        trainer = self.trainer
+        replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        return ResumableLoader(
+            self.tokens["train"], self.batch_size, replicas, rank, self.seed, num_workers=self.num_workers
+        )
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Return batches of the validation files, always in the same order."""
+        return DataLoader(self.tokens["val"], batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Return the validation batches, because there is no third split."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Return the validation batches."""
+        return self.val_dataloader()
+
+    def _texts(self) -> Texts:
+        return Texts(self.root, self.pattern, self.val_fraction, self.max_chars)

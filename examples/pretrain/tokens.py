@@ -1,0 +1,106 @@
+"""Tokens of texts in files that are mapped into memory, so that all processes of a machine share them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from examples.pretrain.texts import Texts
+
+END_OF_TEXT = "<|endoftext|>"
+TEXTS_AT_A_TIME = 256
+
+
+class Tokens(Dataset[Tensor]):
+    """Sequences of tokens, read from a file where they are needed.
+
+    Args:
+        path: A file of tokens without a header.
+        dtype: Of the numbers in the file.
+        seq_len: Tokens per sequence. What is left at the end of the file is not used.
+    """
+
+    def __init__(self, path: Path, dtype: str, seq_len: int) -> None:
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        self.count = len(tokens)
+        self._sequences = tokens[: len(tokens) // seq_len * seq_len].reshape(-1, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __getitem__(self, index: int | slice) -> Tensor:
+        """Return tokens ``[seq_len]``, or ``[sequences, seq_len]`` for a slice."""
+        return torch.from_numpy(self._sequences[index].astype(np.int64))
+
+
+def cached(texts: Texts, vocab_size: int, cache_dir: Path) -> tuple[Path, bool]:
+    """Return the folder with vocabulary and tokens of texts, and whether it was there before.
+
+    The folder's name is made from the files and the settings. It appears when it is complete.
+    """
+    settings = (texts.fingerprint, vocab_size, tokenizers.__version__)
+    folder = cache_dir / f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder, True
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix="unfinished-"))
+    try:
+        tokenizer = train_tokenizer(texts.read("train"), vocab_size)
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
+        (temporary / "tokens.json").write_text(json.dumps({"dtype": dtype}))
+        for split in ("train", "val"):
+            with (temporary / f"{split}.bin").open("wb") as file:
+                for ids in encode(tokenizer, texts.read(split)):
+                    file.write(np.array(ids, dtype).tobytes())
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise  # otherwise another process was quicker
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder, False
+
+
+def load(folder: Path, seq_len: int) -> tuple[tokenizers.Tokenizer, dict[str, Tokens]]:
+    """Return the vocabulary and the sequences of ``"train"`` and ``"val"`` in a folder that `cached` made."""
+    facts: dict[str, Any] = json.loads((folder / "tokens.json").read_text())
+    tokens = {split: Tokens(folder / f"{split}.bin", facts["dtype"], seq_len) for split in ("train", "val")}
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), tokens
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE vocabulary."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
+    """Yield the tokens of every text, with the end of the text."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    while some := list(islice(texts, TEXTS_AT_A_TIME)):
+        for encoding in tokenizer.encode_batch(some):
+            yield [*encoding.ids, end]
