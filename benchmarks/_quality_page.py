@@ -150,7 +150,10 @@ def page(found: Found, costs: Sequence[Result]) -> str:
         if (lines := table(study, results))[1]:
             parts.append(markdown(*lines))
         if study is found[0][0]:
-            parts.append("![validation loss against tokens](quality.png)")
+            parts += [
+                "![validation loss against tokens](quality.png)",
+                "![validation loss against state](quality_state.png)",
+            ]
         if study.settings.fidelity:
             parts += [_FIDELITY, markdown(*fidelity(study, results)), _SPECTRA, markdown(*spectra(study, results))]
             parts += [_SWINGS, markdown(*swings(study, results))]

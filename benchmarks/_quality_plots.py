@@ -18,6 +18,17 @@ from lightning_memopt.figures.style import REFERENCE as BLACK
 
 Curve = list[tuple[int, float]]
 SHOWN = 12  # curves
+# Of the optimizers in the plot of state. The package's own recipes keep their names.
+NAMES = {name: name for name in ("adapm", "adapm_lean", "adapm_mini", "adam_sn", "adam_snsm", "snsm_lean", "muon_lean")}
+NAMES |= {
+    "AdamW": "AdamW",
+    "adamw": "AdamW",
+    "AdamW, beta1 0.8": "AdamW, β₁ 0.8",
+    "adamw, beta1 0.8": "AdamW, β₁ 0.8",
+    "adafactor": "Adafactor",
+}
+NAMES |= {"adam_mini": "Adam-mini", "scale": "SCALE", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}
+NAMES |= {"galore": "GaLore", "fira": "Fira", "muon": "Muon"}
 
 
 def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
@@ -42,6 +53,35 @@ def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
     _zoom(right, curves, order, styles)
     rest = f"; the best {SHOWN - 1} and AdamW" if len(curves) > len(order) else ""
     title = f"{study.title}: validation loss, rate tuned for each optimizer, mean of seeds{rest}"
+    figure.suptitle(title, fontsize=TITLE)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
+    """Draw loss against the bytes of state, for one rate and for rates by role."""
+    figure = new_figure(11, 5)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, by_role, title in ((axes[0], False, "One learning rate"), (axes[1], True, "Learning rates by role")):
+        rows = [row for row in study.rows if row.tuned and (row.ratio != 1) is by_role]
+        found = [(row.variant, runs) for row in rows if (runs := best_runs(results, row))]
+        dots = [(mean_loss(runs), 100 * shares(runs[0])[1], name) for name, runs in found if name in NAMES]
+        places: list[tuple[float, float]] = []  # share and height of labels
+        for loss, share, name in sorted(dots):
+            color = BLACK if "AdamW" in NAMES[name] else COLORS[0] if NAMES[name] == name else COLORS[1]
+            near = [height + 0.025 for other, height in places if other / 3 < share < other * 3]
+            places.append((share, max([loss, *near])))
+            axis.plot(share, loss, "o", color=color, markersize=8)
+            left = share > 90 or name == "apollo_mini"
+            axis.annotate(
+                NAMES[name], (share, loss), xytext=(share / 1.15 if left else share * 1.15, places[-1][1]), color=color,
+                fontsize=SMALL, va="center", ha="right" if left else "left",
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xticks([1, 3, 10, 30, 100], ["1%", "3%", "10%", "30%", "100%"])
+        axis.minorticks_off()
+        axis.set_xlim(0.5, 130)
+        finish(axis, title=title, x="optimizer state, share of AdamW's", y="" if by_role else "validation loss")
+    title = f"{study.title}: rate tuned for each optimizer; blue: this package's recipes"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 

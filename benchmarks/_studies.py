@@ -97,6 +97,7 @@ STUDIES: dict[str, Study] = {
                 ("adapm_mini", 2e-3),
                 seeds=(0,),
             ),  # fmt: skip
+            *_rows(("AdamW, beta1 0.8", 2e-3)),
             *_rows(("adamw, beta1 0.8", 2.8e-3), ("adapm_lean, beta1 0.8", 4e-3), ratio=RATIO),
             # At the best rate of their neighbors.
             *_rows(
@@ -104,7 +105,6 @@ STUDIES: dict[str, Study] = {
                 ("dense x factored", 2e-3),
                 ("NAdam", 2e-3),
                 ("QHAdam, nu 0.7", 2e-3),
-                ("AdamW, beta1 0.8", 2e-3),
                 ("AdamW, beta1 0.95", 2e-3),
                 tuned=False,
                 seeds=(0,),

@@ -27,7 +27,7 @@ import _memory_page as memory
 from _pool import train_in_pool
 from _quality_cost import costs
 from _quality_page import page, table
-from _quality_plots import plot_curves, plot_ranks
+from _quality_plots import plot_curves, plot_ranks, plot_state
 from _quality_rows import needed
 from _report import OUTPUT, command, commit, date, machine, show
 from _studies import STUDIES, Row, Study
@@ -159,6 +159,7 @@ def main() -> None:
     if found:
         (args.output / "quality.md").write_text(page(found, read_costs(args.results)))
         plot_curves(found[0][1], found[0][0], args.output / "quality.png")
+        plot_state(found[0][1], found[0][0], args.output / "quality_state.png")
         plot_ranks(found, args.output / "quality_rank.png")
     print(f"written to {args.output}")
 

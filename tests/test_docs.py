@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CHOOSING = (ROOT / "docs" / "choosing.md").read_text()
+PRETRAIN = (ROOT / "examples" / "pretrain" / "README.md").read_text()
 MEMORY = (ROOT / "docs" / "memory.md").read_text()
 
 
@@ -39,31 +41,36 @@ def test_python_in_the_pages_runs(code, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(script))
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("lightning-memopt")]
+COMMANDS = [
+    line
+    for page in (README, PRETRAIN)
+    for block in blocks("bash", page)
+    for line in block.splitlines()
+    if line.startswith("lightning-memopt") and "--ckpt_path" not in line
+]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
+def test_commands_run_in_a_copy_of_the_repository(line, tmp_path, monkeypatch):
     from lightning_memopt.cli import MemOptCLI, main
 
     texts = tmp_path / "texts"
     texts.mkdir()
     for position in range(20):
         (texts / f"{position}.txt").write_text("to be or not to be, that is the question. " * 40)
-    monkeypatch.chdir(ROOT)
+    for folder in ("examples", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
     program, *args = shlex.split(line)
     assert program == "lightning-memopt"
     keep_parsers(monkeypatch, "fit" if args[0] == "plan" else args[0])
     if args[0] == "plan":
         monkeypatch.setattr(sys, "argv", [program, *args])
-        if "--config" not in args:
-            monkeypatch.chdir(tmp_path)  # for pictures
         with pytest.raises(SystemExit) as done:
             main()
         assert done.value.code == 0
         return
     small = {
-        "--trainer.default_root_dir": tmp_path,
         "--trainer.limit_val_batches": 1,
         "--data.cache_dir": tmp_path / "cache",
         "--model.model": "llama-1m",
@@ -76,23 +83,28 @@ def test_commands_in_the_readme_run(line, tmp_path, monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", (ROOT / name).read_text()):
-            assert (ROOT / target).exists(), f"{name} links to {target}"
+    for page in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        ROOT / "benchmarks/README.md",
+    ):
+        for target in re.findall(r"\]\((?!https?://|mailto:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page} links to {target}"
 
 
 def test_the_recipe_table_lists_every_recipe_and_its_class():
-    listed = re.findall(r"^\| `(\w+)` \| `(\w+)", README, flags=re.MULTILINE)
+    listed = re.findall(r"^\| `(\w+)` \| `(\w+)", CHOOSING, flags=re.MULTILINE)
     assert [name for name, _ in listed] == lm.recipe_names()
     assert all(hasattr(lm, cls) for _, cls in listed)
 
 
-def test_the_sizes_in_the_readme_are_those_of_the_page_of_recipes():
+def test_the_sizes_on_the_page_of_choices_are_those_of_the_page_of_recipes():
     page = (ROOT / "docs" / "recipes.md").read_text().partition("## Size of the state")[2].partition("Momentum only")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     column = rows[0].index("LLaMA 1B")
     exact = {row[0].strip("`"): float(row[column].rstrip("%")) for row in rows[2:]}
-    for name, size in re.findall(r"^\| `(\w+)` \|.*\| ([0-9.]+)% \|$", README, flags=re.MULTILINE):
+    for name, size in re.findall(r"^\| `(\w+)` \|.*\| ([0-9.]+)% \|$", CHOOSING, flags=re.MULTILINE):
         assert float(size) == pytest.approx(exact[name], abs=0.051), name
 
 

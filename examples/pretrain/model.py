@@ -79,7 +79,7 @@ class LanguageModel(LightningModule):
         """Log the mean over all tokens of all processes, and the perplexity."""
         loss = self.val_loss.compute()
         self.val_loss.reset()
-        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
+        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True, sync_dist=True)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the mean over all tokens."""
