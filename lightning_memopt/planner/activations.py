@@ -11,6 +11,8 @@ from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.planner.skeletons import ALIASES, MODELS, LlamaSizes, Skeleton
 from lightning_memopt.sharding.wrapping import blocks
 
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
 
 def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int:
     """Return the most bytes of what a pass forward and backward makes besides gradients of weights.
@@ -25,7 +27,7 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
         settings: The settings of the run, with a batch.
 
     Raises:
-        ValueError: If the model cannot run that way.
+        ValueError: If the model cannot run that way, or has learned positions for shorter sequences only.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -44,6 +46,7 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
         return made
 
     source = callable_model(module, name)
+    _check_positions(source, name, settings.batch[1])
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = outline(source, fake_parameter, buffers=fake).train()
@@ -101,6 +104,17 @@ def callable_model(module: nn.Module, name: str) -> nn.Module:
                 n_positions=sizes.positions,
             )
         )
+
+
+def _check_positions(model: nn.Module, name: str, length: int) -> None:
+    """Refuse a sequence that a table of positions cannot index, which fake tensors would not notice."""
+    for path, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITION_TABLES
+        if is_table and length > module.num_embeddings:
+            raise ValueError(
+                f"{name} has learned positions for {module.num_embeddings:,} tokens (`{path}`), and `batch` has "
+                f"sequences of {length:,}: give it sequences of at most {module.num_embeddings:,}."
+            )
 
 
 def _without_attention_dropout(model: nn.Module) -> None:

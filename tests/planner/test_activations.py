@@ -105,6 +105,7 @@ class Images(nn.Module):
     [
         ("mixtral-8x7b", {"batch": (1, 8)}, "activations of mixtral-8x7b depend on which experts.*Leave `batch` out"),
         (Images(), {"batch": (1, 8)}, "activations of Images are unknown.*read `input_ids` alone.*Leave `batch` out"),
+        ("gpt2", {"batch": (1, 1025)}, "gpt2 has learned positions for 1,024 tokens .*sequences of 1,025: give it"),
         ("gpt2", {"batch": (1, 0)}, r"`batch` must be two positive integers, such as \(4, 512\).*got \(1, 0\)"),
         ("gpt2", {"gradient_release": True, "world_size": 4, "replicate_size": 2}, "frees nothing.*leave one of the"),
         ("gpt2", {"activation_checkpointing": True}, r"planned for a `batch`: add one, such as `batch=\(4, 512\)`"),
