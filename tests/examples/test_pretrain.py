@@ -154,19 +154,6 @@ def test_demo_trains_on_two_processes_and_prints_one_table(small):
     assert done.stdout.count("Optimizer state of AdamW") == done.stdout.count("Optimizer state of AdaPMLean") == 1
 
 
-def test_fabric_trains_on_two_processes_and_continues_on_one(texts, tmp_path, capsys):
-    from examples.fabric import main
-
-    args = [f"--root={texts}", "--vocab-size=300", "--seq-len=16", "--batch-size=2", "--hidden-size=16"]
-    first = run_python(str(EXAMPLES / "fabric.py"), *args, "--steps=20", "--devices=2")
-    assert first.returncode == 0, first.stderr[-3000:]
-    assert re.search(r"step    20  loss \d\.\d+\nvalidation loss \d\.\d+\nsaved to runs/fabric.ckpt", first.stdout)
-    assert first.stdout.count("embed_tokens") == first.stdout.count("validation loss") == 1, "rank 0 alone prints"
-    main([*args, "--steps=22", "--devices=1"])
-    assert capsys.readouterr().out.startswith("continuing after step 20\nvalidation loss")
-    assert "model.embed_tokens.weight" in lm.load_weights(tmp_path / "runs" / "fabric.ckpt")
-
-
 def test_llama_in_plain_python(texts, tmp_path):
     from lightning.pytorch import Trainer
 

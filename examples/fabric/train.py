@@ -1,27 +1,24 @@
 """Train a LLaMA with a loop of one's own: Fabric, FSDP2 and compressed optimizer state.
 
-Run ``python examples/fabric.py``. It uses all GPUs, or two CPU processes; Fabric starts this file again for each
-further process. If the checkpoint exists, the run continues from it, on any number of processes.
+Run ``python -m examples.fabric.train``. It uses all GPUs, or two CPU processes; Fabric runs this command again for
+each further process. If the checkpoint exists, the run continues from it, on any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch  # noqa: E402
-from lightning.fabric import Fabric  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-import lightning_memopt as lm  # noqa: E402
-from examples.pretrain.data import TextDataModule  # noqa: E402
+import lightning_memopt as lm
+from examples.pretrain.data import TextDataModule
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:

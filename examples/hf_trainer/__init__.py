@@ -1,0 +1,1 @@
+"""Compressed optimizer state in the Trainer of transformers."""

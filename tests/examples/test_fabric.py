@@ -1,0 +1,24 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_memopt as lm
+from tests._commands import run_python
+from tests.examples._run import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_fabric_trains_on_two_processes_and_continues_on_one(texts, capsys, monkeypatch):
+    from examples.fabric.train import main
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the second process, which Fabric starts
+    args = [f"--root={texts}", "--vocab-size=300", "--seq-len=16", "--batch-size=2", "--hidden-size=16"]
+    first = run_python("-m", "examples.fabric.train", *args, "--steps=20", "--devices=2")
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert re.search(r"step    20  loss \d\.\d+\nvalidation loss \d\.\d+\nsaved to runs/fabric.ckpt", first.stdout)
+    assert first.stdout.count("embed_tokens") == first.stdout.count("validation loss") == 1, "rank 0 alone prints"
+    main([*args, "--steps=22", "--devices=1"])
+    assert capsys.readouterr().out.startswith("continuing after step 20\nvalidation loss")
+    assert "model.embed_tokens.weight" in lm.load_weights(Path("runs") / "fabric.ckpt")

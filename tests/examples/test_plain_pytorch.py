@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests._commands import run_python
+from tests._ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+
+SMALL = ("--vocab-size=300", "--seq-len=16", "--batch-size=4", "--hidden-size=16", "--save-every=10")
+
+
+def trained(rank: int, world_size: int, given: list[str]) -> str:
+    """Train on a process that has its group already, and return what it printed."""
+    from examples.plain_pytorch.train import arguments, train
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(arguments(given), torch.device("cpu"))
+    return printed.getvalue()
+
+
+def some_batches(monkeypatch: pytest.MonkeyPatch, world_size: int, first: int, number: int) -> list[list[int]]:
+    """Return the sequences of all ranks' shares, sorted, for batches of four out of ten sequences."""
+    from examples.plain_pytorch.train import batches
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        shares.append([part.tolist() for part in itertools.islice(batches(torch.arange(10), 4, first), number)])
+    return [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds, as whole tensors."""
+    path = folder.parent / f"{folder.name}.pt"
+    dcp_to_torch_save(folder, path)
+    return torch.load(path, weights_only=False)["training"]
+
+
+def test_two_processes_then_one_train_as_two_do(texts, tmp_path, monkeypatch):
+    args = [f"--root={texts}", *SMALL, "--steps=20"]
+    (whole, silent) = run_ranks(trained, 2, [*args, f"--folder={tmp_path / 'whole'}"])
+    assert silent == "", "rank 0 alone prints"
+    assert whole.count("embed_tokens") == 1
+    first, last = (content(tmp_path / "whole" / f"step-000000{step}") for step in (10, 20))
+
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "whole" / "step-00000010", tmp_path / "moved" / "step-00000010")
+    (tmp_path / "moved" / "step-00000015").mkdir()  # an interrupted save
+    # What torchrun sets for a single process.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    second = run_python("-m", "examples.plain_pytorch.train", *args, f"--folder={tmp_path / 'moved'}")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert second.stdout.startswith("continuing after step 10\nstep    20  loss ")
+    assert second.stdout.splitlines()[-1] == whole.splitlines()[-1], "the same loss"
+
+    again = content(tmp_path / "moved" / "step-00000020")
+    assert again["step"] == last["step"] == 20
+    assert again["schedule"] == last["schedule"]
+    torch.testing.assert_close(again["model"], last["model"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(first["model"]["lm_head.weight"], last["model"]["lm_head.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_batches_are_the_same_at_every_number_of_processes_and_from_every_step(world_size, monkeypatch):
+    reference = some_batches(monkeypatch, 1, 0, 6)
+    assert all(len({*one, *other}) == 8 for one, other in zip(reference[::2], reference[1::2], strict=True)), (
+        "two batches an epoch"
+    )
+    assert reference[:2] != reference[2:4], "each epoch has an order of its own"
+    for first in range(4):
+        assert some_batches(monkeypatch, world_size, first, 6 - first) == reference[first:]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="A batch of 4 sequences cannot be divided evenly among 3 processes"):
+        some_batches(monkeypatch, 3, 0, 1)
