@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_memopt as lm
 from examples.pretrain.data import TextDataModule
+from examples.pretrain.order import ResumableLoader
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -67,7 +68,9 @@ def main(given: list[str] | None = None) -> None:
     with fabric.rank_zero_first():
         data.prepare_data()
     data.setup()
-    train, val = fabric.setup_dataloaders(data.train_dataloader(), data.val_dataloader())
+    # The checkpoint holds its place in the data. Every process has its share already.
+    order = ResumableLoader(data.tokens["train"], args.batch_size, fabric.world_size, fabric.global_rank)
+    train, val = fabric.setup_dataloaders(order, data.val_dataloader())
 
     size = {"hidden_size": args.hidden_size, "intermediate_size": 3 * args.hidden_size, "num_hidden_layers": 3}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocab_size, num_attention_heads=8, **size))
@@ -76,7 +79,7 @@ def main(given: list[str] | None = None) -> None:
     model, optimizer = fabric.setup(model, optimizer)
     # Without a warm-up, the first steps of low-rank momentum are too long.
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.03, total_iters=30)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "step": 0}
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": order, "step": 0}
     if Path(args.checkpoint).exists():
         fabric.load(args.checkpoint, state)
         fabric.print(f"continuing after step {state['step']}")

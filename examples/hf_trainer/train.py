@@ -7,6 +7,7 @@ in ``--folder``. ``torchrun --nproc-per-node 2 -m examples.hf_trainer.train`` tr
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.trainer_utils import get_last_checkpoint
 
 import lightning_memopt as lm
-from examples.text import TextDataModule
+from examples.pretrain.data import TextDataModule
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -97,6 +98,7 @@ def main(given: list[str] | None = None) -> None:
         eval_dataset=data["val"][:160],
         optimizers=(optimizer, schedule),
     )
+    Path(args.folder).mkdir(parents=True, exist_ok=True)  # the Trainer makes it on its main process alone
     last = get_last_checkpoint(args.folder)
     if trainer.is_world_process_zero():
         print(f"continuing from {last}" if last else optimizer.plan_table(), flush=True)

@@ -9,22 +9,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_memopt as lm
-from examples.text import TextDataModule
+from examples.pretrain.data import TextDataModule
+from examples.pretrain.order import ResumableLoader
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -54,54 +52,46 @@ def start_processes() -> torch.device:
     return device
 
 
-def training_sequences(args: argparse.Namespace) -> Tensor:
-    """Return the tokens ``[sequences, seq_len]``; the first process of each machine makes the vocabulary."""
+def batches(args: argparse.Namespace) -> ResumableLoader:
+    """Return this process's share of the batches; the first process of each machine makes the vocabulary.
+
+    At every number of processes, the same sequences make up a batch. So a run may continue on another number, and its
+    losses stay the same up to the order of sums.
+
+    Raises:
+        ValueError: If processes cannot have equal shares.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.batch_size % world_size:
+        raise ValueError(
+            f"A batch of {args.batch_size} sequences cannot be divided evenly among {world_size} processes: make "
+            "`--batch-size` a multiple of their number."
+        )
     data = TextDataModule(args.root, vocab_size=args.vocab_size, seq_len=args.seq_len, batch_size=args.batch_size)
     if dist.get_node_local_rank() == 0:
         data.prepare_data()
     dist.barrier()
     data.setup()
-    return data.tokens["train"]
-
-
-def batches(tokens: Any, batch_size: int, first: int) -> Iterator[Tensor]:
-    """Yield this process's share of batch number ``first`` and of all that follow, epoch after epoch.
-
-    At every number of processes, the same ``batch_size`` sequences make up a batch. So a run may continue on another
-    number, and its losses stay the same up to the order of sums.
-
-    Raises:
-        ValueError: If processes cannot have equal shares.
-    """
-    world_size = dist.get_world_size()
-    if batch_size % world_size:
-        raise ValueError(
-            f"A batch of {batch_size} sequences cannot be divided evenly among {world_size} processes: make "
-            "`--batch-size` a multiple of their number."
-        )
-    sampler: DistributedSampler[Tensor] = DistributedSampler(tokens, drop_last=True)
-    loader = DataLoader(tokens, batch_size // world_size, sampler=sampler, drop_last=True)
-    epoch, done = divmod(first, len(loader))
-    for number in itertools.count(epoch):
-        sampler.set_epoch(number)
-        yield from itertools.islice(loader, done if number == epoch else 0, None)
+    return ResumableLoader(data.tokens["train"], args.batch_size // world_size, world_size, rank)
 
 
 class Training:
     """What a checkpoint holds: torch's distributed checkpoints call ``state_dict`` and ``load_state_dict``."""
 
-    def __init__(self, model: Any, optimizer: lm.MemOpt, schedule: lm.WarmupSchedule) -> None:
-        self.model, self.optimizer, self.schedule, self.step = model, optimizer, schedule, 0
+    def __init__(self, model: Any, optimizer: lm.MemOpt, schedule: lm.WarmupSchedule, data: ResumableLoader) -> None:
+        self.model, self.optimizer, self.schedule, self.data, self.step = model, optimizer, schedule, data, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights and optimizer state under the parameters' names, as sharded tensors."""
+        """Return weights and optimizer state, sharded and under the parameters' names, and the place in the run."""
         weights, states = get_state_dict(self.model, self.optimizer)
-        return {"model": weights, "optimizer": states, "schedule": self.schedule.state_dict(), "step": self.step}
+        place = {"schedule": self.schedule.state_dict(), "data": self.data.state_dict(), "step": self.step}
+        return {"model": weights, "optimizer": states, **place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state that was saved."""
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.data.load_state_dict(state["data"])
         self.step = state["step"]
 
 
@@ -118,14 +108,14 @@ def sharded_model(args: argparse.Namespace, device: torch.device) -> Any:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train from the last checkpoint on, or from the beginning."""
-    tokens = training_sequences(args)
+    data = batches(args)
     model = sharded_model(args, device)
     # The model has been sharded, and the optimizer's state is sharded with it.
     optimizer = lm.MemOpt(model.named_parameters(), recipe=args.recipe, lr=args.lr).bind(model)
     # Without a warm-up, the first steps of low-rank momentum are too long.
     schedule = lm.WarmupSchedule(optimizer, 20, "constant")
 
-    training = Training(model, optimizer, schedule)
+    training = Training(model, optimizer, schedule, data)
     # A save writes `.metadata` last, so a folder without it was interrupted.
     saved = sorted(args.folder.glob("step-*/.metadata"))
     if saved:
@@ -133,7 +123,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if dist.get_rank() == 0:
         print(f"continuing after step {training.step}" if saved else optimizer.plan_table(), flush=True)
 
-    for batch in itertools.islice(batches(tokens, args.batch_size, training.step), args.steps - training.step):
+    epochs = itertools.chain.from_iterable(itertools.repeat(data))
+    for batch in itertools.islice(epochs, args.steps - training.step):
         batch = batch.to(device)
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()

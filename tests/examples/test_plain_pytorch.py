@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 import shutil
 from pathlib import Path
@@ -29,18 +28,6 @@ def trained(rank: int, world_size: int, given: list[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         train(arguments(given), torch.device("cpu"))
     return printed.getvalue()
-
-
-def some_batches(monkeypatch: pytest.MonkeyPatch, world_size: int, first: int, number: int) -> list[list[int]]:
-    """Return the sequences of all ranks' shares, sorted, for batches of four out of ten sequences."""
-    from examples.plain_pytorch.train import batches
-
-    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-    shares = []
-    for rank in range(world_size):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        shares.append([part.tolist() for part in itertools.islice(batches(torch.arange(10), 4, first), number)])
-    return [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -76,17 +63,10 @@ def test_two_processes_then_one_train_as_two_do(texts, tmp_path, monkeypatch):
     assert not torch.allclose(first["model"]["lm_head.weight"], last["model"]["lm_head.weight"], atol=1e-3)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_batches_are_the_same_at_every_number_of_processes_and_from_every_step(world_size, monkeypatch):
-    reference = some_batches(monkeypatch, 1, 0, 6)
-    assert all(len({*one, *other}) == 8 for one, other in zip(reference[::2], reference[1::2], strict=True)), (
-        "two batches an epoch"
-    )
-    assert reference[:2] != reference[2:4], "each epoch has an order of its own"
-    for first in range(4):
-        assert some_batches(monkeypatch, world_size, first, 6 - first) == reference[first:]
-
-
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="A batch of 4 sequences cannot be divided evenly among 3 processes"):
-        some_batches(monkeypatch, 3, 0, 1)
+    from examples.plain_pytorch.train import arguments, batches
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match="A batch of 8 sequences cannot be divided evenly among 3 processes"):
+        batches(arguments([]))
