@@ -2,12 +2,22 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_memopt as lm
 from tests._commands import run_python
 from tests.examples._run import ROOT
 
 pytestmark = pytest.mark.slow
+
+
+def sequences(texts: Path) -> int:
+    """Return how many training sequences there are."""
+    from examples.pretrain.data import TextDataModule
+
+    data = TextDataModule(str(texts), vocab_size=300, seq_len=16)
+    data.setup()
+    return len(data.tokens["train"])
 
 
 def test_fabric_trains_on_two_processes_and_continues_on_one(texts, capsys, monkeypatch):
@@ -19,6 +29,10 @@ def test_fabric_trains_on_two_processes_and_continues_on_one(texts, capsys, monk
     assert first.returncode == 0, first.stderr[-3000:]
     assert re.search(r"step    20  loss \d\.\d+\nvalidation loss \d\.\d+\nsaved to runs/fabric.ckpt", first.stdout)
     assert first.stdout.count("embed_tokens") == first.stdout.count("validation loss") == 1, "rank 0 alone prints"
+    # 20 steps of 2 batches of 2 sequences on each of 2 processes. Each of them has given out its own.
+    place = torch.load(Path("runs") / "fabric.ckpt" / "meta.pt", weights_only=True)["data"]
+    per_epoch = 4 * (sequences(texts) // 4)
+    assert place["epoch"] * per_epoch + place["examples"] == 160
     main([*args, "--steps=22", "--devices=1"])
     assert capsys.readouterr().out.startswith("continuing after step 20\nvalidation loss")
     assert "model.embed_tokens.weight" in lm.load_weights(Path("runs") / "fabric.ckpt")
