@@ -1,7 +1,7 @@
 # make demo    train a small LLaMA with AdamW and with compressed state, and compare; make demo ARGS="--data.root DIR"
 # make test    lint, types and tests; make test ARGS="tests/kinds -k low_rank"
 # make test-quick    the tests that start no ranks and train no model, for daily work
-# make docs    write the pages that are generated from the sources
+# make docs    write the pages that are generated from the sources, then build the site in docs/_build/html
 # The virtual environment is made on first use, and again when the requirements change.
 
 PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)
@@ -27,6 +27,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py > docs/recipes.md
 	$(BIN)/python docs/names.py > docs/names.md
 	$(BIN)/python docs/errors.py > docs/errors.md
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build/html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -43,5 +44,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs lightning_logs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs lightning_logs build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -71,6 +71,11 @@ class Message:
         places = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
         return next((TITLES[place] for place in places if place in TITLES), parts[0])
 
+    @property
+    def file(self) -> str:
+        """Path of its module below the package."""
+        return f"{self.module}/__init__.py" if (PACKAGE / self.module).is_dir() else f"{self.module}.py"
+
 
 @dataclass(frozen=True)
 class _Scope:
@@ -291,7 +296,7 @@ def page(found: list[Message] | None = None) -> str:
         for message in sorted((entry for entry in found if entry.title == title), key=_key):
             same.setdefault((message.text, message.kind), []).append(message)
         for (text, kind), entries in same.items():
-            sources = (f"[{entry.module}.py](../lightning_memopt/{entry.module}.py)" for entry in entries)
+            sources = (f"[{entry.file}](../lightning_memopt/{entry.file})" for entry in entries)
             whens = (entry.when for entry in entries if entry.when)
             facts = " · ".join([f"`{kind}`", *dict.fromkeys(sources), *dict.fromkeys(whens)])
             lines.append(f'<a id="{_anchor(entries[0], taken)}"></a>\n{_quoted(text)}\n\n{facts}\n')

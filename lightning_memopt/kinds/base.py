@@ -70,10 +70,10 @@ class Kind:
         return self
 
     def sizes(self, layout: Layout) -> dict[str, Sizes]:
-        """Return the sizes of every state tensor, in the form that :func:`allocate` takes.
+        """Return the sizes of every state tensor, in the form that ``allocate`` takes.
 
-        A dimension given as ``-2`` or ``-1`` is sharded like that dimension of the block: :meth:`update` sees the local
-        part. :meth:`update` sees every other dimension whole, wherever the tensor is stored.
+        A dimension given as ``-2`` or ``-1`` is sharded like that dimension of the block: ``update`` sees the local
+        part. ``update`` sees every other dimension whole, wherever the tensor is stored.
         """
         return {}
 

@@ -38,7 +38,7 @@ class MomentumAllocation(SnapshotMetric):
 
     A snapshot in which no block has changed only extends the last entry, so the history grows with the number of
     changes. A snapshot of an earlier step, as after a restart from a checkpoint, removes later entries. All processes
-    have the same plan and must make the same updates. The history is part of the metric's ``state_dict``. :meth:`plot`
+    have the same plan and must make the same updates. The history is part of the metric's ``state_dict``. :meth:`.SnapshotMetric.plot`
     draws the ranks of all matrices over the steps as a heat map.
 
     Attributes:
@@ -138,7 +138,7 @@ class MomentumAllocation(SnapshotMetric):
 
     @property
     def matrices(self) -> list[str]:
-        """Names of the blocks that are not vectors, which :meth:`plot` draws."""
+        """Names of the blocks that are not vectors, which :meth:`.SnapshotMetric.plot` draws."""
         drawn = set(self._drawn)
         return [name for name in self.blocks if name in drawn]
 

@@ -35,7 +35,7 @@ class SnapshotMetric(Metric):
         """Draw one result, or several over time.
 
         Args:
-            val: A result of :meth:`compute` or ``forward``, or a list of such results; None computes it.
+            val: A result of ``compute`` or ``forward``, or a list of such results; None computes it.
             ax: A matplotlib axis to draw on; None creates a figure.
 
         Returns:

@@ -143,7 +143,7 @@ class MuonLean(RecipeOptimizer):
     Defaults: betas (0.9, 0.95), rank 1/32 of the short side, at least 4.
     State: 2 to 2.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: about eight times AdamW's in the one model
     measured, with warmup. Each step takes Muon's time, in which
-    :mod:`lightning_memopt.kinds.newton_schulz` multiplies matrices of the short side 17 times.
+    ``lightning_memopt.kinds.newton_schulz`` multiplies matrices of the short side 17 times.
     Sources: arXiv 2510.09103 (momentum), kellerjordan.github.io/posts/muon (iteration), arXiv 1804.04235 (factors).
     The combination is this package's.
     """

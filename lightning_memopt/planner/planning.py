@@ -67,7 +67,7 @@ def plan_memory(
     in ``strategy="memopt_fsdp"``. So its state has exactly the bytes of a real run.
 
     Args:
-        model: A name of :func:`~lightning_memopt.planner.skeletons.model_names`; the path of a transformers
+        model: A name of ``lightning_memopt.planner.skeletons.model_names``; the path of a transformers
             configuration (``config.json``), or of the folder that holds it; or a module, which does not change.
         recipe: A recipe's name, the path or content of a recipe file, a plan, or a list of these. None means all named
             recipes.

@@ -39,7 +39,7 @@ class Momentum(Kind):
         Args:
             grad: ``[..., m, n]``, the local part, of any floating dtype; not modified. If the kind is ``batched``, this
                 may be a batch ``[b, ..., m, n]``.
-            state: The local tensors from :meth:`init`; updated in place. For a batch, they are stacked, and those of
+            state: The local tensors from :meth:`.init`; updated in place. For a batch, they are stacked, and those of
                 the block's shape are batches.
             layout: The block's layout, or the batch's.
             beta1: Decay rate of the average, in [0, 1).
