@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).resolve().parent
@@ -27,10 +28,14 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 
+# `--option` would get a dash of another sort, and could not be searched for.
+smartquotes = False
+highlight_language = "text"
 default_role = "code"
 myst_heading_anchors = 4
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_typehints_format = "short"
@@ -100,7 +105,15 @@ def escape_bars(app: Sphinx, what: str, name: str, thing: object, options: objec
     lines[:] = [re.sub(r"(``.*?``)|\|", lambda match: match[1] or r"\|", line) for line in lines]
 
 
+def draw_dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Put a dash between an argument and what it is, which Sphinx leaves to the quotes that are off."""
+    for node in list(doctree.findall(nodes.Text)):
+        if node == " -- ":
+            node.parent.replace(node, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions of this file."""
     app.connect("source-read", read)
+    app.connect("doctree-read", draw_dashes)
     app.connect("autodoc-process-docstring", escape_bars)

@@ -46,6 +46,7 @@ WARNS = ("warn", "rank_zero_warn")
 DEPTH = 4  # of functions that make parts of a message
 ALTERNATIVES = 4  # of one message
 OPEN, CLOSE = "‹", "›"
+ESCAPED = r"\_\_"  # would make text bold
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Message:
         return next((TITLES[place] for place in places if place in TITLES), parts[0])
 
     @property
-    def file(self) -> str:
-        """Path of its module below the package."""
-        return f"{self.module}/__init__.py" if (PACKAGE / self.module).is_dir() else f"{self.module}.py"
+    def link(self) -> str:
+        """A link to its module, as Markdown."""
+        file = f"{self.module}/__init__.py" if (PACKAGE / self.module).is_dir() else f"{self.module}.py"
+        return f"[{file.replace('__', ESCAPED)}](../lightning_memopt/{file})"
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def page(found: list[Message] | None = None) -> str:
         for message in sorted((entry for entry in found if entry.title == title), key=_key):
             same.setdefault((message.text, message.kind), []).append(message)
         for (text, kind), entries in same.items():
-            sources = (f"[{entry.file}](../lightning_memopt/{entry.file})" for entry in entries)
+            sources = (entry.link for entry in entries)
             whens = (entry.when for entry in entries if entry.when)
             facts = " · ".join([f"`{kind}`", *dict.fromkeys(sources), *dict.fromkeys(whens)])
             lines.append(f'<a id="{_anchor(entries[0], taken)}"></a>\n{_quoted(text)}\n\n{facts}\n')

@@ -13,17 +13,15 @@ sys.path.insert(0, str(ROOT))
 import lightning_memopt as lm  # noqa: E402
 from lightning_memopt._registry import Registry  # noqa: E402
 
-# In the order of the page. Each has the signatures and docstrings of its names, in groups with titles.
-REFERENCE = tuple(
-    ROOT / "docs" / "reference" / f"{name}.rst" for name in ("optimizers", "strategy", "plans", "memory", "kinds")
-)
+# In the order of the page. Each has the signatures and docstrings of its names.
+PAGES = ("optimizers", "strategy", "plans", "memory", "kinds")
 INTRO = """# All names
 
 `python docs/names.py` generates this page; a test checks that it is up to date.
 
 Everything public is in `lightning_memopt` itself: `import lightning_memopt as lm`, and `dir(lm)` or completion shows
 these names and no others. Names marked *extra* need `pip install "lightning-memopt[cli]"`; all others need torch alone.
-The title of a group leads to the arguments, attributes and errors of its names.
+Arguments, attributes and errors are in the reference.
 """
 HEADER = "| name | | what it is |\n| --- | --- | --- |"
 
@@ -42,25 +40,19 @@ def needs_extra(name: str) -> bool:
     return name == "metrics" or name in lm._LAZY
 
 
-def groups(path: Path) -> dict[str, list[str]]:
-    """Return the public names that a page of the reference documents, by the titles of its sections."""
-    found: dict[str, list[str]] = {}
-    lines = path.read_text().splitlines()
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if line and re.fullmatch(r"(=+|-+)", following):
-            found[line] = []
-        elif named := re.fullmatch(r"\.\. auto\w+:: lightning_memopt\.(\w+)", line):
-            next(reversed(found.values())).append(named[1])
-    return {title: names for title, names in found.items() if names}
+def documented(reference: str) -> list[str]:
+    """Return the public names that a page of the reference documents, in its order."""
+    return re.findall(r"^\.\. auto\w+:: lightning_memopt\.(\w+)$", reference, flags=re.MULTILINE)
 
 
 def page() -> str:
     """Return the whole page."""
     lines = [INTRO]
-    for path in REFERENCE:
-        for title, names in groups(path).items():
-            rows = (f"| `{name}` | {'extra' * needs_extra(name)} | {summary(name)} |" for name in names)
-            lines.append(f"## [{title}](reference/{path.name})\n\n{HEADER}\n" + "\n".join(rows) + "\n")
+    for name in PAGES:
+        reference = (ROOT / "docs" / "reference" / f"{name}.rst").read_text()
+        rows = (f"| `{each}` | {'extra' * needs_extra(each)} | {summary(each)} |" for each in documented(reference))
+        title = reference.partition("\n")[0]
+        lines.append(f"## {title}\n\n[Reference](reference/{name}.rst)\n\n{HEADER}\n" + "\n".join(rows) + "\n")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def test_every_name_has_a_line(name):
     assert 10 < len(line) <= 130
     assert "|" not in line
     assert ":`" not in line, "no markup of another sort"
+
+
+def test_the_page_lists_every_name_once():
+    listed = re.findall(r"^\| `(\w+)` \|", PAGE["page"](), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(lm.__all__), "docs/reference/ has what the page lists"
 
 
 def test_the_page_of_names_is_up_to_date():

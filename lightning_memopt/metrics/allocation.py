@@ -38,8 +38,8 @@ class MomentumAllocation(SnapshotMetric):
 
     A snapshot in which no block has changed only extends the last entry, so the history grows with the number of
     changes. A snapshot of an earlier step, as after a restart from a checkpoint, removes later entries. All processes
-    have the same plan and must make the same updates. The history is part of the metric's ``state_dict``. :meth:`.SnapshotMetric.plot`
-    draws the ranks of all matrices over the steps as a heat map.
+    have the same plan and must make the same updates. The history is part of the metric's ``state_dict``.
+    :meth:`.SnapshotMetric.plot` draws the ranks of all matrices over the steps as a heat map.
 
     Attributes:
         steps: The first step of each entry, ``[entries]``.

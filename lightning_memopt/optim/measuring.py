@@ -42,7 +42,7 @@ def take_snapshot(
 
     Args:
         optimizers: One or several.
-        module: The model. It gives names to parameters, and :attr:`Snapshot.memory` describes it.
+        module: The model. It gives names to parameters, and ``Snapshot.memory`` describes it.
 
     Raises:
         ValueError: If an optimizer of this package does not know the names of its parameters yet.
