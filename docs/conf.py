@@ -9,7 +9,9 @@ from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
+logger = logging.getLogger(__name__)
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
@@ -52,15 +54,14 @@ nitpick_ignore_regex = [
     ("py:exc", r"MisconfigurationException|pickle\.UnpicklingError"),
 ]
 
-# Pages for files that lie outside of this folder, since there is no other place that the site could link to.
-PAGES = {
-    "README.md": "index.md",
-    "CHANGELOG.md": "changelog.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "SECURITY.md": "security.md",
-    "benchmarks/README.md": "benchmarks/how.md",
-}
+# A page may be an include of a file outside of this folder. Links to that file then lead to the page.
 INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
+PAGES = {ROOT / "README.md": DOCS / "index.md"} | {
+    (path.parent / name).resolve(): path
+    for path in DOCS.rglob("*.md")
+    if "_build" not in path.parts
+    for name in INCLUDE.findall(path.read_text())
+}
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 # Nothing draws it without a script from elsewhere. The table of floors below it says the same.
 DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
@@ -79,9 +80,9 @@ def linked(text: str, origin: Path, folder: Path) -> str:
         target = (origin / match[0]).resolve()
         if not target.exists():
             return match[0]  # a link that leads nowhere is an error of the build
-        if target.is_relative_to(ROOT) and (page := PAGES.get(target.relative_to(ROOT).as_posix())):
-            target = DOCS / page
-        return Path(os.path.relpath(target, folder)).as_posix()
+        if target.suffix == ".md" and not target.is_relative_to(DOCS) and target not in PAGES:
+            logger.warning("%s has no page. Add one that includes it, as docs/security.md does.", target)
+        return Path(os.path.relpath(PAGES.get(target, target), folder)).as_posix()
 
     return LINK.sub(moved, text)
 
