@@ -78,21 +78,28 @@ class WarmupSchedule(LRScheduler):
             raise ValueError(f"`final` must be between 0 and 1, got {final}.")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"`total_steps` must be at least 1, or None, got {total_steps}.")
-        self.warmup_steps, self.decay, self.final, self.total_steps = warmup_steps, decay, final, total_steps
+        self.warmup_steps, self.decay, self.final = warmup_steps, decay, final
+        if total_steps is not None:
+            self.total_steps = total_steps  # accelerate compares it with a count wherever there is such an attribute
         super().__init__(optimizer, last_epoch)
 
     @property
     def needs_total_steps(self) -> bool:
         """Whether the length of training is needed and not known yet."""
-        return self.total_steps is None and self.decay != "constant"
+        return self._total is None and self.decay != "constant"
+
+    @property
+    def _total(self) -> int | None:
+        return getattr(self, "total_steps", None)
 
     def factor(self, step: int) -> float:
         """Return the fraction of the full learning rate in a step, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        if self.total_steps is None or self.total_steps <= self.warmup_steps:
+        total = self._total
+        if total is None or total <= self.warmup_steps:
             return 1.0
-        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
         left = DECAYS[self.decay](done)
         return left if self.decay == "constant" else self.final + (1 - self.final) * left
 

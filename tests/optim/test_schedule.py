@@ -108,3 +108,14 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="how long its cosine decay is: pass `total_steps`.*MemOptCLI takes it"):
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_accelerate_steps_a_constant_schedule():
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    prepared = accelerate.Accelerator(cpu=True).prepare(model, optimizer, lm.WarmupSchedule(optimizer, 3, "constant"))
+    prepared[0](torch.ones(1, 2)).sum().backward()
+    prepared[1].step()
+    prepared[2].step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
