@@ -125,12 +125,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("metrics", "strategy"):
-        return _needing_more(f"lightning_memopt.{name}", name)
-    if name in _LAZY:
-        return getattr(_needing_more(_LAZY[name], name), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
+if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
+
+    def __getattr__(name: str) -> Any:
+        if name in ("metrics", "strategy"):
+            return _needing_more(f"lightning_memopt.{name}", name)
+        if name in _LAZY:
+            return getattr(_needing_more(_LAZY[name], name), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
 
 
 def __dir__() -> list[str]:
