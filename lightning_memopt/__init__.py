@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memopt._registration import register_with_lightning
 from lightning_memopt._registry import nearest
+from lightning_memopt._version import __version__ as __version__
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
@@ -65,8 +66,6 @@ _LAZY = {
 }
 
 register_with_lightning()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MOMENTA",
