@@ -92,10 +92,16 @@ def test_options_come_after_a_command_of_this_package(run):
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("fit", "omegaconf"), ("plan --config x.yaml", "jsonargparse"), ("roles --model gpt2", "rich.console")],
+    [
+        ("fit", "omegaconf"),
+        ("plan --config x.yaml", "jsonargparse"),
+        ("plan --model gpt2 --recipe adapm_lean", "rich"),
+        ("roles --model gpt2", "rich"),
+    ],
 )
 def test_what_is_missing_is_one_line(run, monkeypatch, command, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
     for module in ("memopt_cli", "configured", "parser_mode", "messages"):
         monkeypatch.delitem(sys.modules, f"lightning_memopt.cli.{module}", raising=False)
     code, out, err = run(*command.split())
