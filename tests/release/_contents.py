@@ -51,7 +51,8 @@ def check_sdist(path: Path) -> None:
 
 
 def _files(folder: str) -> set[str]:
-    paths = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    made = {"__pycache__", "_build"}
+    paths = (path for path in (ROOT / folder).rglob("*") if path.is_file() and not made & {*path.parts})
     return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
