@@ -2,6 +2,7 @@
 # make test    lint, types and tests; make test ARGS="tests/kinds -k low_rank"
 # make test-quick    the tests that start no ranks and train no model, for daily work
 # make docs    write the pages that are generated from the sources, then build the site in docs/_build/html
+# make dist    build a source distribution and a wheel, and try both in an empty environment
 # The virtual environment is made on first use, and again when the requirements change.
 
 PYTHON ?= $(shell command -v python3.11 2>/dev/null || command -v python3)
@@ -12,7 +13,7 @@ PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-quick docs lint clean venv
+.PHONY: demo test test-quick docs dist lint clean venv
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/pretrain/compare.py $(ARGS)
@@ -29,6 +30,11 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/errors.py > docs/errors.md
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build/html
 
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m tests.release.smoke dist
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,5 +50,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs lightning_logs build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs lightning_logs build docs/_build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

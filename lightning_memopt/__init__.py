@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memopt._registration import register_with_lightning
 from lightning_memopt._registry import nearest
+from lightning_memopt._version import __version__ as __version__
 from lightning_memopt.kinds.momentum import MOMENTA, Direction, Momentum
 from lightning_memopt.kinds.second_moment import SECOND_MOMENTS, Denominator, SecondMoment
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
@@ -66,8 +67,6 @@ _LAZY = {
 
 register_with_lightning()
 
-__version__ = "0.1.0"
-
 __all__ = [
     "MOMENTA",
     "SECOND_MOMENTS",
@@ -125,12 +124,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("metrics", "strategy"):
-        return _needing_more(f"lightning_memopt.{name}", name)
-    if name in _LAZY:
-        return getattr(_needing_more(_LAZY[name], name), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
+if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
+
+    def __getattr__(name: str) -> Any:
+        if name in ("metrics", "strategy"):
+            return _needing_more(f"lightning_memopt.{name}", name)
+        if name in _LAZY:
+            return getattr(_needing_more(_LAZY[name], name), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
 
 
 def __dir__() -> list[str]:

@@ -19,18 +19,20 @@ _LAZY = {"MemOptCLI": "memopt_cli", "SaveConfig": "save_config"}
 __all__ = ["MemOptCLI", "SaveConfig", "main"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import omegaconf  # noqa: F401  the parser modes need it, and would fail only while reading a file
+if not TYPE_CHECKING:  # otherwise every misspelt name would be Any
 
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    except ImportError as error:
-        raise ImportError(
-            f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
-            'pip install "lightning-memopt[cli]"'
-        ) from error
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            import omegaconf  # noqa: F401  the parser modes need it, and would fail only while reading a file
+
+            return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        except ImportError as error:
+            raise ImportError(
+                f"The command line of lightning_memopt could not be imported ({error}). Its requirements are an extra: "
+                'pip install "lightning-memopt[cli]"'
+            ) from error
 
 
 def main() -> None:

@@ -40,15 +40,20 @@ def _parser() -> Parser:
 
 def _lines(found: Environment) -> list[str]:
     """Return the report. It uses the standard library alone, because packages may be missing."""
-    lines = [found.system, ""]
+    lines = [f"lightning-memopt {found.version}, {found.system}", ""]
     for entry in found.packages:
         state = f"{entry.version or ''} {entry.problem}".strip()
         lines += _row(entry.name, state, f"for {entry.needed_by}", (14, 24))
+    lines.append("")
+    for extra in found.extras:
+        state = "is incomplete" if extra.missing else "is complete"
+        lacks = f" (lacks {', '.join(extra.missing)})" if extra.missing else ""
+        lines += _row(f"[{extra.name}]", state, f"for {extra.enables}{lacks}", (14, 24))
     lines += ["", *_row("CUDA devices", "; ".join(found.devices) or "none", "", (14, 24))]
     lines += [*_row("backends", ", ".join(found.backends) or "none", "", (14, 24)), ""]
     for check in found.checks:
         lines += _row(check.state, check.name, check.detail, (10, 30))
-    lines += ["", f"pip install {' '.join(found.to_install)}" if found.to_install else "Nothing is missing."]
+    lines += ["", f"pip install {' '.join(found.to_install)}" if found.to_install else "Nothing needs to be installed."]
     return lines
 
 
@@ -57,5 +62,6 @@ def _row(first: str, second: str, third: str, widths: tuple[int, int]) -> list[s
     start = f"{first:<{widths[0]}}{second:<{widths[1]}}"
     if len(start) > sum(widths):
         start += "  "
-    folded = textwrap.wrap(f"{start}{third}", WIDTH, subsequent_indent=" " * sum(widths), drop_whitespace=True)
+    indent = " " * sum(widths)
+    folded = textwrap.wrap(f"{start}{third}", WIDTH, subsequent_indent=indent, break_on_hyphens=False)
     return folded or [start.rstrip()]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_memopt._version import __version__
 from lightning_memopt.kernels import check as kernels
 
 # Package, module, what needs it, and how it is installed.
@@ -24,8 +25,25 @@ PACKAGES = (
     ("rich", "rich", "plan, roles", '"lightning-memopt[cli]"'),
     ("matplotlib", "matplotlib", "figures, plan --sweep", "matplotlib"),
     ("transformers", "transformers", "plan --model config.json", "transformers"),
+    ("safetensors", "safetensors", "export to safetensors", "safetensors"),
     ("triton", "triton", "kernels on CUDA devices", "triton"),
 )
+
+# What each extra enables, and its packages. The extra `dev` is for a checkout, where `make` installs it.
+EXTRAS = {
+    "cli": (
+        "Trainer, Fabric, strategy, callbacks, metrics, all commands",
+        ("lightning", "torchmetrics", "jsonargparse", "omegaconf", "rich"),
+    ),
+    "examples": (
+        "examples/, figures, models of transformers",
+        ("transformers", "tokenizers", "tensorboard", "matplotlib"),
+    ),
+    "bench": (
+        "other packages' optimizers in benchmarks/step_time.py",
+        ("galore-torch", "apollo-torch", "adam-mini", "torchao"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,21 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """One extra of this package.
+
+    Attributes:
+        name: Its name: ``pip install "lightning-memopt[name]"``.
+        enables: What works with it.
+        missing: Its packages that are not installed.
+    """
+
+    name: str
+    enables: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Check:
     """One thing that was tried.
 
@@ -67,15 +100,19 @@ class Environment:
     """What :func:`examine` found.
 
     Attributes:
+        version: The version of this package.
         system: The machine, in words.
         packages: One entry for each of :data:`PACKAGES`.
+        extras: One entry for each of :data:`EXTRAS`.
         devices: The CUDA devices, in words.
         backends: The backends of ``torch.distributed``.
         checks: What was tried.
     """
 
+    version: str
     system: str
     packages: tuple[Package, ...]
+    extras: tuple[Extra, ...]
     devices: tuple[str, ...]
     backends: tuple[str, ...]
     checks: tuple[Check, ...]
@@ -92,13 +129,26 @@ def examine() -> Environment:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
     packages = tuple(_package(*entry) for entry in PACKAGES)
     usable = {entry.name: not entry.problem for entry in packages}
-    return Environment(system, packages, _devices(), _backends(), tuple(_checks(usable)))
+    return Environment(__version__, system, packages, _extras(), _devices(), _backends(), tuple(_checks(usable)))
+
+
+def _extras() -> tuple[Extra, ...]:
+    return tuple(
+        Extra(name, enables, tuple(package for package in packages if _version(package) is None))
+        for name, (enables, packages) in EXTRAS.items()
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _package(name: str, module: str, needed_by: str, install: str) -> Package:
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    version = _version(name)
+    if version is None:
         return Package(name, None, needed_by, install, "is missing")
     try:
         import_module(module)

@@ -42,6 +42,7 @@ class MemOptCLI(LightningCLI):
     - Classes are also imported from the folder of a config and those above it, up to the top of its project.
     - ``--parser_mode`` selects how files are read.
     - A run never overwrites the config of another run.
+    - The config alone says which model is built: hyperparameters in a checkpoint change nothing.
     - Errors are one line, and suggest what was meant.
 
     Parser modes: ``yaml`` (default) does not resolve interpolations. ``omegaconf`` resolves interpolations such as
@@ -124,6 +125,13 @@ class MemOptCLI(LightningCLI):
         config = self.config[command] if command else self.config
         if problem := _strategy_problem((config.get("trainer") or {}).get("strategy")):
             parser.error(f"--trainer.strategy: {problem}")
+
+    def _parse_ckpt_path(self) -> None:
+        """Read no hyperparameters from ``--ckpt_path``.
+
+        Lightning lets those of a checkpoint file replace what the config says, the class of the model included: a file
+        could name any class, which would be imported and called. Of a directory, it reads none.
+        """
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with a callback that binds optimizers at the start of fit."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from lightning_memopt._registry import unknown
+from lightning_memopt._version import __version__
 from lightning_memopt.cli.commands import COMMANDS
 from lightning_memopt.planner.arguments import Configured
 
@@ -111,8 +112,8 @@ def _search_working_directory() -> None:
 
 
 def _versions() -> str:
-    found = []
-    for name in ("lightning-memopt", "torch", "lightning"):
+    found = [f"lightning-memopt {__version__}"]
+    for name in ("torch", "lightning"):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:

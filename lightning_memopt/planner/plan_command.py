@@ -256,9 +256,10 @@ def _label(label: str) -> Any:
 
 
 def _print(plan: MemoryPlan, asked: list[str], way_out: str | None) -> None:
+    shown, limited = console(), plan.gpu_memory is not None  # its error names the extra
+
     from rich.text import Text
 
-    shown, limited = console(), plan.gpu_memory is not None
     shown.print(f"{plan.title()}\n{plan.shared()}", markup=False, soft_wrap=True)
     found = _table(plan.columns())
     fits, not_fits = ("✓", "✗") if shown.encoding.startswith("utf") else ("fits", "does not fit")
@@ -340,6 +341,8 @@ def _gib(size: int) -> str:
 
 
 def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
+    shown = console()  # its error names the extra
+
     from rich.text import Text
 
     first, limited = plans[0], plans[0].gpu_memory is not None
@@ -347,7 +350,6 @@ def _print_sweep(plans: list[MemoryPlan], plot: str) -> None:
         f"{first.model}: {first.parameters:,} parameters, {', '.join(first.settings())}, GiB per rank{_before(first)}"
     )
     columns = ["recipe", *(f"{plan.world_size} rank{'s' * (plan.world_size > 1)}" for plan in plans)]
-    shown = console()
     shown.print(title, markup=False, soft_wrap=True)
     found = _table([*columns, "fits from"] if limited else columns)
     for position in range(len(first.rows)):

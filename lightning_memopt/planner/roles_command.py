@@ -70,9 +70,10 @@ def _two_lines_each(roles: RoleTable) -> list[str]:
 
 def print_roles(roles: RoleTable) -> None:
     """Print the table, and the share of all parameters that every role has."""
+    shown = console()  # its error names the extra
+
     from rich.text import Text
 
-    shown = console()
     total = sum(row.parameters for row in roles.rows)
     shown.print(f"{roles.model}: {total:,} parameters that train", markup=False, soft_wrap=True)
     if shown.width < WIDE:

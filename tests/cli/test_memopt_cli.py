@@ -95,6 +95,16 @@ def fit(*args, model=Tiny, command="fit", **kwargs):
     return MemOptCLI(model, args=[command, *QUIET, *args], **kwargs)
 
 
+def test_a_checkpoint_chooses_neither_classes_nor_arguments(tmp_path):
+    """Lightning would build the class that the file names, with the arguments in it."""
+    path = tmp_path / "x.ckpt"
+    fit("--optimizer=lightning_memopt.AdaPMLean").trainer.save_checkpoint(path)
+    chosen = {"_class_path": f"{__name__}.Inner", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    torch.save({**torch.load(path), "hyper_parameters": chosen}, path)
+    asked = ["validate", *QUIET, f"--model={__name__}.Tiny", f"--ckpt_path={path}"]
+    assert type(MemOptCLI(args=asked).model) is Tiny
+
+
 def test_names_and_options_reach_the_optimizer():
     cli = fit("--optimizer=lightning_memopt.AdaPMLean", "--optimizer.lr=0.02", "--optimizer.rank=2")
     (optimizer,) = cli.trainer.optimizers

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ pytest.importorskip("lightning.pytorch.cli")
 import lightning_memopt
 from lightning_memopt.cli import completion, environment, main
 from lightning_memopt.cli.commands import COMMANDS
-from lightning_memopt.cli.environment import Check, Environment, Package
+from lightning_memopt.cli.environment import EXTRAS, Check, Environment, Extra, Package
 from lightning_memopt.cli.module_folders import folders_of
 from lightning_memopt.terminal.tables import console
 
@@ -89,10 +92,16 @@ def test_options_come_after_a_command_of_this_package(run):
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("fit", "omegaconf"), ("plan --config x.yaml", "jsonargparse"), ("roles --model gpt2", "rich.console")],
+    [
+        ("fit", "omegaconf"),
+        ("plan --config x.yaml", "jsonargparse"),
+        ("plan --model gpt2 --recipe adapm_lean", "rich"),
+        ("roles --model gpt2", "rich"),
+    ],
 )
 def test_what_is_missing_is_one_line(run, monkeypatch, command, missing):
-    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
     for module in ("memopt_cli", "configured", "parser_mode", "messages"):
         monkeypatch.delitem(sys.modules, f"lightning_memopt.cli.{module}", raising=False)
     code, out, err = run(*command.split())
@@ -126,6 +135,8 @@ def test_doctor_says_what_works(run):
     states = {check["name"]: check["state"] for check in found["checks"]}
     assert states["optimizers"] == states["FSDP2"] == states["Trainer and strategy"] == "works"
     assert "gloo" in found["backends"]
+    assert found["version"] == lightning_memopt.__version__
+    assert {"name": "cli", "enables": EXTRAS["cli"][0], "missing": []} in found["extras"]
     torch = next(entry for entry in found["packages"] if entry["name"] == "torch")
     assert (torch["problem"], torch["needed_by"]) == ("", "everything")
 
@@ -139,13 +150,16 @@ def test_doctor_fits_80_columns_and_names_what_to_install(run, monkeypatch):
         Package("triton", None, "kernels on CUDA devices", "triton", "is missing"),
     )
     checks = (Check("optimizers", "works", "a step"), Check("FSDP2", "fails", "RuntimeError: " + "no backend " * 12))
-    monkeypatch.setattr(
-        "lightning_memopt.cli.doctor_command.examine", lambda: Environment("here", packages, (), ("gloo",), checks)
-    )
+    extras = (Extra("cli", "all commands", ("rich",)), Extra("bench", "comparisons of time, and of memory, too", ()))
+    found = Environment("1.2.3", "here", packages, extras, (), ("gloo",), checks)
+    monkeypatch.setattr("lightning_memopt.cli.doctor_command.examine", lambda: found)
     code, out, _ = run("doctor")
     assert code == 1, "something that is installed does not work"
     assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith("lightning-memopt 1.2.3, here\n")
     assert "rich          is missing              for plan, roles" in out
+    assert "[cli]         is incomplete           for all commands (lacks rich)\n" in out
+    assert "[bench]       is complete             for comparisons" in out
     assert "lightning     2.4.0 is not <3,>=2.5   for Trainer" in out
     assert out.endswith(f"pip install {cli}\n"), "Triton is of no use without a device"
 
@@ -158,6 +172,24 @@ def test_packages_that_are_missing_broken_or_too_old(monkeypatch):
     assert found("torch", "no_such_module").startswith("cannot be imported (ModuleNotFoundError: ")
     monkeypatch.setattr(environment.metadata, "version", lambda name: "1.0")
     assert found("torch") == "is not <3,>=2.9"
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_doctor_knows_the_packages_of_an_extra(name):
+    """The package must know them without its metadata, which a copy of it does not have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"][name]}
+    assert set(EXTRAS[name][1]) == needed - {project["name"]}
+
+
+def test_doctor_names_what_an_extra_lacks(monkeypatch):
+    def version(name):
+        if name in ("rich", "tokenizers"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(environment.metadata, "version", version)
+    assert [extra.missing for extra in environment._extras()] == [("rich",), ("tokenizers",), ()]
 
 
 def words(script, *line):

@@ -15,6 +15,9 @@ from lightning_memopt.kinds.direction import Direction
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
 
+# What a kind imports from here.
+__all__ = ["MOMENTA", "Direction", "Momentum", "State"]
+
 
 @dataclass(frozen=True)
 class Momentum(Kind):

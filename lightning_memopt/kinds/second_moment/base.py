@@ -18,6 +18,9 @@ from lightning_memopt.kinds.linalg import store_
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.layout import Layout
 
+# What a kind imports from here.
+__all__ = ["SECOND_MOMENTS", "Denominator", "SecondMoment", "State"]
+
 
 @dataclass(frozen=True)
 class Denominator:

@@ -20,7 +20,7 @@ from lightning_memopt.strategy.files.places import is_web, place_of
 class AtomicCheckpointIO(TorchCheckpointIO):
     """TorchCheckpointIO that replaces local files atomically, syncs them to disk, verifies them and memory-maps them.
 
-    The parent class writes to remote file systems (``s3://...``), and reads from the web.
+    The parent class writes to remote file systems (``s3://...``).
 
     Args:
         verify: Whether to compare all checksums of a file before it is used.
@@ -59,9 +59,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not is_web(place):
             with closing(OpenedFile(place)) as file:
                 return file.read(weights_only=weights_only, map_location=map_location or "cpu", verify=self.verify)
-        # Lightning before 2.6 does not have this argument.
-        options = {} if weights_only is None else {"weights_only": weights_only}
-        return super().load_checkpoint(path, map_location=map_location, **options)
+        # As Lightning does, but it unpickles by default whatever it has downloaded. None is torch.load's default.
+        asked: Any = weights_only
+        return torch.hub.load_state_dict_from_url(str(place), map_location=map_location, weights_only=asked)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -47,9 +47,10 @@ def main(args: Sequence[str]) -> int:
 
 
 def _print(found: Inspection) -> None:
+    shown = console()  # its error names the extra
+
     from rich.text import Text
 
-    shown = console()
     for line in _lines(found):
         shown.print(line, markup=False, soft_wrap=True)
     for number, optimizer in enumerate(found.optimizers):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +103,34 @@ def test_files_of_a_url_with_file_are_local(tmp_path):
         "meta.pt",
     ]
     assert same(load(url), expected)
+
+
+class Printing:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("unpickled",)
+
+
+def test_a_file_from_the_web_is_read_like_a_local_one(tmp_path, monkeypatch, capsys):
+    """Lightning by itself unpickles everything that it downloads."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "web").mkdir()
+    torch.save({"global_step": 3}, tmp_path / "web" / "good.ckpt")
+    torch.save({"global_step": Printing()}, tmp_path / "web" / "bad.ckpt")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert AtomicCheckpointIO().load_checkpoint(f"{url}/good.ckpt") == {"global_step": 3}
+            with pytest.raises(pickle.UnpicklingError, match="global: GLOBAL print"):
+                AtomicCheckpointIO().load_checkpoint(f"{url}/bad.ckpt")
+            assert "unpickled" not in capsys.readouterr().out
+            AtomicCheckpointIO().load_checkpoint(f"{url}/bad.ckpt", weights_only=False)
+            assert "unpickled" in capsys.readouterr().out
+        finally:
+            server.shutdown()
 
 
 def test_export_from_a_url(bucket, tmp_path):
