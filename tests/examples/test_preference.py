@@ -68,7 +68,8 @@ def test_every_config_trains(method, recipe, small, fit):
     logged = {"dpo": ("train_loss", "val_loss", "val_accuracy", "val_margin", "val_kl"),
               "remax": ("train_reward", "train_greedy_reward", "train_kl", "val_reward", "val_kl")}[method]  # fmt: skip
     assert all(cli.trainer.callback_metrics[name].isfinite() for name in logged)
-    assert cli.trainer.callback_metrics["val_kl"] > 0, "the policy has moved"
+    if method == "dpo":  # a policy whose completions all earn nothing stays where it is
+        assert cli.trainer.callback_metrics["val_kl"] > 0
     (optimizer,) = cli.trainer.optimizers
     given = [param for group in optimizer.param_groups for param in group["params"]]
     frozen = set(cli.model.reference.parameters())
@@ -87,13 +88,16 @@ def test_every_config_trains(method, recipe, small, fit):
 
 
 def test_all_recipes_train_on_two_ranks(small, tmp_path):
+    runs = [("dpo", "adamw"), ("dpo", "adapm"), ("remax", "adapm_lean"), ("remax", "adam_snsm")]
+    assert {recipe for _, recipe in runs} == set(RECIPES)
     commands = [
-        [*configs(f"preference/{method}.yaml", f"preference/{recipe}.yaml"), *small[method]]
-        for method, recipe in [*itertools.product(["dpo"], RECIPES), ("remax", "adapm_lean"), ("remax", "adamw")]
+        [*configs(f"preference/{method}.yaml", f"preference/{recipe}.yaml"), *small[method]] for method, recipe in runs
     ]
-    checkpointed = ["--trainer.strategy=lightning_memopt.MemOptFSDPStrategy",
-                    "--trainer.strategy.activation_checkpointing=true", "--trainer.accumulate_grad_batches=2"]  # fmt: skip
-    commands.append([*configs("preference/remax.yaml"), *small["remax"], *checkpointed])
+    commands[-1] += [
+        "--trainer.strategy=lightning_memopt.MemOptFSDPStrategy",
+        "--trainer.strategy.activation_checkpointing=true",
+        "--trainer.accumulate_grad_batches=2",
+    ]
     for found in zip(*run_ranks(fit_on_ranks, 2, commands, str(tmp_path)), strict=True):
         assert [each["steps"] for each in found] == [3, 3]
         assert all(each["sharded"] == 1 for each in found)
@@ -192,6 +196,25 @@ def test_policy_gradient_is_that_of_the_expected_reward():
         (grad,) = torch.autograd.grad(-(reward[token] - baseline) * log_probs(logits, row).sum(), logits)
         mean += probs[token].detach() * grad
     torch.testing.assert_close(mean, exact)
+
+
+def test_remax_learns_what_is_rewarded(transformers_folder, sources, monkeypatch):
+    """The reward is the share of even tokens, which an untrained policy draws half of the time."""
+    from lightning.pytorch import Trainer
+
+    from examples.preference.prompts import PromptDataModule
+    from examples.preference.remax import ReMax
+
+    def evens(self, texts, completions):
+        return torch.full((len(texts),), completions.shape[1]), (completions % 2 == 0).float().mean(-1)
+
+    monkeypatch.setattr(ReMax, "_score", evens)
+    module = ReMax(str(transformers_folder), new_tokens=2)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=3e-2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=40, limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer.fit(module, PromptDataModule(path=str(transformers_folder), root=str(sources), batch_size=16))
+    assert trainer.callback_metrics["train_reward"] > 0.9
 
 
 # ---------------------------------------------------------------------- sampling
@@ -314,7 +337,7 @@ def test_corruption_is_seeded_and_never_the_original():
         assert changed in (1, 2)
     assert "    return total\n    total = first + second\n" in found, "lines"
     assert "    total = first - second\n    return total\n" in found, "operator"
-    assert "    total = second + second\n    return total\n" in found, "name"
+    assert {corrupt("    f(x)\n", seed) for seed in range(40)} == {"    x(x)\n", "    f(f)\n"}, "name"
     assert corrupt("    pass\n", 0) is None
     assert corrupt("    return 'a + b'\n", 0) is None, "strings are not operators"
 
