@@ -59,7 +59,7 @@ def tokenizer(transformers_folder: Path):
 
 @pytest.mark.parametrize(
     ("method", "recipe"),
-    [*((method, None) for method in METHODS), *(("dpo", recipe) for recipe in RECIPES), ("remax", "adamw")],
+    [*((method, None) for method in METHODS), *(("dpo", recipe) for recipe in RECIPES)],
 )
 def test_every_config_trains(method, recipe, small, fit):
     files = [f"preference/{method}.yaml", *([f"preference/{recipe}.yaml"] if recipe else [])]
