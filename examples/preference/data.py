@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from examples.preference.functions import Function, read_functions
 from examples.preference.policy import check_folder
+from examples.pretrain.order import ResumableLoader
 
 
 class FunctionsDataModule(LightningDataModule):
@@ -93,10 +94,9 @@ class FunctionsDataModule(LightningDataModule):
         raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled batches."""
+        """Return shuffled batches, which a resumed run continues with the next ones."""
         data: Any = self.examples["train"]
-        sampler = DistributedSampler[Any](data, **self._ranks(), shuffle=True, seed=self.seed, drop_last=True)
-        return DataLoader(data, self.batch_size, sampler=sampler, drop_last=True, collate_fn=self.collate)
+        return ResumableLoader(data, self.batch_size, **self._ranks(), seed=self.seed, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches that are always in the same order."""

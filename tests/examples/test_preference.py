@@ -87,6 +87,18 @@ def test_every_config_trains(method, recipe, small, fit):
     assert written["history"][-1]["parameter_bytes"] == 2 * bytes_of_one
 
 
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(small, fit):
+    config = [*configs("preference/dpo.yaml"), *small["dpo"], "--lr_scheduler.decay=constant"]
+    config.append("--trainer.limit_val_batches=0")
+    whole = fit(*config, "--trainer.max_steps=4", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false")
+    fit(*config, "--trainer.max_steps=2")
+    resumed = fit(*config, "--trainer.max_steps=4", "--ckpt_path=runs/dpo/last.ckpt")
+    assert resumed.trainer.global_step == 4
+    expected = lm.full_state_dict(whole.model)
+    for name, value in lm.full_state_dict(resumed.model).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
 def test_all_recipes_train_on_two_ranks(small, tmp_path):
     runs = [("dpo", "adamw"), ("dpo", "adapm"), ("remax", "adapm_lean"), ("remax", "adam_snsm")]
     assert {recipe for _, recipe in runs} == set(RECIPES)
