@@ -31,13 +31,13 @@ class ResumableLoader(DataLoader[Tensor]):
     ) -> None:
         order = _Order(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         super().__init__(dataset, batch_size, sampler=order, drop_last=True, **kwargs)
-        self._order = order
+        self._order, self._size = order, batch_size  # all batches are whole, and of any type
         self._given = 0  # examples of this epoch that all processes together have got
 
     def __iter__(self) -> Any:
         """Yield the rest of the epoch after a resume, and whole epochs from then on."""
         for batch in super().__iter__():
-            self._given += self._order.num_replicas * len(batch)
+            self._given += self._order.num_replicas * self._size
             yield batch
         self.load_state_dict({"epoch": self._order.epoch + 1, "examples": 0})
 

@@ -1,0 +1,131 @@
+"""What both methods share of their data: functions of a folder, divided by file, in a reproducible order."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from examples.preference.functions import Function, read_functions
+from examples.preference.policy import check_folder
+from examples.pretrain.order import ResumableLoader
+
+
+class FunctionsDataModule(LightningDataModule):
+    """Examples made from the functions of a folder.
+
+    A hash of a file's relative path decides whether its functions belong to validation. The rule is that of
+    pretraining, so the policy has never seen the validation functions of the same folder. A subclass makes examples in
+    ``example`` and batches in ``collate``.
+
+    Every rank reads all functions. A training batch takes the next examples of one order, which depends on the seed and
+    the epoch alone: a step has the same examples on any number of ranks if ``batch_size`` times the ranks is the same.
+    In validation, Lightning repeats examples until all ranks have as many.
+
+    Args:
+        path: A folder with the tokenizer of the pretrained model.
+        root: A folder of Python files. None: Python's standard library.
+        batch_size: Examples per batch and rank.
+        val_fraction: Share of the files used for validation.
+        seed: Of the order, and of what is drawn to make examples.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str = "runs/pretrain/model",
+        root: str | None = None,
+        batch_size: int = 8,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
+        self.path, self.root = path, Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+        self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
+        self.examples: dict[str, list[Any]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the examples.
+
+        Raises:
+            ValueError: If there is less than one training batch for all ranks, or no validation example.
+        """
+        if self.examples:
+            return
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(check_folder(self.path), local_files_only=True)
+        functions = read_functions(self.root)
+        examples: dict[str, list[Any]] = {"train": [], "val": []}
+        for function in functions:
+            made = self.example(function)
+            if made is not None:
+                examples["val" if is_held_out(function.path, self.val_fraction) else "train"].append(made)
+        for split, needed in (("train", self.batch_size * self._ranks()["num_replicas"]), ("val", 1)):
+            if len(examples[split]) < needed:
+                raise ValueError(
+                    f"{len(functions)} functions of {self.root} make {len(examples[split])} {split} examples that are "
+                    f"short enough, but {needed} are needed: use a folder with more functions, longer sequences or a "
+                    "smaller `batch_size`."
+                )
+        self.examples = examples
+        rank_zero_info(
+            f"{type(self).__name__}: {len(functions):,} functions in {self.root} make {len(examples['train']):,} "
+            f"training and {len(examples['val']):,} validation examples"
+        )
+
+    def example(self, function: Function) -> Any | None:
+        """Return the example of a function, or None if it does not make one."""
+        raise NotImplementedError
+
+    def collate(self, examples: list[Any]) -> Any:
+        """Return a batch."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled batches, which a resumed run continues with the next ones."""
+        data: Any = self.examples["train"]
+        return ResumableLoader(data, self.batch_size, **self._ranks(), seed=self.seed, collate_fn=self.collate)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return batches that are always in the same order."""
+        data: Any = self.examples["val"]
+        return DataLoader(data, self.batch_size, collate_fn=self.collate)
+
+    def _ranks(self) -> dict[str, Any]:
+        """Return the number of ranks that divide a batch, and which one this is."""
+        given = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return given or {"num_replicas": 1, "rank": 0}
+
+
+def is_held_out(path: str, val_fraction: float) -> bool:
+    """Return whether the file at a relative path belongs to validation."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < val_fraction * 2**32
+
+
+def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of tokens as one tensor, and 1 where they are, 0 where they are padded: ``[rows, longest]`` each.
+
+    Padding is the token 0, which nothing attends to.
+
+    Args:
+        rows: Tokens.
+        left: Whether padding comes first.
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    side = "left" if left else "right"
+    tokens = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
+    ones = [torch.ones_like(row) for row in tensors]
+    return tokens, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)

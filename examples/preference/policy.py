@@ -1,0 +1,73 @@
+"""A policy that trains, beside the frozen model that it started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+class PolicyAndReference(LightningModule):
+    """Hold two copies of a pretrained language model: ``model``, which trains, and the frozen ``reference``.
+
+    Both are in evaluation mode: dropout would move the policy away from the reference before it has learned anything,
+    and sample from a policy other than the one whose gradient is computed. Both are children, so that
+    ``memopt_fsdp`` shards both. The reference is part of every checkpoint: a resumed run needs it, and the folder may
+    have changed.
+
+    Args:
+        path: A folder that transformers' ``save_pretrained`` wrote, with the tokenizer.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.model = load_model(path).eval()
+        self.reference = load_model(path).eval().requires_grad_(False)
+
+    def check_fits(self, data: Any, length: int) -> None:
+        """Check that the data fit the model, because an index out of range crashes a GPU without a clear error.
+
+        Args:
+            data: The data module.
+            length: The most tokens of a sequence.
+
+        Raises:
+            ValueError: If the vocabulary or the sequences exceed those of the model.
+        """
+        config: Any = self.model.config
+        if len(data.tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(data.tokenizer)} tokens, the model only {config.vocab_size}: give both the "
+                "same folder, as --model.path and --data.path."
+            )
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"Sequences have up to {length} tokens, but the model's `max_position_embeddings` is "
+                f"{config.max_position_embeddings}: lower the lengths of the data, or pretrain with a longer `seq_len`."
+            )
+
+
+def check_folder(path: str) -> Path:
+    """Return the folder of a pretrained model.
+
+    Raises:
+        FileNotFoundError: If there is none; the message says how to make one.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"`path` must be a folder with a pretrained model and its tokenizer, but {str(folder / 'config.json')!r} "
+            "does not exist. Pretrain a model first (examples/preference/README.md), or name another folder as "
+            "--model.path and --data.path."
+        )
+    return folder
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """Return the model of a folder, with weights in float32: precision is a setting of the Trainer."""
+    return AutoModelForCausalLM.from_pretrained(check_folder(path), dtype="float32", local_files_only=True)
