@@ -50,24 +50,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Ex
     Raises:
         ValueError: If the template does not write the answer after the prompt, or does not end it with ``eos_token``.
     """
-    prompts, answers = [], []
-    for pair in pairs:
-        task, answer = {"role": "user", "content": pair.task}, {"role": "assistant", "content": pair.answer}
-        prompt = tokenizer.apply_chat_template([task], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([task, answer], tokenize=False)
-        rest = whole.removeprefix(prompt)
-        if rest == whole:
+    tasks = [[{"role": "user", "content": pair.task}] for pair in pairs]
+    chats = [[*task, {"role": "assistant", "content": pair.answer}] for task, pair in zip(tasks, pairs, strict=True)]
+    prompts = tokenizer.apply_chat_template(tasks, tokenize=False, add_generation_prompt=True)
+    answers = []
+    for prompt, chat in zip(prompts, tokenizer.apply_chat_template(chats, tokenize=False), strict=True):
+        answer = chat.removeprefix(prompt)
+        if answer == chat:
             raise ValueError(
                 f"The tokenizer's chat template does not continue its own prompt {prompt[-40:]!r}: with an answer, it "
-                f"writes {whole[-80:]!r}. Give the tokenizer another `chat_template`."
+                f"writes {chat[-80:]!r}. Give the tokenizer another `chat_template`."
             )
-        if not tokenizer.eos_token or tokenizer.eos_token not in rest:
+        if not tokenizer.eos_token or tokenizer.eos_token not in answer:
             raise ValueError(
-                f"The tokenizer's chat template ends an answer with {rest[-20:]!r}, without the tokenizer's "
+                f"The tokenizer's chat template ends an answer with {answer[-20:]!r}, without the tokenizer's "
                 f"`eos_token` {tokenizer.eos_token!r}, so no answer would ever end. Change one of them."
             )
-        prompts.append(prompt)
-        answers.append(rest)
+        answers.append(answer)
     # The template has written the special tokens already.
     tokens = [tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers)]
     return [Example(*each) for each in zip(pairs, *tokens, strict=True)]

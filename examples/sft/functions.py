@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,11 +92,11 @@ def read_pairs(
     path = cache_dir / f"functions-{key}.json"
     if not path.is_file():
         train = _distinct(texts["train"])
-        val = _distinct(texts["val"], known=train)
+        content = {"train": _shuffled(train), "val": _shuffled(_distinct(texts["val"], known=train))}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process sees either no file or a whole one.
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"train": list(train.values()), "val": list(val.values())}))
+        temporary.write_text(json.dumps(content))
         temporary.replace(path)
     pairs = {split: [Pair(*pair) for pair in found] for split, found in json.loads(path.read_text()).items()}
     for split, found in pairs.items():
@@ -120,3 +120,8 @@ def _distinct(texts: Iterable[str], known: Container[str] = ()) -> dict[str, Pai
             if pair.task not in known:
                 found.setdefault(pair.task, pair)
     return found
+
+
+def _shuffled(pairs: Mapping[str, Pair]) -> list[Pair]:
+    """Return the pairs in the order of a hash: neighbors in a file resemble each other."""
+    return sorted(pairs.values(), key=lambda pair: hashlib.sha256(pair.task.encode()).digest())

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 SFT, LORA = ("sft/sft.yaml",), ("sft/lora.yaml",)
 OVERLAYS = [(*SFT, f"sft/{recipe}.yaml") for recipe in RECIPES]
+LEAN = (*SFT, "sft/adapm_lean.yaml")
 FUNCTION = 'def {name}(a, b):\n    """Return {name} of two numbers."""\n    {body}\n'
 
 
@@ -95,40 +96,42 @@ def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
     assert (tmp_path / "runs" / names[0][4:-5] / "last.ckpt").exists()
 
 
+def passes(task, answer):
+    return "x(" in task
+
+
 def on_ranks(rank, world_size, commands, folder):
-    """Run the commands; the last two with answers that pass by their task, not by what was generated."""
+    """Run the commands; answers pass by their task, because what three steps have taught is not Python."""
     sys.path.insert(0, str(ROOT))
     from lightning.pytorch.cli import LightningCLI
 
     from examples.sft import generation
 
-    # As `keep_parsers`.
-    fit = {"fit": LightningCLI.subcommands()["fit"]}
-    LightningCLI.subcommands = staticmethod(lambda: fit)
-    found = fit_on_ranks(rank, world_size, commands[:-2], folder)
     generation.parses = passes
-    return found + fit_on_ranks(rank, world_size, commands[-2:], folder)
-
-
-def passes(task, answer):
-    return "x(" in task
+    fit = {"fit": LightningCLI.subcommands()["fit"]}  # as `keep_parsers`
+    LightningCLI.subcommands = staticmethod(lambda: fit)
+    return fit_on_ranks(rank, world_size, commands, folder)
 
 
 def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeypatch):
-    # One task, of which the second rank gets none, or three, of which it gets one.
-    tasks = [[{"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}}] for n in (1, 3)]
-    commands = [[*configs(*names), *small] for names in (LORA, *OVERLAYS)]
-    commands += [[*configs(*SFT), *small, f"--trainer.callbacks={json.dumps(each)}"] for each in tasks]
+    # Of one task, the second rank gets none; of three, it gets one.
+    rates = {n: {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}} for n in (1, 3)}
+    few = {n: f"--trainer.callbacks={json.dumps([rate])}" for n, rate in rates.items()}
+    commands = [[*configs(*LORA), *small, few[1]], *([*configs(*names), *small] for names in OVERLAYS if names != LEAN)]
+    commands += [[*configs(*LEAN), *small, few[3]]]
     found, other = run_ranks(on_ranks, 2, commands, str(tmp_path))
     assert found == other
     assert all(run["steps"] == 3 and run["sharded"] == 1 for run in found)
+    assert found[0]["metrics"]["parses"] in (0, 1)
     sharded = whole(tmp_path / "saved")
     monkeypatch.setattr("examples.sft.generation.parses", passes)
-    alone = fit(*commands[-1]).trainer.callback_metrics
-    assert found[-1]["metrics"] == pytest.approx({name: value.item() for name, value in alone.items()}, rel=1e-4)
+    alone = {name: value.item() for name, value in fit(*commands[-1]).trainer.callback_metrics.items()}
+    assert found[-1]["metrics"] == pytest.approx(alone, rel=1e-4)
     assert 0 < alone["parses"] < 1
     for name, tensor in whole(tmp_path / "saved").items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(
+            sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, of=name: f"{of}: {text}"
+        )
 
 
 def test_a_folder_that_is_no_model(small, fit, transformers_folder, tmp_path):
