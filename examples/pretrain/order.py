@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
-class ResumableLoader(DataLoader[Tensor]):
+class ResumableLoader(DataLoader[Any]):
     """Batches in a shuffled order that depends on the seed alone, and that a checkpoint remembers.
 
     All processes together take the next examples of this order in every step. So a step has the same examples on any
@@ -27,17 +26,17 @@ class ResumableLoader(DataLoader[Tensor]):
     """
 
     def __init__(
-        self, dataset: Dataset[Tensor], batch_size: int, num_replicas: int, rank: int, seed: int = 0, **kwargs: Any
+        self, dataset: Dataset[Any], batch_size: int, num_replicas: int, rank: int, seed: int = 0, **kwargs: Any
     ) -> None:
         order = _Order(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         super().__init__(dataset, batch_size, sampler=order, drop_last=True, **kwargs)
-        self._order = order
+        self._order, self._size = order, batch_size
         self._given = 0  # examples of this epoch that all processes together have got
 
     def __iter__(self) -> Any:
         """Yield the rest of the epoch after a resume, and whole epochs from then on."""
         for batch in super().__iter__():
-            self._given += self._order.num_replicas * len(batch)
+            self._given += self._order.num_replicas * self._size
             yield batch
         self.load_state_dict({"epoch": self._order.epoch + 1, "examples": 0})
 
@@ -51,7 +50,7 @@ class ResumableLoader(DataLoader[Tensor]):
         self._given = self._order.start = state["examples"]
 
 
-class _Order(DistributedSampler[Tensor]):
+class _Order(DistributedSampler[Any]):
     start = 0
 
     def __iter__(self) -> Iterator[int]:

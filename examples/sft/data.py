@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
+from examples.pretrain.order import ResumableLoader
+from examples.pretrain.texts import Texts
 from examples.sft.chat import Example, encode
-from examples.sft.functions import read_pairs
+from examples.sft.functions import Pair, read_pairs
 from examples.sft.packing import IGNORED, pack
 
 Batch = dict[str, Tensor]
@@ -35,6 +37,7 @@ class FunctionsDataModule(LightningDataModule):
         max_chars: Maximum number of characters to read; None reads everything.
         cache_dir: Folder for the pairs; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         num_workers: Worker processes per loader; the tokens are in memory, so workers have little to do.
+        seed: Of the order of the rows.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -51,6 +54,7 @@ class FunctionsDataModule(LightningDataModule):
         max_chars: int | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -63,7 +67,8 @@ class FunctionsDataModule(LightningDataModule):
             raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
         self.root, self.pattern = Path(root or sysconfig.get_paths()["stdlib"]).expanduser(), pattern
         self.seq_len, self.max_length, self.batch_size = seq_len, max_length, batch_size
-        self.val_fraction, self.max_chars, self.num_workers = val_fraction, max_chars, num_workers
+        self.val_fraction, self.max_chars = val_fraction, max_chars
+        self.num_workers, self.seed = num_workers, seed
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.cache_dir = Path(cache_dir or f"{cache}/lightning_memopt").expanduser()
         self.examples: dict[str, list[Example]] = {}
@@ -71,7 +76,7 @@ class FunctionsDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fill the cache; runs in one process per machine."""
-        read_pairs(self.root, self.pattern, self.val_fraction, self.max_chars, self.cache_dir)
+        self._pairs()
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenize and pack the pairs.
@@ -83,8 +88,7 @@ class FunctionsDataModule(LightningDataModule):
             return
         assert self.trainer is not None
         tokenizer: Any = self.trainer.lightning_module.tokenizer
-        pairs = read_pairs(self.root, self.pattern, self.val_fraction, self.max_chars, self.cache_dir)
-        for split, found in pairs.items():
+        for split, found in self._pairs().items():
             self.examples[split] = [each for each in encode(tokenizer, found) if len(each) <= self.max_length]
             # Rows of padding make the last validation batch full. They have no labels, so they do not count.
             multiple = self.batch_size if split == "val" else 1
@@ -102,14 +106,25 @@ class FunctionsDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return this rank's parts of shuffled batches; rows that do not fill a batch wait for another epoch."""
-        return self._loader("train", shuffle=True)
+        """Return this rank's parts of shuffled batches; a resumed run continues with the next ones."""
+        size, ranks = self._divided()
+        return ResumableLoader(self._dataset("train"), size, **ranks, seed=self.seed, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of the validation batches, always in the same order."""
-        return self._loader("val", shuffle=False)
+        size, ranks = self._divided()
+        rows = self._dataset("val")
+        sampler = DistributedSampler(rows, **ranks, shuffle=False)
+        return DataLoader(rows, size, sampler=sampler, num_workers=self.num_workers)
 
-    def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Batch]:
+    def _pairs(self) -> dict[str, list[Pair]]:
+        return read_pairs(Texts(self.root, self.pattern, self.val_fraction, self.max_chars), self.cache_dir)
+
+    def _dataset(self, split: str) -> Any:
+        return StackDataset(**self.rows[split])
+
+    def _divided(self) -> tuple[int, dict[str, int]]:
+        """Return the rows of a batch that a rank gets, and which of how many ranks this is."""
         assert self.trainer is not None
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         size, left = divmod(self.batch_size, ranks["num_replicas"])
@@ -118,9 +133,4 @@ class FunctionsDataModule(LightningDataModule):
                 f"`batch_size` counts the rows of all ranks, so it must be a multiple of their number, which is "
                 f"{ranks['num_replicas']}, got {self.batch_size}."
             )
-        rows: Any = StackDataset(**self.rows[split])
-        # The order depends on the seed and the epoch alone, and rank r of N gets row r, r + N, ... of it: the batches
-        # of all ranks together are those of one process.
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = DistributedSampler(rows, **ranks, shuffle=shuffle, seed=seed, drop_last=True)
-        return DataLoader(rows, batch_size=size, sampler=sampler, drop_last=True, num_workers=self.num_workers)
+        return size, ranks

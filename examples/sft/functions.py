@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.text import read_texts
+from examples.pretrain.texts import Texts
 
 # What `ast.parse` raises for text that is not Python: ValueError for null bytes, the last two for deep nesting.
 NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -65,34 +65,26 @@ def parses(task: str, answer: str) -> bool:
     return isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and len(function.body) > 1
 
 
-def read_pairs(
-    root: Path, pattern: str, val_fraction: float, max_chars: int | None, cache_dir: Path
-) -> dict[str, list[Pair]]:
-    """Return the pairs of a folder's files per split, from the cache if it holds them.
+def read_pairs(texts: Texts, cache_dir: Path) -> dict[str, list[Pair]]:
+    """Return the pairs of the files per split, from the cache if it holds them.
 
     Files are split as for pretraining, by a hash of their paths. So a model that was pretrained on the training files
     of the same folder has not seen the functions of the validation files. A task that occurs several times counts
     once, for training if it is there too.
 
     Args:
-        root: A folder, searched with its subfolders.
-        pattern: Files to read, as in ``Path.glob``.
-        val_fraction: Share of the files used for validation.
-        max_chars: Maximum number of characters to read; None reads everything.
+        texts: The files.
         cache_dir: Folder for the cached pairs.
 
     Raises:
-        NotADirectoryError: If ``root`` is not a folder.
-        FileNotFoundError: If fewer than two text files match.
         ValueError: If the files of a split have no function that can be used.
     """
-    texts, _ = read_texts(root, pattern, val_fraction, max_chars)
     # Python's version decides what can be parsed.
-    key = hashlib.sha256(repr((sys.version_info[:2], texts)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((sys.version_info[:2], texts.fingerprint)).encode()).hexdigest()[:16]
     path = cache_dir / f"functions-{key}.json"
     if not path.is_file():
-        train = _distinct(texts["train"])
-        content = {"train": _shuffled(train), "val": _shuffled(_distinct(texts["val"], known=train))}
+        train = _distinct(texts.read("train"))
+        content = {"train": _shuffled(train), "val": _shuffled(_distinct(texts.read("val"), known=train))}
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process sees either no file or a whole one.
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -102,8 +94,8 @@ def read_pairs(
     for split, found in pairs.items():
         if not found:
             raise ValueError(
-                f"The {len(texts[split]):,} {split} files of {str(root)!r} that match {pattern!r} have no function "
-                "with a docstring and a body. Give a folder with more Python files, or another `pattern`."
+                f"The {len(texts.files[split]):,} {split} files of {str(texts.root)!r} have no function with a "
+                "docstring and a body. Give a folder with more Python files, or another `pattern`."
             )
     return pairs
 

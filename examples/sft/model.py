@@ -99,6 +99,7 @@ class SFTModule(LightningModule):
         if self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_dir, state_dict=weights)
             self.tokenizer.save_pretrained(self.save_dir)
+        self.trainer.strategy.barrier()  # afterwards, the folder is there for every rank
 
 
 def _check_folder(path: Path) -> None:

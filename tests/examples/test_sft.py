@@ -209,17 +209,16 @@ def test_what_counts_as_python(answer, python):
 
 
 def test_splits_are_those_of_pretraining_and_no_task_is_in_both(functions, tmp_path):
+    from examples.pretrain.texts import Texts
     from examples.sft.functions import pairs_of, read_pairs
-    from examples.text import read_texts
 
     # The same function in all files.
     for path in functions.iterdir():
         path.write_text(path.read_text() + "\n\n" + FUNCTION.format(name="same", body="return b"))
-    pairs = read_pairs(functions, "**/*.py", 0.3, None, tmp_path / "cache")
-    again = read_pairs(functions, "**/*.py", 0.3, None, tmp_path / "cache")
-    assert again == pairs == read_pairs(functions, "**/*.py", 0.3, None, tmp_path / "elsewhere")
-    texts, _ = read_texts(functions, "**/*.py", 0.3, None)
-    of_texts = {split: {pair for text in texts[split] for pair in pairs_of(text)} for split in texts}
+    texts = Texts(functions, "**/*.py", 0.3, None)
+    pairs = read_pairs(texts, tmp_path / "cache")
+    assert read_pairs(texts, tmp_path / "cache") == pairs == read_pairs(texts, tmp_path / "elsewhere")
+    of_texts = {split: {pair for text in texts.read(split) for pair in pairs_of(text)} for split in pairs}
     assert set(pairs["train"]) == of_texts["train"]
     assert set(pairs["val"]) == of_texts["val"] - of_texts["train"]
     tasks = [pair.task for split in pairs.values() for pair in split]
@@ -360,22 +359,33 @@ def _only(rows, example):
 def test_batches_are_the_same_on_any_number_of_ranks(functions, tokenizer, ranks):
     data = loaded_data(functions, tokenizer)
 
-    def batches(split, rank, count, epoch):
+    def batches(split, rank, count):
+        """Return the batches of two epochs that a rank gets."""
         data.trainer.distributed_sampler_kwargs = {"num_replicas": count, "rank": rank} if count > 1 else None
         loader = data.train_dataloader() if split == "train" else data.val_dataloader()
-        loader.sampler.set_epoch(epoch)
-        return [batch["input_ids"] for batch in loader]
+        return [batch["input_ids"] for _ in range(2) for batch in loader]
 
     for split in ("train", "val"):
-        for epoch in (0, 1):
-            whole = [sorted(batch.tolist()) for batch in batches(split, 0, 1, epoch)]
-            parts = [batches(split, rank, ranks, epoch) for rank in range(ranks)]
-            together = [sorted(torch.cat(batch).tolist()) for batch in zip(*parts, strict=True)]
-            assert together == whole
-            assert len(whole) == len(data.rows[split]["labels"]) // 4
-    assert batches("train", 0, 1, 0)[0].tolist() != batches("train", 0, 1, 1)[0].tolist()
+        alone = batches(split, 0, 1)
+        parts = [batches(split, rank, ranks) for rank in range(ranks)]
+        together = [torch.cat(batch) for batch in zip(*parts, strict=True)]
+        assert [sorted(batch.tolist()) for batch in together] == [sorted(batch.tolist()) for batch in alone]
+        assert len(alone) == 2 * (len(data.rows[split]["labels"]) // 4)
+        half = len(alone) // 2
+        assert (alone[0].tolist() == alone[half].tolist()) is (split == "val")
     # All rows of validation are in a batch.
     assert len(data.rows["val"]["labels"]) % 4 == 0
+
+
+def test_training_continues_with_the_next_rows(functions, tokenizer):
+    data = loaded_data(functions, tokenizer)
+    everything = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    first = [batch["input_ids"].tolist() for _, batch in zip(range(3), loader, strict=False)]
+    state = loader.state_dict()
+    again = data.train_dataloader()
+    again.load_state_dict(state)
+    assert first + [batch["input_ids"].tolist() for batch in again] == everything
 
 
 def test_a_batch_that_ranks_cannot_divide(functions, tokenizer):
@@ -392,7 +402,7 @@ def test_folders_without_enough_functions(functions, tokenizer, tmp_path):
         loaded_data(functions, tokenizer, batch_size=64)
     for path in functions.iterdir():
         path.write_text("x = 1")
-    with pytest.raises(ValueError, match="train files of .* that match .* have no function with a docstring"):
+    with pytest.raises(ValueError, match="train files of .* have no function with a docstring"):
         loaded_data(functions, tokenizer)
 
 
