@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import LoraConfig, get_peft_model
 
-from examples.sft.model import SFTModule
+from examples.sft.model import Dtype, SFTModule
 
 
 class LoRAModule(SFTModule):
@@ -25,7 +25,7 @@ class LoRAModule(SFTModule):
         self,
         path: str = "runs/pretrain/model",
         save_dir: str = "runs/lora/model",
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         r: int = 16,
         lora_alpha: int = 32,
         target_modules: str | list[str] = "all-linear",

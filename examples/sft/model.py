@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_memopt as lm
 from examples.sft.chat import CHAT_TEMPLATE
+from examples.sft.packing import IGNORED
 
 Batch = dict[str, Tensor]
+Dtype = Literal["float32", "bfloat16"]
 
 
 class SFTModule(LightningModule):
@@ -33,7 +35,7 @@ class SFTModule(LightningModule):
     """
 
     def __init__(
-        self, path: str = "runs/pretrain/model", save_dir: str = "runs/sft/model", dtype: str = "float32"
+        self, path: str = "runs/pretrain/model", save_dir: str = "runs/sft/model", dtype: Dtype = "float32"
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -41,7 +43,7 @@ class SFTModule(LightningModule):
         self.save_dir = Path(save_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
-        # Flash attention finds the borders of packed examples only in batches of one row.
+        # Not flash attention, which finds the borders of packed examples only in batches of one row.
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         )
@@ -75,8 +77,8 @@ class SFTModule(LightningModule):
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits.float()
         labels = batch["labels"][:, 1:]
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
-        return loss, (labels != -100).sum()
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return loss, (labels != IGNORED).sum()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log its mean over the ranks."""
