@@ -1,0 +1,131 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning.pytorch.cli")
+pytest.importorskip("transformers")
+pytest.importorskip("peft", exc_type=ImportError)
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lightning_memopt as lm
+from tests._ranks import run_ranks
+from tests.examples._run import RECIPES, ROOT, configs, fit_on_ranks
+from tests.examples._sft import write_functions
+
+pytestmark = pytest.mark.slow
+
+SFT, LORA = ("sft/sft.yaml",), ("sft/lora.yaml",)
+OVERLAYS = [(*SFT, f"sft/{recipe}.yaml") for recipe in RECIPES]
+LEAN = (*SFT, "sft/adapm_lean.yaml")
+
+
+@pytest.fixture
+def functions(tmp_path):
+    return write_functions(tmp_path / "functions")
+
+
+@pytest.fixture
+def small(functions, transformers_folder, tmp_path):
+    """Return arguments that make a config quick: three steps, then a validation."""
+    return [
+        f"--data.root={functions}", f"--model.path={transformers_folder}", f"--model.save_dir={tmp_path / 'saved'}",
+        "--data.seq_len=256", "--data.batch_size=4", "--trainer.val_check_interval=3",
+        "--trainer.check_val_every_n_epoch=null", "--trainer.logger=false",
+    ]  # fmt: skip
+
+
+def whole(folder):
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return {name.replace(".base_layer", ""): tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("names", [SFT, LORA, *OVERLAYS], ids=lambda names: Path(names[-1]).stem)
+def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
+    cli = fit(*configs(*names), *small)
+    assert cli.trainer.global_step == 3
+    assert cli.trainer.callback_metrics["val_loss"].isfinite()
+    assert 0 <= cli.trainer.callback_metrics["parses"] <= 1
+    (optimizer,) = cli.trainer.optimizers
+    before, after = whole(transformers_folder), whole(tmp_path / "saved")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if names == LORA:
+        assert {block.role for block in optimizer.snapshot().blocks} == {"lora"}
+        # transformers loads the model that was adapted, and adds the adapter.
+        assert (tmp_path / "saved" / "adapter_config.json").is_file()
+        assert not changed
+        assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
+    else:
+        assert isinstance(optimizer, torch.optim.AdamW if names[-1] == "sft/adamw.yaml" else lm.MemOpt)
+        assert changed == set(before)
+    template = AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
+    assert template == cli.model.tokenizer.chat_template
+    assert (tmp_path / "runs" / names[0][4:-5] / "last.ckpt").exists()
+
+
+def passes(task, answer):
+    return "x(" in task
+
+
+def on_ranks(rank, world_size, commands, folder):
+    """Run the commands; answers pass by their task, because what three steps have taught is not Python."""
+    sys.path.insert(0, str(ROOT))
+    from lightning.pytorch.cli import LightningCLI
+
+    from examples.sft import generation
+
+    generation.parses = passes
+    fit = {"fit": LightningCLI.subcommands()["fit"]}  # as `keep_parsers`
+    LightningCLI.subcommands = staticmethod(lambda: fit)
+    return fit_on_ranks(rank, world_size, commands, folder)
+
+
+def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeypatch):
+    # Of one task, the second rank gets none; of three, it gets one.
+    rates = {n: {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}} for n in (1, 3)}
+    few = {n: f"--trainer.callbacks={json.dumps([rate])}" for n, rate in rates.items()}
+    commands = [[*configs(*LORA), *small, few[1]], *([*configs(*names), *small] for names in OVERLAYS if names != LEAN)]
+    commands += [[*configs(*LEAN), *small, few[3]]]
+    found, other = run_ranks(on_ranks, 2, commands, str(tmp_path))
+    assert found == other
+    assert all(run["steps"] == 3 and run["sharded"] == 1 for run in found)
+    assert found[0]["metrics"]["parses"] in (0, 1)
+    sharded = whole(tmp_path / "saved")
+    monkeypatch.setattr("examples.sft.generation.parses", passes)
+    alone = {name: value.item() for name, value in fit(*commands[-1]).trainer.callback_metrics.items()}
+    assert found[-1]["metrics"] == pytest.approx(alone, rel=1e-4)
+    assert 0 < alone["parses"] < 1
+    for name, tensor in whole(tmp_path / "saved").items():
+        torch.testing.assert_close(
+            sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, of=name: f"{of}: {text}"
+        )
+
+
+def test_a_folder_that_is_no_model(small, fit, transformers_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"'nowhere' does not exist: run the pretraining example first, or give a"):
+        fit(*configs(*SFT), *small, "--model.path=nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no tokenizer_config.json: run the pretraining example first"):
+        fit(*configs(*SFT), *small, f"--model.path={tmp_path}")
+
+
+def test_pairs_longer_than_the_model_are_refused(small, fit):
+    with pytest.raises(ValueError, match="`max_length` is 200, the model's `max_position_embeddings` only 128"):
+        fit(*configs(*SFT), *small, "--data.max_length=200")
+
+
+def test_a_template_of_the_folder_is_used(small, fit, transformers_folder, tmp_path):
+    theirs = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}{% endfor %}"
+    theirs += "{{ '[assistant]' if add_generation_prompt }}"
+    folder = tmp_path / "with_template"
+    tokenizer = AutoTokenizer.from_pretrained(transformers_folder)
+    tokenizer.chat_template = theirs
+    tokenizer.save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(transformers_folder).save_pretrained(folder)
+    cli = fit(*configs(*SFT), *small, f"--model.path={folder}")
+    example = cli.datamodule.examples["train"][0]
+    assert tokenizer.decode(example.prompt) == f"[user]{example.pair.task}<|endoftext|>[assistant]"
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == theirs

@@ -1,0 +1,223 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lightning.pytorch")
+pytest.importorskip("transformers")
+
+from transformers import AutoTokenizer
+
+from tests.examples._sft import FUNCTION, write_functions
+
+pytestmark = pytest.mark.slow
+
+SOURCE = '''
+class Stack:
+    @property
+    def top(self) -> int:
+        """Return the last one."""
+        # It may be missing.
+        if not self.items:
+            return None
+
+        return self.items[-1]
+
+async def wait(seconds, *, clock=None):
+    """Wait.
+
+    And wait.
+    """
+    def inner():
+        """Tick."""
+        return "tock"
+    await clock(inner)
+
+def one_line(): "Doc"; return 1
+def without(): return 2
+def only_docstring():
+    """Nothing else."""
+class Deep:
+    def margin(self):
+        """Have text at the margin."""
+        return \'\'\'
+text\'\'\'
+'''
+
+
+@pytest.fixture
+def functions(tmp_path):
+    return write_functions(tmp_path / "functions")
+
+
+@pytest.fixture
+def tokenizer(transformers_folder):
+    from examples.sft.chat import CHAT_TEMPLATE
+
+    found = AutoTokenizer.from_pretrained(transformers_folder)
+    found.chat_template = CHAT_TEMPLATE
+    return found
+
+
+def loaded_data(functions, tokenizer, **options):
+    """Return the data module as a trainer on one process leaves it."""
+    from examples.sft.data import FunctionsDataModule
+
+    data = FunctionsDataModule(str(functions), **{"seq_len": 256, "batch_size": 4, **options})
+    module = SimpleNamespace(tokenizer=tokenizer)
+    data.trainer = SimpleNamespace(lightning_module=module, distributed_sampler_kwargs=None)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_pairs_are_functions_with_a_docstring_and_a_body():
+    from examples.sft.functions import pairs_of, parses
+
+    pairs = pairs_of(SOURCE)
+    assert [pair.task.splitlines()[0] for pair in pairs] == [
+        "def top(self) -> int:", "async def wait(seconds, *, clock=None):", "def inner():"
+    ]  # fmt: skip
+    top, wait, _ = pairs
+    assert top.task == 'def top(self) -> int:\n    """Return the last one."""'
+    assert top.answer == ("# It may be missing.\nif not self.items:\n    return None\n\nreturn self.items[-1]")
+    assert wait.task.endswith('\n\n    And wait.\n    """')
+    assert all(parses(*pair) for pair in pairs)
+    assert pairs_of("def broken(:") == pairs_of("a\0b") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "python"),
+    [
+        ("return a", True), ("if a:\n    return b\nreturn a", True), ("", False), ("# soon", False),
+        ("return (", False), ("  return a", False), ("    return a\nreturn b", False), ("x = '", False), ("a\0", False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_python(answer, python):
+    from examples.sft.functions import parses
+
+    assert parses('def f(a, b):\n    """Do."""', answer) is python
+
+
+def test_splits_are_those_of_pretraining_and_no_task_is_in_both(functions, tmp_path):
+    from examples.pretrain.texts import Texts
+    from examples.sft.functions import pairs_of, read_pairs
+
+    # The same function in all files.
+    for path in functions.iterdir():
+        path.write_text(path.read_text() + "\n\n" + FUNCTION.format(name="same", body="return b"))
+    texts = Texts(functions, "**/*.py", 0.3, None)
+    pairs = read_pairs(texts, tmp_path / "cache")
+    assert read_pairs(texts, tmp_path / "cache") == pairs == read_pairs(texts, tmp_path / "elsewhere")
+    of_texts = {split: {pair for text in texts.read(split) for pair in pairs_of(text)} for split in pairs}
+    assert set(pairs["train"]) == of_texts["train"]
+    assert set(pairs["val"]) == of_texts["val"] - of_texts["train"]
+    tasks = [pair.task for split in pairs.values() for pair in split]
+    assert len(tasks) == len(set(tasks)) == 121
+
+
+def test_prompt_and_answer_are_tokenized_apart_and_make_the_chat(tokenizer):
+    from examples.sft.chat import encode
+    from examples.sft.functions import Pair
+
+    task = 'def add(a, b):\n    """Add."""'
+    (example,) = encode(tokenizer, [Pair(task, "return a + b")])
+    assert tokenizer.decode(example.prompt) == f"<user>\n{task}\n<assistant>\n"
+    assert tokenizer.decode(example.answer) == "return a + b<|endoftext|>"
+    assert example.answer[-1] == tokenizer.eos_token_id
+    assert len(example) == len(example.prompt) + len(example.answer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0]['content'] }}{{ '>' if add_generation_prompt }}", "does not continue its own prompt"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "ends an answer with 'return a', without"),
+    ],
+)
+def test_templates_that_cannot_be_learned(tokenizer, template, message):
+    from examples.sft.chat import encode
+    from examples.sft.functions import Pair
+
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, [Pair("def f(a):", "return a")])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_batches_are_the_same_on_any_number_of_ranks(functions, tokenizer, ranks):
+    data = loaded_data(functions, tokenizer)
+
+    def batches(split, rank, count):
+        """Return the batches of two epochs that a rank gets."""
+        data.trainer.distributed_sampler_kwargs = {"num_replicas": count, "rank": rank} if count > 1 else None
+        loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+        return [batch["input_ids"] for _ in range(2) for batch in loader]
+
+    for split in ("train", "val"):
+        alone = batches(split, 0, 1)
+        parts = [batches(split, rank, ranks) for rank in range(ranks)]
+        together = [torch.cat(batch) for batch in zip(*parts, strict=True)]
+        assert [sorted(batch.tolist()) for batch in together] == [sorted(batch.tolist()) for batch in alone]
+        assert len(alone) == 2 * (len(data.rows[split]["labels"]) // 4)
+        half = len(alone) // 2
+        assert (alone[0].tolist() == alone[half].tolist()) is (split == "val")
+    # All rows of validation are in a batch.
+    assert len(data.rows["val"]["labels"]) % 4 == 0
+
+
+def test_training_continues_with_the_next_rows(functions, tokenizer):
+    data = loaded_data(functions, tokenizer)
+    everything = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
+    loader = data.train_dataloader()
+    first = [batch["input_ids"].tolist() for _, batch in zip(range(3), loader, strict=False)]
+    state = loader.state_dict()
+    again = data.train_dataloader()
+    again.load_state_dict(state)
+    assert first + [batch["input_ids"].tolist() for batch in again] == everything
+
+
+def test_a_batch_that_ranks_cannot_divide(functions, tokenizer):
+    data = loaded_data(functions, tokenizer)
+    data.trainer.distributed_sampler_kwargs = {"num_replicas": 3, "rank": 0}
+    with pytest.raises(ValueError, match="a multiple of their number, which is 3, got 4"):
+        data.train_dataloader()
+
+
+def test_folders_without_enough_functions(functions, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="105 train functions .*, 0 have at most 20 tokens. They fill 0 rows of 256"):
+        loaded_data(functions, tokenizer, max_length=20)
+    with pytest.raises(ValueError, match="105 have .*, less than a batch of 64"):
+        loaded_data(functions, tokenizer, batch_size=64)
+    for path in functions.iterdir():
+        path.write_text("x = 1")
+    with pytest.raises(ValueError, match="train files of .* have no function with a docstring"):
+        loaded_data(functions, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("max_length", 1), ("max_length", 600), ("val_fraction", 1.0), ("max_chars", 0)],
+)
+def test_settings_out_of_range(option, value):
+    from examples.sft.data import FunctionsDataModule
+
+    with pytest.raises(ValueError, match=f"`{option}` must be .*{value}"):
+        FunctionsDataModule(**{option: value})
+
+
+def test_tasks_of_the_parse_rate(functions, tokenizer):
+    from examples.sft.generation import ParseRate
+
+    data = loaded_data(functions, tokenizer)
+    trainer = SimpleNamespace(datamodule=data)
+    rate = ParseRate(num_tasks=4, max_new_tokens=30)
+    rate.setup(trainer, None, "validate")
+    assert len(rate.tasks) == 4
+    assert all(len(task.answer) <= 30 and len(task.prompt) <= 98 for task in rate.tasks)
+    assert set(map(len, (task.answer for task in data.examples["val"]))) > set(map(len, (t.answer for t in rate.tasks)))
+    with pytest.raises(ValueError, match="prompt of at most 28 tokens and an answer of at most 100"):
+        ParseRate(max_new_tokens=100).setup(trainer, None, "validate")
+    for option in ("num_tasks", "max_new_tokens"):
+        with pytest.raises(ValueError, match=f"`{option}` must be at least 1, got 0"):
+            ParseRate(**{option: 0})
