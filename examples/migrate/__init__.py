@@ -1,0 +1,1 @@
+"""Move a run of AdamW to compressed optimizer state in the middle."""
