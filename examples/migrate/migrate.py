@@ -22,9 +22,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 import lightning_memopt as lm  # noqa: E402
-from examples.llama import LlamaModule as LanguageModel  # noqa: E402
 from examples.migrate.figure import draw, mean  # noqa: E402
-from examples.text import TextDataModule  # noqa: E402
+from examples.pretrain.data import TextDataModule  # noqa: E402
+from examples.pretrain.model import LanguageModel  # noqa: E402
 
 FOLDER = Path("runs/migrate")
 ADAMW = "AdamW"
@@ -90,12 +90,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def fit(
     name: str, args: argparse.Namespace, *, until: int, save: Path | None = None, resume: Path | None = None
 ) -> Run:
-    """Train until a step with AdamW or a recipe, from the beginning or from a checkpoint.
-
-    Both continuations start from one seed, so they see the same batches.
-    """
-    seed_everything(0 if resume is None else 1, verbose=False)
-    module = LanguageModel(vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=2)
+    """Train until a step with AdamW or a recipe, from the beginning or from a checkpoint and the next batch."""
+    seed_everything(0, verbose=False)
+    module = LanguageModel("llama-1m", vocab_size=1024, config={"num_hidden_layers": 2})
     module.configure_optimizers = lambda: optimizer_for(module, name, args.steps)
     data = TextDataModule(args.root, vocab_size=1024, batch_size=max(1, BATCH // args.devices))
     history = LossHistory()
