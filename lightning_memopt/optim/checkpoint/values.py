@@ -68,8 +68,12 @@ def check_kind(tensor: Tensor, what: str) -> None:
     """Check that the elements of a tensor can be read as numbers.
 
     Raises:
-        ValueError: If it is sparse, or on the meta device.
+        ValueError: If it is quantized by torchao, sparse, or on the meta device.
     """
+    if type(tensor).__module__.partition(".")[0] == "torchao":  # few operations are defined on these
+        raise ValueError(
+            f"{what} is quantized ({type(tensor).__name__}) in the checkpoint: convert it with `dequantize()`."
+        )
     if tensor.layout is not torch.strided:
         raise ValueError(f"{what} is sparse ({tensor.layout}) in the checkpoint: convert it with `to_dense()`.")
     if tensor.is_meta:

@@ -90,7 +90,7 @@ def with_weights(model: Any, weights: Mapping[str, Any]) -> Any:
         weights: The weights of a module that holds the model under any name.
 
     Raises:
-        ValueError: If they are not the model's.
+        ValueError: If they are not the model's, or those of several such models.
     """
     names = list(model.state_dict())
     prefixes = [
@@ -98,7 +98,14 @@ def with_weights(model: Any, weights: Mapping[str, Any]) -> Any:
         for name in weights
         if name.endswith(names[0]) and name.removesuffix(names[0])[-1:] in ("", ".")
     ]
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in weights for name in names), default="")
+    found = {prefix: sum(prefix + name in weights for name in names) for prefix in prefixes}
+    best = [prefix for prefix, count in found.items() if count == max(found.values())]
+    if len(best) > 1:
+        raise ValueError(
+            f"The checkpoint holds {len(best)} models with the weights of {type(model).__name__}: "
+            f"{', '.join(map(repr, best))}. Export the weights of one with `--strip {best[0]}` to a .safetensors file."
+        )
+    prefix = best[0] if best else ""
     try:
         model.load_state_dict(without_prefix(weights, prefix), assign=True)
     except RuntimeError as error:

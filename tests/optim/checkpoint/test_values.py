@@ -96,10 +96,16 @@ def test_values_that_no_state_has(index, key, value):
     refused(optimizer, state, ValueError, f"optimizer state '{key}' of '{name}' contains {has}: the run diverged")
 
 
+def quantized(value):
+    """As torchao's optimizers save: a tensor of a class of its own."""
+    return value.as_subclass(type("Quantized", (torch.Tensor,), {"__module__": "torchao.optim.subclass_8bit"}))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         (lambda value: value.to_sparse(), r"is sparse \(torch.sparse_coo\) in the checkpoint"),
+        (quantized, r"is quantized \(Quantized\) in the checkpoint: convert it with `dequantize\(\)`"),
         (lambda value: value.to("meta"), "is on the meta device in the checkpoint"),
         (lambda value: value.to(torch.complex64), "mixes dtypes or is not floating-point"),
         (lambda value: value.int(), "mixes dtypes or is not floating-point"),

@@ -178,6 +178,20 @@ def test_a_folder_in_another_dtype(tmp_path):
     assert {param.dtype for param in AutoModelForCausalLM.from_pretrained(out).parameters()} == {torch.bfloat16}
 
 
+def test_one_of_two_models_has_to_be_named(tmp_path, capsys):
+    """A policy and its frozen reference: which one a folder would get is not for the order to decide."""
+    module = llama()
+    both = nn.ModuleDict({"policy": module.model, "reference": llama().model})
+    path = save(tmp_path / "last.ckpt", both, format="directory")
+    module.model.config.architectures = ["LlamaForCausalLM"]
+    module.model.config.to_json_file(tmp_path / "config.json")
+    args = (path, tmp_path / "model", "--model-config", str(tmp_path / "config.json"))
+    message = refused(main, capsys, *args)
+    assert "holds 2 models with the weights of LlamaForCausalLM: 'policy.', 'reference.'. Export" in message
+    assert "--strip policy." in message
+    assert not (tmp_path / "model").exists()
+
+
 class Wrapped(nn.Module):
     """Not a model of transformers."""
 
