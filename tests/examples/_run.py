@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -35,24 +39,15 @@ def configs_first(args: Sequence[str], defaults: Sequence[str]) -> list[str]:
 
 def fit_on_ranks(rank: int, world_size: int, commands: list[list[str]], folder: str) -> list[dict[str, Any]]:
     """Run every command on the ranks that `run_ranks` started, and return its metrics and sharded parameters' share."""
-    import os
-
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    from lightning_memopt.cli import MemOptCLI
+    from examples.pretrain.compare import FitCLI
     from tests.strategy._training import Spawned
 
     os.chdir(folder)
+    ranks = [f"--trainer.devices={world_size}", "--trainer.strategy=memopt_fsdp"]
     found = []
     for args in commands:
-        defaults = [
-            *QUIET,
-            "--trainer.max_steps=3",
-            f"--trainer.devices={world_size}",
-            "--trainer.strategy=memopt_fsdp",
-        ]
-        cli = MemOptCLI(trainer_defaults={"plugins": [Spawned()]}, args=["fit", *configs_first(args, defaults)])
+        given = ["fit", *configs_first(args, [*QUIET, "--trainer.max_steps=3", *ranks])]
+        cli = FitCLI(trainer_defaults={"plugins": [Spawned()]}, args=given)
         (optimizer,) = cli.trainer.optimizers
         params = [param for group in optimizer.param_groups for param in group["params"]]
         sharded = sum(isinstance(param, DTensor) for param in params) / len(params)

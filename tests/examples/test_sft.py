@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_memopt as lm
 from tests._ranks import run_ranks
-from tests.examples._run import RECIPES, ROOT, configs, fit_on_ranks
+from tests.examples._run import RECIPES, configs, fit_on_ranks
 from tests.examples._sft import write_functions
 
 pytestmark = pytest.mark.slow
@@ -72,14 +71,9 @@ def passes(task, answer):
 
 def on_ranks(rank, world_size, commands, folder):
     """Run the commands; answers pass by their task, because what three steps have taught is not Python."""
-    sys.path.insert(0, str(ROOT))
-    from lightning.pytorch.cli import LightningCLI
-
     from examples.sft import generation
 
     generation.parses = passes
-    fit = {"fit": LightningCLI.subcommands()["fit"]}  # as `keep_parsers`
-    LightningCLI.subcommands = staticmethod(lambda: fit)
     return fit_on_ranks(rank, world_size, commands, folder)
 
 
