@@ -1,8 +1,7 @@
-"""What both methods share of their data: functions of a folder, divided by file, in a reproducible order."""
+"""What both methods share of their data: the functions of fine-tuning, in a reproducible order."""
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from examples.preference.functions import Function, read_functions
 from examples.preference.policy import check_folder
 from examples.pretrain.order import ResumableLoader
+from examples.pretrain.texts import Texts, cache_folder
+from examples.sft.functions import Pair, read_pairs
 
 
 class FunctionsDataModule(LightningDataModule):
     """Examples made from the functions of a folder.
 
-    A hash of a file's relative path decides whether its functions belong to validation. The rule is that of
-    pretraining, so the policy has never seen the validation functions of the same folder. A subclass makes examples in
-    ``example`` and batches in ``collate``.
+    They are those of fine-tuning, with the split of pretraining: the policy has never seen the validation functions of
+    the same folder. A subclass makes examples in ``example`` and batches in ``collate``.
 
     Every rank reads all functions. A training batch takes the next examples of one order, which depends on the seed and
     the epoch alone: a step has the same examples on any number of ranks if ``batch_size`` times the ranks is the same.
@@ -34,6 +33,7 @@ class FunctionsDataModule(LightningDataModule):
         root: A folder of Python files. None: Python's standard library.
         batch_size: Examples per batch and rank.
         val_fraction: Share of the files used for validation.
+        cache_dir: Folder for the functions; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         seed: Of the order, and of what is drawn to make examples.
 
     Raises:
@@ -46,6 +46,7 @@ class FunctionsDataModule(LightningDataModule):
         root: str | None = None,
         batch_size: int = 8,
         val_fraction: float = 0.1,
+        cache_dir: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -55,7 +56,12 @@ class FunctionsDataModule(LightningDataModule):
             raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
         self.path, self.root = path, Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
+        self.cache_dir = cache_folder(cache_dir)
         self.examples: dict[str, list[Any]] = {}
+
+    def prepare_data(self) -> None:
+        """Fill the cache; runs in one process per machine."""
+        self._pairs()
 
     def setup(self, stage: str | None = None) -> None:
         """Make the examples.
@@ -66,26 +72,25 @@ class FunctionsDataModule(LightningDataModule):
         if self.examples:
             return
         self.tokenizer: Any = AutoTokenizer.from_pretrained(check_folder(self.path), local_files_only=True)
-        functions = read_functions(self.root)
-        examples: dict[str, list[Any]] = {"train": [], "val": []}
-        for function in functions:
-            made = self.example(function)
-            if made is not None:
-                examples["val" if is_held_out(function.path, self.val_fraction) else "train"].append(made)
+        pairs = self._pairs()
+        examples = {
+            split: [made for pair in found if (made := self.example(pair)) is not None]
+            for split, found in pairs.items()
+        }
         for split, needed in (("train", self.batch_size * self._ranks()["num_replicas"]), ("val", 1)):
             if len(examples[split]) < needed:
                 raise ValueError(
-                    f"{len(functions)} functions of {self.root} make {len(examples[split])} {split} examples that are "
-                    f"short enough, but {needed} are needed: use a folder with more functions, longer sequences or a "
-                    "smaller `batch_size`."
+                    f"{len(pairs[split]):,} {split} functions of {self.root} make {len(examples[split]):,} examples "
+                    f"that are short enough, but {needed:,} are needed: use a folder with more functions, longer "
+                    "sequences or a smaller `batch_size`."
                 )
         self.examples = examples
         rank_zero_info(
-            f"{type(self).__name__}: {len(functions):,} functions in {self.root} make {len(examples['train']):,} "
-            f"training and {len(examples['val']):,} validation examples"
+            f"{type(self).__name__}: {sum(map(len, pairs.values())):,} functions in {self.root} make "
+            f"{len(examples['train']):,} training and {len(examples['val']):,} validation examples"
         )
 
-    def example(self, function: Function) -> Any | None:
+    def example(self, pair: Pair) -> Any | None:
         """Return the example of a function, or None if it does not make one."""
         raise NotImplementedError
 
@@ -103,16 +108,13 @@ class FunctionsDataModule(LightningDataModule):
         data: Any = self.examples["val"]
         return DataLoader(data, self.batch_size, collate_fn=self.collate)
 
+    def _pairs(self) -> dict[str, list[Pair]]:
+        return read_pairs(Texts(self.root, "**/*.py", self.val_fraction, None), self.cache_dir)
+
     def _ranks(self) -> dict[str, Any]:
         """Return the number of ranks that divide a batch, and which one this is."""
         given = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return given or {"num_replicas": 1, "rank": 0}
-
-
-def is_held_out(path: str, val_fraction: float) -> bool:
-    """Return whether the file at a relative path belongs to validation."""
-    digest = hashlib.sha256(path.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < val_fraction * 2**32
 
 
 def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

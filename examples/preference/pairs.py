@@ -9,11 +9,11 @@ import torch
 
 from examples.preference.corruption import corrupt
 from examples.preference.data import FunctionsDataModule, padded
-from examples.preference.functions import Function
 from examples.preference.log_probs import Sequences
+from examples.sft.functions import Pair
 
 
-class Pair(NamedTuple):
+class Preference(NamedTuple):
     """Tokens of a prompt and of two completions."""
 
     prompt: list[int]
@@ -40,19 +40,19 @@ class PairDataModule(FunctionsDataModule):
         super().__init__(**kwargs)
         self.seq_len = seq_len
 
-    def example(self, function: Function) -> Pair | None:
-        """Return the pair of a function, or None if it is too long or cannot be corrupted."""
-        digest = hashlib.sha256(f"{self.seed}:{function.prompt}".encode()).digest()
-        rejected = corrupt(function.body, int.from_bytes(digest[:8], "big"))
+    def example(self, pair: Pair) -> Preference | None:
+        """Return the preference made from a function, or None if it is too long or cannot be corrupted."""
+        digest = hashlib.sha256(f"{self.seed}:{pair.prompt}".encode()).digest()
+        rejected = corrupt(pair.body, int.from_bytes(digest[:8], "big"))
         if rejected is None:
             return None
-        pair = Pair(*(self.tokenizer(text).input_ids for text in (function.prompt, function.body, rejected)))
-        longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        return pair if longest <= self.seq_len else None
+        made = Preference(*(self.tokenizer(text).input_ids for text in (pair.prompt, pair.body, rejected)))
+        longest = len(made.prompt) + max(len(made.chosen), len(made.rejected))
+        return made if longest <= self.seq_len else None
 
-    def collate(self, examples: list[Pair]) -> Sequences:
+    def collate(self, examples: list[Preference]) -> Sequences:
         """Return the pairs ``[2 * pairs, longest]``: chosen, rejected, chosen and so on, padded on the right."""
-        rows = [(pair.prompt, completion) for pair in examples for completion in (pair.chosen, pair.rejected)]
+        rows = [(each.prompt, completion) for each in examples for completion in (each.chosen, each.rejected)]
         tokens, attended = padded([[*prompt, *completion] for prompt, completion in rows], left=False)
         starts = torch.tensor([len(prompt) for prompt, _ in rows]).unsqueeze(-1)
         return Sequences(tokens, attended, (torch.arange(tokens.shape[1]) >= starts) & attended.bool())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from examples.preference.data import FunctionsDataModule, padded
-from examples.preference.functions import Function
+from examples.sft.functions import Pair
 
 
 class Prompts(NamedTuple):
@@ -41,10 +41,10 @@ class PromptDataModule(FunctionsDataModule):
         super().__init__(**kwargs)
         self.max_prompt_tokens = max_prompt_tokens
 
-    def example(self, function: Function) -> tuple[str, list[int]] | None:
+    def example(self, pair: Pair) -> tuple[str, list[int]] | None:
         """Return a prompt as text and tokens, or None if it is too long."""
-        tokens = self.tokenizer(function.prompt).input_ids
-        return (function.prompt, tokens) if len(tokens) <= self.max_prompt_tokens else None
+        tokens = self.tokenizer(pair.prompt).input_ids
+        return (pair.prompt, tokens) if len(tokens) <= self.max_prompt_tokens else None
 
     def collate(self, examples: list[tuple[str, list[int]]]) -> Prompts:
         """Return a batch."""

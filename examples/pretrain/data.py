@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from examples.pretrain.order import ResumableLoader
-from examples.pretrain.texts import Texts
+from examples.pretrain.texts import Texts, cache_folder
 from examples.pretrain.tokens import Tokens, cached, load
 
 
@@ -70,8 +69,7 @@ class TextDataModule(LightningDataModule):
         self.vocab_size, self.seq_len, self.batch_size = vocab_size, seq_len, batch_size
         self.val_fraction, self.max_chars = val_fraction, max_chars
         self.num_workers, self.seed = num_workers, seed
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache_dir = Path(cache_dir or f"{cache}/lightning_memopt").expanduser()
+        self.cache_dir = cache_folder(cache_dir)
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.tokens: dict[str, Tokens] = {}
 

@@ -1,8 +1,9 @@
-"""The text files of a folder, divided into training and validation."""
+"""The text files of a folder, divided into training and validation, and where what is made from them is cached."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,12 @@ class Texts:
                 if len(full) > 1:
                     self.files[other].remove(full[-1])
                     self.files[empty].append(full[-1])
+
+
+def cache_folder(given: str | None) -> Path:
+    """Return the given folder for what is made from the texts, or ``lightning_memopt`` where caches are."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(given or f"{cache}/lightning_memopt").expanduser()
 
 
 def _is_skipped(part: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from examples.pretrain.order import ResumableLoader
-from examples.pretrain.texts import Texts
+from examples.pretrain.texts import Texts, cache_folder
 from examples.sft.chat import Example, encode
 from examples.sft.functions import Pair, read_pairs
 from examples.sft.packing import IGNORED, pack
@@ -69,8 +68,7 @@ class FunctionsDataModule(LightningDataModule):
         self.seq_len, self.max_length, self.batch_size = seq_len, max_length, batch_size
         self.val_fraction, self.max_chars = val_fraction, max_chars
         self.num_workers, self.seed = num_workers, seed
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.cache_dir = Path(cache_dir or f"{cache}/lightning_memopt").expanduser()
+        self.cache_dir = cache_folder(cache_dir)
         self.examples: dict[str, list[Example]] = {}
         self.rows: dict[str, Batch] = {}
 

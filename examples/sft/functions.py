@@ -1,4 +1,7 @@
-"""Tasks and answers from Python source code: a function's signature and docstring, and its body."""
+"""Tasks and answers from Python source code: a function's signature and docstring, and its body.
+
+Fine-tuning shows them as a chat, and `examples.preference` as the code that they come from.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import ast
 import hashlib
 import json
 import os
+import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from examples.pretrain.texts import Texts
 
@@ -30,6 +34,20 @@ class Pair(NamedTuple):
     task: str
     answer: str
 
+    @property
+    def prompt(self) -> str:
+        """The task with its last newline, so that ``prompt + body`` is the function."""
+        return f"{self.task}\n"
+
+    @property
+    def body(self) -> str:
+        """The answer as it stands in the function: with the indentation of the docstring and the last newline."""
+        function: Any = _parsed(self.task).body[0]
+        docstring = function.body[0]
+        margin = self.task.split("\n")[docstring.lineno - 1][: docstring.col_offset]
+        # textwrap.indent would also indent what follows a form feed.
+        return re.sub(r"^(?=.)", margin, self.answer, flags=re.MULTILINE) + "\n"
+
 
 def pairs_of(source: str) -> list[Pair]:
     """Return a pair for every function with a docstring and a body after it, in the order of their lines.
@@ -37,6 +55,7 @@ def pairs_of(source: str) -> list[Pair]:
     Decorators are left out. So are functions whose body begins in the line of the docstring, and those whose strings
     have lines that are indented less than the code, because such code cannot be moved to the left margin.
     """
+    source = source.replace("\r\n", "\n").replace("\r", "\n")  # as Python counts lines
     try:
         tree = _parsed(source)
     except NOT_PYTHON:
@@ -57,12 +76,34 @@ def pairs_of(source: str) -> list[Pair]:
 
 
 def parses(task: str, answer: str) -> bool:
-    """Return whether a task with its answer is one function with at least one statement after its docstring."""
+    """Return whether a task with its answer is a function, as `check_function` says."""
+    pair = Pair(task, answer)
     try:
-        (function,) = _parsed(f"{task}\n{textwrap.indent(answer, '    ')}").body  # ValueError: several statements
+        check_function(pair.prompt + pair.body)
     except NOT_PYTHON:
         return False
-    return isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and len(function.body) > 1
+    return True
+
+
+def check_function(source: str) -> None:
+    """Check that a text is one function with at least one statement after its docstring.
+
+    Args:
+        source: Signature, docstring and body.
+
+    Raises:
+        SyntaxError: If it is not. ``lineno`` is the line of the fault, or None where the parser names none.
+    """
+    try:
+        statements = _parsed(source).body
+    except SyntaxError:
+        raise
+    except NOT_PYTHON as error:
+        raise SyntaxError(str(error)) from error
+    if len(statements) != 1 or not isinstance(statements[0], ast.FunctionDef | ast.AsyncFunctionDef):
+        raise SyntaxError("not a function alone")
+    if len(statements[0].body) < 2:
+        raise SyntaxError("a function without a statement after its docstring")
 
 
 def read_pairs(texts: Texts, cache_dir: Path) -> dict[str, list[Pair]]:
@@ -79,8 +120,9 @@ def read_pairs(texts: Texts, cache_dir: Path) -> dict[str, list[Pair]]:
     Raises:
         ValueError: If the files of a split have no function that can be used.
     """
-    # Python's version decides what can be parsed.
-    key = hashlib.sha256(repr((sys.version_info[:2], texts.fingerprint)).encode()).hexdigest()[:16]
+    # Python's version decides what can be parsed, and this file what becomes of it.
+    made_by = (sys.version_info[:2], Path(__file__).read_text(encoding="utf-8"))
+    key = hashlib.sha256(repr((made_by, texts.fingerprint)).encode()).hexdigest()[:16]
     path = cache_dir / f"functions-{key}.json"
     if not path.is_file():
         train = _distinct(texts.read("train"))

@@ -2,8 +2,10 @@ import ast
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,15 @@ pytest.importorskip("transformers")
 import lightning_memopt as lm
 from tests._ranks import run_ranks
 from tests.examples._run import RECIPES, configs, fit_on_ranks
+from tests.strategy._training import Spawned
 
 pytestmark = pytest.mark.slow
 
 METHODS = ("dpo", "remax")
+QUIET_TRAINER: dict[str, Any] = {
+    "max_steps": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False,
+    "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
 BODIES = (
     "total = first + second\n    return total",
     "if first < second:\n        return first\n    return second",
@@ -99,7 +106,36 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(small, fit):
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
-def test_all_recipes_train_on_two_ranks(small, tmp_path):
+def on_two_ranks(rank: int, world_size: int, commands: list[list[str]], runs: str, folder: str, sources: str) -> dict:
+    """Run the commands, and draw."""
+    return {"trained": fit_on_ranks(rank, world_size, commands, runs)} | drawn(folder, sources, world_size, [Spawned()])
+
+
+def drawn(folder: str, sources: str, ranks: int, plugins: Sequence[Any] = ()) -> dict:
+    """Return the tokens that this rank samples for its prompts, and the bytes of weights that it holds."""
+    from lightning.pytorch import Trainer
+
+    from examples.preference.prompts import PromptDataModule
+    from examples.preference.remax import ReMax
+
+    class Watched(ReMax):
+        def training_step(self, batch, batch_idx):
+            seen.append((batch.texts, self.roll_out(batch, 0)))
+            return super().training_step(batch, batch_idx)
+
+    seen: list = []
+    module = Watched(folder, new_tokens=5)
+    data = PromptDataModule(path=folder, root=sources, batch_size=4 // ranks)
+    module.configure_optimizers = lambda: lm.AdaPMLean(module.parameters(), lr=1e-3)
+    trainer = Trainer(accelerator="cpu", devices=ranks, strategy="memopt_fsdp", plugins=list(plugins), **QUIET_TRAINER)
+    trainer.fit(module, data)
+    memory = lm.take_snapshot(trainer.optimizers, module).memory
+    texts, (sequences, _, _) = seen[0]
+    tokens = {text: row[-5:].tolist() for text, row in zip(texts, sequences.tokens, strict=True)}
+    return {"drawn": tokens, "parameters": memory.parameters}
+
+
+def test_two_ranks_train_every_recipe_and_draw_what_one_process_draws(small, transformers_folder, sources, tmp_path):
     runs = [("dpo", "adamw"), ("dpo", "adapm"), ("remax", "adapm_lean"), ("remax", "adam_snsm")]
     assert {recipe for _, recipe in runs} == set(RECIPES)
     commands = [
@@ -110,38 +146,13 @@ def test_all_recipes_train_on_two_ranks(small, tmp_path):
         "--trainer.strategy.activation_checkpointing=true",
         "--trainer.accumulate_grad_batches=2",
     ]
-    for found in zip(*run_ranks(fit_on_ranks, 2, commands, str(tmp_path)), strict=True):
+    where = (str(transformers_folder), str(sources))
+    two = run_ranks(on_two_ranks, 2, commands, str(tmp_path), *where)
+    for found in zip(*(rank["trained"] for rank in two), strict=True):
         assert [each["steps"] for each in found] == [3, 3]
         assert all(each["sharded"] == 1 for each in found)
         assert found[0]["metrics"] == found[1]["metrics"], "metrics are means over ranks"
-
-
-def on_ranks(rank: int, world_size: int, folder: str, sources: str) -> dict:
-    """Return the sampled tokens and the bytes of weights of sharded modules, and the training data of this rank."""
-    from examples.preference.prompts import PromptDataModule
-    from examples.preference.remax import ReMax
-    from tests.strategy._training import trainer
-
-    class Watched(ReMax):
-        def training_step(self, batch, batch_idx):
-            seen.append((batch.texts, self.roll_out(batch, 0)))
-            return super().training_step(batch, batch_idx)
-
-    seen: list = []
-    module = Watched(folder, new_tokens=5)
-    data = PromptDataModule(path=folder, root=sources, batch_size=4 // world_size)
-    module.configure_optimizers = lambda: lm.AdaPMLean(module.parameters(), lr=1e-3)
-    made = trainer(max_steps=1, limit_val_batches=0)
-    made.fit(module, data)
-    memory = lm.take_snapshot(made.optimizers, module).memory
-    texts, (sequences, reward, greedy) = seen[0]
-    drawn = {text: row[-5:].tolist() for text, row in zip(texts, sequences.tokens, strict=True)}
-    return {"drawn": drawn, "parameters": memory.parameters, "rewards": (reward + greedy).tolist()}
-
-
-def test_ranks_draw_what_one_process_draws(transformers_folder, sources):
-    one = run_ranks(on_ranks, 1, str(transformers_folder), str(sources))[0]
-    two = run_ranks(on_ranks, 2, str(transformers_folder), str(sources))
+    one = drawn(*where, ranks=1)
     assert [len(each["drawn"]) for each in two] == [2, 2]
     assert two[0]["drawn"] | two[1]["drawn"] == one["drawn"]
     assert {each["parameters"] for each in two} == {one["parameters"] / 2}, "policy and reference are sharded"
@@ -155,10 +166,10 @@ def test_dpo_loss_is_equation_7(transformers_folder, tokenizer):
 
     from examples.preference.dpo import dpo_loss
     from examples.preference.log_probs import completion_logits, kl_divergence, log_probs
-    from examples.preference.pairs import Pair, PairDataModule
+    from examples.preference.pairs import PairDataModule, Preference
 
     texts = [("def f():\n", "    return 1\n", "    return\n"), ("def add(a, b):\n", "    a\n", "    return a + b\n")]
-    batch = PairDataModule().collate([Pair(*(tokenizer(text).input_ids for text in pair)) for pair in texts])
+    batch = PairDataModule().collate([Preference(*(tokenizer(text).input_ids for text in pair)) for pair in texts])
     policy, reference = (AutoModelForCausalLM.from_pretrained(transformers_folder).double().eval() for _ in range(2))
     with torch.no_grad():
         for param in policy.parameters():
@@ -223,8 +234,7 @@ def test_remax_learns_what_is_rewarded(transformers_folder, sources, monkeypatch
     monkeypatch.setattr(ReMax, "_score", evens)
     module = ReMax(str(transformers_folder), new_tokens=2)
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=3e-2)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_steps=40, limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer = Trainer(accelerator="cpu", **{**QUIET_TRAINER, "max_steps": 40})
     trainer.fit(module, PromptDataModule(path=str(transformers_folder), root=str(sources), batch_size=16))
     assert trainer.callback_metrics["train_reward"] > 0.9
 
@@ -286,6 +296,8 @@ def test_random_numbers_depend_on_the_prompt_and_not_on_its_place():
         ("        x = 1\n", 0.0),
         ("    x = 1\n    if x:\n", 0.5),
         ("    x = '\0'\n", 0.0),
+        (f"    x = {'-' * 100_000}1\n", 0.0),
+        ("    x = 1\n\fprint(x)\n", 0.0),
     ],
 )
 def test_syntax_reward(body, reward):
@@ -311,28 +323,6 @@ def test_a_completion_ends_at_the_end_of_text_or_at_an_unindented_line(tokenizer
 
 
 # ---------------------------------------------------------------------- data
-
-
-def test_functions_are_divided_into_prompt_and_body(tmp_path):
-    from examples.preference.functions import read_functions
-
-    (tmp_path / "a.py").write_text(
-        'class A:\n    @property\n    def f(self,\n          x=1):\n        """Do.\n\n        It.\n        """\n'
-        '        # why\n        return x\n\n    def undocumented(self):\n        return 1\n'
-        '\n\ndef empty():\n    """No body."""\n\ndef one(): "doc"; return 1\n\n'
-        'async def g():\n    """Wait."""\n    await x\n'
-    )  # fmt: skip
-    (tmp_path / "b.py").write_text('def g2():\n    """Two."""\n    return 2\n')
-    (tmp_path / "c.py").write_text('def g2():\n    """Two."""\n    return 3\n')
-    (tmp_path / "broken.py").write_text("def :\n")
-    (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "d.py").write_text('def other():\n    """Doc."""\n    return 2\n')
-    found = read_functions(tmp_path)
-    assert found == [
-        ('def f(self,\n      x=1):\n    """Do.\n\n    It.\n    """\n', "    # why\n    return x\n", "a.py"),
-        ('async def g():\n    """Wait."""\n', "    await x\n", "a.py"),
-        ('def g2():\n    """Two."""\n', "    return 2\n", "b.py"),
-    ]
 
 
 def test_corruption_is_seeded_and_never_the_original():
@@ -414,9 +404,9 @@ def test_folders_that_do_not_exist(tmp_path, transformers_folder, sources):
     with pytest.raises(NotADirectoryError, match="nowhere"):
         PairDataModule(path=str(transformers_folder), root=str(tmp_path / "nowhere")).setup()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="has no Python function with a docstring"):
+    with pytest.raises(FileNotFoundError, match="needs at least two non-empty text files; .* has 0 files"):
         PairDataModule(path=str(transformers_folder), root=str(tmp_path / "empty")).setup()
-    with pytest.raises(ValueError, match="40 functions of .* make 0 train examples .* but 8 are needed"):
+    with pytest.raises(ValueError, match=r"3\d train functions of .* make 0 examples .* but 8 are needed"):
         PairDataModule(path=str(transformers_folder), root=str(sources), seq_len=5).setup()
 
 

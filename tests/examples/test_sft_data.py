@@ -1,3 +1,4 @@
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,10 @@ class Deep:
         """Have text at the margin."""
         return \'\'\'
 text\'\'\'
+    def two(self,
+            x=1):
+      "Have an indentation of two."
+      return "a\fb"
 '''
 
 
@@ -76,13 +81,18 @@ def test_pairs_are_functions_with_a_docstring_and_a_body():
 
     pairs = pairs_of(SOURCE)
     assert [pair.task.splitlines()[0] for pair in pairs] == [
-        "def top(self) -> int:", "async def wait(seconds, *, clock=None):", "def inner():"
+        "def top(self) -> int:", "async def wait(seconds, *, clock=None):", "def inner():", "def two(self,"
     ]  # fmt: skip
-    top, wait, _ = pairs
+    top, wait, _, two = pairs
     assert top.task == 'def top(self) -> int:\n    """Return the last one."""'
     assert top.answer == ("# It may be missing.\nif not self.items:\n    return None\n\nreturn self.items[-1]")
     assert wait.task.endswith('\n\n    And wait.\n    """')
+    # Prompt and body are the code of the file.
+    assert wait.prompt + wait.body in SOURCE
+    assert textwrap.indent(top.prompt + top.body, "    ") in SOURCE
+    assert two.prompt + two.body == 'def two(self,\n        x=1):\n  "Have an indentation of two."\n  return "a\fb"\n'
     assert all(parses(*pair) for pair in pairs)
+    assert pairs_of(SOURCE.replace("\n", "\r\n")) == pairs
     assert pairs_of("def broken(:") == pairs_of("a\0b") == []
 
 
