@@ -31,7 +31,7 @@ class FunctionsDataModule(LightningDataModule):
         pattern: Files to read, as in ``Path.glob``.
         seq_len: Tokens per row, which holds several pairs.
         max_length: Tokens per pair; longer pairs are left out. At most the longest sequence of the model.
-        batch_size: Rows per batch, over all ranks.
+        batch_size: Rows per batch and process.
         val_fraction: Share of the files used for validation.
         max_chars: Maximum number of characters to read; None reads everything.
         cache_dir: Folder for the pairs; None means ``lightning_memopt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
@@ -86,16 +86,18 @@ class FunctionsDataModule(LightningDataModule):
             return
         assert self.trainer is not None
         tokenizer: Any = self.trainer.lightning_module.tokenizer
+        step = self.batch_size * self._ranks()["num_replicas"]
         for split, found in self._pairs().items():
             self.examples[split] = [each for each in encode(tokenizer, found) if len(each) <= self.max_length]
             # Rows of padding make the last validation batch full. They have no labels, so they do not count.
-            multiple = self.batch_size if split == "val" else 1
+            multiple = step if split == "val" else 1
             rows = pack(self.examples[split], self.seq_len, tokenizer.eos_token_id, multiple=multiple)
-            if len(rows["labels"]) < self.batch_size:
+            if len(rows["labels"]) < step:
                 raise ValueError(
                     f"Of {len(found):,} {split} functions of {self.root}, {len(self.examples[split]):,} have at most "
-                    f"{self.max_length} tokens. They fill {len(rows['labels']):,} rows of {self.seq_len}, less than a "
-                    f"batch of {self.batch_size}. Use more files, a larger `max_length` or a smaller `batch_size`."
+                    f"{self.max_length} tokens. They fill {len(rows['labels']):,} rows of {self.seq_len}, less than "
+                    f"the {step} of a batch on all processes. Use more files, a larger `max_length` or a smaller "
+                    "`batch_size`."
                 )
             self.rows[split] = rows
             rank_zero_info(
@@ -105,15 +107,15 @@ class FunctionsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of shuffled batches; a resumed run continues with the next ones."""
-        size, ranks = self._divided()
-        return ResumableLoader(self._dataset("train"), size, **ranks, seed=self.seed, num_workers=self.num_workers)
+        return ResumableLoader(
+            self._dataset("train"), self.batch_size, **self._ranks(), seed=self.seed, num_workers=self.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of the validation batches, always in the same order."""
-        size, ranks = self._divided()
         rows = self._dataset("val")
-        sampler = DistributedSampler(rows, **ranks, shuffle=False)
-        return DataLoader(rows, size, sampler=sampler, num_workers=self.num_workers)
+        sampler = DistributedSampler(rows, **self._ranks(), shuffle=False)
+        return DataLoader(rows, self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def _pairs(self) -> dict[str, list[Pair]]:
         return read_pairs(Texts(self.root, self.pattern, self.val_fraction, self.max_chars), self.cache_dir)
@@ -121,14 +123,7 @@ class FunctionsDataModule(LightningDataModule):
     def _dataset(self, split: str) -> Any:
         return StackDataset(**self.rows[split])
 
-    def _divided(self) -> tuple[int, dict[str, int]]:
-        """Return the rows of a batch that a rank gets, and which of how many ranks this is."""
+    def _ranks(self) -> dict[str, int]:
+        """Return the number of processes that share the data, and which of them this is."""
         assert self.trainer is not None
-        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        size, left = divmod(self.batch_size, ranks["num_replicas"])
-        if left:
-            raise ValueError(
-                f"`batch_size` counts the rows of all ranks, so it must be a multiple of their number, which is "
-                f"{ranks['num_replicas']}, got {self.batch_size}."
-            )
-        return size, ranks
+        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

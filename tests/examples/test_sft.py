@@ -81,6 +81,7 @@ def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeyp
     # Of one task, the second rank gets none; of three, it gets one.
     rates = {n: {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}} for n in (1, 3)}
     few = {n: f"--trainer.callbacks={json.dumps([rate])}" for n, rate in rates.items()}
+    small = [*small, "--data.batch_size=2"]
     commands = [[*configs(*LORA), *small, few[1]], *([*configs(*names), *small] for names in OVERLAYS if names != LEAN)]
     commands += [[*configs(*LEAN), *small, few[3]]]
     found, other = run_ranks(on_ranks, 2, commands, str(tmp_path))
@@ -89,7 +90,9 @@ def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeyp
     assert found[0]["metrics"]["parses"] in (0, 1)
     sharded = whole(tmp_path / "saved")
     monkeypatch.setattr("examples.sft.generation.parses", passes)
-    alone = {name: value.item() for name, value in fit(*commands[-1]).trainer.callback_metrics.items()}
+    alone = {
+        name: value.item() for name, value in fit(*commands[-1], "--data.batch_size=4").trainer.callback_metrics.items()
+    }
     assert found[-1]["metrics"] == pytest.approx(alone, rel=1e-4)
     assert 0 < alone["parses"] < 1
     for name, tensor in whole(tmp_path / "saved").items():
