@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from examples.preference.policy import check_folder
-from examples.pretrain.order import ResumableLoader
+from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder
 from examples.sft.functions import Pair, read_pairs
 
 
-class FunctionsDataModule(LightningDataModule):
+class PreferenceDataModule(ResumableDataModule):
     """Examples made from the functions of a folder.
 
     They are those of fine-tuning, with the split of pretraining: the policy has never seen the validation functions of
@@ -77,7 +76,7 @@ class FunctionsDataModule(LightningDataModule):
             split: [made for pair in found if (made := self.example(pair)) is not None]
             for split, found in pairs.items()
         }
-        for split, needed in (("train", self.batch_size * self._ranks()["num_replicas"]), ("val", 1)):
+        for split, needed in (("train", self.batch_size * self.ranks["num_replicas"]), ("val", 1)):
             if len(examples[split]) < needed:
                 raise ValueError(
                     f"{len(pairs[split]):,} {split} functions of {self.root} make {len(examples[split]):,} examples "
@@ -101,7 +100,7 @@ class FunctionsDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled batches, which a resumed run continues with the next ones."""
         data: Any = self.examples["train"]
-        return ResumableLoader(data, self.batch_size, **self._ranks(), seed=self.seed, collate_fn=self.collate)
+        return self.resumable(data, self.batch_size, self.seed, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches that are always in the same order."""
@@ -110,11 +109,6 @@ class FunctionsDataModule(LightningDataModule):
 
     def _pairs(self) -> dict[str, list[Pair]]:
         return read_pairs(Texts(self.root, "**/*.py", self.val_fraction, None), self.cache_dir)
-
-    def _ranks(self) -> dict[str, Any]:
-        """Return the number of ranks that divide a batch, and which one this is."""
-        given = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return given or {"num_replicas": 1, "rank": 0}
 
 
 def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

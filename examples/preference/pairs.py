@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from examples.preference.corruption import corrupt
-from examples.preference.data import FunctionsDataModule, padded
+from examples.preference.data import PreferenceDataModule, padded
 from examples.preference.log_probs import Sequences
 from examples.sft.functions import Pair
 
@@ -21,14 +21,14 @@ class Preference(NamedTuple):
     rejected: list[int]
 
 
-class PairDataModule(FunctionsDataModule):
+class PairDataModule(PreferenceDataModule):
     """Pairs of a real body and a corrupted one, for the same signature and docstring.
 
     The fault follows from the seed and the prompt, so it is the same in every epoch and on every rank.
 
     Args:
         seq_len: The most tokens of a prompt with a completion. Longer functions are left out.
-        **kwargs: As in `FunctionsDataModule`.
+        **kwargs: As in `PreferenceDataModule`.
 
     Raises:
         ValueError: If a setting is out of range.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from examples.preference.data import FunctionsDataModule, padded
+from examples.preference.data import PreferenceDataModule, padded
 from examples.sft.functions import Pair
 
 
@@ -24,12 +24,12 @@ class Prompts(NamedTuple):
     texts: list[str]
 
 
-class PromptDataModule(FunctionsDataModule):
+class PromptDataModule(PreferenceDataModule):
     """Signatures with docstrings; the bodies are not used.
 
     Args:
         max_prompt_tokens: Longer prompts are left out.
-        **kwargs: As in `FunctionsDataModule`.
+        **kwargs: As in `PreferenceDataModule`.
 
     Raises:
         ValueError: If a setting is out of range.

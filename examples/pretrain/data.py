@@ -6,17 +6,16 @@ import sysconfig
 from pathlib import Path
 
 import tokenizers
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from examples.pretrain.order import ResumableLoader
+from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder
 from examples.pretrain.tokens import Tokens, cached, load
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Token sequences from a folder of text files, divided by file into training and validation (`Texts`).
 
     The byte-level BPE vocabulary is trained on the training files only. Vocabulary and tokens are cached under a name
@@ -105,11 +104,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return batches ``[batch_size, seq_len]`` in an order that does not depend on the number of processes."""
-        trainer = self.trainer
-        replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        return ResumableLoader(
-            self.tokens["train"], self.batch_size, replicas, rank, self.seed, num_workers=self.num_workers
-        )
+        return self.resumable(self.tokens["train"], self.batch_size, self.seed, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return batches of the validation files, always in the same order."""

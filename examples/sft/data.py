@@ -6,12 +6,11 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
-from examples.pretrain.order import ResumableLoader
+from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder
 from examples.sft.chat import Example, encode
 from examples.sft.functions import Pair, read_pairs
@@ -20,7 +19,7 @@ from examples.sft.packing import IGNORED, pack
 Batch = dict[str, Tensor]
 
 
-class FunctionsDataModule(LightningDataModule):
+class FunctionsDataModule(ResumableDataModule):
     """Pairs of a function's head and its body, from a folder of Python files.
 
     The tokenizer is that of the model, a module with the attribute ``tokenizer``. A batch holds the same rows on any
@@ -86,7 +85,7 @@ class FunctionsDataModule(LightningDataModule):
             return
         assert self.trainer is not None
         tokenizer: Any = self.trainer.lightning_module.tokenizer
-        step = self.batch_size * self._ranks()["num_replicas"]
+        step = self.batch_size * self.ranks["num_replicas"]
         for split, found in self._pairs().items():
             self.examples[split] = [each for each in encode(tokenizer, found) if len(each) <= self.max_length]
             # Rows of padding make the last validation batch full. They have no labels, so they do not count.
@@ -107,14 +106,12 @@ class FunctionsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of shuffled batches; a resumed run continues with the next ones."""
-        return ResumableLoader(
-            self._dataset("train"), self.batch_size, **self._ranks(), seed=self.seed, num_workers=self.num_workers
-        )
+        return self.resumable(self._dataset("train"), self.batch_size, self.seed, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of the validation batches, always in the same order."""
         rows = self._dataset("val")
-        sampler = DistributedSampler(rows, **self._ranks(), shuffle=False)
+        sampler = DistributedSampler(rows, **self.ranks, shuffle=False)
         return DataLoader(rows, self.batch_size, sampler=sampler, num_workers=self.num_workers)
 
     def _pairs(self) -> dict[str, list[Pair]]:
@@ -122,8 +119,3 @@ class FunctionsDataModule(LightningDataModule):
 
     def _dataset(self, split: str) -> Any:
         return StackDataset(**self.rows[split])
-
-    def _ranks(self) -> dict[str, int]:
-        """Return the number of processes that share the data, and which of them this is."""
-        assert self.trainer is not None
-        return self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

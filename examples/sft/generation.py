@@ -57,7 +57,8 @@ class ParseRate(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate this rank's answers and log the share of all ranks."""
-        mine = self.tasks[trainer.global_rank :: trainer.world_size]
+        ranks: dict[str, int] = trainer.datamodule.ranks  # type: ignore[attr-defined]
+        mine = self.tasks[ranks["rank"] :: ranks["num_replicas"]]
         # A rank without a task takes part in the collectives of the others.
         prompts = [example.prompt for example in mine or self.tasks[:1]]
         tokenizer: Any = pl_module.tokenizer

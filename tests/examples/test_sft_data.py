@@ -177,14 +177,15 @@ def test_batches_are_the_same_on_any_number_of_ranks(functions, tokenizer, ranks
 
 
 def test_training_continues_with_the_next_rows(functions, tokenizer):
+    whole = loaded_data(functions, tokenizer).train_dataloader()
+    everything = [batch["input_ids"].tolist() for batch in whole]
     data = loaded_data(functions, tokenizer)
-    everything = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
     loader = data.train_dataloader()
     first = [batch["input_ids"].tolist() for _, batch in zip(range(3), loader, strict=False)]
-    state = loader.state_dict()
-    again = data.train_dataloader()
-    again.load_state_dict(state)
-    assert first + [batch["input_ids"].tolist() for batch in again] == everything
+    resumed = loaded_data(functions, tokenizer)
+    resumed.load_state_dict(data.state_dict())
+    rest = [batch["input_ids"].tolist() for batch in resumed.train_dataloader()]
+    assert first + rest == everything
 
 
 def test_folders_without_enough_functions(functions, tokenizer, tmp_path):
