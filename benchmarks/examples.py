@@ -34,7 +34,6 @@ from _studies import SEEDS, Row
 from _train import Run
 
 RECIPES = ("adamw", "adapm", "adapm_lean", "adam_snsm")
-BASE_MODEL = ROOT / "runs" / "examples" / "pretrain"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Example:
         title: For the page.
         second: A metric besides ``val_loss``: its name in the log, and its title.
         starts_from_model: Whether it continues the pretrained model.
-        trial: Arguments that make it short.
+        has_order: Whether the order of its data has a seed of its own.
     """
 
     folder: str
@@ -55,14 +54,14 @@ class Example:
     title: str
     second: tuple[str, str]
     starts_from_model: bool
-    trial: tuple[str, ...] = ()
+    has_order: bool = True
 
 
 EXAMPLES = {
     "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), False),
     "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), True),
     "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True),
-    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False),
+    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
 }
 _INTRODUCTION = """# Examples
 
@@ -83,7 +82,7 @@ def row(example: Example, recipe: str, seeds: tuple[int, ...]) -> Row:
     return Row(recipe, float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
 
 
-def train(example: Example, run: Run, trial: bool) -> Result:
+def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
     """Run an example's command in an empty folder, and return what it logs.
 
     Raises:
@@ -93,9 +92,10 @@ def train(example: Example, run: Run, trial: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="example-") as place:
         if example.starts_from_model:
             (Path(place) / "runs").mkdir()
-            (Path(place) / "runs" / "pretrain").symlink_to(BASE_MODEL)
+            (Path(place) / "runs" / "pretrain").symlink_to(base)
         fit(place, [folder / example.config, folder / f"{run.variant}.yaml"], [
-            f"--optimizer.lr={run.lr}", f"--seed_everything={run.seed}", f"--trainer.default_root_dir={place}/out",
+            f"--optimizer.lr={run.lr}", f"--seed_everything={run.seed}",
+            *([f"--data.seed={run.seed}"] if example.has_order else []), f"--trainer.default_root_dir={place}/out",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={place}/log",
             *(TRIAL if trial else ()),
         ])  # fmt: skip
@@ -132,30 +132,31 @@ def logged(place: Path, example: Example) -> dict[str, Any]:
     }
 
 
-def make_base_model(trial: bool) -> None:
+def make_base_model(base: Path, trial: bool) -> None:
     """Pretrain the model that others start from, unless an earlier call has."""
-    if (BASE_MODEL / "model" / "config.json").is_file():
+    if (base / "model" / "config.json").is_file():
         return
-    BASE_MODEL.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="example-", dir=BASE_MODEL.parent) as place:
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="example-", dir=base.parent) as place:
         fit(place, [ROOT / "examples" / "pretrain" / "pretrain.yaml"], TRIAL if trial else ())
-        (Path(place) / "runs" / "pretrain").rename(BASE_MODEL)
+        (Path(place) / "runs" / "pretrain").rename(base)
 
 
 def run_all(names: Iterable[str], path: Path, args: argparse.Namespace) -> None:
     """Run everything that is missing, in several processes."""
     seeds = SEEDS[:1] if args.trial else SEEDS
+    base = (path.parent if args.trial else ROOT / "runs" / "examples") / "pretrain"
     for name in names:
         example = EXAMPLES[name]
         if example.starts_from_model:
-            make_base_model(args.trial)
+            make_base_model(base, args.trial)
         running: dict[Future[Result], Run] = {}
         with ThreadPoolExecutor(args.jobs) as pool:
             while True:
                 results = read(path)[name]
                 todo = [run for recipe in args.recipes for run in needed(results, row(example, recipe, seeds))]
                 for run in [run for run in todo if run not in running.values()][: args.jobs - len(running)]:
-                    running[pool.submit(train, example, run, args.trial)] = run
+                    running[pool.submit(train, example, run, base, args.trial)] = run
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

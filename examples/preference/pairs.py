@@ -46,7 +46,8 @@ class PairDataModule(PreferenceDataModule):
         rejected = corrupt(pair.body, int.from_bytes(digest[:8], "big"))
         if rejected is None:
             return None
-        made = Preference(*(self.tokenizer(text).input_ids for text in (pair.prompt, pair.body, rejected)))
+        completions = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (pair.body, rejected))
+        made = Preference(self.tokenizer(pair.prompt).input_ids, *completions)
         longest = len(made.prompt) + max(len(made.chosen), len(made.rejected))
         return made if longest <= self.seq_len else None
 

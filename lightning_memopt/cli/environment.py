@@ -37,11 +37,11 @@ EXTRAS = {
     ),
     "examples": (
         "examples/, figures, models of transformers",
-        ("transformers", "tokenizers", "tensorboard", "matplotlib"),
+        ("transformers", "accelerate", "tokenizers", "peft", "pillow", "tensorboard", "matplotlib"),
     ),
     "bench": (
-        "other packages' optimizers in benchmarks/step_time.py",
-        ("galore-torch", "apollo-torch", "adam-mini", "torchao"),
+        "other packages' optimizers in benchmarks/",
+        ("galore-torch", "apollo-torch", "adam-mini", "torchao", "bitsandbytes"),
     ),
 }
 

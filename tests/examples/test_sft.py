@@ -65,6 +65,18 @@ def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
     assert (tmp_path / "runs" / names[0][4:-5] / "last.ckpt").exists()
 
 
+def test_an_epoch_that_ends_leaves_a_checkpoint(small, fit, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "examples.sft.model.SFTModule.on_train_epoch_start",
+        lambda self: found.append(Path("runs/sft/last.ckpt").exists()),
+        raising=False,
+    )
+    fit(*configs(*SFT), *small, "--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.val_check_interval=1.0",
+        "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=2")  # fmt: skip
+    assert found == [False, True]
+
+
 def passes(task, answer):
     return "x(" in task
 
