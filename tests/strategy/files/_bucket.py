@@ -51,8 +51,9 @@ class Bucket(AbstractFileSystem):
 
     def cp_file(self, path1: str, path2: str, **options: Any) -> None:
         type(self).before("copy")
-        shutil.copyfile(self._file(path1), self.root / ".copy")
-        os.replace(self.root / ".copy", self._file(path2))
+        copy = self.root / f".copy-{os.getpid()}"  # several processes share the store
+        shutil.copyfile(self._file(path1), copy)
+        os.replace(copy, self._file(path2))
 
     def _rm(self, path: str) -> None:
         type(self).before("remove")
