@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from examples.preference.policy import check_folder
 from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder
 from examples.sft.functions import Pair, read_pairs
+from examples.sft.model import check_folder
 
 
 class PreferenceDataModule(ResumableDataModule):

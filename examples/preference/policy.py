@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from examples.sft.model import check_folder
 
 
 class PolicyAndReference(LightningModule):
@@ -50,22 +51,6 @@ class PolicyAndReference(LightningModule):
                 f"Sequences have up to {length} tokens, but the model's `max_position_embeddings` is "
                 f"{config.max_position_embeddings}: lower the lengths of the data, or pretrain with a longer `seq_len`."
             )
-
-
-def check_folder(path: str) -> Path:
-    """Return the folder of a pretrained model.
-
-    Raises:
-        FileNotFoundError: If there is none; the message says how to make one.
-    """
-    folder = Path(path).expanduser()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"`path` must be a folder with a pretrained model and its tokenizer, but {str(folder / 'config.json')!r} "
-            "does not exist. Pretrain a model first (examples/preference/README.md), or name another folder as "
-            "--model.path and --data.path."
-        )
-    return folder
 
 
 def load_model(path: str) -> PreTrainedModel:

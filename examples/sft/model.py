@@ -39,13 +39,13 @@ class SFTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_folder(Path(path))
+        folder = check_folder(path)
         self.save_dir = Path(save_dir)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
         # Not flash attention, which finds the borders of packed examples only in batches of one row.
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         )
         # What ends an answer in the template ends a generation, too.
         self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
@@ -104,11 +104,18 @@ class SFTModule(LightningModule):
         self.trainer.strategy.barrier()  # afterwards, the folder is there for every rank
 
 
-def _check_folder(path: Path) -> None:
-    missing = [name for name in ("config.json", "tokenizer_config.json") if not (path / name).is_file()]
+def check_folder(path: str) -> Path:
+    """Return the folder of a pretrained model.
+
+    Raises:
+        FileNotFoundError: If it lacks the model or its tokenizer; the message says how to make one.
+    """
+    folder = Path(path).expanduser()
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
-        state = f"has no {' and no '.join(missing)}" if path.is_dir() else "does not exist"
+        state = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"`path` must be a folder with a model and its tokenizer, but {str(path)!r} {state}: run the pretraining "
+            f"`path` must be a folder with a model and its tokenizer, but {str(folder)!r} {state}: run the pretraining "
             "example first, or give a folder that transformers' save_pretrained wrote."
         )
+    return folder

@@ -47,7 +47,7 @@ def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
     cli = fit(*configs(*names), *small)
     assert cli.trainer.global_step == 3
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
-    assert 0 <= cli.trainer.callback_metrics["parses"] <= 1
+    assert "parses" in cli.trainer.callback_metrics
     (optimizer,) = cli.trainer.optimizers
     before, after = whole(transformers_folder), whole(tmp_path / "saved")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

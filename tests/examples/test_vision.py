@@ -47,7 +47,7 @@ def test_every_config_trains(fit: Callable[..., Any], overlay: str | None):
     files = ["vision/vit.yaml"] + ([f"vision/{overlay}.yaml"] if overlay else [])
     trainer = fit(*configs(*files), *SMALL).trainer
     assert trainer.global_step == 3
-    assert 0 <= trainer.callback_metrics["val_accuracy"] <= 1
+    assert "val_accuracy" in trainer.callback_metrics
     (optimizer,) = trainer.optimizers
     if overlay != "adamw":
         roles = {block.role for block in optimizer.snapshot().blocks}
