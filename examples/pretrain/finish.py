@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import lightning_memopt as lm
 from examples.pretrain.tokens import END_OF_TEXT
@@ -64,11 +63,7 @@ class SaveTransformers(Callback):
         source: Any = pl_module.model
         weights = lm.full_state_dict(source)
         if trainer.is_global_zero:
-            Path(self.dirpath).parent.mkdir(parents=True, exist_ok=True)
-            # The class of a sharded module is not one that transformers knows.
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(source.config)
-            model.save_pretrained(self.dirpath, state_dict=weights)
+            source.save_pretrained(self.dirpath, state_dict=weights)
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=data.tokenizer, eos_token=END_OF_TEXT)
             tokenizer.save_pretrained(self.dirpath)
             print(f"Saved model and tokenizer to {self.dirpath}")

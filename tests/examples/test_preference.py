@@ -397,9 +397,7 @@ def test_folders_that_do_not_exist(tmp_path, transformers_folder, sources):
     from examples.preference.dpo import DPO
     from examples.preference.pairs import PairDataModule
 
-    with pytest.raises(
-        FileNotFoundError, match="'runs/pretrain/model' does not exist: run the pretraining"
-    ):
+    with pytest.raises(FileNotFoundError, match="'runs/pretrain/model' does not exist: run the pretraining"):
         DPO()
     with pytest.raises(FileNotFoundError, match="run the pretraining example first"):
         PairDataModule(root=str(sources)).setup()

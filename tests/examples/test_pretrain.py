@@ -129,6 +129,7 @@ def test_the_whole_way(small, texts, tmp_path, fit, capsys):
         torch.testing.assert_close(model.state_dict()[name], whole.cpu(), rtol=0, atol=0)
     assert tokenizer.decode(tokenizer("File 7.").input_ids) == "File 7."
     assert tokenizer.eos_token == "<|endoftext|>"
+    assert model.config.architectures == ["LlamaForCausalLM"]
     assert "A sample of the model:" in capsys.readouterr().out
 
 
