@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_memopt.cli.failures import cause_of
 from lightning_memopt.cli.memopt_cli import MemOptCLI
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.planner.arguments import Configured
@@ -55,7 +56,8 @@ class _ModelOnly(MemOptCLI):
                 self.model, self.optimizer = made.model, made.optimizer
                 if is_overridden("configure_model", self.model):
                     self.model.configure_model()
-        except Exception as error:
+        except Exception as wrapped:
+            error = cause_of(wrapped)
             raise ValueError(
                 f"The model {given.model.get('class_path', '')} could not be created on the meta device "
                 f"({type(error).__name__}: {error}). If it needs weights, data or the trainer, which are not available "

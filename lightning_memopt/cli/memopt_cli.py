@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, ReduceLROnPlateau
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
 # The command line knows a class by its short name once its module is imported.
@@ -81,6 +84,7 @@ class MemOptCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser that knows ``--parser_mode``."""
         kwargs.setdefault("description", "Train with optimizers that compress their state.")
+        kwargs.setdefault("allow_abbrev", False)  # --trainer.max_step would be --trainer.max_steps
         parser = super().init_parser(**kwargs)
         parser.add_argument(
             "--parser_mode",
@@ -133,6 +137,19 @@ class MemOptCLI(LightningCLI):
         could name any class, which would be imported and called. Of a directory, it reads none.
         """
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command. If it is interrupted or fails, say where it can continue."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            path = newest_checkpoint(self.trainer) if subcommand == "fit" else ""
+            if path:
+                # Lightning's messages go there, too. A logger would need a configuration.
+                rank_zero_only(print)(
+                    f"To continue this run, repeat its command with --ckpt_path={path}", file=sys.stderr
+                )
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with a callback that binds optimizers at the start of fit."""
         trainer = super().instantiate_trainer(**kwargs)
@@ -168,6 +185,12 @@ class MemOptCLI(LightningCLI):
                     "--lr_scheduler.total_steps, or --lr_scheduler.decay=constant."
                 )
             lr_scheduler.total_steps = max(1, int(steps))
+            if lr_scheduler.warmup_steps >= lr_scheduler.total_steps:
+                rank_zero_warn(
+                    f"The warm-up of {lr_scheduler.warmup_steps} steps is as long as the whole training of "
+                    f"{lr_scheduler.total_steps}, so the rate never falls, and may never reach its full value. "
+                    "Train longer, or set --lr_scheduler.warmup_steps to a tenth of the steps or less."
+                )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}
 
     def before_fit(self) -> None:
@@ -178,6 +201,18 @@ class MemOptCLI(LightningCLI):
                 "names none. Add for example --optimizer=lightning_memopt.AdaPMLean --optimizer.lr=1e-3, or an "
                 "`optimizer:` section to the config."
             )
+
+
+def newest_checkpoint(trainer: Trainer) -> str:
+    """Return the path of the checkpoint that was saved last by a run, empty if there is none on this machine."""
+    saved = [
+        path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        for path in (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
+        if path and os.path.exists(path)
+    ]
+    return max(saved, key=os.path.getmtime, default="")
 
 
 def _strategy_problem(strategy: object) -> str:

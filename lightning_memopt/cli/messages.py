@@ -11,7 +11,7 @@ from importlib import import_module
 
 from jsonargparse import ArgumentParser
 
-from lightning_memopt._registry import unknown
+from lightning_memopt._registry import listed, unknown
 from lightning_memopt.cli.class_paths import unknown_class, why_not
 from lightning_memopt.cli.commands import COMMANDS
 from lightning_memopt.cli.module_folders import OPTIONS
@@ -25,6 +25,8 @@ _TYPE = re.compile(r"Expected a <class '([\w.]+)'>")
 _VALUE = re.compile(r"(?:Got value|Given value): (.*)")
 _OPTION = re.compile(r"(?:Option|option) '([^']+)' is not accepted")
 _REQUIRED = re.compile(r"arguments are required: ([\w., ]+)")
+# Options under their names in other libraries, which are too far from ours to be found by spelling.
+_ELSEWHERE = {"learning_rate": "lr", "beta1": "betas", "beta2": "betas", "epsilon": "eps", "update_proj_gap": "gap"}
 _INTERPOLATION = "Interpolations need `--parser_mode omegaconf` before --config, or `omegaconf+` to follow overrides."
 
 
@@ -60,8 +62,17 @@ def _about_option(message: str, args: Sequence[str], options: Sequence[str]) -> 
         return unknown_option(match[1].partition("=")[0].removeprefix("--"), options)
     for path, detail in _CLASS.findall(message):
         if match := _OPTION.search(detail):
-            return unknown(f"option of {path}", match[1], arguments_of(path))
+            return unknown_argument(path, match[1])
     return None
+
+
+def unknown_argument(path: str, name: str) -> str:
+    """Return that a class takes no such argument, and the one that may be meant."""
+    known = arguments_of(path)
+    other = _ELSEWHERE.get(name)
+    if other in known:
+        return f"Unknown option of {path} {name!r}: it is {other!r} here. Available: {listed(known, 30)}."
+    return unknown(f"option of {path}", name, known)
 
 
 def unknown_option(name: str, options: Sequence[str]) -> str:

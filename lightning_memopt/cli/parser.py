@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_memopt.cli.failures import whole_traceback
 from lightning_memopt.cli.messages import explain
 
 
@@ -22,7 +22,7 @@ class RunParser(LightningArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         options = [action.dest for action in parser._actions]
         # A class in a config has a parser of its own, whose message becomes a part of the command's.
-        if "config" not in options or os.environ.get("JSONARGPARSE_DEBUG") == "true":
+        if "config" not in options or whole_traceback():
             super().error(message, ex)
         text = explain(message, getattr(self, "args", None) or sys.argv[1:], options)
         if not self.exit_on_error:

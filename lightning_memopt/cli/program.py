@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,8 @@ from lightning_memopt.planner.arguments import Configured
 
 # The status of a program whose reader has gone, as in `| head`: 128 + SIGPIPE.
 READER_GONE = 141
+# That of a program that Ctrl-C has ended: 128 + SIGINT.
+INTERRUPTED = 130
 
 HELP = """\
 usage: lightning-memopt COMMAND ...
@@ -48,6 +51,8 @@ def run() -> None:
         # Otherwise the interpreter fails again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = READER_GONE
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except SystemExit as end:
         # Tables handle the error themselves, and end with status 1.
         if isinstance(end.__context__, BrokenPipeError):
@@ -93,8 +98,21 @@ def _run_lightning() -> int:
         from lightning_memopt.cli import MemOptCLI
     except ImportError as error:
         return _refuse(str(error))
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from lightning_memopt.cli.failures import describe, whole_traceback
+
+    # Lightning's use of torch, which its users cannot change.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     _search_working_directory()
-    MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+    try:
+        MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
+    except Exception as error:
+        if whole_traceback():
+            raise
+        # Written at once, because other ranks write, too.
+        sys.stderr.write(describe("lightning-memopt", error, getattr(rank_zero_only, "rank", 0)))
+        return 1
     return 0
 
 

@@ -130,7 +130,7 @@ class MemOpt(torch.optim.Optimizer):
         groups = self._binding.take(params)
         defaults: dict[str, Any] = {"lr": lr, "betas": plan.betas if betas is None else betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "maximize": maximize, "max_update": max_update, "recipe": plan.name}
-        parsing.check_group(defaults, "the defaults")
+        parsing.check_group(defaults, f"the arguments of {type(self).__name__}")
         self._complete = False
         super().__init__(groups, parsing.plain_group(defaults))
         self._complete = True

@@ -124,3 +124,15 @@ class WarmupSchedule(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the schedule and the full learning rates, without the settings."""
         return {key: getattr(self, key) for key in _STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position, with the settings of now: the next step has the learning rate that they give it."""
+        super().load_state_dict(state_dict)
+        if self.needs_total_steps:
+            return  # of the groups, which the optimizer's own state has set
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

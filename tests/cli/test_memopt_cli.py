@@ -216,6 +216,11 @@ def test_a_warmup_takes_its_length_from_the_trainer_and_resumes(tmp_path):
     assert (config.scheduler.last_epoch, config.scheduler.total_steps) == (16, 16)
 
 
+def test_a_warmup_as_long_as_the_training_is_a_warning():
+    with pytest.warns(UserWarning, match=r"warm-up of 8 steps is as long as the whole training of 8, so the rate"):
+        fit(*LEAN, "--lr_scheduler=lightning_memopt.WarmupSchedule", "--lr_scheduler.warmup_steps=8")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -71,6 +71,11 @@ def refused(capsys):
         ),
         (["fit", MODEL, LEAN, "--optimizer.ranc=1"], "Unknown option of lightning_memopt.AdaPMLean 'ranc'. Did you"),
         (
+            ["fit", MODEL, LEAN, "--optimizer.learning_rate=1"],
+            "Unknown option of lightning_memopt.AdaPMLean 'learning_rate': it is 'lr' here. Available: lr, betas",
+        ),
+        (["fit", MODEL, "--trainer.max_step=3"], "option 'trainer.max_step'. Did you mean 'trainer.max_steps'?"),
+        (
             ["fit", MODEL, LEAN, "--optimizer.overrides.head.rank", "8"],
             "--optimizer.overrides.head.rank: options of an override cannot be set one by one",
         ),

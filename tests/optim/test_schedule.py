@@ -62,8 +62,22 @@ def test_a_resumed_run_may_be_longer():
     longer, other = made(0, "linear", final=0.0, total_steps=8)
     longer.load_state_dict(optimizer.state_dict())
     other.load_state_dict(schedule.state_dict())
-    rates(longer, other, 1)
-    assert other.get_last_lr()[0] == pytest.approx(1 - 3 / 8)
+    assert rates(longer, other, 2) == pytest.approx([1 - 2 / 8, 1 - 3 / 8]), "from the first step on"
+    assert other.get_last_lr()[0] == pytest.approx(1 - 4 / 8)
+
+
+def test_a_resume_sets_the_rate_of_every_group():
+    optimizer, schedule = made(0, "linear", final=0.0, total_steps=4, lr=torch.tensor(1.0))
+    rates(optimizer, schedule, 2)
+    longer, other = made(0, "linear", final=0.0, total_steps=8, lr=torch.tensor(1.0))
+    tensor = longer.param_groups[0]["lr"]
+    other.load_state_dict(schedule.state_dict())
+    assert [group["lr"].item() for group in longer.param_groups] == pytest.approx([0.75, 2.25])
+    assert longer.param_groups[0]["lr"] is tensor, "a captured graph reads the same tensor"
+    unknown, other = made(0, "linear", final=0.0)
+    unknown.param_groups[0]["lr"] = 0.5  # of the optimizer's own state
+    other.load_state_dict(schedule.state_dict())
+    assert unknown.param_groups[0]["lr"] == 0.5, "what the schedule cannot know yet"
 
 
 def test_groups_that_come_later_follow():

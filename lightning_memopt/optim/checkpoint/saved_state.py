@@ -84,7 +84,8 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
             raise ValueError(
                 f"Parameter group {position} of the state dict was saved with recipe {recipe!r}, the optimizer has "
                 f"{mine['recipe']!r}. Nothing was loaded. Create the optimizer with `MemOpt(recipe={recipe!r})` or the "
-                "class of that recipe, or start from the weights only."
+                f"class of that recipe (on a command line: --optimizer=lightning_memopt.MemOpt "
+                f"--optimizer.recipe={recipe}), or start from the weights only."
             )
         left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
         kept = {key: value for key, value in theirs.items() if key not in left_out}
