@@ -7,8 +7,8 @@
 
 Every run is the example's own command on one CPU process. Results are appended to ``examples.jsonl`` as they arrive,
 and a run recorded there is not repeated. The rate of the example's file, half and twice of it are tried with the first
-seed, and further ones while the best is at an edge. The other seeds run at the best rate. ``sft`` and ``dpo`` start
-from the model that one run of ``pretrain`` leaves, which is kept in ``runs/examples``.
+seed, and further ones while the best is at an edge. The other seeds run at the best rate. All but ``pretrain`` and
+``vision`` start from the model that one run of ``pretrain`` leaves, which is kept in ``runs/examples``.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Example:
         folder: Of the example.
         config: Its file.
         title: For the page.
-        second: A metric besides ``val_loss``: its name in the log, and its title.
+        second: A metric besides the loss: its name in the log, and its title.
         starts_from_model: Whether it continues the pretrained model.
         has_order: Whether the order of its data has a seed of its own.
+        lr: The middle of the grid of rates; None for that of each recipe's file.
+        reward: The metric whose distance from 1 is the loss; None for ``val_loss``.
     """
 
     folder: str
@@ -55,12 +57,23 @@ class Example:
     second: tuple[str, str]
     starts_from_model: bool
     has_order: bool = True
+    lr: float | None = None
+    reward: str | None = None
+
+    @property
+    def loss(self) -> str:
+        """What the loss is called."""
+        return f"1 - {self.reward}" if self.reward else "validation loss"
 
 
 EXAMPLES = {
     "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), False),
     "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), True),
+    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), True, lr=8e-3),
     "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True),
+    "remax": Example(
+        "preference", "remax.yaml", "Rewards (ReMax)", ("val_kl", "divergence"), True, lr=1e-3, reward="val_reward"
+    ),
     "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
 }
 _INTRODUCTION = """# Examples
@@ -68,18 +81,16 @@ _INTRODUCTION = """# Examples
 The examples of [examples/](../../examples/README.md) as their files define them, on one CPU process, with AdamW and
 three recipes. The rate is tuned for each: that of the example's file, half and twice of it with the first seed, and
 further while the best is at an edge. The other seeds run at the best rate. Loss is that of the validation data at the
-end; the column before the state is a second metric, the mean of the seeds. Peak is the largest resident memory of the
-process, most of which is PyTorch and the data. These are short runs of small models: they show that a recipe works for
-a task, not what it is worth at scale.
-
-![validation loss of the examples](examples.png)"""
+end, and for ReMax the distance of the mean reward from 1. The column before the state is a second metric, the mean of
+the seeds. Peak is the largest resident memory of the process, most of which is PyTorch and the data. These are short
+runs of small models: they show that a recipe works for a task, not what it is worth at scale."""
 TRIAL = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2")
 
 
 def row(example: Example, recipe: str, seeds: tuple[int, ...]) -> Row:
-    """Return the runs that an example needs for a recipe; the rate of its file is the middle of the grid."""
+    """Return the runs that an example needs for a recipe."""
     content = yaml.safe_load((ROOT / "examples" / example.folder / f"{recipe}.yaml").read_text())
-    return Row(recipe, float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
+    return Row(recipe, example.lr or float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
 
 
 def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
@@ -118,10 +129,12 @@ def logged(place: Path, example: Example) -> dict[str, Any]:
     """Return losses and memory of a run from the files that it leaves."""
     (metrics,) = place.rglob("metrics.csv")
     with metrics.open() as file:
-        lines = [line for line in csv.DictReader(file) if line.get("val_loss")]
+        key = example.reward or "val_loss"
+        lines = [line for line in csv.DictReader(file) if line.get(key)]
     (memory,) = place.rglob("memory.json")
     history = json.loads(memory.read_text())["history"]
-    curve = [(int(line["step"]) + 1, float(line["val_loss"])) for line in lines]
+    values = [(int(line["step"]) + 1, float(line[key])) for line in lines]
+    curve = [(step, 1 - value if example.reward else value) for step, value in values]
     second = [float(line[example.second[0]]) for line in lines if line.get(example.second[0])]
     return {
         "loss": curve[-1][1],
@@ -197,21 +210,22 @@ def table(example: Example, results: Sequence[Result], seeds: tuple[int, ...]) -
     return head, rows
 
 
-def plot(found: Mapping[str, Sequence[Result]], seeds: tuple[int, ...], path: Path) -> None:
-    """Draw validation loss against steps, the mean of the seeds at the best rate, a panel per example."""
+def plot(example: Example, results: Sequence[Result], seeds: tuple[int, ...], path: Path) -> None:
+    """Draw the loss against steps, the mean of the seeds at the best rate."""
     from lightning_memopt.figures.style import COLORS, DPI, REFERENCE, SMALL, finish, new_figure
 
-    shown = {name: results for name, results in found.items() if table(EXAMPLES[name], results, seeds)[1]}
-    figure = new_figure(5 * len(shown), 4.2)
-    for axis, (name, results) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-        for color, recipe in zip([REFERENCE, *COLORS], RECIPES, strict=False):
-            runs = best_runs(results, row(EXAMPLES[name], recipe, seeds))
-            points = list(zip(*(run["curve"] for run in runs), strict=False))
-            steps = [point[0][0] for point in points]
-            means = [statistics.fmean(loss for _, loss in point) for point in points]
-            axis.plot(steps, means, marker="o", color=color, label=recipe)
-        finish(axis, title=EXAMPLES[name].title, x="steps", y="validation loss")
-        axis.legend(fontsize=SMALL)
+    figure = new_figure(7, 4.2)
+    axis = figure.subplots()
+    for color, recipe in zip([REFERENCE, *COLORS], RECIPES, strict=False):
+        runs = best_runs(results, row(example, recipe, seeds))
+        if not runs:
+            continue
+        points = list(zip(*(run["curve"] for run in runs), strict=False))
+        steps = [point[0][0] for point in points]
+        means = [statistics.fmean(loss for _, loss in point) for point in points]
+        axis.plot(steps, means, marker="o", color=color, label=recipe)
+    finish(axis, title=example.title, x="steps", y=example.loss)
+    axis.legend(fontsize=SMALL)
     figure.savefig(path, dpi=DPI)
 
 
@@ -221,7 +235,8 @@ def page(found: Mapping[str, Sequence[Result]], seeds: tuple[int, ...]) -> str:
     for name, results in found.items():
         head, rows = table(EXAMPLES[name], results, seeds)
         if rows:
-            parts += [f"## {EXAMPLES[name].title}", markdown(head, rows), origins(results)]
+            picture = f"![{EXAMPLES[name].loss} against steps](examples_{name}.png)"
+            parts += [f"## {EXAMPLES[name].title}", picture, markdown(head, rows), origins(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -244,9 +259,11 @@ def main() -> None:
         raise SystemExit(f"{path} holds no run.")
     for name, results in found.items():
         if results:
-            show(EXAMPLES[name].title, *table(EXAMPLES[name], results, seeds))
+            head, rows = table(EXAMPLES[name], results, seeds)
+            show(EXAMPLES[name].title, head, rows)
+            if rows:
+                plot(EXAMPLES[name], results, seeds, output / f"examples_{name}.png")
     (output / "examples.md").write_text(page(found, seeds))
-    plot(found, seeds, output / "examples.png")
     print(f"written to {output}")
 
 
