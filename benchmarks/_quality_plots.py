@@ -12,6 +12,7 @@ from _quality_page import CONTROLS, Found, mean_loss, shares
 from _quality_rows import Result, best_runs
 from _studies import Study
 from _variants import REFERENCE
+from matplotlib.transforms import Bbox
 
 from lightning_memopt.figures.style import COLORS, DPI, SMALL, TITLE, finish, new_figure
 from lightning_memopt.figures.style import REFERENCE as BLACK
@@ -61,29 +62,50 @@ def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
     """Draw loss against the bytes of state, for one rate and for rates by role."""
     figure = new_figure(11, 5)
     axes = figure.subplots(1, 2, sharey=True)
+    points: dict[Any, list[tuple[float, float, str]]] = {}
     for axis, by_role, title in ((axes[0], False, "One learning rate"), (axes[1], True, "Learning rates by role")):
         rows = [row for row in study.rows if row.tuned and (row.ratio != 1) is by_role]
         found = [(row.variant, runs) for row in rows if (runs := best_runs(results, row))]
         dots = [(mean_loss(runs), 100 * shares(runs[0])[1], name) for name, runs in found if name in NAMES]
-        places: list[tuple[float, float]] = []  # share and height of labels
-        for loss, share, name in sorted(dots):
-            color = BLACK if "AdamW" in NAMES[name] else COLORS[0] if NAMES[name] == name else COLORS[1]
-            near = [height + 0.025 for other, height in places if other / 3 < share < other * 3]
-            places.append((share, max([loss, *near])))
-            axis.plot(share, loss, "o", color=color, markersize=8)
-            left = share > 90 or name == "apollo_mini"
-            axis.annotate(
-                NAMES[name], (share, loss), xytext=(share / 1.15 if left else share * 1.15, places[-1][1]), color=color,
-                fontsize=SMALL, va="center", ha="right" if left else "left",
-            )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xticks([1, 3, 10, 30, 100], ["1%", "3%", "10%", "30%", "100%"])
         axis.minorticks_off()
         axis.set_xlim(0.5, 130)
         finish(axis, title=title, x="optimizer state, share of AdamW's", y="" if by_role else "validation loss")
+        points[axis] = dots
+    for axis, dots in points.items():  # the axes share their limits, which the last one decides
+        for loss, share, name in dots:
+            axis.plot(share, loss, "o", color=_color(name), markersize=8)
+    figure.draw_without_rendering()
+    for axis, dots in points.items():
+        _label_dots(axis, sorted(dots))
     title = f"{study.title}: rate tuned for each optimizer; blue: this package's recipes"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
+
+
+def _color(name: str) -> str:
+    return BLACK if "AdamW" in NAMES[name] else COLORS[0] if NAMES[name] == name else COLORS[1]
+
+
+def _label_dots(axis: Any, dots: Sequence[tuple[float, float, str]]) -> None:
+    """Write names beside the dots ``(height, share, name)``: at the first side where nothing else is."""
+    sides = {(9, 0): "left", (-9, 0): "right", (0, -13): "center", (0, 13): "center"}
+    centers = [axis.transData.transform((share, height)) for height, share, _ in dots]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centers]
+    for at, (height, share, name) in enumerate(dots):
+        for offset, anchor in sides.items():
+            label = axis.annotate(
+                NAMES[name], (share, height), xytext=offset, textcoords="offset points", color=_color(name),
+                fontsize=SMALL, va="center", ha=anchor,
+            )  # fmt: skip
+            box = label.get_window_extent()
+            others = [other for number, other in enumerate(taken) if number != at]
+            free = box.count_overlaps(others) == 0 and axis.bbox.containsx(box.x1)
+            if free or offset == (0, 13):  # the last side, come what may
+                taken.append(box)
+                break
+            label.remove()
 
 
 def plot_ranks(found: Found, path: Path) -> None:
