@@ -56,8 +56,9 @@ class OptimizerMemoryMonitor(Callback):
 
     Args:
         every_n_steps: Number of the trainer's steps (over all optimizers) between two measurements.
-        figures: Whether to draw the bytes by role and kind (``memory.png``) and the momentum of all blocks over the
-            steps (``momentum.png``) with that line, in the log directory and in loggers that accept figures.
+        figures: Whether to draw, when training ends or fails, the bytes by role and kind (``memory.png``) and the
+            momentum of all blocks over the steps (``momentum.png``), in the log directory and in loggers that accept
+            figures.
 
     Attributes:
         history: One entry per measurement: ``step`` and the scalars without ``memopt/``.

@@ -256,6 +256,16 @@ class AdaGradSNSM(AdamSNSM):
     in ``docs/benchmarks/convergence.md`` was 180 times AdamW's.
 
     With ``paper=True, eps=1e-6``, steps equal those of the authors' code as far as those of :class:`AdamSNSM` do.
+
+    Args:
+        params: As for :class:`MemOpt`.
+        lr: Learning rate.
+        betas: Decay rates; None for (0.9, 1).
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        paper: Follow the authors' code: a new subspace by SVD at step 1 and at every multiple of 200, for all weights
+            at once. These steps take longer.
+        options: As for :class:`AdamSNSM`, but the default ``reduction`` is ``sum``.
     """
 
     _recipe = "adagrad_snsm"
@@ -336,9 +346,9 @@ class Muon(RecipeOptimizer):
         eps: Added to AdamW's denominator.
         weight_decay: Decoupled weight decay.
         nesterov: Orthogonalize N, instead of M.
-        ns_coefficients: a, b, c.
-        ns_steps: Number of iterations.
-        adjust_lr_fn: ``match_rms_adamw`` or ``original``.
+        ns_coefficients: a, b and c of the iteration; None for torch's.
+        ns_steps: Number of iterations; None for 5.
+        adjust_lr_fn: What scales X: ``match_rms_adamw`` (0.2 √max(m, n), also for None) or ``original``.
         options: Any other option of :class:`MemOpt`.
     """
 

@@ -75,7 +75,8 @@ class MemOpt(torch.optim.Optimizer):
         scale: Factor on the update of Adam in a projection (``galore``, ``fira``, ``apollo``).
         scaling: What shares a factor with ``apollo``: each ``channel`` or the whole ``tensor``.
         growth: Bound on the growth of the norm of a scaled gradient from one step to the next (``fira``, ``apollo``).
-        options: Options of kinds that another package registered.
+        options: Options of kinds that have no argument here: ``stagger``, ``correct_eps`` and others of this package
+            (``docs/options.md``), and those of kinds that another package registered.
 
     Raises:
         ValueError: If a name, pattern or value is not valid. The message says what is.

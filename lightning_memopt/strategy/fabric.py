@@ -48,7 +48,7 @@ class MemOptFabricStrategy(ModelParallelStrategy):
     and none for gradient release: call ``release_gradients`` of the optimizer after ``fabric.setup``.
 
     Args:
-        data_parallel_size: As in ``MemOptFSDPStrategy``, and so are the others.
+        data_parallel_size: Number of data-parallel ranks; ``auto`` for all ranks that tensor parallelism leaves.
         tensor_parallel_size: A value above 1 requires a module that is parallelized before ``fabric.setup``, with
             ``fabric.strategy.device_mesh``.
         replicate_size: Number of replicas of the sharded model.

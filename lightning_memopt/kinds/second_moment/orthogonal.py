@@ -99,7 +99,8 @@ class OrthogonalSecondMoment(SecondMoment):
     that of U Uᵀ. No element of U / D exceeds the factor of ``adjust_lr_fn`` by more than a half. Keeps no state.
 
     Attributes:
-        ns_coefficients: a, b, c. With those of ``torch.optim.Muon``, singular values end between 0.7 and 1.2.
+        ns_coefficients: a, b, c. With the defaults, which are those of ``torch.optim.Muon``, singular values end
+            between 0.7 and 1.2.
         ns_steps: Number of iterations. A singular value below 1/500 of ‖U‖ stays below 1 after five of them.
         adjust_lr_fn: ``match_rms_adamw``: times 0.2 √max(m, n), so that AdamW's learning rate and decay fit (arXiv
             2502.16982). ``original``: times √max(1, outputs / inputs), for learning rates such as 0.02.

@@ -32,7 +32,7 @@ class SubsetNormSecondMoment(SecondMoment):
     Attributes:
         reduction: ``mean`` keeps AdamW's learning rate. The paper's ``sum`` shrinks updates by √(subset's size).
         subset_size: Elements of a subset, which is a run along a row. The last run of a row may be shorter. A size of
-            n or more makes every row one subset. None chooses rows or columns as above.
+            n or more makes every row one subset. None: the rows of a tall block, the columns of a wide one.
     """
 
     name: ClassVar[str] = "subset_norm"
