@@ -28,6 +28,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/tables.py > docs/recipes.md
 	$(BIN)/python docs/names.py > docs/names.md
 	$(BIN)/python docs/options.py > docs/options.md
+	$(BIN)/python docs/metrics.py > docs/metrics.md
 	$(BIN)/python docs/errors.py > docs/errors.md
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build/html
 

@@ -74,6 +74,13 @@ def meanings(thing: Callable[..., Any]) -> dict[str, str]:
     return {entry.arg_name.lstrip("*"): entry.description or "" for each in parsed for entry in each.params}
 
 
+def bullets(thing: Any) -> dict[str, str]:
+    """Return what the lists in a docstring say of names: lines such as ``- ``name``: Meaning.``."""
+    text = inspect.getdoc(thing) or ""
+    found = re.findall(r"^( *)- ``([^`]+)``: (.*(?:\n\1  \S.*)*)", text, flags=re.MULTILINE)
+    return {name: meaning for _, name, meaning in found}
+
+
 def summary(thing: Any) -> str:
     """Return the first line of a docstring, as Markdown."""
     return markdown((inspect.getdoc(thing) or "").partition("\n")[0])

@@ -35,6 +35,16 @@ class AdaptiveMomentum(Callback):
     statistics of the gradients (:class:`~lightning_memopt.optim.signals.BlockSignals`) and may change a few blocks,
     until the allocation freezes. Works with every strategy and with every recipe that has momentum.
 
+    With `log`, the loggers get three scalars of every block at every decision, at the trainer's ``global_step``:
+
+    - ``memopt/rank/<block>``: Rank of its momentum: 0 for none; for dense momentum, the smallest rank whose factors
+      would take as many bytes.
+    - ``memopt/oscillation/<block>``: Cosine between its gradient and the average of those before it, from -1 to 1:
+      negative if gradients swing back and forth, positive if they drift.
+    - ``memopt/residual/<block>``: Share of its momentum's energy that its rank does not hold, from 0 to 1.
+
+    With an `optimizer_idx` of 1, their names start with ``memopt/rank_1/`` and so on.
+
     Args:
         budget: Bytes of momentum over all ranks, projections included: a fraction of AdamW's momentum, a number of
             bytes, or text such as ``"512MiB"`` or ``"5%"``. None selects the smallest allocation that keeps `quality`.
@@ -51,8 +61,7 @@ class AdaptiveMomentum(Callback):
         dropped: How to treat momentum that does not fit into a smaller rank: ``release`` or ``discard``, as in
             :meth:`~lightning_memopt.MemOpt.reformat`.
         optimizer_idx: Index of the optimizer to adapt. Required if several of the module's optimizers can be adapted.
-        log: Whether to log ``memopt/rank/<block>``, ``memopt/oscillation/<block>`` and ``memopt/residual/<block>`` at
-            every decision. With an `optimizer_idx` of 1, the names start with ``memopt/rank_1/`` and so on.
+        log: Whether to log ``memopt/rank/<block>`` and the two other scalars of every block at every decision.
         figures: Whether to draw the allocation over time when training ends or is interrupted, to ``allocation.png``
             (with an `optimizer_idx` of 1, ``allocation_1.png``) in the log directory and to loggers that accept
             figures.

@@ -18,8 +18,11 @@ UNKNOWN = -1
 def momentum_allocation(snapshot: Snapshot) -> dict[str, tuple[str, int]]:
     """Return the kind and rank of every block's momentum, by block name.
 
-    The rank is 0 without momentum, and the block's smaller dimension for dense momentum. It is -1 for state of another
-    package's optimizer whose rank is unknown.
+    Returns:
+        Kind and rank by name.
+
+        - ``<block>``: Rank of its momentum: 0 for none, the block's smaller dimension for dense momentum, and -1 for
+          state of another package's optimizer whose rank is unknown.
 
     Example:
         >>> import torch, lightning_memopt as lm

@@ -22,11 +22,17 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
         snapshot: A snapshot of this process that includes a module: ``take_snapshot(optimizer, module)``.
 
     Returns:
-        ``peak``, and its parts: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (with counters) and
-        ``rest``: activations, gathered parameters, temporaries and memory of the allocator, and on a CPU the
-        interpreter and libraries.
-        Gradients count if they exist when the snapshot is taken, for example before an optimizer step, or if they were
-        released: the most that existed at a time.
+        Bytes by name.
+
+        - ``peak``: On a GPU, the most that tensors took at a time (``torch.cuda.max_memory_allocated``); on a CPU, the
+          largest resident set of the process. The others are its parts.
+        - ``parameters``: Parameters of the module.
+        - ``gradients``: Gradients that exist when the snapshot is taken, for example before an optimizer step; if they
+          are released, the most that existed at a time.
+        - ``buffers``: Buffers of the module.
+        - ``optimizer_state``: Optimizer state, step counters included.
+        - ``rest``: The peak minus the other parts: activations, gathered parameters and temporaries, and on a CPU the
+          interpreter and libraries.
 
     Raises:
         ValueError: If the snapshot does not include a module.

@@ -27,7 +27,11 @@ def memory_savings(snapshot: Snapshot) -> dict[str, float]:
         snapshot: A snapshot of this process.
 
     Returns:
-        ``saved`` (of all state), ``saved_momentum`` (with projections) and ``saved_second_moment``.
+        Fractions by name.
+
+        - ``saved``: 1 − state / AdamW's state. Step counters are left out.
+        - ``saved_momentum``: The same for momentum, projections included.
+        - ``saved_second_moment``: The same for second moments.
 
     Example:
         >>> import torch, lightning_memopt as lm

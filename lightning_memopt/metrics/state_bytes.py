@@ -25,9 +25,17 @@ def optimizer_state_bytes(snapshot: Snapshot) -> dict[str, int]:
         snapshot: A snapshot of this process.
 
     Returns:
-        ``total`` and its parts: ``momentum`` (without projections), ``projections``, ``second_moment``, ``other`` and
-        ``counters`` (of steps). Then the same bytes without counters as ``role/<role>``, and the bytes of momentum
-        (with projections) and second moments as ``kind/<axis>/<kind>``.
+        Bytes by name.
+
+        - ``total``: All state, step counters included. The next five are its parts.
+        - ``momentum``: Momentum, without projections.
+        - ``projections``: Bases of the subspaces that momentum is projected on.
+        - ``second_moment``: Second moments.
+        - ``other``: All other state, such as the extra bits of bfloat16 weights.
+        - ``counters``: Step counters.
+        - ``role/<role>``: State of the blocks of a role, without counters.
+        - ``kind/momentum/<kind>``: Momentum and projections of the blocks with a momentum kind.
+        - ``kind/second_moment/<kind>``: Second moments of the blocks with a second-moment kind.
 
     Example:
         >>> import torch, lightning_memopt as lm
@@ -55,8 +63,8 @@ class OptimizerStateBytes(SnapshotMetric):
 
     As :func:`optimizer_state_bytes`, summed over all processes. Replicated state counts once per process. In addition:
 
-    - ``rank``: the maximum over processes, with counters,
-    - ``global``: the bytes of one full copy of the state, without counters.
+    - ``rank``: The ``total`` of the process that holds most.
+    - ``global``: One full copy of the state, without counters.
 
     Under ``memopt_fsdp``, the local parts of all ranks add up to ``global``. Under DDP, every rank holds all state.
 
