@@ -43,7 +43,7 @@ def unmatched(messages: list) -> list[str]:
         pieces = re.split(r"‹.*?›", message.text)
         length = min(WORDS, max(len(words(piece)) for piece in pieces))
         if not known & set().union(*(runs_of(piece, length) for piece in pieces)):
-            missing.append(f"{message.module}: {message.text}")
+            missing.append(f"{message.file}: {message.text}")
     return missing
 
 
@@ -52,8 +52,18 @@ def messages():
     return ERRORS["messages"]()
 
 
-def test_every_message_is_matched_in_a_test(messages):
-    assert not unmatched(messages)
+def test_every_message_of_the_package_is_matched_in_a_test(messages):
+    assert not unmatched([message for message in messages if message.file.startswith("lightning_memopt/")])
+
+
+def test_messages_of_the_examples_are_on_the_page(messages):
+    folders = {message.file.split("/")[1] for message in messages if message.file.startswith("examples/")}
+    assert {"pretrain", "sft", "preference", "vision", "migrate"} <= folders
+
+
+@pytest.mark.parametrize("kind", ["PlanWarning", "RoleWarning", "ResumeWarning", "UserWarning"])
+def test_every_class_of_warnings_is_on_the_page(messages, kind):
+    assert [message for message in messages if message.kind == kind]
 
 
 def test_the_page_of_messages_is_up_to_date(messages):
@@ -90,6 +100,32 @@ def described(name):
 def main(parser, many):
     parser.error(f"give at least one of {len(many)} names")
     warnings.warn(f"{many[0].title} is old", DeprecationWarning, stacklevel=2)
+    print(f"Warning: {len(many)} names are more than enough.", file=sys.stderr)
+    print("This is no message at all.")
+
+
+def warn_of(names):
+    for text in _old(names):
+        warnings.warn(text, SizeWarning, stacklevel=2)
+
+
+def _old(names):
+    for name in names:
+        yield f"There will be no {name} any more."
+
+
+def notify(text):
+    warnings.warn(text, SizeWarning, stacklevel=2)
+
+
+def _refuse(text):
+    print(f"sizes: error: {text}", file=sys.stderr)
+
+
+def fit(error, size):
+    notify(f"The size {size} was rounded.")
+    error.add_note("Sizes are in bytes.")
+    _refuse(f"{size} does not fit.")
 '''
 
 
@@ -106,5 +142,10 @@ def test_messages_are_found_in_sources(tmp_path):
         ("TypeError", "The size of the name ‹name› was never there.", ""),
         ("exit status 2", "give at least one of ‹number of many› names", ""),
         ("DeprecationWarning", "‹title› is old", ""),
+        ("printed", "Warning: ‹number of many› names are more than enough.", ""),
+        ("SizeWarning", "There will be no ‹name› any more.", ""),
+        ("SizeWarning", "The size ‹size› was rounded.", ""),
+        ("note on an error", "Sizes are in bytes.", ""),
+        ("exit status 2", "‹size› does not fit.", ""),
     }
     assert len(unmatched(ERRORS["messages"](tmp_path))) == 0, "their words are in this file"
