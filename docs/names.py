@@ -20,8 +20,8 @@ INTRO = """# All names
 `python docs/names.py` generates this page; a test checks that it is up to date.
 
 Everything public is in `lightning_memopt` itself: `import lightning_memopt as lm`, and `dir(lm)` or completion shows
-these names and no others. Names marked *extra* need `pip install "lightning-memopt[cli]"`; all others need torch alone.
-Arguments, attributes and errors are in the reference.
+these names and no others. Names marked *extra* need the extra `cli` ([how to install it](five_minutes.md#install)); all
+others need torch alone. [options.md](options.md) lists all arguments; attributes and errors are in the reference.
 """
 HEADER = "| name | | what it is |\n| --- | --- | --- |"
 

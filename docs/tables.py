@@ -43,7 +43,7 @@ COVERED = {
         " with rank 2. `galore`, `fira`, `apollo*`: Adam's kinds.",
     ),
     "vector": (
-        "Everything whose sizes are 1 but for one, norms, and biases of any shape.",
+        "Parameters with at most one size above 1, norms, and biases of any shape.",
         "Adam's kinds: vectors take little memory.",
     ),
     "other": (
