@@ -16,6 +16,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import torch.distributed as dist
@@ -161,14 +162,15 @@ def main() -> None:
                 print(*rows[-1], sep="  ", flush=True)
         dist.destroy_process_group()
     show("One training step", HEAD, rows)
-    text = (
-        f"# What a step sends\n\nLLaMA {options.size}, one training step: FSDP2 gathers the weights twice and scatters "
-        "the gradients, and the optimizer adds its own collectives. The counts are from rank 0 of a process group "
-        "whose other ranks do not exist: every collective is called with real shapes, and nothing is sent. Bytes are "
-        "those of the whole tensors; a ring sends an all-reduced byte twice. Payloads over 64 MiB go out in several "
-        'collectives of that size, so that buffers stay bounded. "× ideal" is the state on rank 0, which holds the '
-        f"most, over the total divided by the number of ranks.\n\n{markdown(HEAD, rows)}\n\n{provenance()}\n"
+    about = (
+        f"LLaMA {options.size}, one training step: FSDP2 gathers the weights twice and scatters the gradients, and the "
+        "optimizer adds its own collectives. The counts are from rank 0 of a process group whose other ranks do not "
+        "exist: every collective is called with real shapes, and nothing is sent. Bytes are those of the whole "
+        "tensors; a ring sends an all-reduced byte twice. Payloads over 64 MiB go out in several collectives of that "
+        'size, so that buffers stay bounded. "× ideal" is the state on rank 0, which holds the most, over the total '
+        "divided by the number of ranks."
     )
+    text = f"# What a step sends\n\n{fill(about, 120)}\n\n{markdown(HEAD, rows)}\n\n{provenance()}\n"
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "communication.md").write_text(text)
 

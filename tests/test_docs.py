@@ -137,6 +137,24 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page} links to {target}"
 
 
+def prose(page: str) -> list[str]:
+    """Return the lines of a page without code blocks and tables."""
+    text = re.sub(r"^ *```.*?^ *```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in text.splitlines() if not line.startswith("|")]
+
+
+def test_prose_has_lines_of_at_most_120_columns():
+    pages = {
+        page for pattern in ("*", "docs/**/*", "examples/**/*", "benchmarks/*") for page in ROOT.glob(f"{pattern}.md")
+    }
+    pages -= {ROOT / "CHANGELOG.md", ROOT / "README.md"}
+    pages -= {ROOT / "docs" / "errors.md", *ROOT.glob("docs/benchmarks/*.md")}  # scripts write them
+    for page in pages:
+        for line in prose(page.read_text()):
+            words = re.sub(r"`[^`]*`|\[[^\]]*\]\([^)]*\)", "x", line).split()
+            assert len(line) <= 120 or len(words) == 1, f"{page.relative_to(ROOT)}: wrap {line[:60]!r}"
+
+
 def test_the_recipe_table_lists_every_recipe_and_its_class():
     listed = re.findall(r"^\| `(\w+)` \| `(\w+)", CHOOSING, flags=re.MULTILINE)
     assert [name for name, _ in listed] == lm.recipe_names()
