@@ -55,6 +55,11 @@ This page lists what a checkpoint of `memopt_fsdp` promises and how each promise
 6. **Two runs that save under one name do not break each other.** Each save is whole, and the last one stays. The next
    save removes what dead processes have left.
 7. **A full disk is named as the cause**, regardless of what torch's writer reports.
+8. **A save in the background keeps the previous checkpoint until it is complete**, even if a callback asks to remove
+   that one.
+
+On file systems without renames, such as object stores, promises 1 to 7 hold as
+[export.md](export.md#checkpoints-at-urls) says: a reader that another save overtakes gets an error.
 
 ## Counts
 
@@ -64,7 +69,8 @@ The counts come from one process and both formats (a directory and a file), on a
 {table}
 
 `tests/strategy/checkpoint/` repeats this on several ranks, with fewer repetitions.
-`tests/strategy/files/test_atomic.py` kills a save before and after every single operation on files.
+`tests/strategy/files/test_atomic.py` kills a save before and after every single operation on files,
+`test_async.py` one in the background, and `test_remote.py` one to a store that cannot rename.
 
 ## What verification costs
 
