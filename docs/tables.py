@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from docstrings import table  # noqa: E402
 
 import lightning_memopt as lm  # noqa: E402
 from lightning_memopt.optim.groups import MAX_UPDATE  # noqa: E402
@@ -117,13 +118,6 @@ NOTES = """
 vocabularies keep more. `scale` keeps the head's momentum: next to nothing where embeddings are tied.
 With `state_dtype="bfloat16"`, every number above is halved.
 """
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def recipe_table() -> str:
