@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from examples.pretrain.order import ResumableDataModule
-from examples.pretrain.texts import Texts, cache_folder
+from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.sft.functions import Pair, read_pairs
 from examples.sft.model import check_folder
 
@@ -51,9 +48,8 @@ class PreferenceDataModule(ResumableDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
-        self.path, self.root = path, Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+        check_shares(val_fraction)
+        self.path, self.root = path, source_folder(root)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.cache_dir = cache_folder(cache_dir)
         self.examples: dict[str, list[Any]] = {}
@@ -109,19 +105,3 @@ class PreferenceDataModule(ResumableDataModule):
 
     def _pairs(self) -> dict[str, list[Pair]]:
         return read_pairs(Texts(self.root, "**/*.py", self.val_fraction, None), self.cache_dir)
-
-
-def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of tokens as one tensor, and 1 where they are, 0 where they are padded: ``[rows, longest]`` each.
-
-    Padding is the token 0, which nothing attends to.
-
-    Args:
-        rows: Tokens.
-        left: Whether padding comes first.
-    """
-    tensors = [torch.tensor(row) for row in rows]
-    side = "left" if left else "right"
-    tokens = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
-    ones = [torch.ones_like(row) for row in tensors]
-    return tokens, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)

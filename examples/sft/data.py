@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from examples.pretrain.order import ResumableDataModule
-from examples.pretrain.texts import Texts, cache_folder
+from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.sft.chat import Example, encode
 from examples.sft.functions import Pair, read_pairs
 from examples.sft.packing import IGNORED, pack
@@ -59,11 +57,8 @@ class FunctionsDataModule(ResumableDataModule):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not 2 <= max_length <= seq_len:
             raise ValueError(f"`max_length` must be from 2 to `seq_len`, which is {seq_len}, got {max_length}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
-        if max_chars is not None and max_chars < 1:
-            raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
-        self.root, self.pattern = Path(root or sysconfig.get_paths()["stdlib"]).expanduser(), pattern
+        check_shares(val_fraction, max_chars)
+        self.root, self.pattern = source_folder(root), pattern
         self.seq_len, self.max_length, self.batch_size = seq_len, max_length, batch_size
         self.val_fraction, self.max_chars = val_fraction, max_chars
         self.num_workers, self.seed = num_workers, seed

@@ -245,8 +245,8 @@ def test_remax_learns_what_is_rewarded(transformers_folder, sources, monkeypatch
 def test_sampling_with_a_cache_and_padding_is_that_without(transformers_folder):
     from transformers import AutoModelForCausalLM
 
-    from examples.preference.data import padded
     from examples.preference.sampling import inverse_cdf, sample_and_decode_greedily, uniforms
+    from examples.pretrain.decoding import padded
 
     model = AutoModelForCausalLM.from_pretrained(transformers_folder).eval()
     rows = [[5, 6, 7, 8, 9], [50, 60]]
