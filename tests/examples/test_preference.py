@@ -344,6 +344,32 @@ def test_corruption_is_seeded_and_never_the_original():
     assert corrupt("    return 'a + b'\n", 0) is None, "strings are not operators"
 
 
+@pytest.mark.parametrize(
+    ("body", "faults"),
+    [
+        ("# one\n    # two\n    return a + b", ["return a - b", "return a + a", "return b + b"]),
+        ("a = 1\n    a = 1  # again", []),
+        ("# one\n    a()\n    b()", ["b()\n    a()", "a()\n    a()", "b()\n    b()"]),
+    ],
+)
+def test_what_is_corrupted_is_another_program(body, faults):
+    from examples.preference.corruption import corrupt
+
+    def program(text):
+        return ast.dump(ast.parse(f"def f():\n{text}\n"))
+
+    found = {corrupt(f"    {body}\n", seed) for seed in range(60)}
+    assert {program(text) for text in found if text} == {program(f"    {text}") for text in faults}
+    assert (None in found) is (not faults)
+
+
+def test_comments_alone_are_no_difference():
+    from examples.preference.corruption import corrupt
+
+    assert {corrupt("    # one\n    # two\n    pass\n", seed) for seed in range(20)} == {None}
+    assert {corrupt("    pass  # one\n    # two\n", seed) for seed in range(20)} == {None}
+
+
 def test_pairs_mask_prompts_and_padding(transformers_folder, sources, tokenizer):
     from examples.preference.pairs import PairDataModule
 
