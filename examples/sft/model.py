@@ -95,9 +95,13 @@ class SFTModule(LightningModule):
         self.val_loss.update(loss / tokens.clamp(min=1), weight=tokens)
         self.log("val_loss", self.val_loss, prog_bar=True)
 
+    def full_weights(self) -> dict[str, Any]:
+        """Return the weights to save on the first rank, and nothing on the others. All ranks must call this method."""
+        return lm.full_state_dict(self.model)
+
     def on_train_end(self) -> None:
         """Save the model for transformers; all ranks give their parts of the weights to the first one."""
-        weights = lm.full_state_dict(self.model)
+        weights = self.full_weights()
         if self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_dir, state_dict=weights)
             self.tokenizer.save_pretrained(self.save_dir)
