@@ -72,13 +72,16 @@ class PreferenceDataModule(ResumableDataModule):
             split: [made for pair in found if (made := self.example(pair)) is not None]
             for split, found in pairs.items()
         }
-        for split, needed in (("train", self.batch_size * self.ranks["num_replicas"]), ("val", 1)):
-            if len(examples[split]) < needed:
-                raise ValueError(
-                    f"{len(pairs[split]):,} {split} functions of {self.root} make {len(examples[split]):,} examples "
-                    f"that are short enough, but {needed:,} are needed: use a folder with more functions, longer "
-                    "sequences or a smaller `batch_size`."
-                )
+        needed = {"train": self.batch_size * self.ranks["num_replicas"], "val": 1}
+        if any(len(examples[split]) < least for split, least in needed.items()):
+            counts = " and ".join(
+                f"{len(pairs[split]):,} {split} functions make {len(examples[split]):,} of at least {least:,} examples"
+                for split, least in needed.items()
+            )
+            raise ValueError(
+                f"In {self.root}, {counts} that are short enough: use a folder with more functions, longer sequences "
+                "or a smaller `batch_size`."
+            )
         self.examples = examples
         rank_zero_info(
             f"{type(self).__name__}: {sum(map(len, pairs.values())):,} functions in {self.root} make "

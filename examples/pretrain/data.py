@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tokenizers
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -94,6 +94,13 @@ class TextDataModule(ResumableDataModule):
                     f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more "
                     "text, or a smaller `seq_len`, `batch_size` or `vocab_size`."
                 )
+        known = tokenizer.get_vocab_size()
+        if known < self.vocab_size:
+            rank_zero_warn(
+                f"The training files of {self.root} yield {known:,} different tokens, fewer than `vocab_size` "
+                f"{self.vocab_size:,}: {self.vocab_size - known:,} rows of the model's embedding and head belong to "
+                f"none. Use more text, or --data.vocab_size {known} --model.vocab_size {known}."
+            )
         self.tokenizer, self.tokens = tokenizer, tokens
 
     def train_dataloader(self) -> DataLoader[Tensor]:

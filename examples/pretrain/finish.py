@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -83,11 +86,21 @@ class SaveTransformers(Callback):
     """Save model and tokenizer as a folder for transformers' ``from_pretrained``, at the end of the training.
 
     Args:
-        dirpath: The folder. Files of an earlier run in it are replaced.
+        dirpath: The folder. Files of an earlier run in it are replaced, which is said when the training starts.
     """
 
     def __init__(self, dirpath: str) -> None:
-        self.dirpath = dirpath
+        self.dirpath = Path(dirpath)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say whose model will be replaced, while it is still there."""
+        earlier = self.dirpath / "config.json"
+        if stage == "fit" and earlier.is_file():
+            date = datetime.fromtimestamp(earlier.stat().st_mtime)
+            rank_zero_info(
+                f"{type(self).__name__}: {self.dirpath} holds a model of {date:%Y-%m-%d %H:%M}, which the end of this "
+                "training replaces. To keep it, move the folder before."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights from all processes; the first one writes them."""

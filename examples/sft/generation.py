@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,25 +35,33 @@ class ParseRate(Callback):
         self.tasks: list[Example] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the tasks.
+        """Choose the tasks."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.tasks = self.tasks_of(data.examples["val"], data.max_length)
+
+    def tasks_of(self, examples: Sequence[Example], max_length: int) -> list[Example]:
+        """Return the tasks among the examples of the validation split.
+
+        Args:
+            examples: The examples.
+            max_length: Tokens of a prompt with its answer, as for the data.
 
         Raises:
             ValueError: If there are none.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        longest = data.max_length - self.max_new_tokens
+        longest = max_length - self.max_new_tokens
         short = [
             example
-            for example in data.examples["val"]
+            for example in examples
             if len(example.answer) <= self.max_new_tokens and len(example.prompt) <= longest
         ]
         if not short:
             raise ValueError(
                 f"No validation function has a prompt of at most {longest} tokens and an answer of at most "
-                f"{self.max_new_tokens}. Change `max_new_tokens` of ParseRate, which is taken off the data's "
-                f"`max_length` ({data.max_length}), or use more files."
+                f"{self.max_new_tokens}: change `max_new_tokens` of ParseRate, which is taken off the data's "
+                f"`max_length` ({max_length}), or use more files."
             )
-        self.tasks = short[: self.num_tasks]
+        return short[: self.num_tasks]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate this rank's answers and log the share of all ranks."""

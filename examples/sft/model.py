@@ -53,20 +53,6 @@ class SFTModule(LightningModule):
         self.model.train()
         self.val_loss = MeanMetric()
 
-    def setup(self, stage: str) -> None:
-        """Check that the pairs fit the model.
-
-        Raises:
-            ValueError: If they may be longer than the sequences of the model.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        given, limit = getattr(data, "max_length", 0), getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and given > limit:
-            raise ValueError(
-                f"The data's `max_length` is {given}, the model's `max_position_embeddings` only {limit}: add "
-                f"--data.max_length={limit}."
-            )
-
     def answer_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood of all tokens of answers, in nats, and their number.
 
