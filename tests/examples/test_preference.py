@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch.distributed.tensor import DTensor
 
 pytest.importorskip("lightning.pytorch.cli")
@@ -17,7 +18,7 @@ pytest.importorskip("transformers")
 
 import lightning_memopt as lm
 from tests._ranks import run_ranks
-from tests.examples._run import RECIPES, configs, fit_on_ranks
+from tests.examples._run import EXAMPLES, RECIPES, configs, fit_on_ranks
 from tests.strategy._training import Spawned
 
 pytestmark = pytest.mark.slow
@@ -66,10 +67,10 @@ def tokenizer(transformers_folder: Path):
 
 @pytest.mark.parametrize(
     ("method", "recipe"),
-    [*((method, None) for method in METHODS), *(("dpo", recipe) for recipe in RECIPES)],
+    [*((method, None) for method in METHODS), *itertools.product(METHODS, RECIPES)],
 )
 def test_every_config_trains(method, recipe, small, fit):
-    files = [f"preference/{method}.yaml", *([f"preference/{recipe}.yaml"] if recipe else [])]
+    files = [f"preference/{method}.yaml", *([f"preference/{method}_{recipe}.yaml"] if recipe else [])]
     cli = fit(*configs(*files), *small[method])
     assert cli.trainer.global_step == 3
     logged = {"dpo": ("train_loss", "val_loss", "val_accuracy", "val_margin", "val_kl"),
@@ -92,6 +93,14 @@ def test_every_config_trains(method, recipe, small, fit):
     bytes_of_one = sum(param.numel() * param.element_size() for param in started.parameters())
     written = json.loads(next(Path(f"runs/{method}").rglob("memory.json")).read_text())
     assert written["history"][-1]["parameter_bytes"] == 2 * bytes_of_one
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_have_the_learning_rate_of_their_method(method):
+    def rate(name):
+        return yaml.safe_load((EXAMPLES / "preference" / name).read_text())["optimizer"]["init_args"]["lr"]
+
+    assert {rate(f"{method}_{recipe}.yaml") for recipe in RECIPES} == {rate(f"{method}.yaml")}
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(small, fit):
@@ -139,7 +148,8 @@ def test_two_ranks_train_every_recipe_and_draw_what_one_process_draws(small, tra
     runs = [("dpo", "adamw"), ("dpo", "adapm"), ("remax", "adapm_lean"), ("remax", "adam_snsm")]
     assert {recipe for _, recipe in runs} == set(RECIPES)
     commands = [
-        [*configs(f"preference/{method}.yaml", f"preference/{recipe}.yaml"), *small[method]] for method, recipe in runs
+        [*configs(f"preference/{method}.yaml", f"preference/{method}_{recipe}.yaml"), *small[method]]
+        for method, recipe in runs
     ]
     commands[-1] += [
         "--trainer.strategy=lightning_memopt.MemOptFSDPStrategy",
