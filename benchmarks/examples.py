@@ -81,7 +81,7 @@ EXAMPLES = {
         True,
         reward="val_reward",
         prefix="remax_",
-    ),  # fmt: skip
+    ),
     "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
 }
 _INTRODUCTION = """# Examples

@@ -90,7 +90,7 @@ def check_shares(val_fraction: float, max_chars: int | None = None) -> None:
     """Check the settings that divide files.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If a setting is out of range.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
