@@ -49,6 +49,7 @@ class Example:
         has_order: Whether the order of its data has a seed of its own.
         lr: The middle of the grid of rates; None for that of each recipe's file.
         reward: The metric whose distance from 1 is the loss; None for ``val_loss``.
+        prefix: What the files of its recipes begin with.
     """
 
     folder: str
@@ -59,6 +60,7 @@ class Example:
     has_order: bool = True
     lr: float | None = None
     reward: str | None = None
+    prefix: str = ""
 
     @property
     def loss(self) -> str:
@@ -70,9 +72,15 @@ EXAMPLES = {
     "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), False),
     "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), True),
     "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), True, lr=8e-3),
-    "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True),
+    "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True, prefix="dpo_"),
     "remax": Example(
-        "preference", "remax.yaml", "Rewards (ReMax)", ("val_kl", "divergence"), True, lr=1e-3, reward="val_reward"
+        "preference",
+        "remax.yaml",
+        "Rewards (ReMax)",
+        ("val_kl", "divergence"),
+        True,
+        reward="val_reward",
+        prefix="remax_",
     ),
     "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
 }
@@ -89,7 +97,8 @@ TRIAL = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.l
 
 def row(example: Example, recipe: str, seeds: tuple[int, ...]) -> Row:
     """Return the runs that an example needs for a recipe."""
-    content = yaml.safe_load((ROOT / "examples" / example.folder / f"{recipe}.yaml").read_text())
+    file = ROOT / "examples" / example.folder / f"{example.prefix}{recipe}.yaml"
+    content = yaml.safe_load(file.read_text())
     return Row(recipe, example.lr or float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
 
 
@@ -104,7 +113,7 @@ def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
         if example.starts_from_model:
             (Path(place) / "runs").mkdir()
             (Path(place) / "runs" / "pretrain").symlink_to(base)
-        fit(place, [folder / example.config, folder / f"{run.variant}.yaml"], [
+        fit(place, [folder / example.config, folder / f"{example.prefix}{run.variant}.yaml"], [
             f"--optimizer.lr={run.lr}", f"--seed_everything={run.seed}",
             *([f"--data.seed={run.seed}"] if example.has_order else []), f"--trainer.default_root_dir={place}/out",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={place}/log",

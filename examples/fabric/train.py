@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_memopt as lm
 from examples.pretrain.data import TextDataModule
-from examples.pretrain.order import ResumableLoader
+from examples.pretrain.order import ResumableLoader, data_ranks
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -69,7 +69,7 @@ def main(given: list[str] | None = None) -> None:
         data.prepare_data()
     data.setup()
     # The checkpoint holds its place in the data. Every process has its share already.
-    order = ResumableLoader(data.tokens["train"], args.batch_size, fabric.world_size, fabric.global_rank)
+    order = ResumableLoader(data.tokens["train"], args.batch_size, **data_ranks(fabric.strategy))
     train, val = fabric.setup_dataloaders(order, data.val_dataloader())
 
     size = {"hidden_size": args.hidden_size, "intermediate_size": 3 * args.hidden_size, "num_hidden_layers": 3}

@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_memopt.figures.style import COLORS, DPI, REFERENCE, SMALL, STEPS, STRONG, finish, new_figure
 
-WINDOW = 10  # steps that the thick lines average
+WINDOW = 10  # steps that the strong lines average
 CLOSE = 40  # steps on both sides of the switch
+DASHES = (0, (2.5, 2.5))  # of all but the reference: where runs agree, it is seen between the dashes
 
 
 def draw(path: Path, before: Sequence[float], after: Mapping[str, Sequence[float]]) -> None:
@@ -40,10 +41,12 @@ def draw(path: Path, before: Sequence[float], after: Mapping[str, Sequence[float
 
 
 def _line(ax: Any, losses: Sequence[float], *, first: int = 0, color: str, label: str | None = None) -> None:
-    """Draw the losses from the step ``first`` on thinly, and the average of each and those before it thickly."""
+    """Draw the losses from the step ``first`` on palely, and the average of each and those before it strongly."""
+    style = "solid" if color == REFERENCE else DASHES
     steps = range(first + 1, len(losses) + 1)
     ax.plot(steps, losses[first:], color=color, linewidth=0.6, alpha=0.3)
-    ax.plot(steps, [mean(losses[max(0, step - WINDOW) : step]) for step in steps], color=color, label=label)
+    averages = [mean(losses[max(0, step - WINDOW) : step]) for step in steps]
+    ax.plot(steps, averages, color=color, linestyle=style, label=label)
 
 
 def mean(values: Sequence[float]) -> float:

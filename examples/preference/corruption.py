@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import keyword
 import random
 import tokenize
+import warnings
 from collections.abc import Iterator
+from typing import TypeVar
+
+from examples.sft.functions import NOT_PYTHON
+
+T = TypeVar("T")
+
 
 # Each is valid wherever the other one is, so most bodies still parse and differ in what they compute.
 OPERATORS = {
@@ -19,51 +27,67 @@ def corrupt(body: str, seed: int) -> str | None:
     """Return a body with one fault, the same one for the same arguments.
 
     The fault is one of three, chosen at random among those that change this body: two lines change places, an operator
-    becomes its opposite, or a name becomes another name of the body.
+    becomes its opposite, or a name becomes another name of the body. Where a change leaves the same program, as that of
+    two comments does, another one is tried.
 
     Args:
         body: The statements of a function, indented.
         seed: Of the choice.
 
     Returns:
-        A body that differs from the given one, or None if none of the three changes it (``pass``).
+        A body of another program, or None if none of the three makes one (``pass``).
     """
     generator = random.Random(seed)
     ways = [_swap_lines, _swap_operator, _swap_name]
     generator.shuffle(ways)
-    for way in ways:
-        choices = [text for text in way(body, generator) if text != body]
-        if choices:
-            return generator.choice(choices)
-    return None
+    program = _program(body)
+    changed = (worse for way in ways for worse in way(body, generator))
+    return next((worse for worse in changed if _program(worse) != program), None)
 
 
 def _swap_lines(body: str, generator: random.Random) -> Iterator[str]:
-    """Yield the body with a random pair of different lines exchanged."""
+    """Yield the body with each pair of different lines exchanged, in random order."""
     lines = body.split("\n")
     filled = [number for number, line in enumerate(lines) if line.strip()]
     pairs = [(i, j) for i in filled for j in filled if i < j and lines[i] != lines[j]]
-    if pairs:
-        i, j = generator.choice(pairs)
-        lines[i], lines[j] = lines[j], lines[i]
-        yield "\n".join(lines)
+    for i, j in _in_random_order(pairs, generator):
+        changed = list(lines)
+        changed[i], changed[j] = lines[j], lines[i]
+        yield "\n".join(changed)
 
 
 def _swap_operator(body: str, generator: random.Random) -> Iterator[str]:
-    """Yield the body with each of its operators replaced."""
-    for token in _tokens(body):
-        if token.type in (tokenize.OP, tokenize.NAME) and token.string in OPERATORS:
-            yield _replace(body, token, OPERATORS[token.string])
+    """Yield the body with each of its operators replaced, in random order."""
+    operators = [
+        token for token in _tokens(body) if token.type in (tokenize.OP, tokenize.NAME) and token.string in OPERATORS
+    ]
+    for token in _in_random_order(operators, generator):
+        yield _replace(body, token, OPERATORS[token.string])
 
 
 def _swap_name(body: str, generator: random.Random) -> Iterator[str]:
-    """Yield the body with each of its names replaced by a random other one."""
+    """Yield the body with each of its names replaced by a random other one, in random order."""
     names = [token for token in _tokens(body) if token.type == tokenize.NAME and not keyword.iskeyword(token.string)]
     different = sorted({token.string for token in names})
-    for token in names:
-        others = [name for name in different if name != token.string]
-        if others:
-            yield _replace(body, token, generator.choice(others))
+    if len(different) < 2:
+        return
+    changes = [(token, generator.choice([name for name in different if name != token.string])) for token in names]
+    for token, name in _in_random_order(changes, generator):
+        yield _replace(body, token, name)
+
+
+def _in_random_order(items: list[T], generator: random.Random) -> Iterator[T]:
+    while items:
+        yield items.pop(generator.randrange(len(items)))
+
+
+def _program(body: str) -> str:
+    """Return what Python makes of a body, without comments and white space, or the body if it is not Python."""
+    with warnings.catch_warnings(action="ignore"):  # other people's code may have invalid escapes
+        try:
+            return ast.dump(ast.parse(f"async def f():\n{body}"))
+        except NOT_PYTHON:
+            return body
 
 
 def _tokens(body: str) -> list[tokenize.TokenInfo]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from examples.pretrain.order import ResumableDataModule
-from examples.pretrain.texts import Texts, cache_folder
+from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.sft.functions import Pair, read_pairs
 from examples.sft.model import check_folder
 
@@ -51,9 +48,8 @@ class PreferenceDataModule(ResumableDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
-        self.path, self.root = path, Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+        check_shares(val_fraction)
+        self.path, self.root = path, source_folder(root)
         self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
         self.cache_dir = cache_folder(cache_dir)
         self.examples: dict[str, list[Any]] = {}
@@ -76,13 +72,16 @@ class PreferenceDataModule(ResumableDataModule):
             split: [made for pair in found if (made := self.example(pair)) is not None]
             for split, found in pairs.items()
         }
-        for split, needed in (("train", self.batch_size * self.ranks["num_replicas"]), ("val", 1)):
-            if len(examples[split]) < needed:
-                raise ValueError(
-                    f"{len(pairs[split]):,} {split} functions of {self.root} make {len(examples[split]):,} examples "
-                    f"that are short enough, but {needed:,} are needed: use a folder with more functions, longer "
-                    "sequences or a smaller `batch_size`."
-                )
+        needed = {"train": self.batch_size * self.ranks["num_replicas"], "val": 1}
+        if any(len(examples[split]) < least for split, least in needed.items()):
+            counts = " and ".join(
+                f"{len(pairs[split]):,} {split} functions make {len(examples[split]):,} of at least {least:,} examples"
+                for split, least in needed.items()
+            )
+            raise ValueError(
+                f"In {self.root}, {counts} that are short enough: use a folder with more functions, longer sequences "
+                "or a smaller `batch_size`."
+            )
         self.examples = examples
         rank_zero_info(
             f"{type(self).__name__}: {sum(map(len, pairs.values())):,} functions in {self.root} make "
@@ -109,19 +108,3 @@ class PreferenceDataModule(ResumableDataModule):
 
     def _pairs(self) -> dict[str, list[Pair]]:
         return read_pairs(Texts(self.root, "**/*.py", self.val_fraction, None), self.cache_dir)
-
-
-def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of tokens as one tensor, and 1 where they are, 0 where they are padded: ``[rows, longest]`` each.
-
-    Padding is the token 0, which nothing attends to.
-
-    Args:
-        rows: Tokens.
-        left: Whether padding comes first.
-    """
-    tensors = [torch.tensor(row) for row in rows]
-    side = "left" if left else "right"
-    tokens = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
-    ones = [torch.ones_like(row) for row in tensors]
-    return tokens, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)

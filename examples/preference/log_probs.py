@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.pretrain.decoding import positions
+
 
 class Sequences(NamedTuple):
     """Prompts and completions, padded on either side to one length.
@@ -20,11 +22,6 @@ class Sequences(NamedTuple):
     tokens: Tensor
     attended: Tensor
     completion: Tensor
-
-
-def positions(attended: Tensor) -> Tensor:
-    """Return the position of every token in its row ``[rows, length]``, counted without padding."""
-    return (attended.cumsum(-1) - 1).clamp(min=0)
 
 
 def completion_logits(model: Any, sequences: Sequences) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from examples.preference.corruption import corrupt
-from examples.preference.data import PreferenceDataModule, padded
+from examples.preference.data import PreferenceDataModule
 from examples.preference.log_probs import Sequences
+from examples.pretrain.decoding import padded
 from examples.sft.functions import Pair
 
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from examples.preference.data import PreferenceDataModule, padded
+from examples.preference.data import PreferenceDataModule
+from examples.pretrain.decoding import padded
 from examples.sft.functions import Pair
 
 

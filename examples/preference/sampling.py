@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.preference.log_probs import positions
+from examples.pretrain.decoding import decode, most_likely
 
 
 def uniforms(seed: int, step: int, prompts: list[str], count: int) -> Tensor:
@@ -30,12 +30,8 @@ def uniforms(seed: int, step: int, prompts: list[str], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def sample_and_decode_greedily(model: Any, prompts: Tensor, attended: Tensor, randoms: Tensor) -> tuple[Tensor, Tensor]:
     """Return a sampled and a greedy completion of every prompt, drawn in the same forward passes.
-
-    All ranks run the same number of forward passes, one per new token, whatever they draw: the weights of a sharded
-    model are gathered from all of them in each pass. Tokens after the end of a completion are the caller's to ignore.
 
     Args:
         model: A model from transformers, in evaluation mode.
@@ -46,20 +42,13 @@ def sample_and_decode_greedily(model: Any, prompts: Tensor, attended: Tensor, ra
     Returns:
         Sampled and greedy tokens, each ``[prompts, new tokens]``.
     """
-    count = len(prompts)
-    tokens, attended = prompts.repeat(2, 1), attended.repeat(2, 1)
-    place, cache, drawn = positions(attended), None, []
-    for random in randoms.unbind(-1):
-        output = model(
-            input_ids=tokens, attention_mask=attended, position_ids=place, past_key_values=cache, use_cache=True
-        )
-        cache, logits = output.past_key_values, output.logits[:, -1]
-        sampled = inverse_cdf(logits[:count], random.to(logits.device))
-        tokens = torch.cat([sampled, logits[count:].argmax(-1)]).unsqueeze(-1)
-        attended = torch.cat([attended, attended.new_ones(2 * count, 1)], dim=-1)
-        place = place[:, -1:] + 1
-        drawn.append(tokens)
-    sampled, greedy = torch.cat(drawn, dim=-1).split(count)
+    count, new_tokens = randoms.shape
+
+    def choose(logits: Tensor, step: int) -> Tensor:
+        sampled = inverse_cdf(logits[:count], randoms[:, step].to(logits.device))
+        return torch.cat([sampled, most_likely(logits[count:], step)])
+
+    sampled, greedy = decode(model, prompts.repeat(2, 1), attended.repeat(2, 1), new_tokens, choose).split(count)
     return sampled, greedy
 
 

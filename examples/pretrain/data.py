@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
-
 import tokenizers
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from examples.pretrain.order import ResumableDataModule
-from examples.pretrain.texts import Texts, cache_folder
+from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.pretrain.tokens import Tokens, cached, load
 
 
@@ -59,11 +56,8 @@ class TextDataModule(ResumableDataModule):
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
-        if max_chars is not None and max_chars < 1:
-            raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
-        self.root = Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+        check_shares(val_fraction, max_chars)
+        self.root = source_folder(root)
         self.pattern = pattern or ("**/*" if root else "**/*.py")
         self.vocab_size, self.seq_len, self.batch_size = vocab_size, seq_len, batch_size
         self.val_fraction, self.max_chars = val_fraction, max_chars
@@ -100,6 +94,13 @@ class TextDataModule(ResumableDataModule):
                     f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more "
                     "text, or a smaller `seq_len`, `batch_size` or `vocab_size`."
                 )
+        known = tokenizer.get_vocab_size()
+        if known < self.vocab_size:
+            rank_zero_warn(
+                f"The training files of {self.root} yield {known:,} different tokens, fewer than `vocab_size` "
+                f"{self.vocab_size:,}: {self.vocab_size - known:,} rows of the model's embedding and head belong to "
+                f"none. Use more text, or --data.vocab_size {known} --model.vocab_size {known}."
+            )
         self.tokenizer, self.tokens = tokenizer, tokens
 
     def train_dataloader(self) -> DataLoader[Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import lightning_memopt as lm
+from examples.pretrain.decoding import decode
 from examples.pretrain.tokens import END_OF_TEXT
 
 
@@ -19,43 +24,83 @@ class SampleText(Callback):
 
     Args:
         prompt: Text to begin with.
-        max_new_tokens: Number of tokens to add.
+        max_new_tokens: Number of tokens to add, or less: the text ends where the model's longest sequence does.
         temperature: Divides the logits before sampling; small values prefer likely tokens.
         seed: Of the sampling.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, prompt: str = "def ", max_new_tokens: int = 60, temperature: float = 0.7, seed: int = 0) -> None:
+        if not prompt:
+            raise ValueError("`prompt` is empty, and a model predicts only what follows a token: give at least one.")
+        if max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
         self.prompt, self.max_new_tokens, self.temperature, self.seed = prompt, max_new_tokens, temperature, seed
 
-    @torch.no_grad()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the prompt fits the model before it trains.
+
+        Raises:
+            ValueError: If it leaves no room for a token.
+        """
+        prompt, longest = self._tokens(trainer), _longest(pl_module)
+        if len(prompt) >= longest:
+            raise ValueError(
+                f"`prompt` has {len(prompt)} tokens, and the model's longest sequence {longest}: give SampleText a "
+                f"shorter `prompt`, or the model a `seq_len` above {len(prompt)}."
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample, one token at a time."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module.model
-        model.eval()
         generator = torch.Generator().manual_seed(self.seed)
-        ids = data.tokenizer.encode(self.prompt).ids
-        longest = model.config.max_position_embeddings
-        for _ in range(self.max_new_tokens):
-            window = torch.tensor([ids[-longest:]], device=pl_module.device)
-            logits = model(input_ids=window, use_cache=False).logits[0, -1].float().cpu()
-            chances = (logits / self.temperature).softmax(-1)
-            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+
+        def choose(logits: Tensor, step: int) -> Tensor:
+            chances = (logits.float().cpu() / self.temperature).softmax(-1)
+            return torch.multinomial(chances, 1, generator=generator).squeeze(-1).to(logits.device)
+
+        prompt = torch.tensor([self._tokens(trainer)], device=pl_module.device)
+        room = min(self.max_new_tokens, _longest(pl_module) - prompt.shape[-1])
+        model.eval()
+        sampled = decode(model, prompt, torch.ones_like(prompt), room, choose)
         model.train()
-        pl_module.print(f"A sample of the model:\n{data.tokenizer.decode(ids, skip_special_tokens=False)}")
+        text = data.tokenizer.decode(torch.cat([prompt, sampled], dim=-1)[0].tolist(), skip_special_tokens=False)
+        pl_module.print(f"A sample of the model:\n{text}")
+
+    def _tokens(self, trainer: Trainer) -> list[int]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return data.tokenizer.encode(self.prompt).ids
+
+
+def _longest(module: LightningModule) -> int:
+    model: Any = module.model
+    return model.config.max_position_embeddings
 
 
 class SaveTransformers(Callback):
     """Save model and tokenizer as a folder for transformers' ``from_pretrained``, at the end of the training.
 
     Args:
-        dirpath: The folder. Files of an earlier run in it are replaced.
+        dirpath: The folder. Files of an earlier run in it are replaced, which is said when the training starts.
     """
 
     def __init__(self, dirpath: str) -> None:
-        self.dirpath = dirpath
+        self.dirpath = Path(dirpath)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say whose model will be replaced, while it is still there."""
+        earlier = self.dirpath / "config.json"
+        if stage == "fit" and earlier.is_file():
+            date = datetime.fromtimestamp(earlier.stat().st_mtime)
+            rank_zero_info(
+                f"{type(self).__name__}: {self.dirpath} holds a model of {date:%Y-%m-%d %H:%M}, which the end of this "
+                "training replaces. To keep it, move the folder before."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights from all processes; the first one writes them."""

@@ -19,8 +19,8 @@ class ResumableLoader(DataLoader[Any]):
     Args:
         dataset: Where examples come from.
         batch_size: Examples per batch and process.
-        num_replicas: Number of processes.
-        rank: Of this process.
+        num_replicas: Number of processes that share the data.
+        rank: Of this process among them.
         seed: The same on all processes.
         **kwargs: Other arguments of the loader.
     """
@@ -54,6 +54,17 @@ class ResumableLoader(DataLoader[Any]):
         self._order.epoch, self._order.start = state["epoch"], state["examples"]
 
 
+def data_ranks(of: Any) -> dict[str, int]:
+    """Return how many processes share the data, and which of them this is: ``num_replicas`` and ``rank``.
+
+    With tensor parallelism, several processes compute one batch together: they are one of these.
+
+    Args:
+        of: A Trainer, or the strategy of Fabric.
+    """
+    return getattr(of, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+
+
 class ResumableDataModule(LightningDataModule):
     """A data module whose checkpoints hold the place in the training data.
 
@@ -67,9 +78,8 @@ class ResumableDataModule(LightningDataModule):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Number of processes that share the data, and which of them this is: ``num_replicas`` and ``rank``."""
-        given = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return given or {"num_replicas": 1, "rank": 0}
+        """How many processes share the data, and which of them this is, as `data_ranks` says."""
+        return data_ranks(self.trainer)
 
     def resumable(self, dataset: Any, batch_size: int, seed: int, **kwargs: Any) -> ResumableLoader:
         """Return the loader of the training data, at the place of the checkpoint if there is one."""

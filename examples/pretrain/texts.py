@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,23 +36,17 @@ class Texts:
             split: None if max_chars is None else max(1, int(share * max_chars))
             for split, share in (("train", 1 - val_fraction), ("val", val_fraction))
         }
-        paths = {
-            hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(): path
-            for path in root.glob(pattern)
-            if path.is_file() and not any(_is_skipped(part) for part in path.relative_to(root).parts)
-        }
-        # The first bytes of the hash decide the side, the last ones the order. Otherwise a cap would favor one side.
-        order = sorted(paths, key=lambda digest: digest[::-1])
-        held_out = {digest for digest in order if int.from_bytes(digest[:4], "big") < val_fraction * 2**32}
-        self.files = {
-            "train": [paths[digest] for digest in order if digest not in held_out],
-            "val": [paths[digest] for digest in order if digest in held_out],
-        }
+        names = {path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file()}
+        # The last bytes of the hash decide the order, because the first ones decide the side: a cap favors neither.
+        order = sorted(filter(_is_wanted, names), key=lambda name: _hash(name)[::-1])
+        self.files: dict[str, list[Path]] = {"train": [], "val": []}
+        for name in order:
+            self.files["val" if is_held_out(name, val_fraction) else "train"].append(root / name)
         self._fill_the_empty_side()
         if not all(any(True for _ in self.read(split)) for split in self.files):
             raise FileNotFoundError(
                 f"Splitting by file needs at least two non-empty text files; {str(root)!r} has {len(order):,} files "
-                f"that match {pattern!r}, of which {len(order) - len(list(filter(_read, paths.values()))):,} are empty "
+                f"that match {pattern!r}, of which {sum(not _read(root / name) for name in order):,} are empty "
                 "or not UTF-8 text. Give another folder or `pattern`, or split the text into several files."
             )
 
@@ -86,14 +81,41 @@ class Texts:
                     self.files[empty].append(full[-1])
 
 
+def source_folder(root: str | None) -> Path:
+    """Return the given folder, or that of Python's standard library."""
+    return Path(root or sysconfig.get_paths()["stdlib"]).expanduser()
+
+
+def check_shares(val_fraction: float, max_chars: int | None = None) -> None:
+    """Check the settings that divide files.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
+    if max_chars is not None and max_chars < 1:
+        raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
+
+
+def is_held_out(name: str, val_fraction: float) -> bool:
+    """Return whether a file is for validation; only its path below the root decides."""
+    return int.from_bytes(_hash(name)[:4], "big") < val_fraction * 2**32
+
+
 def cache_folder(given: str | None) -> Path:
     """Return the given folder for what is made from the texts, or ``lightning_memopt`` where caches are."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(given or f"{cache}/lightning_memopt").expanduser()
 
 
-def _is_skipped(part: str) -> bool:
-    return part in SKIPPED_FOLDERS or (part.startswith(".") and part not in (".", ".."))
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _is_wanted(name: str) -> bool:
+    parts = [part for part in name.split("/") if part != ".."]
+    return not any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts)
 
 
 def _read(path: Path) -> str | None:

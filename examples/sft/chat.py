@@ -50,6 +50,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Ex
     Raises:
         ValueError: If the template does not write the answer after the prompt, or does not end it with ``eos_token``.
     """
+    if not pairs:
+        return []  # a template refuses to write nothing
     tasks = [[{"role": "user", "content": pair.task}] for pair in pairs]
     chats = [[*task, {"role": "assistant", "content": pair.answer}] for task, pair in zip(tasks, pairs, strict=True)]
     prompts = tokenizer.apply_chat_template(tasks, tokenize=False, add_generation_prompt=True)

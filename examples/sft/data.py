@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
+import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from examples.pretrain.order import ResumableDataModule
-from examples.pretrain.texts import Texts, cache_folder
+from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.sft.chat import Example, encode
 from examples.sft.functions import Pair, read_pairs
+from examples.sft.generation import ParseRate
 from examples.sft.packing import IGNORED, pack
 
 Batch = dict[str, Tensor]
@@ -59,11 +60,8 @@ class FunctionsDataModule(ResumableDataModule):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if not 2 <= max_length <= seq_len:
             raise ValueError(f"`max_length` must be from 2 to `seq_len`, which is {seq_len}, got {max_length}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
-        if max_chars is not None and max_chars < 1:
-            raise ValueError(f"`max_chars` must be positive or null, got {max_chars}.")
-        self.root, self.pattern = Path(root or sysconfig.get_paths()["stdlib"]).expanduser(), pattern
+        check_shares(val_fraction, max_chars)
+        self.root, self.pattern = source_folder(root), pattern
         self.seq_len, self.max_length, self.batch_size = seq_len, max_length, batch_size
         self.val_fraction, self.max_chars = val_fraction, max_chars
         self.num_workers, self.seed = num_workers, seed
@@ -79,30 +77,63 @@ class FunctionsDataModule(ResumableDataModule):
         """Tokenize and pack the pairs.
 
         Raises:
-            ValueError: If no pair is short enough, or the training pairs do not fill a batch.
+            ValueError: If they do not suffice, or do not fit the model. The message names everything that is wrong.
         """
         if self.rows:
             return
         assert self.trainer is not None
         tokenizer: Any = self.trainer.lightning_module.tokenizer
         step = self.batch_size * self.ranks["num_replicas"]
-        for split, found in self._pairs().items():
-            self.examples[split] = [each for each in encode(tokenizer, found) if len(each) <= self.max_length]
-            # Rows of padding make the last validation batch full. They have no labels, so they do not count.
-            multiple = step if split == "val" else 1
-            rows = pack(self.examples[split], self.seq_len, tokenizer.eos_token_id, multiple=multiple)
-            if len(rows["labels"]) < step:
-                raise ValueError(
-                    f"Of {len(found):,} {split} functions of {self.root}, {len(self.examples[split]):,} have at most "
-                    f"{self.max_length} tokens. They fill {len(rows['labels']):,} rows of {self.seq_len}, less than "
-                    f"the {step} of a batch on all processes. Use more files, a larger `max_length` or a smaller "
-                    "`batch_size`."
-                )
-            self.rows[split] = rows
+        encoded = {split: encode(tokenizer, found) for split, found in self._pairs().items()}
+        examples = {split: [each for each in found if len(each) <= self.max_length] for split, found in encoded.items()}
+        # Rows of padding make the last validation batch full. They have no labels, so they do not count.
+        rows = {
+            split: pack(found, self.seq_len, tokenizer.eos_token_id, multiple=step if split == "val" else 1)
+            for split, found in examples.items()
+        }
+        wrong = [*self._too_few(encoded, rows, step), *self._misfits(examples)]
+        if wrong:
+            listed = "\n".join(f"- {each}" for each in wrong)
+            raise ValueError(f"The functions of {self.root} do not suffice, or do not fit:\n{listed}")
+        self.examples, self.rows = examples, rows
+        for split, found in encoded.items():
             rank_zero_info(
-                f"{split}: {len(self.examples[split]):,} of {len(found):,} functions have at most {self.max_length} "
-                f"tokens; {len(rows['labels']):,} rows, {(rows['labels'] != IGNORED).sum():,} tokens of answers"
+                f"{split}: {len(examples[split]):,} of {len(found):,} functions have at most {self.max_length} tokens; "
+                f"{len(rows[split]['labels']):,} rows, {(rows[split]['labels'] != IGNORED).sum():,} tokens of answers"
             )
+
+    def _too_few(self, encoded: dict[str, list[Example]], rows: dict[str, Batch], step: int) -> Iterator[str]:
+        """Yield which splits have fewer rows than a batch of ``step`` on all processes, and why."""
+        for split, found in encoded.items():
+            if not found:
+                yield (
+                    f"No {split} file has a function with a docstring and a body: use more files, or another `pattern`."
+                )
+            elif len(rows[split]["labels"]) < step:
+                lengths = list(map(len, found))
+                yield (
+                    f"{sum(length <= self.max_length for length in lengths):,} of {len(found):,} {split} functions "
+                    f"have at most {self.max_length} tokens, half at most {statistics.median_low(lengths)}, and fill "
+                    f"{len(rows[split]['labels']):,} rows of {self.seq_len}, less than the {step} of a batch on all "
+                    "processes: use more files, a larger `max_length` or a smaller `batch_size`."
+                )
+
+    def _misfits(self, examples: dict[str, list[Example]]) -> Iterator[str]:
+        """Yield why model and callbacks, which are set up after the data, would refuse the pairs."""
+        assert self.trainer is not None
+        model: Any = self.trainer.lightning_module.model
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.max_length > limit:
+            yield (
+                f"The data's `max_length` is {self.max_length}, the model's `max_position_embeddings` only {limit}: "
+                f"add --data.max_length={limit}."
+            )
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, ParseRate) and examples["val"]:
+                try:
+                    callback.tasks_of(examples["val"], self.max_length)
+                except ValueError as error:
+                    yield str(error)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's parts of shuffled batches; a resumed run continues with the next ones."""

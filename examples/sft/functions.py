@@ -117,8 +117,8 @@ def read_pairs(texts: Texts, cache_dir: Path) -> dict[str, list[Pair]]:
         texts: The files.
         cache_dir: Folder for the cached pairs.
 
-    Raises:
-        ValueError: If the files of a split have no function that can be used.
+    Returns:
+        The pairs of ``"train"`` and ``"val"``, of which either may have none.
     """
     # Python's version decides what can be parsed, and this file what becomes of it.
     made_by = (sys.version_info[:2], Path(__file__).read_text(encoding="utf-8"))
@@ -132,14 +132,7 @@ def read_pairs(texts: Texts, cache_dir: Path) -> dict[str, list[Pair]]:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(content))
         temporary.replace(path)
-    pairs = {split: [Pair(*pair) for pair in found] for split, found in json.loads(path.read_text()).items()}
-    for split, found in pairs.items():
-        if not found:
-            raise ValueError(
-                f"The {len(texts.files[split]):,} {split} files of {str(texts.root)!r} have no function with a "
-                "docstring and a body. Give a folder with more Python files, or another `pattern`."
-            )
-    return pairs
+    return {split: [Pair(*pair) for pair in found] for split, found in json.loads(path.read_text()).items()}
 
 
 def _parsed(source: str) -> ast.Module:

@@ -1,14 +1,14 @@
-"""Greedy generation through a sharded model, and how many of the answers are Python."""
+"""How many of the answers that a model generates are Python."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
+from examples.pretrain.decoding import decode, padded
 from examples.sft.chat import Example
 from examples.sft.functions import parses
 
@@ -35,86 +35,51 @@ class ParseRate(Callback):
         self.tasks: list[Example] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the tasks.
+        """Choose the tasks."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.tasks = self.tasks_of(data.examples["val"], data.max_length)
+
+    def tasks_of(self, examples: Sequence[Example], max_length: int) -> list[Example]:
+        """Return the tasks among the examples of the validation split.
+
+        Args:
+            examples: The examples.
+            max_length: Tokens of a prompt with its answer, as for the data.
 
         Raises:
             ValueError: If there are none.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        longest = data.max_length - self.max_new_tokens
+        longest = max_length - self.max_new_tokens
         short = [
             example
-            for example in data.examples["val"]
+            for example in examples
             if len(example.answer) <= self.max_new_tokens and len(example.prompt) <= longest
         ]
         if not short:
             raise ValueError(
                 f"No validation function has a prompt of at most {longest} tokens and an answer of at most "
-                f"{self.max_new_tokens}. Change `max_new_tokens` of ParseRate, which is taken off the data's "
-                f"`max_length` ({data.max_length}), or use more files."
+                f"{self.max_new_tokens}: change `max_new_tokens` of ParseRate, which is taken off the data's "
+                f"`max_length` ({max_length}), or use more files."
             )
-        self.tasks = short[: self.num_tasks]
+        return short[: self.num_tasks]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate this rank's answers and log the share of all ranks."""
         ranks: dict[str, int] = trainer.datamodule.ranks  # type: ignore[attr-defined]
-        mine = self.tasks[ranks["rank"] :: ranks["num_replicas"]]
+        share = slice(ranks["rank"], None, ranks["num_replicas"])
+        mine = self.tasks[share]
+        # Padded together, so that no answer depends on the number of ranks.
+        prompts = padded([example.prompt for example in self.tasks], left=True)
         # A rank without a task takes part in the collectives of the others.
-        prompts = [example.prompt for example in mine or self.tasks[:1]]
+        tokens, attended = (each[share if mine else slice(1)].to(pl_module.device) for each in prompts)
+        answers = decode(pl_module.model, tokens, attended, self.max_new_tokens)
         tokenizer: Any = pl_module.tokenizer
-        answers = generate(
-            pl_module.model,  # type: ignore[arg-type]
-            prompts,
-            self.max_new_tokens,
-            # The same on all ranks, so that the result does not depend on their number.
-            length=max(len(example.prompt) for example in self.tasks),
-            pad=tokenizer.eos_token_id,
-            device=pl_module.device,
-        )
         texts = [tokenizer.decode(until(answer, tokenizer.eos_token_id)) for answer in answers.tolist()]
         passed = [parses(example.pair.task, text) for example, text in zip(mine, texts, strict=False)]
         # Sums, because the share of a rank without a task is not a number.
         counts = torch.tensor([sum(passed), len(passed)], device=pl_module.device)
         good, all_tasks = trainer.strategy.reduce(counts, reduce_op="sum")
         pl_module.log("parses", good / all_tasks, prog_bar=True, sync_dist=True)
-
-
-@torch.no_grad()
-def generate(
-    model: Callable[..., Any],
-    prompts: Sequence[list[int]],
-    steps: int,
-    *,
-    length: int,
-    pad: int,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return the most likely continuations, ``[prompts, steps]``.
-
-    All ranks must call this function with the same ``steps``, because a sharded model gathers its weights whenever it
-    is called. ``model.generate`` returns when this rank's answers have ended, and leaves the others waiting. With
-    adapters, it does not even call the module that gathers.
-
-    Args:
-        model: A causal language model from transformers, or one with adapters.
-        prompts: Tokens; at least one prompt.
-        steps: Tokens to generate.
-        length: Length to which prompts are padded, on their left.
-        pad: The token for that; attention does not see it.
-        device: Device of the model.
-    """
-    tokens = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, found = None, []
-    for _ in range(steps):
-        output = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        found.append(tokens)
-        mask, positions = torch.cat([mask, torch.ones_like(tokens)], -1), positions[:, -1:] + 1
-    return torch.cat(found, -1)
 
 
 def until(tokens: list[int], end: int) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import LoraConfig, get_peft_model
 
+import lightning_memopt as lm
 from examples.sft.model import Dtype, SFTModule
 
 
@@ -36,3 +39,7 @@ class LoRAModule(SFTModule):
             self.model,
             LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules, task_type="CAUSAL_LM"),
         )
+
+    def full_weights(self) -> dict[str, Any]:
+        """Return the adapters alone: the frozen weights may not fit into the memory of one process."""
+        return lm.full_state_dict(self.model, ignore_frozen_params=True)

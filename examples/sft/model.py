@@ -53,20 +53,6 @@ class SFTModule(LightningModule):
         self.model.train()
         self.val_loss = MeanMetric()
 
-    def setup(self, stage: str) -> None:
-        """Check that the pairs fit the model.
-
-        Raises:
-            ValueError: If they may be longer than the sequences of the model.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        given, limit = getattr(data, "max_length", 0), getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and given > limit:
-            raise ValueError(
-                f"The data's `max_length` is {given}, the model's `max_position_embeddings` only {limit}: add "
-                f"--data.max_length={limit}."
-            )
-
     def answer_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood of all tokens of answers, in nats, and their number.
 
@@ -95,9 +81,13 @@ class SFTModule(LightningModule):
         self.val_loss.update(loss / tokens.clamp(min=1), weight=tokens)
         self.log("val_loss", self.val_loss, prog_bar=True)
 
+    def full_weights(self) -> dict[str, Any]:
+        """Return the weights to save on the first rank, and nothing on the others. All ranks must call this method."""
+        return lm.full_state_dict(self.model)
+
     def on_train_end(self) -> None:
         """Save the model for transformers; all ranks give their parts of the weights to the first one."""
-        weights = lm.full_state_dict(self.model)
+        weights = self.full_weights()
         if self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_dir, state_dict=weights)
             self.tokenizer.save_pretrained(self.save_dir)

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from examples.pretrain.texts import check_shares
 from examples.vision.folder import FolderDataset, read_folder
 from examples.vision.shapes import ShapesDataset
 
@@ -51,8 +52,7 @@ class ImageDataModule(LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"`val_fraction` must be between 0 and 1, got {val_fraction}.")
+        check_shares(val_fraction)
         self.root = Path(root).expanduser() if root else None
         self.num_classes, self.image_size, self.batch_size = num_classes, image_size, batch_size
         self.sizes = {"train": train_size, "val": val_size}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from examples.pretrain.texts import is_held_out
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CENTER = (0.5, 0.5)
@@ -88,9 +89,3 @@ def read_folder(root: Path, val_fraction: float) -> tuple[list[str], dict[str, l
                 f"{val_fraction}: add images, or change `val_fraction`."
             )
     return classes, files
-
-
-def is_held_out(name: str, val_fraction: float) -> bool:
-    """Return whether a file is for validation; only its relative path decides."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < val_fraction * 2**32

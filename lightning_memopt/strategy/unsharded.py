@@ -17,18 +17,24 @@ from lightning_memopt.strategy.gradients import checked_norm_type
 from lightning_memopt.strategy.model.shard import sharded_modules
 
 
-def full_state_dict(module: nn.Module) -> dict[str, Any]:
+def full_state_dict(module: nn.Module, *, ignore_frozen_params: bool = False) -> dict[str, Any]:
     """Return ``module.state_dict()`` with full tensors on the CPU on the first rank, and an empty dict on the others.
 
     All ranks must call this function. Small tensors are gathered together. Tied weights share memory, as in the module.
 
     Args:
         module: A sharded model or a part of one, such as the transformers model in a LightningModule.
+        ignore_frozen_params: Whether to leave out, and not to gather, parameters without ``requires_grad``. Buffers
+            stay. The name is that of torch's ``StateDictOptions``.
     """
     for unit in sharded_modules(module):
         unit.reshard()  # a forward pass without a backward pass leaves gathered parameters
     first = rank_and_size()[0] == 0
-    state = module.state_dict(keep_vars=True)
+    state = {
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if not (ignore_frozen_params and isinstance(value, nn.Parameter) and not value.requires_grad)
+    }
     once = {id(value): value for value in state.values()}
     whole = dict(zip(once, gathered(list(once.values()), first), strict=True))
     return {name: whole[id(value)] for name, value in state.items()} if first else {}

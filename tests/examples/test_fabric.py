@@ -1,12 +1,15 @@
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lightning_memopt as lm
 from tests._commands import run_python
+from tests._ranks import run_ranks
 from tests.examples._run import ROOT
+from tests.strategy._training import Spawned
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +39,31 @@ def test_fabric_trains_on_two_processes_and_continues_on_one(texts, capsys, monk
     main([*args, "--steps=22", "--devices=1"])
     assert capsys.readouterr().out.startswith("continuing after step 20\nvalidation loss")
     assert "model.embed_tokens.weight" in lm.load_weights(Path("runs") / "fabric.ckpt")
+
+
+def shares(rank: int, world_size: int) -> list[dict[str, int]]:
+    """Return this rank's share of the data: where all ranks have data of their own, and where two compute together."""
+    from lightning.fabric import Fabric
+
+    from examples.pretrain.order import data_ranks
+
+    found = []
+    for size in (1, 2):
+        strategy = lm.MemOptFabricStrategy(tensor_parallel_size=size)
+        fabric = Fabric(strategy=strategy, accelerator="cpu", devices=world_size, plugins=[Spawned()])
+        fabric.launch()
+        found.append(data_ranks(fabric.strategy))
+    return found
+
+
+def test_ranks_that_compute_together_get_the_same_data():
+    alone, together = zip(*run_ranks(shares, 2), strict=True)
+    assert alone == ({"num_replicas": 2, "rank": 0}, {"num_replicas": 2, "rank": 1})
+    assert together == ({"num_replicas": 1, "rank": 0},) * 2
+
+
+def test_without_a_strategy_of_several_processes_one_has_all_data():
+    from examples.pretrain.order import data_ranks
+
+    for of in (None, SimpleNamespace(distributed_sampler_kwargs=None)):
+        assert data_ranks(of) == {"num_replicas": 1, "rank": 0}

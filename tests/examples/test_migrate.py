@@ -196,3 +196,5 @@ def test_the_figure_shows_steps_where_they_were(tmp_path: Path, monkeypatch: pyt
     assert list(lines["adapm_lean"].get_xdata()) == [3, 4, 5]
     assert list(lines["adapm_lean"].get_ydata()) == pytest.approx([12 / 3, 14.5 / 4, 16 / 5])
     assert drawn[0].axes[1].get_xlim() == (1, 5)
+    assert lines["AdamW"].get_linestyle() == "-"
+    assert lines["adapm_lean"].get_linestyle() == "--", "it would hide the line below where both agree"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch.distributed.tensor import DTensor
 
 pytest.importorskip("lightning.pytorch.cli")
@@ -17,7 +18,7 @@ pytest.importorskip("transformers")
 
 import lightning_memopt as lm
 from tests._ranks import run_ranks
-from tests.examples._run import RECIPES, configs, fit_on_ranks
+from tests.examples._run import EXAMPLES, RECIPES, configs, fit_on_ranks
 from tests.strategy._training import Spawned
 
 pytestmark = pytest.mark.slow
@@ -66,10 +67,10 @@ def tokenizer(transformers_folder: Path):
 
 @pytest.mark.parametrize(
     ("method", "recipe"),
-    [*((method, None) for method in METHODS), *(("dpo", recipe) for recipe in RECIPES)],
+    [*((method, None) for method in METHODS), *itertools.product(METHODS, RECIPES)],
 )
 def test_every_config_trains(method, recipe, small, fit):
-    files = [f"preference/{method}.yaml", *([f"preference/{recipe}.yaml"] if recipe else [])]
+    files = [f"preference/{method}.yaml", *([f"preference/{method}_{recipe}.yaml"] if recipe else [])]
     cli = fit(*configs(*files), *small[method])
     assert cli.trainer.global_step == 3
     logged = {"dpo": ("train_loss", "val_loss", "val_accuracy", "val_margin", "val_kl"),
@@ -92,6 +93,14 @@ def test_every_config_trains(method, recipe, small, fit):
     bytes_of_one = sum(param.numel() * param.element_size() for param in started.parameters())
     written = json.loads(next(Path(f"runs/{method}").rglob("memory.json")).read_text())
     assert written["history"][-1]["parameter_bytes"] == 2 * bytes_of_one
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_have_the_learning_rate_of_their_method(method):
+    def rate(name):
+        return yaml.safe_load((EXAMPLES / "preference" / name).read_text())["optimizer"]["init_args"]["lr"]
+
+    assert {rate(f"{method}_{recipe}.yaml") for recipe in RECIPES} == {rate(f"{method}.yaml")}
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(small, fit):
@@ -139,7 +148,8 @@ def test_two_ranks_train_every_recipe_and_draw_what_one_process_draws(small, tra
     runs = [("dpo", "adamw"), ("dpo", "adapm"), ("remax", "adapm_lean"), ("remax", "adam_snsm")]
     assert {recipe for _, recipe in runs} == set(RECIPES)
     commands = [
-        [*configs(f"preference/{method}.yaml", f"preference/{recipe}.yaml"), *small[method]] for method, recipe in runs
+        [*configs(f"preference/{method}.yaml", f"preference/{method}_{recipe}.yaml"), *small[method]]
+        for method, recipe in runs
     ]
     commands[-1] += [
         "--trainer.strategy=lightning_memopt.MemOptFSDPStrategy",
@@ -245,8 +255,8 @@ def test_remax_learns_what_is_rewarded(transformers_folder, sources, monkeypatch
 def test_sampling_with_a_cache_and_padding_is_that_without(transformers_folder):
     from transformers import AutoModelForCausalLM
 
-    from examples.preference.data import padded
     from examples.preference.sampling import inverse_cdf, sample_and_decode_greedily, uniforms
+    from examples.pretrain.decoding import padded
 
     model = AutoModelForCausalLM.from_pretrained(transformers_folder).eval()
     rows = [[5, 6, 7, 8, 9], [50, 60]]
@@ -344,6 +354,32 @@ def test_corruption_is_seeded_and_never_the_original():
     assert corrupt("    return 'a + b'\n", 0) is None, "strings are not operators"
 
 
+@pytest.mark.parametrize(
+    ("body", "faults"),
+    [
+        ("# one\n    # two\n    return a + b", ["return a - b", "return a + a", "return b + b"]),
+        ("a = 1\n    a = 1  # again", []),
+        ("# one\n    a()\n    b()", ["b()\n    a()", "a()\n    a()", "b()\n    b()"]),
+    ],
+)
+def test_what_is_corrupted_is_another_program(body, faults):
+    from examples.preference.corruption import corrupt
+
+    def program(text):
+        return ast.dump(ast.parse(f"def f():\n{text}\n"))
+
+    found = {corrupt(f"    {body}\n", seed) for seed in range(60)}
+    assert {program(text) for text in found if text} == {program(f"    {text}") for text in faults}
+    assert (None in found) is (not faults)
+
+
+def test_comments_alone_are_no_difference():
+    from examples.preference.corruption import corrupt
+
+    assert {corrupt("    # one\n    # two\n    pass\n", seed) for seed in range(20)} == {None}
+    assert {corrupt("    pass  # one\n    # two\n", seed) for seed in range(20)} == {None}
+
+
 def test_pairs_mask_prompts_and_padding(transformers_folder, sources, tokenizer):
     from examples.preference.pairs import PairDataModule
 
@@ -406,7 +442,8 @@ def test_folders_that_do_not_exist(tmp_path, transformers_folder, sources):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="needs at least two non-empty text files; .* has 0 files"):
         PairDataModule(path=str(transformers_folder), root=str(tmp_path / "empty")).setup()
-    with pytest.raises(ValueError, match=r"3\d train functions of .* make 0 examples .* but 8 are needed"):
+    both = r"3\d train functions make 0 of at least 8 examples and \d val functions make 0 of at least 1 examples"
+    with pytest.raises(ValueError, match=both):
         PairDataModule(path=str(transformers_folder), root=str(sources), seq_len=5).setup()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -92,6 +93,35 @@ def test_interpolation_follows_overrides_in_one_mode_only(texts, tmp_path, fit):
 def test_a_vocabulary_that_does_not_fit_is_refused(small, fit):
     with pytest.raises(ValueError, match="The data's `vocab_size` is 300, the model's only 200: set the model's"):
         fit(*DEMO, *small, "--model.vocab_size=200")
+
+
+def test_a_text_with_fewer_tokens_than_the_vocabulary_is_told_of_once(texts):
+    # After some merges, every text is one token.
+    for path in texts.rglob("*.txt"):
+        path.write_text("to be or not to be. " * 20)
+    found = data(texts, vocab_size=2048, seq_len=2)
+    with pytest.warns(UserWarning, match="yield .* different tokens, fewer than `vocab_size` 2,048") as caught:
+        found.setup()
+    known = found.tokenizer.get_vocab_size()
+    assert known < 300
+    (message,) = (str(warning.message) for warning in caught)
+    assert f"{2048 - known:,} rows" in message
+    assert message.endswith(f"--data.vocab_size {known} --model.vocab_size {known}.")
+    with warnings.catch_warnings(action="error"):
+        found.setup()
+        data(texts, vocab_size=known, seq_len=2).setup()
+
+
+def test_a_model_that_will_be_replaced_is_told_of_before(texts, small, fit, caplog):
+    tiny = ["--model.model=llama-1m", "--model.vocab_size=300", "--model.seq_len=16", "--trainer.max_steps=1"]
+    told = []
+    for _ in range(2):
+        caplog.clear()
+        fit(*configs(BASE), *small, *tiny)
+        told.append([text for text in caplog.messages if "SaveTransformers" in text])
+    assert told[0] == []
+    (text,) = told[1]
+    assert re.search(r"runs/pretrain/model holds a model of \d{4}-\d\d-\d\d \d\d:\d\d, which the end of this", text)
 
 
 def test_models_by_name():

@@ -8,6 +8,7 @@ pytest.importorskip("lightning.pytorch.cli")
 pytest.importorskip("transformers")
 pytest.importorskip("peft", exc_type=ImportError)
 
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_memopt as lm
@@ -57,6 +58,7 @@ def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
         assert (tmp_path / "saved" / "adapter_config.json").is_file()
         assert not changed
         assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
+        assert all("lora_" in name for name in cli.model.full_weights())
     else:
         assert isinstance(optimizer, torch.optim.AdamW if names[-1] == "sft/adamw.yaml" else lm.MemOpt)
         assert changed == set(before)
@@ -94,7 +96,9 @@ def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeyp
     rates = {n: {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}} for n in (1, 3)}
     few = {n: f"--trainer.callbacks={json.dumps([rate])}" for n, rate in rates.items()}
     small = [*small, "--data.batch_size=2"]
-    commands = [[*configs(*LORA), *small, few[1]], *([*configs(*names), *small] for names in OVERLAYS if names != LEAN)]
+    lora = [*configs(*LORA), *small, few[1]]
+    commands = [[*lora, "--model.save_dir=adapter"]]
+    commands += [[*configs(*names), *small] for names in OVERLAYS if names != LEAN]
     commands += [[*configs(*LEAN), *small, few[3]]]
     found, other = run_ranks(on_ranks, 2, commands, str(tmp_path))
     assert found == other
@@ -102,6 +106,10 @@ def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeyp
     assert found[0]["metrics"]["parses"] in (0, 1)
     sharded = whole(tmp_path / "saved")
     monkeypatch.setattr("examples.sft.generation.parses", passes)
+    fit(*lora, "--model.save_dir=alone", "--data.batch_size=4")
+    adapter, expected = (load_file(Path(name) / "adapter_model.safetensors") for name in ("adapter", "alone"))
+    assert all("lora_" in name for name in adapter)
+    torch.testing.assert_close(adapter, expected, rtol=1e-3, atol=1e-4)
     alone = {
         name: value.item() for name, value in fit(*commands[-1], "--data.batch_size=4").trainer.callback_metrics.items()
     }

@@ -64,14 +64,15 @@ def tokenizer(transformers_folder):
     return found
 
 
-def loaded_data(functions, tokenizer, rank=0, ranks=1, **options):
+def loaded_data(functions, tokenizer, rank=0, ranks=1, callbacks=(), **options):
     """Return the data module as a trainer leaves it; four rows per step, over all processes, unless options differ."""
     from examples.sft.data import FunctionsDataModule
 
     data = FunctionsDataModule(str(functions), **{"seq_len": 256, "batch_size": 4 // ranks, **options})
-    module = SimpleNamespace(tokenizer=tokenizer)
+    config = SimpleNamespace(max_position_embeddings=128)
+    module = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=config))
     sampler = {"num_replicas": ranks, "rank": rank} if ranks > 1 else None
-    data.trainer = SimpleNamespace(lightning_module=module, distributed_sampler_kwargs=sampler)
+    data.trainer = SimpleNamespace(lightning_module=module, distributed_sampler_kwargs=sampler, callbacks=callbacks)
     data.prepare_data()
     data.setup()
     return data
@@ -189,14 +190,29 @@ def test_training_continues_with_the_next_rows(functions, tokenizer):
 
 
 def test_folders_without_enough_functions(functions, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="105 train functions .*, 0 have at most 20 tokens. They fill 0 rows of 256"):
+    with pytest.raises(ValueError, match="do not suffice") as refused:
         loaded_data(functions, tokenizer, max_length=20)
-    with pytest.raises(ValueError, match="105 have .*, less than the 64 of a batch on all"):
+    for split, count in (("train", 105), ("val", 15)):
+        assert f"0 of {count} {split} functions have at most 20 tokens, half at most " in str(refused.value)
+    with pytest.raises(ValueError, match="105 of 105 .* less than the 64 of a batch on all"):
         loaded_data(functions, tokenizer, batch_size=64)
     for path in functions.iterdir():
         path.write_text("x = 1")
-    with pytest.raises(ValueError, match="train files of .* have no function with a docstring"):
+    with pytest.raises(ValueError, match="No train file has a function .*\n- No val file has a function"):
         loaded_data(functions, tokenizer)
+
+
+def test_one_message_says_everything_that_is_wrong(functions, tokenizer):
+    from examples.sft.generation import ParseRate
+
+    rate = ParseRate(max_new_tokens=100)
+    with pytest.raises(ValueError, match="do not suffice, or do not fit") as refused:
+        loaded_data(functions, tokenizer, max_length=130, batch_size=64, callbacks=[rate])
+    _, *wrong = str(refused.value).split("\n- ")
+    assert len(wrong) == 3
+    assert "train functions have at most 130 tokens" in wrong[0]
+    assert "`max_length` is 130, the model's `max_position_embeddings` only 128" in wrong[1]
+    assert "a prompt of at most 30 tokens and an answer of at most 100: change `max_new_tokens`" in wrong[2]
 
 
 @pytest.mark.parametrize(

@@ -96,27 +96,6 @@ def _only(rows, example):
     return {**rows, "labels": labels.masked_fill(~mine, -100)}
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-@torch.no_grad()
-def test_generation_is_that_of_transformers(adapters):
-    peft = pytest.importorskip("peft", exc_type=ImportError)
-
-    from examples.sft.generation import generate
-
-    model = tiny_model("llama")
-    if adapters:
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")
-        ).eval()
-    prompts = [example.prompt for example in examples_of([(3, 0), (7, 0), (1, 0)])]
-    found = generate(model, prompts, 6, length=9, pad=0)
-    for prompt, answer in zip(prompts, found, strict=True):
-        tokens = torch.tensor([prompt])
-        options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": [], "pad_token_id": 0}
-        expected = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
-        assert answer.tolist() == expected[0, len(prompt) :].tolist()
-
-
 def test_answers_end_at_the_first_end():
     from examples.sft.generation import until
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from examples.pretrain.texts import is_held_out
 from examples.vision.data import ImageDataModule
-from examples.vision.folder import FolderDataset, is_held_out, read_folder
+from examples.vision.folder import FolderDataset, read_folder
 from examples.vision.model import ViTModule
 from examples.vision.shapes import SHAPES, TEXTURES, ShapesDataset, shape, texture
 from tests._ranks import run_ranks

@@ -171,7 +171,7 @@ class Model(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Gather the weights."""
-        assert_type(lm.full_state_dict(self), dict[str, Any])
+        assert_type(lm.full_state_dict(self, ignore_frozen_params=True), dict[str, Any])
 
 
 class EveryTenSteps(lm.AdaptiveMomentum):

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import lightning_memopt as lm
 from lightning_memopt import MemOptFSDPStrategy
+from lightning_memopt.strategy import unsharded
+from lightning_memopt.strategy.checkpoint.states import gathered
 from lightning_memopt.strategy.gradients import average_gradients
 from tests.strategy._training import LanguageModule, fit, global_batches, raises, whole_tensors, whole_weights
 from tests.strategy.cases.shared import (
@@ -205,3 +207,24 @@ def whole_weights_and_norms_of_gradients_for_other_tools() -> None:
     assert list(state) == (list(module.model.state_dict()) if dist.get_rank() == 0 else [])
     if state:
         assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+
+
+@case(2)
+def frozen_weights_are_not_gathered_if_they_are_not_asked_for() -> None:
+    module = LanguageModule()
+    module.model.layers[0].requires_grad_(False)
+    module.model.register_buffer("scale", torch.ones(3))
+    frozen = {f"model.layers.0.{name}" for name, _ in module.model.layers[0].named_parameters()}
+    fit(module, max_steps=1)
+    everything = lm.full_state_dict(module)
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[list[Any]] = []
+        patch.setattr(unsharded, "gathered", lambda values, keep: calls.append(values) or gathered(values, keep))
+        found = lm.full_state_dict(module, ignore_frozen_params=True)
+    (asked,) = calls
+    assert frozen
+    assert len(asked) == len(module.state_dict()) - len(frozen)
+    assert set(everything) - set(found) == (frozen if dist.get_rank() == 0 else set())
+    assert ("model.scale" in found) is (dist.get_rank() == 0)
+    for name, value in found.items():
+        torch.testing.assert_close(value, everything[name], rtol=0, atol=0)
