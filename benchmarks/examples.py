@@ -47,7 +47,6 @@ class Example:
         second: A metric besides the loss: its name in the log, and its title.
         starts_from_model: Whether it continues the pretrained model.
         has_order: Whether the order of its data has a seed of its own.
-        lr: The middle of the grid of rates; None for that of each recipe's file.
         reward: The metric whose distance from 1 is the loss; None for ``val_loss``.
         prefix: What the files of its recipes begin with.
     """
@@ -58,7 +57,6 @@ class Example:
     second: tuple[str, str]
     starts_from_model: bool
     has_order: bool = True
-    lr: float | None = None
     reward: str | None = None
     prefix: str = ""
 
@@ -71,7 +69,7 @@ class Example:
 EXAMPLES = {
     "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), False),
     "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), True),
-    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), True, lr=8e-3),
+    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), True, prefix="lora_"),
     "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True, prefix="dpo_"),
     "remax": Example(
         "preference",
@@ -81,7 +79,7 @@ EXAMPLES = {
         True,
         reward="val_reward",
         prefix="remax_",
-    ),
+    ),  # fmt: skip
     "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
 }
 _INTRODUCTION = """# Examples
@@ -96,10 +94,10 @@ TRIAL = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.l
 
 
 def row(example: Example, recipe: str, seeds: tuple[int, ...]) -> Row:
-    """Return the runs that an example needs for a recipe."""
+    """Return the runs that an example needs for a recipe; the rate of its file is the middle of the grid."""
     file = ROOT / "examples" / example.folder / f"{example.prefix}{recipe}.yaml"
     content = yaml.safe_load(file.read_text())
-    return Row(recipe, example.lr or float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
+    return Row(recipe, float(content["optimizer"]["init_args"]["lr"]), seeds=seeds)
 
 
 def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
