@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.figures.bars import bars
+from lightning_memopt.memory.rows import HELD, PASSING, PEAK, REST, ROWS
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
-
-PARTS = ("parameters", "gradients", "buffers", "optimizer_state")
 
 
 def peak_memory(snapshot: Snapshot) -> dict[str, int]:
@@ -22,11 +21,13 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
         snapshot: A snapshot of this process that includes a module: ``take_snapshot(optimizer, module)``.
 
     Returns:
-        ``peak``, and its parts: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (with counters) and
-        ``rest``: activations, gathered parameters, temporaries and memory of the allocator, and on a CPU the
-        interpreter and libraries.
+        ``peak``, and its parts: ``parameters``, ``gradients``, ``buffers``, ``optimizer_state`` (with counters), what
+        :func:`~lightning_memopt.trace_step` found (``unsharded``: gathered units, their unreduced gradients and the
+        buffers of both; ``scratch`` of the optimizers' updates), and ``rest``: activations, other temporaries and
+        memory of the allocator, and on a CPU the interpreter and libraries.
         Gradients count if they exist when the snapshot is taken, for example before an optimizer step, or if they were
-        released: the most that existed at a time.
+        released: the most that existed at a time. Updates follow the backward pass, so the rest is what is left beside
+        unsharded units or scratch, whichever is more. With gradient release, when both exist, it includes the smaller.
 
     Raises:
         ValueError: If the snapshot does not include a module.
@@ -38,8 +39,8 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
         >>> found = peak_memory(lm.take_snapshot(optimizer, model))
         >>> found["parameters"], found["gradients"], found["optimizer_state"]
         (4040, 0, 8088)
-        >>> found["peak"] == sum(found.values()) - found["peak"]
-        True
+        >>> found["unsharded"], found["scratch"]
+        (0, 0)
     """
     *parts, peak = _sizes(snapshot)
     return _parts(parts, peak)
@@ -71,7 +72,7 @@ class PeakMemory(SnapshotMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("most", torch.zeros(len(PARTS) + 1, dtype=torch.int64), dist_reduce_fx="max")
+        self.add_state("most", torch.zeros(len(ROWS) + 1, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, snapshot: Snapshot) -> None:
         """Update the maximum of every part with a snapshot.
@@ -89,7 +90,7 @@ class PeakMemory(SnapshotMetric):
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
         """Draw the parts as bars."""
-        sizes = {name.replace("_", " "): float(val[name]) for name in (*PARTS, "rest", "peak")}
+        sizes = {text: float(val[name]) for name, text in {**ROWS, REST: REST, PEAK: PEAK}.items()}
         bars(ax, {"": sizes}, "Peak memory of one rank")
 
 
@@ -101,9 +102,10 @@ def _sizes(snapshot: Snapshot) -> list[int]:
             "`lightning_memopt.take_snapshot(optimizer, model)`."
         )
     state = snapshot.local_bytes + snapshot.counter_bytes
-    return [memory.parameters, memory.gradients, memory.buffers, state, memory.peak]
+    return [memory.parameters, memory.gradients, memory.buffers, state, memory.unsharded, memory.scratch, memory.peak]
 
 
 def _parts(parts: Sequence[int], peak: int) -> dict[str, int]:
-    rest = max(0, peak - sum(parts))
-    return {"peak": peak, **dict(zip(PARTS, parts, strict=True)), "rest": rest}
+    found = dict(zip(ROWS, parts, strict=True))
+    rest = peak - sum(found[name] for name in HELD) - max(found[name] for name in PASSING)
+    return {PEAK: peak, **found, REST: max(0, rest)}

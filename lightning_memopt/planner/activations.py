@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.planner.planned import outline
-from lightning_memopt.planner.scratch import Temporaries
 from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.planner.skeletons import ALIASES, MODELS, LlamaSizes, Skeleton
 from lightning_memopt.sharding.wrapping import blocks

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from torch.distributed._composable.checkpoint_activation import checkpoint
 
 import lightning_memopt as lm
-from lightning_memopt.planner.scratch import Temporaries
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.sharding.wrapping import blocks
 from tests._models import tiny_gpt2, tiny_llama
 

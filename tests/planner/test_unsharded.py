@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_memopt.optim.unsharded import METHODS, trace_unsharded
 from lightning_memopt.planner.planned import PlannedMesh
 from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.planner.sharding import Sharding as PlannedSharding
@@ -30,6 +32,7 @@ from tests._models import tiny_llama
 pytestmark = pytest.mark.slow
 
 WIDTH, VOCAB = 64, 1024
+CPU = torch.device("cpu")
 
 
 class Storages(TorchDispatchMode):
@@ -189,8 +192,19 @@ def test_a_pass_takes_at_most_what_is_planned(ranks, case):
     names = {"mesh_dim_names": ("replicate", "shard")} if case.replicas > 1 else {}
     mesh = init_device_mesh("cpu", (case.replicas, shards) if names else (shards,), **names)
     module = make()
-    shard(module, find_units(module), Sharding(mesh, case.precision, False, torch.device("cpu"), case.reshard))
+    shard(module, find_units(module), Sharding(mesh, case.precision, False, CPU, case.reshard))
     found = measured(module, release=case.release)
     small = 8192  # activations
     # A large vocabulary's gradient counts twice, in case that its weight is used twice.
     assert (0.7 if ranks == 8 and "large" not in case.model else 0.45) * most < found <= most + small
+
+
+def test_traces_within_traces_find_the_same_and_leave_nothing(ranks):
+    module = Module(Stack())
+    shard(module, find_units(module), Sharding(init_device_mesh("cpu", (ranks,)), "32-true", False, CPU, True))
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in module.modules() if isinstance(unit, FSDPModule)]
+    with trace_unsharded(module) as outer, trace_unsharded(module) as inner:
+        module.training_step(torch.zeros(1, 1, dtype=torch.long)).backward()
+    assert outer() == inner() > 0
+    assert groups
+    assert not any(name in vars(group) for group in groups for name in METHODS)
