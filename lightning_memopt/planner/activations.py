@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,8 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
     ``scaled_dot_product_attention``, which keeps no scores, unless the model's configuration chooses another one.
 
     Args:
-        module: A language model, called with ``input_ids``. It does not change.
+        module: A language model, called with ``input_ids``, or a module that holds one of transformers. It does not
+            change.
         name: The name of the model.
         settings: The settings of the run, with a batch.
 
@@ -55,8 +59,7 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
                 checkpoint(block)
             ids = torch.zeros(settings.batch, dtype=torch.long)
             with Temporaries() as temporaries:
-                logits = model(input_ids=ids, use_cache=False).logits
-                loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+                loss = _loss(model, ids)
                 if loss.requires_grad:
                     loss.backward()
     except Exception as error:
@@ -67,15 +70,21 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
     return temporaries.peak
 
 
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the cross entropy. The logits end here, as in a ``training_step`` that returns the loss alone."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+
+
 def callable_model(module: nn.Module, name: str) -> nn.Module:
-    """Return the module, or what transformers makes of a built-in model's sizes.
+    """Return what is called with tokens: the module, or the model of transformers in it or of its sizes.
 
     Raises:
-        ValueError: If transformers cannot make it on the meta device.
+        ValueError: If it holds several models, or one that reads no tokens, or if it is built in and has experts.
         ImportError: If transformers is missing.
     """
     if not isinstance(module, Skeleton):
-        return module
+        return _held_model(module, name)
     try:
         import transformers
     except ImportError as error:
@@ -104,6 +113,31 @@ def callable_model(module: nn.Module, name: str) -> nn.Module:
                 n_positions=sizes.positions,
             )
         )
+
+
+def _held_model(module: nn.Module, name: str) -> nn.Module:
+    """Return the model of transformers that a module holds, or the module if it holds none."""
+    library = sys.modules.get("transformers")
+    if library is None:
+        return module
+    held: dict[str, Any] = {}
+    for path, child in module.named_modules():
+        inside = any(not above or path.startswith(f"{above}.") for above in held)
+        if isinstance(child, library.PreTrainedModel) and not inside:
+            held[path] = child
+    if len(held) > 1:
+        raise ValueError(
+            f"The activations of {name} are unknown: it holds several models ({', '.join(map(repr, held))}), and a "
+            "plan does not see which of them run. Leave `batch` out, or plan for one of them."
+        )
+    for path, model in held.items():
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"The activations of {name} are unknown: its model {path!r} reads `{model.main_input_name}`, and "
+                "`batch` means tokens. Leave `batch` out."
+            )
+        return model
+    return module
 
 
 def _check_positions(model: nn.Module, name: str, length: int) -> None:

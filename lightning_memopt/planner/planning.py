@@ -80,8 +80,8 @@ def plan_memory(
         replicate_size: Number of replicas of the sharded model, as the strategy takes it.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory, as the strategy takes it.
         averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
-        batch: Sequences and tokens per sequence on a rank, for activations. The model must be a language model of
-            transformers, which runs on fake tensors.
+        batch: Sequences and tokens per sequence on a rank, for activations. The model must be, or hold, a language
+            model of transformers, which runs on fake tensors.
         activation_checkpointing: Whether the activations of blocks are recomputed, as the strategy takes it. It needs
             ``batch``.
 
