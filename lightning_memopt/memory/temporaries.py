@@ -42,10 +42,14 @@ class Temporaries(TorchDispatchMode):
         key, nbytes = id(storage), storage.nbytes()
 
         def freed(reference: Any) -> None:
-            self._now -= nbytes
             del self._made[key]
+            self._changed(key, -nbytes)
 
         self._made[key] = weakref.ref(storage, freed)
+        self._changed(key, nbytes)
+
+    def _changed(self, key: int, nbytes: int) -> None:
+        """Count a storage that was made, or with negative bytes one that was freed."""
         self._now += nbytes
         self.peak = max(self.peak, self._now)
 
