@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 import lightning_memopt as lm
 from lightning_memopt.figures.style import COLORS, DPI, REFERENCE, byte_ticks, finish, new_figure
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.stepping import Step
 from lightning_memopt.planner.planned import PlannedGroup, PlannedMesh, outline, sharded_parameter, whole_parameter
-from lightning_memopt.planner.scratch import Temporaries, updates_of
+from lightning_memopt.planner.scratch import updates_of
 from lightning_memopt.planner.skeletons import skeleton
 from lightning_memopt.plans.placement import shard_dims
 from lightning_memopt.sharding.tensors import local_tensor

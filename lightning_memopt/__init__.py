@@ -32,6 +32,7 @@ from lightning_memopt.optim.classes import (
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.schedule import WarmupSchedule
+from lightning_memopt.optim.tracing import trace_step
 from lightning_memopt.optim.unknown_roles import RoleWarning
 from lightning_memopt.planner import MemoryPlan, plan_memory
 from lightning_memopt.plans.effect import PlanWarning
@@ -121,6 +122,7 @@ __all__ = [
     "recipe_names",
     "register_naming_scheme",
     "take_snapshot",
+    "trace_step",
 ]
 
 

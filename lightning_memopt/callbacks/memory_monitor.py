@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_memopt.callbacks.memory_report import SCALARS, block_table, show_
 from lightning_memopt.figures.heat_map import figure_size
 from lightning_memopt.figures.style import new_figure
 from lightning_memopt.memory.snapshot import Snapshot
+from lightning_memopt.memory.temporaries import StepMemory
 from lightning_memopt.metrics import (
     MemorySavings,
     MomentumAllocation,
@@ -29,9 +31,11 @@ from lightning_memopt.metrics import (
 from lightning_memopt.metrics.base import SnapshotMetric
 from lightning_memopt.optim.measuring import take_snapshot
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.tracing import trace_step
 
 PROGRESS_BAR = "saved %"
 FILE = "memory.json"
+TRACED = 2  # first steps: in the first one, all subspaces are chosen; other optimizers have state in the second one
 SECONDS = 60.0  # between two writes of the file, which grows with the history
 
 
@@ -51,8 +55,12 @@ class OptimizerMemoryMonitor(Callback):
     - ``memopt/state_bytes_global`` (one full copy of the state), ``memopt/momentum_bytes`` (without projections),
       ``memopt/projection_bytes``, ``memopt/second_moment_bytes``, ``memopt/other_bytes``,
     - ``memopt/saved``, ``memopt/saved_momentum``, ``memopt/saved_second_moment`` (fractions of AdamW's),
-    - ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/rest_bytes`` (the maximum
-      of one rank so far, :class:`~lightning_memopt.metrics.PeakMemory`).
+    - ``memopt/peak_bytes``, ``memopt/parameter_bytes``, ``memopt/gradient_bytes``, ``memopt/buffer_bytes``,
+      ``memopt/unsharded_bytes``, ``memopt/scratch_bytes``, ``memopt/rest_bytes`` (the maximum of one rank so far,
+      :class:`~lightning_memopt.metrics.PeakMemory`).
+
+    Unsharded units and scratch are traced (:func:`~lightning_memopt.trace_step`) in the first two steps and in every
+    step before a measurement, and in no other one.
 
     Args:
         every_n_steps: Number of the trainer's steps (over all optimizers) between two measurements.
@@ -87,6 +95,7 @@ class OptimizerMemoryMonitor(Callback):
         self._momenta: list[Any] = []
         self._run = ""
         self._shown, self._logged, self._measured, self._next = 0, False, -1, 0
+        self._tracing, self._step, self._traced = ExitStack(), StepMemory(), 0
         self._folder: Path | None = None
         self._running = False
         self._content: dict[str, Any] = {}
@@ -103,6 +112,7 @@ class OptimizerMemoryMonitor(Callback):
         if self._loaded:
             self._allocation.load_state_dict(self._loaded["allocation"])
         self._loaded, self._next = {}, trainer.global_step
+        self._traced = trainer.global_step + TRACED * max(1, len(trainer.optimizers))
         self._folder, self._running = log_folder(trainer), True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -115,6 +125,7 @@ class OptimizerMemoryMonitor(Callback):
                 self._measured, self._next = trainer.global_step, trainer.global_step + 1
         elif self.history and _momenta(trainer.optimizers) != self._momenta:  # a callback has changed the plan
             self._measure(trainer, pl_module)
+        self._trace(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -127,6 +138,7 @@ class OptimizerMemoryMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if a measurement is due."""
+        self._tracing.close()
         if trainer.global_step >= self._next:
             self._measure(trainer, pl_module)
         if self._shown and not self._logged and not trainer.barebones:  # the progress bar keeps the last value
@@ -136,6 +148,7 @@ class OptimizerMemoryMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure for the last time, and print and draw the results."""
+        self._tracing.close()
         # Callbacks that run after this one may have changed the plan.
         changed = momentum_allocation(take_snapshot(trainer.optimizers, pl_module)) != self._plan
         if trainer.strategy.reduce_boolean_decision(changed or trainer.global_step != self._measured, all=False):
@@ -151,6 +164,7 @@ class OptimizerMemoryMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report the measurements so far, without the other ranks, which may wait for this one elsewhere."""
+        self._tracing.close()
         if self._running and self.history:
             step = int(self.history[-1]["step"])
             say(f"OptimizerMemoryMonitor, stopped by {type(exception).__name__}; last measurement at step {step}:")
@@ -198,10 +212,17 @@ class OptimizerMemoryMonitor(Callback):
 
     # ------------------------------------------------------------------ measuring
 
+    def _trace(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Trace the next batch, if a measurement may be due after it."""
+        soon = trainer.global_step + len(trainer.optimizers)
+        if self._measured >= 0 and (soon >= self._next or soon <= self._traced):
+            self._tracing.enter_context(trace_step(trainer.optimizers, pl_module, into=self._step))
+
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, together with all other processes."""
         # Not all optimizers count their steps, and loggers use the trainer's steps.
-        snapshot = replace(take_snapshot(trainer.optimizers, pl_module), step=trainer.global_step)
+        snapshot = take_snapshot(trainer.optimizers, pl_module, step=self._step)
+        snapshot = replace(snapshot, step=trainer.global_step)
         self._measured, self._plan = trainer.global_step, momentum_allocation(snapshot)
         self._momenta = _momenta(trainer.optimizers)
         self._next = (self._measured // self.every_n_steps + 1) * self.every_n_steps

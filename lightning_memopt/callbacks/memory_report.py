@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.model_summary import get_human_readable_count
 
+from lightning_memopt.memory.rows import REST, ROWS
 from lightning_memopt.memory.sizes import format_bytes, format_share
 from lightning_memopt.memory.snapshot import BlockFacts, Snapshot
 
@@ -29,7 +30,20 @@ SCALARS = {
     "peak_bytes": "peak",
     "parameter_bytes": "parameters",
     "gradient_bytes": "gradients",
+    "buffer_bytes": "buffers",
+    "unsharded_bytes": "unsharded",
+    "scratch_bytes": "scratch",
     "rest_bytes": "rest",
+}
+# Logged scalar → what plans call this part of the peak.
+PEAK_PARTS = {
+    "parameter_bytes": ROWS["parameters"],
+    "gradient_bytes": ROWS["gradients"],
+    "buffer_bytes": ROWS["buffers"],
+    "state_bytes_rank": ROWS["optimizer_state"],
+    "unsharded_bytes": ROWS["unsharded"],
+    "scratch_bytes": ROWS["scratch"],
+    "rest_bytes": REST,
 }
 COLUMNS = ("role", "blocks", "params", "momentum", "second moment", "state", "AdamW", "saved")
 
@@ -79,13 +93,13 @@ def summary(values: Mapping[str, float], world_size: int) -> str:
         world_size: Number of processes.
     """
     size = {name: format_bytes(round(values[name])) for name in values if name.endswith(("_bytes", "_rank"))}
+    parts = {name: size[scalar] for scalar, name in PEAK_PARTS.items() if values.get(scalar)}
     one, of = (f" in all, {size['state_bytes_rank']} on one rank", " of a rank") if world_size > 1 else ("", "")
     return (
         f"Optimizer state: {size['state_bytes']}{one}; saved "
         f"{format_share(values['saved'])} of AdamW's (momentum {format_share(values['saved_momentum'])}, second moment "
-        f"{format_share(values['saved_second_moment'])}). Peak memory{of}: {size['peak_bytes']} (parameters "
-        f"{size['parameter_bytes']}, gradients {size['gradient_bytes']}, optimizer state {size['state_bytes_rank']}, "
-        f"rest {size['rest_bytes']})."
+        f"{format_share(values['saved_second_moment'])}). Peak memory{of}: {size['peak_bytes']} ("
+        f"{', '.join(f'{name} {text}' for name, text in parts.items())})."
     )
 
 

@@ -117,6 +117,7 @@ def _settings_of(trainer: Any) -> dict[str, Any]:
         "averaged": _averages(trainer.callbacks),
         "wrap": resolve_policy("wrap", options.get("wrap")),
         "gradient_release": bool(options.get("gradient_release")),
+        "activation_checkpointing": options.get("activation_checkpointing") is True,
         "cpu_offload": bool(options.get("cpu_offload")),
         "replicate_size": options.get("replicate_size", 1),
         "reshard_after_forward": True if reshard is None else reshard,

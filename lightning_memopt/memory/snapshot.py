@@ -108,6 +108,9 @@ class ProcessMemory:
         buffers: Bytes of the modules' buffers.
         peak: Peak memory: on a GPU, of tensors (``torch.cuda.max_memory_allocated``); on a CPU, the resident set of
             the process, including the interpreter and libraries.
+        unsharded: The most bytes at a time of units that FSDP2 has gathered, their gradients before these are reduced,
+            and the buffers of both, in a step that was traced; 0 if none was.
+        scratch: The most bytes at a time of temporaries of the optimizers' updates, in a step that was traced.
     """
 
     device: str
@@ -115,6 +118,8 @@ class ProcessMemory:
     gradients: int
     buffers: int
     peak: int
+    unsharded: int = 0
+    scratch: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 # The public namesakes of some of these fail on uncoalesced tensors.
 _SPARSE: dict[torch.layout, tuple[str, ...]] = {torch.sparse_coo: ("_indices", "_values")}
@@ -28,7 +30,7 @@ class Storages:
         """Return the bytes behind tensors, without storages that this object has counted before."""
         total = 0
         for tensor in tensors:
-            for plain in _inner(tensor):
+            for plain in inner_tensors(tensor):
                 storage = plain.untyped_storage()
                 if storage._cdata not in self._seen:  # works on the meta device, where storages have no address
                     self._seen.add(storage._cdata)
@@ -36,13 +38,19 @@ class Storages:
         return total
 
 
-def _inner(tensor: Tensor) -> Iterator[Tensor]:
+def storages_of(tree: Any) -> list[torch.UntypedStorage]:
+    """Return the storages behind all tensors in containers."""
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [plain.untyped_storage() for leaf in leaves for plain in inner_tensors(leaf)]
+
+
+def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors in which a tensor keeps its values."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             part = getattr(tensor, name)
             if isinstance(part, Tensor):  # a DTensor also lists its mesh
-                yield from _inner(part)
+                yield from inner_tensors(part)
     elif tensor.layout is torch.strided:
         yield tensor
     else:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_memopt.figures.bars import bars
+from lightning_memopt.memory.rows import HELD, PASSING, PEAK, REST, ROWS
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.metrics.base import Axes, SnapshotMetric, checked
-
-PARTS = ("parameters", "gradients", "buffers", "optimizer_state")
 
 
 def peak_memory(snapshot: Snapshot) -> dict[str, int]:
@@ -31,8 +30,12 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
           are released, the most that existed at a time.
         - ``buffers``: Buffers of the module.
         - ``optimizer_state``: Optimizer state, step counters included.
-        - ``rest``: The peak minus the other parts: activations, gathered parameters and temporaries, and on a CPU the
-          interpreter and libraries.
+        - ``unsharded``: The most at a time of units that FSDP2 has gathered, prefetched ones too, their gradients before
+          these are reduced, and the buffers of both, as :func:`~lightning_memopt.trace_step` found.
+        - ``scratch``: The most at a time of temporaries of the optimizers' updates, as it found.
+        - ``rest``: The peak minus the other parts, of ``unsharded`` and ``scratch`` the larger: activations, other
+          temporaries and memory of the allocator, and on a CPU the interpreter and libraries. With gradient release,
+          when both exist at a time, it includes the smaller of the two.
 
     Raises:
         ValueError: If the snapshot does not include a module.
@@ -44,8 +47,8 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
         >>> found = peak_memory(lm.take_snapshot(optimizer, model))
         >>> found["parameters"], found["gradients"], found["optimizer_state"]
         (4040, 0, 8088)
-        >>> found["peak"] == sum(found.values()) - found["peak"]
-        True
+        >>> found["unsharded"], found["scratch"]
+        (0, 0)
     """
     *parts, peak = _sizes(snapshot)
     return _parts(parts, peak)
@@ -77,7 +80,7 @@ class PeakMemory(SnapshotMetric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("most", torch.zeros(len(PARTS) + 1, dtype=torch.int64), dist_reduce_fx="max")
+        self.add_state("most", torch.zeros(len(ROWS) + 1, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, snapshot: Snapshot) -> None:
         """Update the maximum of every part with a snapshot.
@@ -95,7 +98,7 @@ class PeakMemory(SnapshotMetric):
 
     def _draw(self, val: Mapping[str, Tensor], ax: Axes) -> None:
         """Draw the parts as bars."""
-        sizes = {name.replace("_", " "): float(val[name]) for name in (*PARTS, "rest", "peak")}
+        sizes = {text: float(val[name]) for name, text in {**ROWS, REST: REST, PEAK: PEAK}.items()}
         bars(ax, {"": sizes}, "Peak memory of one rank")
 
 
@@ -107,9 +110,10 @@ def _sizes(snapshot: Snapshot) -> list[int]:
             "`lightning_memopt.take_snapshot(optimizer, model)`."
         )
     state = snapshot.local_bytes + snapshot.counter_bytes
-    return [memory.parameters, memory.gradients, memory.buffers, state, memory.peak]
+    return [memory.parameters, memory.gradients, memory.buffers, state, memory.unsharded, memory.scratch, memory.peak]
 
 
 def _parts(parts: Sequence[int], peak: int) -> dict[str, int]:
-    rest = max(0, peak - sum(parts))
-    return {"peak": peak, **dict(zip(PARTS, parts, strict=True)), "rest": rest}
+    found = dict(zip(ROWS, parts, strict=True))
+    rest = peak - sum(found[name] for name in HELD) - max(found[name] for name in PASSING)
+    return {PEAK: peak, **found, REST: max(0, rest)}

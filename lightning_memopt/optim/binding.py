@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_memopt.kinds.tick import block_key
+from lightning_memopt.memory.temporaries import StepMemory
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim.block import Block, initial_state
 from lightning_memopt.optim.checkpoint.values import described
@@ -46,6 +47,7 @@ class Binding:
         weights: How bfloat16 weights are kept.
         clip_update: Bound on the root mean square of a block's update.
         release: What updates layers in the backward pass, if anything does.
+        measured: Where the temporaries of updates are counted, while somebody measures them.
         observers: Called after every update with the parameters that were updated.
         bound: Whether a model has told its modules and config.
         owner: The module whose ``parameters()`` the optimizer was created from. It is asked if nobody else gives names.
@@ -54,6 +56,7 @@ class Binding:
     fused: bool | None = None  # of what an earlier version has pickled, too
     weights: WeightBits = WeightBits()
     release: GradientRelease | None = None
+    measured: StepMemory | None = None
     clip_update: float | None = None
     bound: bool = False
     owner: nn.Module | None = None
@@ -85,7 +88,7 @@ class Binding:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what refers to a model: a pickled optimizer must not contain one."""
-        left_out: dict[str, Any] = {"release": None, "observers": OrderedDict()}
+        left_out: dict[str, Any] = {"release": None, "measured": None, "observers": OrderedDict()}
         return {key: left_out.get(key, value) for key, value in self.__dict__.items() if key != "owner"}
 
     # ------------------------------------------------------------------ groups

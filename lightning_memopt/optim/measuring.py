@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.memory.snapshot import BlockFacts, PartBytes, ProcessMemory, Snapshot
 from lightning_memopt.memory.storages import Storages
+from lightning_memopt.memory.temporaries import StepMemory
 from lightning_memopt.optim.checkpoint.values import described
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.plans.roles import Part, canonical_names, classify
@@ -32,7 +33,10 @@ OTHER = "other"
 
 
 def take_snapshot(
-    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], module: nn.Module | None = None
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    module: nn.Module | None = None,
+    *,
+    step: StepMemory | None = None,
 ) -> Snapshot:
     """Return immutable facts about the state of optimizers, from this package or others, as one snapshot.
 
@@ -43,6 +47,7 @@ def take_snapshot(
     Args:
         optimizers: One or several.
         module: The model. It gives names to parameters, and ``Snapshot.memory`` describes it.
+        step: What :func:`~lightning_memopt.trace_step` found, for ``Snapshot.memory``.
 
     Raises:
         ValueError: If an optimizer of this package does not know the names of its parameters yet.
@@ -65,6 +70,8 @@ def take_snapshot(
         handles = [optimizer.gradient_release for optimizer in given if isinstance(optimizer, MemOpt)]
         released = sum(handle.peak_bytes for handle in handles if handle is not None)
         memory = replace(memory, gradients=max(memory.gradients, released))
+    if memory is not None and step is not None:
+        memory = replace(memory, unsharded=step.unsharded, scratch=step.scratch)
     names = _names(module)
     found = [
         optimizer.snapshot() if isinstance(optimizer, MemOpt) else _foreign(optimizer, names, module, storages)

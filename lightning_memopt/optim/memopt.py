@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memopt.memory.snapshot import Snapshot
+from lightning_memopt.memory.temporaries import StepMemory
 from lightning_memopt.optim import groups as parsing
 from lightning_memopt.optim import rebinding, reformat
 from lightning_memopt.optim.binding import Binding, params_of
@@ -228,7 +230,9 @@ class MemOpt(torch.optim.Optimizer):
         for _, param in active:
             if not self.state.get(param):  # frozen when the optimizer was created
                 self.state[param] = initial_state(self._binding.blocks[param])
-        take_step(active, self._binding.blocks, self.state, self._tally, fused=self._binding.fused)
+        take_step(
+            active, self._binding.blocks, self.state, self._tally, self._binding.measured, fused=self._binding.fused
+        )
         for hook in list(self._binding.observers.values()):
             hook({param for _, param in active})
 
@@ -240,6 +244,15 @@ class MemOpt(torch.optim.Optimizer):
         handle = RemovableHandle(self._binding.observers)
         self._binding.observers[handle.id] = hook
         return handle
+
+    @contextmanager
+    def measuring(self, found: StepMemory) -> Iterator[None]:
+        """Count the temporaries of all updates inside, as :func:`~lightning_memopt.trace_step` does."""
+        before, self._binding.measured = self._binding.measured, found
+        try:
+            yield
+        finally:
+            self._binding.measured = before
 
     def release_gradients(self, model: nn.Module) -> GradientRelease:
         """Update layers in the backward pass, each as soon as its gradients are complete, and free these.

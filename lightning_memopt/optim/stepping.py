@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_memopt.memory.temporaries import StepMemory
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.bounds import Tally, Watch
 from lightning_memopt.optim.guards import exact_arithmetic
@@ -20,6 +22,7 @@ def take_step(
     blocks: Mapping[Tensor, Sequence[Block]],
     states: Mapping[Tensor, dict[str, Tensor]],
     tally: Tally,
+    measured: StepMemory | None = None,
     *,
     fused: bool | None = None,
 ) -> None:
@@ -30,6 +33,7 @@ def take_step(
         blocks: Parameter → its blocks.
         states: Parameter → its state.
         tally: Counts the elements that the bound changes.
+        measured: Counts the temporaries of the updates.
         fused: Whether to use kernels; None for where they are available.
 
     Raises:
@@ -50,7 +54,8 @@ def take_step(
     if active:
         torch._foreach_add_([states[param]["step"] for _, param in active], 1)
     watch = tally.watch(max(numbers, default=0))
-    with exact_arithmetic({param.device.type for _, param in active}):
+    scratch = nullcontext() if measured is None else measured.update()
+    with exact_arithmetic({param.device.type for _, param in active}), scratch:
         step.run(watch)
     tally.take(watch)
     watch.require_finite()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Container, Set
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.planner.planned import outline
-from lightning_memopt.planner.scratch import Temporaries
 from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.planner.skeletons import ALIASES, MODELS, LlamaSizes, Skeleton
 from lightning_memopt.sharding.wrapping import blocks
@@ -14,17 +19,76 @@ from lightning_memopt.sharding.wrapping import blocks
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
-def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int:
-    """Return the most bytes of what a pass forward and backward makes besides gradients of weights.
+@dataclass(frozen=True)
+class Activations:
+    """The most bytes at a time of what a pass forward and backward makes.
+
+    Attributes:
+        peak: Besides gradients of weights.
+        with_outer: The same, with gradients of the outer parameters from when they are made.
+        before_layers: Besides gradients of weights, before the first block runs.
+    """
+
+    peak: int
+    with_outer: int
+    before_layers: int
+
+
+class _Recorded(Temporaries):
+    """Records when storages are made and freed.
+
+    Attributes:
+        events: Number of a storage, and its bytes, negative when it is freed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int]] = []
+        self._numbers: dict[int, int] = {}
+
+    def number(self, storage: torch.UntypedStorage) -> int | None:
+        """Return the number of a storage that is alive; None if it was not made inside."""
+        return self._numbers.get(id(storage))
+
+    def _changed(self, key: int, nbytes: int) -> None:
+        made = key not in self._numbers
+        number = self._numbers.setdefault(key, len(self.events))
+        if not made:
+            del self._numbers[key]
+        self.events.append((number, nbytes))
+        super()._changed(key, nbytes)
+
+    def most(self, *, without: Container[int], kept: Container[int] = (), until: int | None = None) -> int:
+        """Return the most bytes at a time, up to an event.
+
+        Args:
+            without: Storages that do not count.
+            kept: Storages that count as if they were never freed.
+            until: The number of events.
+        """
+        now = most = 0
+        for number, nbytes in self.events[:until]:
+            if number in kept:
+                now += max(0, nbytes)
+            elif number not in without:
+                now += nbytes
+            most = max(most, now)
+        return most
+
+
+def activations_of(module: nn.Module, name: str, settings: RunSettings, outer: Set[Tensor]) -> Activations:
+    """Return the most bytes of what a pass forward and backward makes.
 
     These are activations that are kept for the backward pass, temporaries of operations, logits and their cross entropy
     in float32, and what is recomputed with activation checkpointing. Attention is that of
     ``scaled_dot_product_attention``, which keeps no scores, unless the model's configuration chooses another one.
 
     Args:
-        module: A language model, called with ``input_ids``. It does not change.
+        module: A language model, called with ``input_ids``, or a module that holds one of transformers. It does not
+            change.
         name: The name of the model.
         settings: The settings of the run, with a batch.
+        outer: Parameters of the module that stay gathered while blocks run, with gradients that are reduced last.
 
     Raises:
         ValueError: If the model cannot run that way, or has learned positions for shorter sequences only.
@@ -34,6 +98,10 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
 
     assert settings.batch is not None
     half = settings.precision != "32-true"
+    source = callable_model(module, name)
+    _check_positions(source, name, settings.batch[1])
+    stay = _same_in(source, module, outer)
+    recorded, grads, kept, begun = _Recorded(), set[int](), set[int](), list[int]()
 
     def fake(tensor: Tensor) -> Tensor:
         dtype = torch.bfloat16 if half and tensor.is_floating_point() else tensor.dtype
@@ -42,21 +110,24 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
     def fake_parameter(param: nn.Parameter) -> nn.Parameter:
         made = nn.Parameter(fake(param), requires_grad=param.requires_grad)
         if param.requires_grad:
+            made.register_hook(lambda grad: note(grad, kept if param in stay else grads))
             made.register_post_accumulate_grad_hook(_drop)
         return made
 
-    source = callable_model(module, name)
-    _check_positions(source, name, settings.batch[1])
+    def note(grad: Tensor, among: set[int]) -> None:
+        among.update(number for number in [recorded.number(grad.untyped_storage())] if number is not None)
+
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = outline(source, fake_parameter, buffers=fake).train()
             _without_attention_dropout(model)
-            for block in blocks(model) if settings.activation_checkpointing else ():
-                checkpoint(block)
+            for block in blocks(model):
+                block.register_forward_pre_hook(lambda *_: begun.append(len(recorded.events)))
+                if settings.activation_checkpointing:
+                    checkpoint(block)
             ids = torch.zeros(settings.batch, dtype=torch.long)
-            with Temporaries() as temporaries:
-                logits = model(input_ids=ids, use_cache=False).logits
-                loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+            with recorded:
+                loss = _loss(model, ids)
                 if loss.requires_grad:
                     loss.backward()
     except Exception as error:
@@ -64,18 +135,34 @@ def activation_bytes(module: nn.Module, name: str, settings: RunSettings) -> int
             f"The activations of {name} are unknown: only language models of transformers that read `input_ids` alone "
             f"are supported ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Leave `batch` out."
         ) from error
-    return temporaries.peak
+    return Activations(
+        peak=recorded.most(without=grads | kept),
+        with_outer=recorded.most(without=grads, kept=kept),
+        before_layers=recorded.most(without=(), until=next(iter(begun), None)),
+    )
+
+
+def _same_in(source: nn.Module, module: nn.Module, params: Set[Tensor]) -> set[Tensor]:
+    """Return the parameters of the model that runs which are those of the module: by name if it is built in."""
+    names = {name for name, param in module.named_parameters() if param in params}
+    return {param for name, param in source.named_parameters() if param in params or name in names}
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the cross entropy. The logits end here, as in a ``training_step`` that returns the loss alone."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
 
 
 def callable_model(module: nn.Module, name: str) -> nn.Module:
-    """Return the module, or what transformers makes of a built-in model's sizes.
+    """Return what is called with tokens: the module, or the model of transformers in it or of its sizes.
 
     Raises:
-        ValueError: If transformers cannot make it on the meta device.
+        ValueError: If it holds several models, or one that reads no tokens, or if it is built in and has experts.
         ImportError: If transformers is missing.
     """
     if not isinstance(module, Skeleton):
-        return module
+        return _held_model(module, name)
     try:
         import transformers
     except ImportError as error:
@@ -104,6 +191,31 @@ def callable_model(module: nn.Module, name: str) -> nn.Module:
                 n_positions=sizes.positions,
             )
         )
+
+
+def _held_model(module: nn.Module, name: str) -> nn.Module:
+    """Return the model of transformers that a module holds, or the module if it holds none."""
+    library = sys.modules.get("transformers")
+    if library is None:
+        return module
+    held: dict[str, Any] = {}
+    for path, child in module.named_modules():
+        inside = any(not above or path.startswith(f"{above}.") for above in held)
+        if isinstance(child, library.PreTrainedModel) and not inside:
+            held[path] = child
+    if len(held) > 1:
+        raise ValueError(
+            f"The activations of {name} are unknown: it holds several models ({', '.join(map(repr, held))}), and a "
+            "plan does not see which of them run. Leave `batch` out, or plan for one of them."
+        )
+    for path, model in held.items():
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"The activations of {name} are unknown: its model {path!r} reads `{model.main_input_name}`, and "
+                "`batch` means tokens. Leave `batch` out."
+            )
+        return model
+    return module
 
 
 def _check_positions(model: nn.Module, name: str, length: int) -> None:

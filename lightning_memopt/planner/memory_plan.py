@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_memopt.memory.rows import PEAK, ROWS
 from lightning_memopt.memory.sizes import format_bytes, format_share
 
 ADAMW = "torch.optim.AdamW"
-COLUMNS = ("recipe", "gradients", "optimizer state", "saved", "scratch", "peak", "left for activations")
+COLUMNS = (
+    *("recipe", ROWS["gradients"], ROWS["optimizer_state"], "saved", ROWS["scratch"], PEAK),
+    "left for activations",
+)
 HOST = "in CPU memory"
+AVERAGED = "averaged weights"
 
 
 @dataclass(frozen=True)
@@ -140,15 +145,15 @@ class MemoryPlan:
     def shared(self) -> str:
         """Return in words what all recipes have in common."""
         sizes = {
-            "parameters": self.parameter_bytes,
-            "averaged weights": self.averaged_bytes,
-            "buffers": self.buffer_bytes,
-            "unsharded units and their gradients" if self.sharded else "autocast's copies": self.unsharded_bytes,
+            ROWS["parameters"]: self.parameter_bytes,
+            AVERAGED: self.averaged_bytes,
+            ROWS["buffers"]: self.buffer_bytes,
+            ROWS["unsharded"] if self.sharded else "autocast's copies": self.unsharded_bytes,
         }
         if self.batch is not None:
             sizes[f"activations of {self.batch[0]} x {self.batch[1]} tokens"] = self.activation_bytes or 0
         # With offloading, parameters and their average are in CPU memory, as are gradients, state and scratch.
-        host = [key for key in ("parameters", "averaged weights") if self.cpu_offload]
+        host = [key for key in (ROWS["parameters"], AVERAGED) if self.cpu_offload]
         device = _listed({key: size for key, size in sizes.items() if key not in host})
         if not self.cpu_offload:
             return f"On each rank: {device}."

@@ -69,10 +69,6 @@ def main(args: Sequence[str], configured: Callable[[list[str]], Configured]) -> 
     """
     parser = _parser()
     options, others = parse(parser, args)
-    if options.batch is not None and options.config:
-        parser.error(
-            "--batch calls a model with tokens, which the module of a config may not take: give it by --model."
-        )
     if options.activation_checkpointing and options.batch is None:
         parser.error("--activation-checkpointing changes activations only: say for which --batch, such as 4x512.")
     if options.plot is not None and not options.sweep:
@@ -163,11 +159,11 @@ def _parser() -> Parser:
         "--batch",
         type=_batch,
         metavar="NxLENGTH",
-        help="Sequences and tokens per sequence on a rank, such as 4x512: plan activations, too (with --model).",
+        help="Sequences and tokens per sequence on a rank, such as 4x512: plan activations, too.",
     )
     parser.add_argument(
         "--activation-checkpointing",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="The activations of blocks are recomputed, as with MemOptFSDPStrategy(activation_checkpointing=True).",
     )
     parser.add_argument(

@@ -16,7 +16,7 @@ from lightning_memopt.memory.sizes import parse_bytes
 from lightning_memopt.memory.snapshot import Snapshot
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.weights import weight_bits
-from lightning_memopt.planner.activations import activation_bytes
+from lightning_memopt.planner.activations import activations_of
 from lightning_memopt.planner.architectures import find_model
 from lightning_memopt.planner.memory_plan import ADAMW, MemoryPlan, RecipeMemory
 from lightning_memopt.planner.planned import PlannedMesh, outline
@@ -80,8 +80,8 @@ def plan_memory(
         replicate_size: Number of replicas of the sharded model, as the strategy takes it.
         cpu_offload: Whether parameters, gradients and optimizer state are in CPU memory, as the strategy takes it.
         averaged: Whether a callback such as Lightning's ``WeightAveraging`` keeps an average of the parameters.
-        batch: Sequences and tokens per sequence on a rank, for activations. The model must be a language model of
-            transformers, which runs on fake tensors.
+        batch: Sequences and tokens per sequence on a rank, for activations. The model must be, or hold, a language
+            model of transformers, which runs on fake tensors.
         activation_checkpointing: Whether the activations of blocks are recomputed, as the strategy takes it. It needs
             ``batch``.
 
@@ -92,7 +92,7 @@ def plan_memory(
         ImportError: If a configuration file is given and transformers is missing.
 
     Example:
-        >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1.3GiB")
+        >>> plan = plan_memory("llama-130m", ["adam_mini", "adapm_lean"], world_size=2, gpu_memory="1GiB")
         >>> plan.parameters, plan.row("adapm_lean").state_bytes, plan.first_fit
         (134105856, 12108800, 'adapm_lean')
     """
@@ -190,7 +190,8 @@ def plan_module(
     # A strategy makes the average in the dtype that parameters have before they are converted.
     average = sum(sharding.numbers(each) * each.itemsize for each in sharding.params) if settings.averaged else 0
     unsharded = sharding.unsharded()
-    activations = None if settings.batch is None else activation_bytes(module, name, settings)
+    activations = None if settings.batch is None else activations_of(module, name, settings, set(sharding.outer))
+    passing = unsharded if activations is None else sharding.passing(activations)
     gradients, kept = (sharding.held_gradients(release=release) for release in (False, settings.gradient_release))
     adamw = sum(2 * local_tensor(param).nbytes for param in copy.parameters() if param.requires_grad)
     # With CPU offloading, what is not sharded stays on the device, with gradients and at most AdamW's state.
@@ -200,7 +201,6 @@ def plan_module(
         held = parameters + average + state + grads
         # With release, steps are a part of the backward pass.
         releases = settings.gradient_release and label != ADAMW
-        passing = unsharded + (activations or 0)
         total, host = held + buffers + max(passing + scratch * releases, scratch), 0
         if settings.cpu_offload:
             total, host = buffers + passing + stays, held + scratch
@@ -234,7 +234,7 @@ def plan_module(
         counter_bytes=torch.float32.itemsize * sum(param.requires_grad for param in sharding.params),
         unsharded_bytes=unsharded,
         sharded=not settings.alone,
-        activation_bytes=activations,
+        activation_bytes=None if activations is None else activations.peak,
         batch=settings.batch,
         activation_checkpointing=settings.activation_checkpointing,
         matrices=sum(param.ndim > 1 for param in sharding.params),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,54 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_memopt.kinds.batch import two_chunks
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.optim.block import initial_state
 from lightning_memopt.optim.bounds import Watch
 from lightning_memopt.optim.memopt import MemOpt
 from lightning_memopt.optim.stepping import Step
 from lightning_memopt.optim.update import Update
 from lightning_memopt.sharding.collectives import MAX_PAYLOAD
-
-
-class Temporaries(TorchDispatchMode):
-    """Counts operations, and the largest number of bytes of storages made inside that live at one time.
-
-    Work space inside an operation, such as a factorization, is not counted.
-
-    Attributes:
-        operations: Number of operations other than views.
-        peak: The largest number of bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.peak, self._now = 0, 0, 0
-        self._made: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in given and id(storage) not in self._made:
-                    self._add(storage)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = id(storage), storage.nbytes()
-
-        def freed(reference: Any) -> None:
-            self._now -= nbytes
-            del self._made[key]
-
-        self._made[key] = weakref.ref(storage, freed)
-        self._now += nbytes
-        self.peak = max(self.peak, self._now)
 
 
 def updates_of(optimizer: MemOpt, step: int) -> list[Update]:

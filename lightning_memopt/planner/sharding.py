@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_memopt.planner.activations import Activations
 from lightning_memopt.planner.planned import PlannedMesh, sharded_parameter, whole_parameter
 from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.plans.placement import shard_dims
@@ -37,6 +39,8 @@ class Sharding:
         layers: The parameters that gradient release would update together, if nothing is sharded.
         released: Whether gradients are released.
         unreduced: Whether gradients of full size add up over several batches.
+        reused: The parameters of units that contain others which a pass may use twice, as a tied head does.
+        late: Those whose gradients come after those of all layers: embeddings of models with a head of their own.
     """
 
     params: tuple[nn.Parameter, ...]
@@ -50,6 +54,8 @@ class Sharding:
     layers: tuple[Sequence[nn.Parameter], ...]
     released: bool
     unreduced: bool
+    reused: tuple[nn.Parameter, ...]
+    late: frozenset[Tensor]
 
     @staticmethod
     def of(module: nn.Module, name: str, mesh: PlannedMesh, settings: RunSettings) -> Sharding:
@@ -61,6 +67,7 @@ class Sharding:
         dims = shard_dims(module, mesh.ranks)
         if not isinstance(settings.reshard_after_forward, bool):
             dims = dict.fromkeys(dims, 0)  # as the strategy does
+        reused, late = _uses(module, [param for unit in units if _holds(unit, own) for param in own[unit.module]])
         return Sharding(
             params=tuple(module.parameters()),
             mesh=mesh,
@@ -73,6 +80,8 @@ class Sharding:
             layers=tuple(parameters_by_unit(module)) if alone else (),
             released=settings.gradient_release,
             unreduced=settings.unreduced,
+            reused=reused,
+            late=late,
         )
 
     def planned(self, param: nn.Parameter) -> nn.Parameter:
@@ -133,31 +142,66 @@ class Sharding:
         """
         if not self.units:
             return self._copies()
-        outer, inner = self.outer, self.inner
-        around = self.gathered(outer)
+        early = self.gathered(param for param in _trained(self.outer) if param not in self.late)
+        # A weight that is used twice has two gradients, and then their sum.
+        added = 2 * max((self.gathered([param]) for param in self.reused), default=0)
+        around = self.gathered(self.outer)
+        computed = around + self.gathered(_trained(self.outer)) + added + self._reducing()
+        return self._kept() + max(self._start(), self._among_layers() + early, computed, self._reduced_last())
+
+    def passing(self, activations: Activations) -> int:
+        """Return the most bytes that a pass takes at a time beside shards and reduced gradients, with activations.
+
+        Gradients of the units that contain others come one after the other, and are counted with the activations.
+        """
+        if not self.units:
+            return self._copies() + activations.peak
+        begun, during = self._start() + activations.before_layers, self._among_layers() + activations.with_outer
+        return self._kept() + max(begun, during, self._reduced_last())
+
+    def _start(self) -> int:
+        """Return the bytes when a pass begins: the buffer of a gather is kept until the next one is copied out."""
+        first, moved = (max(map(size, self.inner), default=0) for size in (self.gathered, self._moved))
+        around, twice = self.gathered(self.outer), 1 + self._buffers
+        return max(twice * around + self._moved(self.outer), twice * (around + first) + moved)
+
+    def _among_layers(self) -> int:
+        """Return the most bytes while a layer runs, without gradients of units that contain others."""
+        inner, buffers = self.inner, self._buffers
         first, second, *_ = [*map(self.gathered, inner), 0, 0]
-        buffers = self.mesh.ranks > 1  # one rank copies its shards, without a buffer
         moved = max(map(self._moved, inner), default=0)
         grads = max((self.gathered(_trained(params)) for params in inner), default=0)
         # A unit that is frozen, in part or whole, is freed after the next one is gathered.
         frozen = max((self.gathered(params) - self.gathered(_trained(params)) for params in inner), default=0)
-        reducing = self._reducing()
-        early = self.gathered(_trained(outer))
-        added = max((self.gathered([param]) for param in _trained(outer)), default=0)  # of a weight that is used twice
+        ahead = 0 if self.reshard is False else buffers * second
+        backward = max(ahead + grads, buffers * first + moved + frozen) + self._reducing()
+        forward = max(buffers * (first + second), buffers * first + moved)
+        return self.gathered(self.outer) + first + max(backward, forward)
+
+    def _reduced_last(self) -> int:
+        """Return the most bytes when gradients of units that contain others are reduced, and activations are gone."""
+        outer = [self.own[unit.module] for unit in self.units if self._contains(unit)]
+        around, grads = self.gathered(self.outer), self.gathered(_trained(self.outer))
+        freed = max((self.reduced(_trained(params)) - self.gathered(params) for params in outer), default=0)
+        return around + grads + freed + self._reducing()
+
+    def _kept(self) -> int:
+        """Return the bytes of what a pass keeps in all of its moments."""
+        sizes = [self.gathered(params) for params in self.inner]
         kept = 0  # between the forward and the backward pass
         if self.reshard is False:
-            kept = sum(map(self.gathered, inner)) - first
+            kept = sum(sizes) - max(sizes, default=0)
         elif self.reshard is not True:
-            kept = sum(map(self.gathered, inner)) // self.reshard
-        ahead = 0 if self.reshard is False else buffers * second
-        backward = around + early + first + max(ahead + grads, buffers * first + moved + frozen) + reducing
-        last = early + max(around + added, self.reduced(_trained(outer))) + reducing
-        start = (1 + buffers) * (around + first) + self._moved(outer)
-        forward = around + first + max(buffers * (first + second), buffers * first + moved)
+            kept = sum(sizes) // self.reshard
         held = self.gathered(_trained(self.params)) if self.unreduced else 0
         # Offloaded shards of a unit come from the CPU while gradients go there.
         transit = 2 * max(map(self.stored, self.own.values()), default=0) if self.offload else 0
-        return kept + max(backward, last, start, forward) + held + transit
+        return kept + held + transit
+
+    @property
+    def _buffers(self) -> bool:
+        """Whether a gather goes through a buffer: one rank copies its shards without."""
+        return self.mesh.ranks > 1
 
     def _copies(self) -> int:
         """Return the bytes of autocast's copies of matrices, which exist before gradients do."""
@@ -173,12 +217,14 @@ class Sharding:
         return moved + cast
 
     def _reducing(self) -> int:
-        """Return the bytes of gradients that are being reduced: the largest unit below every outermost one."""
-        found = 0
+        """Return the bytes of gradients that are being reduced: the largest unit below every outermost one.
+
+        A unit that contains others has then freed more than this: its gathered parameters, and their gradients.
+        """
+        found, layers = 0, [unit.module for unit in self.units if not self._contains(unit)]
         for root in (unit for unit in self.units if unit.outermost):
             inside = set(root.module.modules())
-            units = [params for module, params in self.own.items() if module in inside]
-            found += max((self.reduced(_trained(params)) for params in units), default=0)
+            found += max((self.reduced(_trained(self.own[layer])) for layer in layers if layer in inside), default=0)
         return found
 
     def held_gradients(self, *, release: bool) -> int:
@@ -208,7 +254,7 @@ class Sharding:
         return [*self.own.values(), self.loose] if self.units else [*self.layers]
 
     def _contains(self, unit: Unit) -> bool:
-        return any(other in self.own for other in unit.module.modules() if other is not unit.module)
+        return _holds(unit, self.own)
 
 
 def _trained(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -229,6 +275,25 @@ def _own(units: Sequence[Unit]) -> dict[nn.Module, list[nn.Parameter]]:
         )
         for unit in units
     }
+
+
+def _uses(module: nn.Module, outer: Sequence[nn.Parameter]) -> tuple[tuple[nn.Parameter, ...], frozenset[Tensor]]:
+    """Return the fields ``reused`` and ``late`` of :class:`Sharding`.
+
+    What a function does with a weight is not visible: it may use an embedding as the head, unless the model has another
+    weight of that shape.
+    """
+    owners = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
+    tables: set[Tensor] = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
+    shapes = Counter(param.shape for param in outer)
+    late = {param for param in outer if param in tables and owners[param] == 1 and shapes[param.shape] > 1}
+    reused = (param for param in outer if owners[param] > 1 or param in tables - late)
+    return tuple(param for param in reused if param.requires_grad), frozenset(late)
+
+
+def _holds(unit: Unit, own: dict[nn.Module, list[nn.Parameter]]) -> bool:
+    """Return whether a unit contains others."""
+    return any(other in own for other in unit.module.modules() if other is not unit.module)
 
 
 def _units(module: nn.Module, name: str, wrap: Policy | None, precision: str) -> list[Unit]:

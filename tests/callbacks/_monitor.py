@@ -24,7 +24,8 @@ SCALARS = {
     *("state_bytes", "state_bytes_rank", "state_bytes_global"),
     *("momentum_bytes", "projection_bytes", "second_moment_bytes", "other_bytes"),
     *("saved", "saved_momentum", "saved_second_moment"),
-    *("peak_bytes", "parameter_bytes", "gradient_bytes", "rest_bytes"),
+    *("peak_bytes", "parameter_bytes", "gradient_bytes", "buffer_bytes", "unsharded_bytes", "scratch_bytes"),
+    "rest_bytes",
 }
 FILES = {"memory.json", "memory.png", "momentum.png"}
 

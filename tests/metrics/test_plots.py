@@ -121,7 +121,7 @@ def test_bars_show_the_sizes():
     assert [bar.get_width() for bar in ax.patches] == pytest.approx(list(memory_savings(taken).values()))
     _, ax = updated(PeakMemory, taken).plot()
     assert [label.get_text() for label in ax.get_yticklabels()][-1] == "peak"
-    assert len(ax.patches) == 6
+    assert len(ax.patches) == 8
 
 
 def test_more_state_than_adamws_shows_as_less_than_nothing():

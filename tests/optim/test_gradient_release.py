@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lightning_memopt as lm
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.optim.signals import Probe
-from lightning_memopt.planner.scratch import Temporaries
 from tests._compare import assert_equal, relative_error
 from tests._models import tiny_llama
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from torch.distributed._composable.checkpoint_activation import checkpoint
 
 import lightning_memopt as lm
-from lightning_memopt.planner.scratch import Temporaries
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.sharding.wrapping import blocks
 from tests._models import tiny_gpt2, tiny_llama
 
@@ -22,14 +22,13 @@ BATCH = (4, 16)
 
 
 def measured(model: nn.Module, *, checkpointed: bool) -> int:
-    for param in model.parameters():
+    for param in filter(lambda param: param.requires_grad, model.parameters()):
         param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
     for block in blocks(model) if checkpointed else ():
         checkpoint(block)
     ids = torch.zeros(BATCH, dtype=torch.long)
     with Temporaries() as temporaries:
-        logits = model.train()(input_ids=ids, use_cache=False).logits
-        nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return temporaries.peak
 
 
@@ -91,6 +90,15 @@ def test_a_built_in_model_runs(run):
     assert "First that fits in 4 GiB, keeping the most state: torch.optim.AdamW (" in out
 
 
+def test_a_module_that_holds_a_model_with_adapters():
+    """What runs is the model of transformers inside, with the adapters that are in its layers."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    module = nn.ModuleDict({"policy": peft.get_peft_model(tiny_llama(layers=4), config)})
+    plan = lm.plan_memory(module, "adafactor", batch=BATCH)
+    assert plan.activation_bytes == pytest.approx(measured(module["policy"], checkpointed=False), rel=0.03)
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +129,6 @@ def test_bad_input_is_told(model, options, message):
     [
         (["--model", "gpt2", "--batch", "8"], "two numbers with an x between them, such as 4x512, are needed, got '8'"),
         (["--model", "gpt2", "--activation-checkpointing"], "activations only: say for which --batch, such as 4x512"),
-        (["--config", "x.yaml", "--batch", "8x4"], "which the module of a config may not take: give it by --model"),
     ],
 )
 def test_the_command_says_what_is_missing(run, args, message):

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 import lightning_memopt as lm
 from lightning_memopt import _registration
+from lightning_memopt.memory.temporaries import Temporaries
 from lightning_memopt.planner.memory_plan import ADAMW
 
 pytestmark = pytest.mark.slow
@@ -65,6 +66,63 @@ def test_the_optimizer_of_a_config_has_its_options(run):
     assert own["state_bytes"] == optimizer.snapshot().state_bytes
 
 
+def test_activations_are_those_of_the_model_that_the_module_of_a_config_holds(run, tmp_path):
+    from examples.pretrain.model import LanguageModel
+
+    args = ["--config", str(CONFIGS / "pretrain.yaml"), "--recipe", "adafactor", "--batch", "4x64", "--json"]
+    code, out, err = run(*args)
+    assert code == 0, err
+    found = json.loads(out)
+    module = LanguageModel()
+    for param in module.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    with Temporaries() as temporaries:
+        module.loss(torch.zeros(4, 64, dtype=torch.long)).backward()
+    assert found["activation_bytes"] == pytest.approx(temporaries.peak, rel=0.05)
+
+    checkpointed = {
+        "class_path": "lightning_memopt.MemOptFSDPStrategy",
+        "init_args": {"activation_checkpointing": True},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": checkpointed}}))
+    less, more = (
+        json.loads(run(*args, "--config", str(tmp_path / "run.yaml"), *given)[1])
+        for given in ([], ["--no-activation-checkpointing"])
+    )
+    assert (less["activation_checkpointing"], more["activation_checkpointing"]) == (True, False)
+    assert less["activation_bytes"] < 0.8 * more["activation_bytes"] == 0.8 * found["activation_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("self.net = torch.nn.Linear(4, 4)", "activations of Other are unknown: only language models of transformers"),
+        ("self.a, self.b = tiny_llama(), tiny_llama()", "it holds several models ('a', 'b'), and a plan does not see"),
+        ("self.vit = vit()", "its model 'vit' reads `pixel_values`, and `batch` means tokens. Leave `batch` out."),
+    ],
+)
+def test_a_module_whose_activations_are_unknown_is_told(run, monkeypatch, body, message):
+    Path("other_modules.py").write_text(OTHER.format(body=body))
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("x.yaml").write_text("model: {class_path: other_modules.Other}\n")
+    code, _, err = run("--config", "x.yaml", "--batch", "2x8")
+    sys.modules.pop("other_modules")
+    assert code == 2
+    assert message in err
+    assert "Leave `batch` out" in err
+
+
+OTHER = """
+import lightning.pytorch as pl, torch, transformers
+from tests._models import tiny_llama
+def vit():
+    config = transformers.ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.ViTForImageClassification(config)
+class Other(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        {body}
+"""
 NOISY = """
 import lightning.pytorch as pl, torch
 class Noisy(pl.LightningModule):

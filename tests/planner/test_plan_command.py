@@ -29,7 +29,7 @@ def test_the_command_sweeps(run):
     assert header.split()[1:5] == ["1", "rank", "2", "ranks"]
     assert header.split()[-4:] == ["64", "ranks", "fits", "from"]
     line = next(line for line in out.splitlines() if line.split()[:1] == ["adafactor"])
-    assert line.split()[-1] == "8"
+    assert line.split()[-1] == "4"
     for most, sizes in ((5, [1, 2, 4, 5]), (8, [1, 2, 4, 8]), (100, [1, 2, 4, 8, 16, 32, 64, 100])):
         args = ["--recipe", "adafactor", "--sweep", "--world-size", str(most), "--json", "--plot", "x.png"]
         code, out, _ = run("--model", "llama-60m", *args)

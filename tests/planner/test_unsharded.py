@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,8 +20,11 @@ pytest.importorskip("lightning.pytorch")
 pytest.importorskip("transformers")
 
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_memopt.optim.unsharded import METHODS, trace_unsharded
 from lightning_memopt.planner.planned import PlannedMesh
+from lightning_memopt.planner.planning import candidates, plan_module
 from lightning_memopt.planner.settings import RunSettings
 from lightning_memopt.planner.sharding import Sharding as PlannedSharding
 from lightning_memopt.sharding.wrapping import find_units
@@ -30,6 +34,7 @@ from tests._models import tiny_llama
 pytestmark = pytest.mark.slow
 
 WIDTH, VOCAB = 64, 1024
+CPU = torch.device("cpu")
 
 
 class Storages(TorchDispatchMode):
@@ -116,6 +121,24 @@ class Llama(Module):
         return self.model(input_ids=ids, use_cache=False).logits.sum()
 
 
+class Vocabulary(Module):
+    """A LLaMA of four layers, most of whose weights are those of its tokens."""
+
+    def __init__(self, size: int, *, tied: bool) -> None:
+        config = LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=size,
+            tie_word_embeddings=tied,
+        )
+        super().__init__(LlamaForCausalLM(config).train())
+
+    def training_step(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "small vocabulary": lambda: Llama(32),
     "large vocabulary": lambda: Llama(2048),
@@ -161,13 +184,13 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def measured(module: Any, *, release: bool) -> int:
-    """Return the most bytes that a pass makes, with one token's activations."""
+def measured(module: Any, *, release: bool, batch: tuple[int, int] = (1, 1)) -> int:
+    """Return the most bytes that a pass makes, with the activations of a batch."""
     for param in module.parameters():
         if release and param.requires_grad:
             param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
     with Storages() as storages:
-        module.training_step(torch.zeros(1, 1, dtype=torch.long)).backward()
+        module.training_step(torch.zeros(batch, dtype=torch.long)).backward()
     return storages.peak
 
 
@@ -189,8 +212,37 @@ def test_a_pass_takes_at_most_what_is_planned(ranks, case):
     names = {"mesh_dim_names": ("replicate", "shard")} if case.replicas > 1 else {}
     mesh = init_device_mesh("cpu", (case.replicas, shards) if names else (shards,), **names)
     module = make()
-    shard(module, find_units(module), Sharding(mesh, case.precision, False, torch.device("cpu"), case.reshard))
+    shard(module, find_units(module), Sharding(mesh, case.precision, False, CPU, case.reshard))
     found = measured(module, release=case.release)
     small = 8192  # activations
-    # A large vocabulary's gradient counts twice, in case that its weight is used twice.
-    assert (0.7 if ranks == 8 and "large" not in case.model else 0.45) * most < found <= most + small
+    # On few ranks, reduced gradients are large, and most of them do not exist yet at the fullest moment.
+    assert (0.7 if ranks == 8 else 0.6) * most < found <= most + small
+
+
+def test_traces_within_traces_find_the_same_and_leave_nothing(ranks):
+    module = Module(Stack())
+    shard(module, find_units(module), Sharding(init_device_mesh("cpu", (ranks,)), "32-true", False, CPU, True))
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in module.modules() if isinstance(unit, FSDPModule)]
+    with trace_unsharded(module) as outer, trace_unsharded(module) as inner:
+        module.training_step(torch.zeros(1, 1, dtype=torch.long)).backward()
+    assert outer() == inner() > 0
+    assert groups
+    assert not any(name in vars(group) for group in groups for name in METHODS)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("batch", [(1, 16), (4, 128)], ids=str)
+@pytest.mark.parametrize("vocabulary", [32768, 131072])
+def test_a_large_vocabulary_takes_what_is_planned(vocabulary, batch, tied):
+    """With activations: logits and gradients of embedding and head come one after the other."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    module = Vocabulary(vocabulary, tied=tied)
+    settings = RunSettings(8, gradient_release=True, batch=batch, fsdp=True)
+    plan = plan_module(module, candidates("scale"), settings, name="vocabulary")
+    row = plan.row("scale")
+    passing = row.total_bytes - plan.parameter_bytes - plan.buffer_bytes - row.state_bytes - row.scratch_bytes
+    shard(module, find_units(module), Sharding(init_device_mesh("cpu", (8,)), "32-true", False, CPU, True))
+    found = measured(module, release=True, batch=batch)
+    dist.destroy_process_group()
+    assert 0.93 * passing < found <= passing
+    assert passing < plan.activation_bytes + plan.unsharded_bytes + row.gradient_bytes
