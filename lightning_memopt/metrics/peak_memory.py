@@ -30,8 +30,8 @@ def peak_memory(snapshot: Snapshot) -> dict[str, int]:
           are released, the most that existed at a time.
         - ``buffers``: Buffers of the module.
         - ``optimizer_state``: Optimizer state, step counters included.
-        - ``unsharded``: The most at a time of units that FSDP2 has gathered, prefetched ones too, their gradients before
-          these are reduced, and the buffers of both, as :func:`~lightning_memopt.trace_step` found.
+        - ``unsharded``: The most at a time of units that FSDP2 has gathered, prefetched ones too, their gradients
+          before these are reduced, and the buffers of both, as :func:`~lightning_memopt.trace_step` found.
         - ``scratch``: The most at a time of temporaries of the optimizers' updates, as it found.
         - ``rest``: The peak minus the other parts, of ``unsharded`` and ``scratch`` the larger: activations, other
           temporaries and memory of the allocator, and on a CPU the interpreter and libraries. With gradient release,
