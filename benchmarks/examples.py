@@ -7,8 +7,8 @@
 
 Every run is the example's own command on one CPU process. Results are appended to ``examples.jsonl`` as they arrive,
 and a run recorded there is not repeated. The rate of the example's file, half and twice of it are tried with the first
-seed, and further ones while the best is at an edge. The other seeds run at the best rate. All but ``pretrain`` and
-``vision`` start from the model that one run of ``pretrain`` leaves, which is kept in ``runs/examples``.
+seed, and further ones while the best is at an edge. The other seeds run at the best rate. ``sft``, ``lora``, ``dpo``
+and ``remax`` start from the models that their READMEs pretrain, which are kept in ``runs/examples``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Example:
         config: Its file.
         title: For the page.
         second: A metric besides the loss: its name in the log, and its title.
-        starts_from_model: Whether it continues the pretrained model.
+        base: Options of the pretraining that it continues; None if it starts from nothing.
         has_order: Whether the order of its data has a seed of its own.
         reward: The metric whose distance from 1 is the loss; None for ``val_loss``.
         prefix: What the files of its recipes begin with.
@@ -55,7 +55,7 @@ class Example:
     config: str
     title: str
     second: tuple[str, str]
-    starts_from_model: bool
+    base: tuple[str, ...] | None
     has_order: bool = True
     reward: str | None = None
     prefix: str = ""
@@ -66,11 +66,15 @@ class Example:
         return f"1 - {self.reward}" if self.reward else "validation loss"
 
 
+# The model of the README of preferences: smaller, and trained for longer, so that it writes functions.
+LONGER = (
+    "--model.model=llama-1m", "--data.max_chars=null", "--trainer.max_steps=2500", "--trainer.val_check_interval=500",
+)  # fmt: skip
 EXAMPLES = {
-    "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), False),
-    "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), True),
-    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), True, prefix="lora_"),
-    "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), True, prefix="dpo_"),
+    "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), None),
+    "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), ()),
+    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), (), prefix="lora_"),
+    "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), LONGER, prefix="dpo_"),
     "remax": Example(
         "preference",
         "remax.yaml",
@@ -80,7 +84,7 @@ EXAMPLES = {
         reward="val_reward",
         prefix="remax_",
     ),  # fmt: skip
-    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), False, False),
+    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), None, False),
 }
 _INTRODUCTION = """# Examples
 
@@ -108,7 +112,7 @@ def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
     """
     folder = ROOT / "examples" / example.folder
     with tempfile.TemporaryDirectory(prefix="example-") as place:
-        if example.starts_from_model:
+        if example.base is not None:
             (Path(place) / "runs").mkdir()
             (Path(place) / "runs" / "pretrain").symlink_to(base)
         fit(place, [folder / example.config, folder / f"{example.prefix}{run.variant}.yaml"], [
@@ -152,24 +156,25 @@ def logged(place: Path, example: Example) -> dict[str, Any]:
     }
 
 
-def make_base_model(base: Path, trial: bool) -> None:
-    """Pretrain the model that others start from, unless an earlier call has."""
+def make_base_model(base: Path, options: Sequence[str], trial: bool) -> None:
+    """Pretrain a model that others start from, unless an earlier call has."""
     if (base / "model" / "config.json").is_file():
         return
     base.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="example-", dir=base.parent) as place:
-        fit(place, [ROOT / "examples" / "pretrain" / "pretrain.yaml"], TRIAL if trial else ())
+        fit(place, [ROOT / "examples" / "pretrain" / "pretrain.yaml"], TRIAL if trial else options)
         (Path(place) / "runs" / "pretrain").rename(base)
 
 
 def run_all(names: Iterable[str], path: Path, args: argparse.Namespace) -> None:
     """Run everything that is missing, in several processes."""
     seeds = SEEDS[:1] if args.trial else SEEDS
-    base = (path.parent if args.trial else ROOT / "runs" / "examples") / "pretrain"
+    folder = path.parent if args.trial else ROOT / "runs" / "examples"
     for name in names:
         example = EXAMPLES[name]
-        if example.starts_from_model:
-            make_base_model(base, args.trial)
+        base = folder / ("longer" if example.base else "pretrain")
+        if example.base is not None:
+            make_base_model(base, example.base, args.trial)
         running: dict[Future[Result], Run] = {}
         with ThreadPoolExecutor(args.jobs) as pool:
             while True:
