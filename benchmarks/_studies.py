@@ -160,9 +160,12 @@ STUDIES: dict[str, Study] = {
         name: Study(
             f"bfloat16 weights, {title}, 4,096 tokens a step",
             Settings(steps=300, batch=32, every=50, half=True, clip=0.0, release=release),
-            (*_rows(("adamw", 2e-3), tuned=False, seeds=(0,)), *_rows(("adapm_lean", 2e-3), tuned=False)),
+            tuple(_rows(*((name, 2e-3) for name in ("adamw", "adapm_lean", *clipped)), tuned=False)),
         )
-        for name, title, release in (("no clipping", "no clipping", False), ("release", "gradient release", True))
+        for name, title, release, clipped in (
+            ("no clipping", "no clipping", False, ()),
+            ("release", "gradient release", True, ("adapm_lean, clip_update 1.0",)),
+        )
     },
     "ratio": Study(
         "Ratio of rates, 4,096 tokens a step",

@@ -167,5 +167,6 @@ VARIANTS = {
             for role in ROLES
         ),
         *(Variant(f"max_update {bound}", "adapm_lean", options={"max_update": bound}) for bound in (None, 3.0, 1.0)),
+        Variant("adapm_lean, clip_update 1.0", "adapm_lean", options={"clip_update": 1.0}),
     )
 }
