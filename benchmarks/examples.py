@@ -80,10 +80,10 @@ EXAMPLES = {
         "remax.yaml",
         "Rewards (ReMax)",
         ("val_kl", "divergence"),
-        True,
+        LONGER,
         reward="val_reward",
         prefix="remax_",
-    ),  # fmt: skip
+    ),
     "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), None, False),
 }
 _INTRODUCTION = """# Examples

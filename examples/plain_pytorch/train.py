@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def train(args: argparse.Namespace, mesh: DeviceMesh) -> None:
 
 
 if __name__ == "__main__":
+    args = arguments()
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("Start this with torchrun --nproc-per-node N -m examples.plain_pytorch.train")
     # This joins the processes that torchrun started, and gives each a GPU of its own.
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (int(os.environ["WORLD_SIZE"]),))
-    train(arguments(), mesh)
+    train(args, mesh)
     dist.destroy_process_group()

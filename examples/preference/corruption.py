@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import keyword
 import random
 import tokenize
@@ -23,6 +24,9 @@ OPERATORS = {
 }  # fmt: skip
 
 
+TRIES = 100  # of one kind; each parses the body
+
+
 def corrupt(body: str, seed: int) -> str | None:
     """Return a body with one fault, the same one for the same arguments.
 
@@ -35,13 +39,13 @@ def corrupt(body: str, seed: int) -> str | None:
         seed: Of the choice.
 
     Returns:
-        A body of another program, or None if none of the three makes one (``pass``).
+        A body of another program, or None if the three do not make one (``pass``).
     """
     generator = random.Random(seed)
     ways = [_swap_lines, _swap_operator, _swap_name]
     generator.shuffle(ways)
     program = _program(body)
-    changed = (worse for way in ways for worse in way(body, generator))
+    changed = (worse for way in ways for worse in itertools.islice(way(body, generator), TRIES))
     return next((worse for worse in changed if _program(worse) != program), None)
 
 
@@ -91,10 +95,9 @@ def _program(body: str) -> str:
 
 
 def _tokens(body: str) -> list[tokenize.TokenInfo]:
-    """Return the tokens of a body, or those before an error; their rows count the line above the body."""
-    found: list[tokenize.TokenInfo] = []
+    """Return the tokens of a body, none if it has an error; their rows count the line above the body."""
     try:
-        found.extend(tokenize.generate_tokens(io.StringIO("def f():\n" + body).readline))
+        found = list(tokenize.generate_tokens(io.StringIO("def f():\n" + body).readline))
     except (tokenize.TokenError, IndentationError):
         return []
     return [token for token in found if token.start[0] > 1]

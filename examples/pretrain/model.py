@@ -39,7 +39,8 @@ class LanguageModel(LightningModule):
         self.save_hyperparameters()
         self.model = AutoModelForCausalLM.from_config(config_of(model, vocab_size, seq_len, config or {}))
         if activation_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            newer = getattr(self.model, "activation_checkpointing_enable", None)
+            (newer or self.model.gradient_checkpointing_enable)()
         # Models from transformers start in evaluation mode, and Lightning keeps that mode.
         self.model.train()
         self.val_loss = MeanMetric()

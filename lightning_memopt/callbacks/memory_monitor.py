@@ -214,6 +214,7 @@ class OptimizerMemoryMonitor(Callback):
 
     def _trace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the next batch, if a measurement may be due after it."""
+        self._tracing.close()  # of a batch that a callback or the module has skipped
         soon = trainer.global_step + len(trainer.optimizers)
         if self._measured >= 0 and (soon >= self._next or soon <= self._traced):
             self._tracing.enter_context(trace_step(trainer.optimizers, pl_module, into=self._step))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 from typing import Any, Literal
 
@@ -46,7 +48,8 @@ class MemOptCLI(LightningCLI):
     - ``--parser_mode`` selects how files are read.
     - A run never overwrites the config of another run.
     - The config alone says which model is built: hyperparameters in a checkpoint change nothing.
-    - Errors are one line, and suggest what was meant.
+    - Mistakes in a command or a config are one line, which suggests what was meant.
+    - A ``fit`` that fails or is interrupted names the checkpoint to continue from.
 
     Parser modes: ``yaml`` (default) does not resolve interpolations. ``omegaconf`` resolves interpolations such as
     ``${data.init_args.seq_len}`` when a file is read, so an override on the command line changes this key, but not the
@@ -146,7 +149,7 @@ class MemOptCLI(LightningCLI):
             if path:
                 # Lightning's messages go there, too. A logger would need a configuration.
                 rank_zero_only(print)(
-                    f"To continue this run, repeat its command with --ckpt_path={path}", file=sys.stderr
+                    f"To continue this run, repeat its command with --ckpt_path={shlex.quote(path)}", file=sys.stderr
                 )
             raise
 
@@ -210,9 +213,13 @@ def newest_checkpoint(trainer: Trainer) -> str:
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint)
         for path in (callback.last_model_path, callback.best_model_path, *callback.best_k_models)
-        if path and os.path.exists(path)
+        if path
     ]
-    return max(saved, key=os.path.getmtime, default="")
+    times = {}
+    for path in saved:
+        with contextlib.suppress(OSError):  # deleted since, or at a URL
+            times[path] = os.path.getmtime(path)
+    return max(times, key=lambda path: times[path], default="")
 
 
 def _strategy_problem(strategy: object) -> str:

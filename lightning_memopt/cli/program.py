@@ -108,7 +108,7 @@ def _run_lightning() -> int:
     try:
         MemOptCLI(parser_kwargs={"prog": "lightning-memopt"})
     except Exception as error:
-        if whole_traceback():
+        if isinstance(error, BrokenPipeError) or whole_traceback():
             raise
         # Written at once, because other ranks write, too.
         sys.stderr.write(describe("lightning-memopt", error, getattr(rank_zero_only, "rank", 0)))

@@ -246,13 +246,15 @@ class MemOpt(torch.optim.Optimizer):
         return handle
 
     @contextmanager
-    def measuring(self, found: StepMemory) -> Iterator[None]:
-        """Count the temporaries of all updates inside, as :func:`~lightning_memopt.trace_step` does."""
+    def _measuring(self, found: StepMemory) -> Iterator[None]:
+        """Count the temporaries of all updates inside, also for who counts around this."""
         before, self._binding.measured = self._binding.measured, found
         try:
             yield
         finally:
             self._binding.measured = before
+            if before is not None:
+                before.scratch = max(before.scratch, found.scratch)
 
     def release_gradients(self, model: nn.Module) -> GradientRelease:
         """Update layers in the backward pass, each as soon as its gradients are complete, and free these.

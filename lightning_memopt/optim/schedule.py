@@ -126,12 +126,24 @@ class WarmupSchedule(LRScheduler):
         return {key: getattr(self, key) for key in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position, with the settings of now: the next step has the learning rate that they give it."""
+        """Continue from a position, with the settings of now: if they have changed, so has the next learning rate.
+
+        Raises:
+            ValueError: If the schedule was saved with more parameter groups than the optimizer has.
+        """
+        groups = self.optimizer.param_groups
+        if len(state_dict["base_lrs"]) > len(groups):
+            raise ValueError(
+                f"The schedule was saved with {len(state_dict['base_lrs'])} parameter groups, the optimizer has "
+                f"{len(groups)}: add the missing groups before you load the schedule."
+            )
         super().load_state_dict(state_dict)
-        if self.needs_total_steps:
-            return  # of the groups, which the optimizer's own state has set
-        self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        rates = self.get_lr()
+        # Equal rates are left alone: another schedule, as in SequentialLR, may be the one that sets them now.
+        if self.needs_total_steps or rates == self._last_lr:
+            return
+        self._last_lr = rates
+        for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

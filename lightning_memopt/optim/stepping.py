@@ -54,7 +54,8 @@ def take_step(
     if active:
         torch._foreach_add_([states[param]["step"] for _, param in active], 1)
     watch = tally.watch(max(numbers, default=0))
-    scratch = nullcontext() if measured is None else measured.update()
+    # A dispatch mode would keep the step from being compiled.
+    scratch = nullcontext() if measured is None or torch.compiler.is_compiling() else measured.update()
     with exact_arithmetic({param.device.type for _, param in active}), scratch:
         step.run(watch)
     tally.take(watch)

@@ -25,8 +25,8 @@ def trace_step(
     """Measure what exists only for a part of a step, while forward pass, backward pass and step run inside.
 
     Storages are counted as they are made, so the result is the same on a CPU and on a GPU. Work space inside an
-    operation is not counted. What watches them is active only in updates of optimizers and in FSDP2's own methods: it
-    does not keep a model from being compiled, and nothing is left when the context ends.
+    operation is not counted, nor is a step that is compiled. What watches them is active only in updates of optimizers
+    and in FSDP2's own methods: it does not keep a model from being compiled, and nothing is left when the context ends.
 
     Args:
         optimizers: One or several, of this package or others. An optimizer of another package that has no state yet is
@@ -52,8 +52,8 @@ def trace_step(
     found = StepMemory() if into is None else into
     given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
     with ExitStack() as stack:
-        for optimizer in given:
-            traced = optimizer.measuring if isinstance(optimizer, MemOpt) else partial(_others, optimizer)
+        for optimizer in (each for each in given if isinstance(each, torch.optim.Optimizer)):
+            traced = optimizer._measuring if isinstance(optimizer, MemOpt) else partial(_others, optimizer)
             stack.enter_context(traced(found))
         unsharded = stack.enter_context(trace_unsharded(module))
         try:
@@ -68,7 +68,8 @@ def _others(optimizer: torch.optim.Optimizer, found: StepMemory) -> Iterator[Non
     active = ExitStack()
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if not optimizer.state:
+        active.close()  # of a step that failed
+        if not optimizer.state or torch.compiler.is_compiling():
             return None
         closure = kwargs.get("closure") or next(iter(args[1:]), None)
         if closure is None:

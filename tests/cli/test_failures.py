@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonargparse
 import pytest
@@ -12,10 +16,12 @@ import torch
 pytest.importorskip("lightning.pytorch.cli")
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_memopt.cli import main
 from lightning_memopt.cli.failures import describe
+from lightning_memopt.cli.memopt_cli import newest_checkpoint
 from tests._commands import keep_parsers
 from tests.cli.test_memopt_cli import QUIET, Tiny
 
@@ -104,19 +110,79 @@ def test_other_errors_show_the_lines_of_the_user(run, monkeypatch):
         run(Wrong, *LEAN)
 
 
-def test_other_ranks_are_one_line_and_a_place():
+def test_every_line_of_other_ranks_names_them():
     def work():
         return torch.ones(2, 3) @ torch.ones(2, 3)
 
     with pytest.raises(RuntimeError) as raised:
         work()
     raised.value.add_note("A note.")
-    said = describe("prog", raised.value, rank=3)
-    head, note, place = said.splitlines()
-    assert head.startswith("prog: error: [rank 3] mat1 and mat2 shapes cannot be multiplied")
-    assert note == "A note."
-    assert f"{HERE}:" in place
-    assert "in work, called from" in place
+    said = describe("prog", raised.value, rank=3).splitlines()
+    assert all(line.startswith("[rank 3] ") for line in said)
+    assert said[-3].startswith("[rank 3] RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert said[-2] == "[rank 3] A note."
+    assert any("return torch.ones(2, 3) @ torch.ones(2, 3)" in line for line in said)
+
+
+def test_a_message_that_is_a_key_or_a_check_has_its_type():
+    for error, text in ((KeyError("lr"), "KeyError: 'lr'"), (AssertionError("mine"), "AssertionError: mine")):
+        with pytest.raises(type(error)) as raised:
+            raise error
+        raised.value.add_note("A note.")
+        head, note, place = describe("prog", raised.value, rank=0).splitlines()
+        assert (head, note) == (f"prog: error: {text}", "A note.")
+        assert f"{HERE}:" in place
+
+
+def test_what_led_to_a_message_is_named():
+    def read():
+        try:
+            Path("/nowhere/file").read_text()
+        except OSError as error:
+            raise ValueError("There is no data.") from error
+
+    with pytest.raises(ValueError, match="no data") as raised:
+        read()
+    head, cause, place = describe("prog", raised.value, rank=0).splitlines()
+    assert head == "prog: error: There is no data."
+    assert cause == "  caused by FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/file'"
+    assert place.startswith("  at ")
+
+
+def test_a_statement_behind_a_condition_is_found_and_callers_are_few(tmp_path):
+    code = "def refuse(depth):\n    if depth == 0: raise ValueError('No.')\n    refuse(depth - 1)\n"
+    (tmp_path / "mine.py").write_text(code)
+    found = runpy.run_path(str(tmp_path / "mine.py"))
+    with pytest.raises(ValueError, match=r"No\.") as raised:
+        found["refuse"](20)
+    head, place = describe("prog", raised.value, rank=0).splitlines()
+    assert head == "prog: error: No."
+    assert place.count("called from") == 5
+    assert place.endswith("called from 17 more")
+
+
+@pytest.mark.parametrize("folder", ["dist-packages", "site-packages"])
+def test_packages_of_a_user_or_a_distribution_are_libraries(folder, tmp_path, monkeypatch):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "theirs.py").write_text("def refuse():\n    raise ValueError('No.')\n")
+    monkeypatch.syspath_prepend(str(tmp_path / folder))
+    theirs = importlib.import_module("theirs")
+    sys.modules.pop("theirs")
+    with pytest.raises(ValueError, match=r"No\.") as raised:
+        theirs.refuse()
+    said = describe("prog", raised.value, rank=0)
+    assert said.startswith("Traceback"), "a library's message may need its place"
+    assert f'{folder}/theirs.py", line 2, in refuse' in said
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ValueError, match=r"No\.") as raised:
+        raise ValueError("No.")
+    assert f"  at {__file__}:" in describe("prog", raised.value, rank=0)
 
 
 def test_an_error_without_a_message_is_named():
@@ -153,6 +219,29 @@ def test_an_interrupted_run_names_its_newest_checkpoint(run, tmp_path):
     assert (code, "To continue" in said) == (0, False)
     _, said = run(Tiny, *LEAN, stop)
     assert "To continue" not in said, "there is none"
+
+
+def test_the_newest_of_several_checkpoints_is_named(tmp_path):
+    paths = [tmp_path / name for name in ("a b.ckpt", "c.ckpt", "d.ckpt")]
+    for age, path in enumerate(paths[:2]):
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    callback = ModelCheckpoint()
+    callback.last_model_path, callback.best_model_path = str(paths[1]), str(paths[2])
+    callback.best_k_models = {str(paths[0]): torch.tensor(1.0)}
+    trainer = SimpleNamespace(checkpoint_callbacks=[callback])
+    assert newest_checkpoint(trainer) == str(paths[0]), "the third does not exist"
+    assert newest_checkpoint(SimpleNamespace(checkpoint_callbacks=[])) == ""
+
+
+def test_a_reader_that_leaves_during_a_run(run, monkeypatch, tmp_path):
+    def left(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lightning_memopt.cli.MemOptCLI", left)
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert run(Tiny) == (141, "")
 
 
 def test_ctrl_c_before_a_run_is_no_traceback(run, monkeypatch):

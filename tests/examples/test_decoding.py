@@ -23,11 +23,10 @@ def model():
 @pytest.mark.parametrize("adapters", [False, True])
 @torch.no_grad()
 def test_greedy_decoding_is_that_of_transformers(model, adapters):
-    peft = pytest.importorskip("peft", exc_type=ImportError)
-
     from examples.pretrain.decoding import decode, padded
 
     if adapters:
+        peft = pytest.importorskip("peft", exc_type=ImportError)
         config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")
         model = peft.get_peft_model(model, config).eval()
     for prompt, answer in zip(PROMPTS, decode(model, *padded(PROMPTS, left=True), 6), strict=True):

@@ -69,3 +69,9 @@ def test_a_batch_that_cannot_be_divided_is_refused():
 
     with pytest.raises(ValueError, match="`--batch-size` 8 must be a multiple of the 3 processes"):
         batches(arguments([]), SimpleNamespace(size=lambda: 3))
+
+
+def test_a_start_without_torchrun_says_how():
+    done = run_python("-m", "examples.plain_pytorch.train")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Start this with torchrun --nproc-per-node")

@@ -50,6 +50,16 @@ def test_of_every_part_the_largest_of_all_snapshots_counts():
     assert found["peak"] == max(before.memory.peak, after.memory.peak)
 
 
+@pytest.mark.parametrize(("unsharded", "scratch"), [(300, 70), (70, 300)])
+def test_unsharded_units_and_scratch_do_not_exist_at_a_time(unsharded, scratch):
+    taken = lm.take_snapshot(ours(), MODEL)
+    held = taken.memory.parameters + taken.memory.gradients + taken.memory.buffers
+    memory = replace(taken.memory, peak=10**6, unsharded=unsharded, scratch=scratch)
+    found = computed(PeakMemory, replace(taken, memory=memory))
+    assert (found["unsharded"], found["scratch"]) == (unsharded, scratch)
+    assert found["rest"] == 10**6 - held - found["optimizer_state"] - 300
+
+
 def test_the_rest_is_never_negative():
     taken = snapshot()
     found = computed(PeakMemory, replace(taken, memory=replace(taken.memory, peak=0)))

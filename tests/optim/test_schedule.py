@@ -80,6 +80,31 @@ def test_a_resume_sets_the_rate_of_every_group():
     assert unknown.param_groups[0]["lr"] == 0.5, "what the schedule cannot know yet"
 
 
+def test_a_resume_leaves_rates_alone_that_another_schedule_sets():
+    def chain():
+        optimizer, schedule = made(3, "constant")
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [schedule, cosine], milestones=[5])
+
+    whole = rates(*chain(), 20)
+    optimizer, schedule = chain()
+    assert rates(optimizer, schedule, 15) == whole[:15]
+    other, resumed = chain()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    assert rates(other, resumed, 5) == whole[15:]
+
+
+def test_a_schedule_of_more_groups_is_refused():
+    optimizer, schedule = made(3, "constant")
+    saved = schedule.state_dict()
+    fewer = lm.WarmupSchedule(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0), 3, "constant")
+    before = fewer.state_dict()
+    with pytest.raises(ValueError, match="saved with 2 parameter groups, the optimizer has 1: add the missing groups"):
+        fewer.load_state_dict(saved)
+    assert fewer.state_dict() == before
+
+
 def test_groups_that_come_later_follow():
     optimizer, schedule = made(1, "constant", lr=1.0)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 5.0})

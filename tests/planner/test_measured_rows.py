@@ -166,6 +166,35 @@ def test_another_optimizer_is_traced_once_it_has_state_and_its_closure_is_not():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_who_traces_around_a_trace_finds_as_much():
+    module = Model()
+    optimizer = lm.AdaPMLean(module.named_parameters(), lr=1e-3)
+    with lm.trace_step(optimizer, module) as outer, lm.trace_step(optimizer, module) as inner:
+        module.training_step(torch.zeros(2, LENGTH, dtype=torch.long)).backward()
+        optimizer.step()
+    assert outer == inner
+    assert outer.scratch > 0
+
+
+def test_a_step_that_is_compiled_is_left_alone():
+    module = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, foreach=True)
+    module(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(lambda: optimizer.step(), backend=backend)
+    with lm.trace_step(optimizer, module) as found:
+        step()
+    assert len(graphs) == 1
+    assert found.scratch == 0
+    assert _get_current_dispatch_mode_stack() == []
+
+
 def test_nothing_is_left_after_an_error():
     module = Model()
     optimizer = lm.AdaPMLean(module.named_parameters(), lr=1e-3)
@@ -177,6 +206,10 @@ def test_nothing_is_left_after_an_error():
     other = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     other.step()
     other.param_groups[0]["lr"] = "wrong"
-    with pytest.raises(TypeError), lm.trace_step(other, module):
+    with lm.trace_step(other, module):
+        with pytest.raises(TypeError):
+            other.step()
+        other.param_groups[0]["lr"] = 1e-3
         other.step()
+        assert _get_current_dispatch_mode_stack() == [], "the next step ends what the failed one began"
     assert _get_current_dispatch_mode_stack() == []

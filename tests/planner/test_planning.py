@@ -110,6 +110,9 @@ def test_frozen_parameters_have_neither_gradient_nor_state():
     frozen = 2 * model.model.embed_tokens.weight.numel()
     assert plan.parameter_bytes == all_of_it.parameter_bytes
     assert plan.unsharded_bytes <= all_of_it.unsharded_bytes
+    unit = model.model.layers.requires_grad_(False)
+    assert lm.plan_memory(model, "adapm_lean", world_size=2).unsharded_bytes < plan.unsharded_bytes
+    unit.requires_grad_(True)
     assert plan.gradient_bytes == all_of_it.gradient_bytes - frozen
     assert plan.row(ADAMW).state_bytes == all_of_it.row(ADAMW).state_bytes - 2 * frozen
     assert plan.row("adapm_lean").state_bytes < all_of_it.row("adapm_lean").state_bytes
