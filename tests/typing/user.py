@@ -70,7 +70,10 @@ lm.WarmupSchedule(optimizer, 100, "exponential")  # type: ignore[arg-type]
 
 # ---------------------------------------------------------------------- what a snapshot tells
 
-snapshot: lm.Snapshot = lm.take_snapshot([optimizer, any_torch_optimizer], model)
+with lm.trace_step([optimizer, any_torch_optimizer], model) as traced:
+    optimizer.step()
+assert_type(traced.scratch, int)
+snapshot: lm.Snapshot = lm.take_snapshot([optimizer, any_torch_optimizer], model, step=traced)
 assert_type(optimizer.snapshot(), lm.Snapshot)
 assert_type(snapshot.saved, float)
 facts: lm.BlockFacts = snapshot.blocks[0]
