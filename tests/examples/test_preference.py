@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(small, fit):
     config.append("--trainer.limit_val_batches=0")
     whole = fit(*config, "--trainer.max_steps=4", "--trainer.callbacks=[]", "--trainer.enable_checkpointing=false")
     fit(*config, "--trainer.max_steps=2")
-    resumed = fit(*config, "--trainer.max_steps=4", "--ckpt_path=runs/dpo/last.ckpt")
+    resumed = fit(*config, "--trainer.max_steps=4", "--ckpt_path=runs/dpo/checkpoints/last.ckpt")
     assert resumed.trainer.global_step == 4
     expected = lm.full_state_dict(whole.model)
     for name, value in lm.full_state_dict(resumed.model).items():

@@ -114,12 +114,16 @@ def test_a_text_with_fewer_tokens_than_the_vocabulary_is_told_of_once(texts):
 
 def test_a_model_that_will_be_replaced_is_told_of_before(texts, small, fit, caplog):
     tiny = ["--model.model=llama-1m", "--model.vocab_size=300", "--model.seq_len=16", "--trainer.max_steps=1"]
-    told = []
+    told, warned = [], []
     for _ in range(2):
         caplog.clear()
-        fit(*configs(BASE), *small, *tiny)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            fit(*configs(BASE), *small, *tiny)
         told.append([text for text in caplog.messages if "SaveTransformers" in text])
+        warned.append(["is not empty" in str(warning.message) for warning in caught])
     assert told[0] == []
+    assert not any(warned[0])
+    assert any(warned[1])
     (text,) = told[1]
     assert re.search(r"runs/pretrain/model holds a model of \d{4}-\d\d-\d\d \d\d:\d\d, which the end of this", text)
 
@@ -149,7 +153,7 @@ def test_the_whole_way(small, texts, tmp_path, fit, capsys):
         assert found["steps"] == 3
         assert found["sharded"] > 0.9
         assert found["metrics"]["val_perplexity"] == pytest.approx(math.exp(found["metrics"]["val_loss"]), rel=1e-5)
-    saved = tmp_path / "runs" / "pretrain" / "last.ckpt"
+    saved = tmp_path / "runs" / "pretrain" / "checkpoints" / "last.ckpt"
     cli = fit(*base, "--trainer.max_steps=5", f"--ckpt_path={saved}", "--data.batch_size=4")
     assert cli.trainer.global_step == 5
     folder = tmp_path / "runs" / "pretrain" / "model"

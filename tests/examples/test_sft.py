@@ -68,14 +68,14 @@ def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
         assert changed == set(before)
     template = AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
     assert template == cli.model.tokenizer.chat_template
-    assert (tmp_path / "runs" / names[0][4:-5] / "last.ckpt").exists()
+    assert (tmp_path / "runs" / names[0][4:-5] / "checkpoints" / "last.ckpt").exists()
 
 
 def test_an_epoch_that_ends_leaves_a_checkpoint(small, fit, monkeypatch):
     found = []
     monkeypatch.setattr(
         "examples.sft.model.SFTModule.on_train_epoch_start",
-        lambda self: found.append(Path("runs/sft/last.ckpt").exists()),
+        lambda self: found.append(Path("runs/sft/checkpoints/last.ckpt").exists()),
         raising=False,
     )
     fit(*configs(*SFT), *small, "--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.val_check_interval=1.0",
