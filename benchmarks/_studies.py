@@ -111,6 +111,30 @@ STUDIES: dict[str, Study] = {
             ),  # fmt: skip
         ),
     ),
+    # At the rates that are best in "4k", whose held-out text repeats some of the training text.
+    "distinct": Study(
+        "4,096 tokens a step, held-out text without copies",
+        Settings(steps=300, batch=32, every=50, distinct=True),
+        (
+            *_rows(*_BEST, ("adamw, beta1 0.8", 2.8e-3), ratio=RATIO, tuned=False),
+            *_rows(("adamw, beta1 0.7", 2.8e-3), ratio=RATIO),
+            *_rows(("AdamW", 2e-3), ("adapm_lean", 2e-3), ("snsm_lean", 4e-3), ("muon_lean", 1.6e-2), tuned=False),
+            *_rows(("AdamW, beta1 0.8", 2e-3), ("muon, beta1 0.9", 1.6e-2), tuned=False),
+            *_rows(("adamw, beta1 0.6", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
+            *_rows(
+                ("galore", 6.4e-2),
+                ("galore, gap 10", 6.4e-2),
+                ("fira", 8e-3),
+                ("fira, gap 10", 8e-3),
+                ("apollo", 1.6e-2),
+                ("apollo, gap 10", 1.6e-2),
+                ("scale", 1e-3),
+                ("apollo_mini", 4e-3),
+                tuned=False,
+                seeds=(0,),
+            ),
+        ),
+    ),
     "512": Study(
         "512 tokens a step",
         Settings(steps=300, batch=4, every=50),
@@ -146,6 +170,17 @@ STUDIES: dict[str, Study] = {
         "GPT-2, 4,096 tokens a step",
         Settings(model="gpt2", steps=300, batch=32, every=50),
         tuple(_rows(("AdamW", 2e-3), ("muon_lean", 1.6e-2), ("adapm_lean", 2e-3), ("muon", 8e-3), seeds=(0,))),
+    ),
+    "gpt2, distinct": Study(
+        "GPT-2, 4,096 tokens a step, held-out text without copies",
+        Settings(model="gpt2", steps=300, batch=32, every=50, distinct=True),
+        (
+            *_rows(("adamw", 5.6e-3), ("adapm_lean", 4e-3), ratio=RATIO),
+            *_rows(("AdamW", 8e-3), ("adapm_lean", 4e-3), tuned=False),
+            *_rows(("snsm_lean", 4e-3), ratio=RATIO, seeds=(0,)),
+            *_rows(("snsm_lean", 4e-3), seeds=(0,)),
+            *_rows(("muon_lean", 3.2e-2), tuned=False, seeds=(0,)),
+        ),
     ),
     "bfloat16": Study(
         "bfloat16 weights and gradients, 4,096 tokens a step",

@@ -30,7 +30,8 @@ class Settings:
 
     ``max_chars`` bounds the text; more makes other tokens. ``clip`` 0 means no clipping. ``fidelity`` compares momentum
     with full Adam's. ``half`` keeps weights and gradients in bfloat16, and computes with them in float32, which a CPU
-    does faster. ``release`` updates in the backward pass, and excludes clipping.
+    does faster. ``release`` updates in the backward pass, and excludes clipping. ``distinct`` leaves out held-out files
+    that repeat training files.
     """
 
     model: str = "llama"
@@ -54,6 +55,7 @@ class Settings:
     fidelity: bool = False
     half: bool = False
     release: bool = False
+    distinct: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,18 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
         return {"train": _synthetic(settings, 200_000, 0), "validation": _synthetic(settings, 70_000, 1)}
     sys.path.insert(0, str(ROOT))
     from examples.pretrain.data import TextDataModule
+    from examples.pretrain.texts import Texts
+    from examples.pretrain.tokens import encode
 
     options = {} if root is None else {"root": root}
     data = TextDataModule(vocab_size=settings.vocabulary, max_chars=settings.max_chars, **options)
     data.prepare_data()
     data.setup("fit")
-    return {"train": data.tokens["train"][:].flatten(), "validation": data.tokens["val"][:].flatten()}
+    train, validation = data.tokens["train"][:].flatten(), data.tokens["val"][:].flatten()
+    if not settings.distinct:
+        held_out = Texts(data.root, data.pattern, data.val_fraction, data.max_chars).read("val")
+        validation = torch.tensor([id for ids in encode(data.tokenizer, held_out) for id in ids])
+    return {"train": train, "validation": validation}
 
 
 def _synthetic(settings: Settings, length: int, seed: int) -> Tensor:

@@ -108,7 +108,7 @@ VARIANTS = {
         Variant("QHAdam, nu 0.7", "QHAdam"),
         # The control with rates by role: equal to torch's AdamW, as the tests show.
         Variant("adamw", "adamw"),
-        Variant("adamw, beta1 0.8", "adamw", betas=(0.8, 0.95)),
+        *(Variant(f"adamw, beta1 {beta1}", "adamw", betas=(beta1, 0.95)) for beta1 in (0.8, 0.7, 0.6)),
         Variant("adapm_lean, beta1 0.8", "adapm_lean", betas=(0.8, 0.95)),
         Variant("adapm", "adapm"),
         Variant("adapm_mini", "adapm_mini"),
@@ -130,6 +130,8 @@ VARIANTS = {
         Variant("galore", "galore"),
         Variant("fira", "fira"),
         Variant("apollo", "apollo"),
+        # As often a new subspace as snsm_lean has; their authors' 200 steps make two in these short runs.
+        *(Variant(f"{name}, gap 10", name, options={"gap": 10}) for name in ("galore", "fira", "apollo")),
         Variant("apollo_mini", "apollo_mini"),
         Variant("muon", "muon", betas=(0.95, 0.95)),
         Variant("muon, beta1 0.9", "muon", betas=(0.9, 0.95)),

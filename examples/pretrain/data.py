@@ -15,6 +15,7 @@ from examples.pretrain.tokens import Tokens, cached, load
 class TextDataModule(ResumableDataModule):
     """Token sequences from a folder of text files, divided by file into training and validation (`Texts`).
 
+    Validation files of which more than half of the long lines are in training files are left out: a model knows them.
     The byte-level BPE vocabulary is trained on the training files only. Vocabulary and tokens are cached under a name
     made from the files and the settings, and mapped into memory. A resumed run continues with the next sequences.
 

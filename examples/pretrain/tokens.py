@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from examples.pretrain.copies import without_copies
 from examples.pretrain.texts import Texts
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS_AT_A_TIME = 256
+VERSION = 2  # of the cache: the same texts made other tokens before
 
 
 class Tokens(Dataset[Tensor]):
@@ -49,9 +52,10 @@ class Tokens(Dataset[Tensor]):
 def cached(texts: Texts, vocab_size: int, cache_dir: Path) -> tuple[Path, bool]:
     """Return the folder with vocabulary and tokens of texts, and whether it was there before.
 
-    The folder's name is made from the files and the settings. It appears when it is complete.
+    Validation texts that repeat training texts are left out. The folder's name is made from the files and the settings.
+    It appears when it is complete.
     """
-    settings = (texts.fingerprint, vocab_size, tokenizers.__version__)
+    settings = (VERSION, texts.fingerprint, vocab_size, tokenizers.__version__)
     folder = cache_dir / f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder, True
@@ -62,10 +66,15 @@ def cached(texts: Texts, vocab_size: int, cache_dir: Path) -> tuple[Path, bool]:
         tokenizer.save(str(temporary / "tokenizer.json"))
         dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
         (temporary / "tokens.json").write_text(json.dumps({"dtype": dtype}))
-        for split in ("train", "val"):
-            with (temporary / f"{split}.bin").open("wb") as file:
-                for ids in encode(tokenizer, texts.read(split)):
-                    file.write(np.array(ids, dtype).tobytes())
+        held_out = without_copies(texts.read("val"), texts.read("train"))
+        for split, chosen in (("train", texts.read("train")), ("val", held_out)):
+            write(encode(tokenizer, chosen), temporary / f"{split}.bin", dtype)
+        if not (temporary / "val.bin").stat().st_size:
+            rank_zero_warn(
+                f"Every validation file of {texts.root} repeats training files, so the validation loss says little "
+                "about other text. Add files of another kind, or another `root`."
+            )
+            write(encode(tokenizer, texts.read("val")), temporary / "val.bin", dtype)
         try:
             os.replace(temporary, folder)
         except OSError:
@@ -74,6 +83,13 @@ def cached(texts: Texts, vocab_size: int, cache_dir: Path) -> tuple[Path, bool]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder, False
+
+
+def write(tokens: Iterable[list[int]], path: Path, dtype: str) -> None:
+    """Write tokens to a file without a header."""
+    with path.open("wb") as file:
+        for ids in tokens:
+            file.write(np.array(ids, dtype).tobytes())
 
 
 def load(folder: Path, seq_len: int) -> tuple[tokenizers.Tokenizer, dict[str, Tokens]]:

@@ -97,9 +97,9 @@ def test_a_vocabulary_that_does_not_fit_is_refused(small, fit):
 
 
 def test_a_text_with_fewer_tokens_than_the_vocabulary_is_told_of_once(texts):
-    # After some merges, every text is one token.
-    for path in texts.rglob("*.txt"):
-        path.write_text("to be or not to be. " * 20)
+    # After some merges, every text is a few tokens.
+    for number, path in enumerate(texts.rglob("*.txt")):
+        path.write_text("to be or not to be. " * (20 + number))
     found = data(texts, vocab_size=2048, seq_len=2)
     with pytest.warns(UserWarning, match="yield .* different tokens, fewer than `vocab_size` 2,048") as caught:
         found.setup()
@@ -128,6 +128,34 @@ def test_a_model_that_will_be_replaced_is_told_of_before(texts, small, fit, capl
     assert left == [["last.ckpt"]] * 2
     (text,) = told[1]
     assert re.search(r"runs/pretrain/model holds a model of \d{4}-\d\d-\d\d \d\d:\d\d, which the end of this", text)
+
+
+def test_validation_files_that_repeat_training_files_are_left_out(texts):
+    from examples.pretrain.texts import is_held_out
+
+    shared = "".join(f"this is line {number} of every file\n" for number in range(5))
+    held_out = [path for path in sorted(texts.rglob("*.txt")) if is_held_out(path.relative_to(texts).as_posix(), 0.3)]
+    own = {
+        path: f"{path.name} has lines of its own\n" * (4 if path in held_out[1:] else 6)
+        for path in texts.rglob("*.txt")
+    }
+    for path, lines in own.items():
+        path.write_text(shared + lines)
+    first = held_out[0].read_text()
+    found = data(texts, val_fraction=0.3)
+    found.setup()
+    tokens = found.tokenizer.encode(first + "<|endoftext|>").ids
+    assert found.tokens["val"].count == len(tokens)
+    assert found.tokens["val"][:].flatten().tolist() == tokens[: len(tokens) // 16 * 16]
+
+
+def test_validation_files_that_all_repeat_training_files_are_told_of(texts):
+    for path in texts.rglob("*.txt"):
+        path.write_text("this is the only line of every file\n" * 20)
+    found = data(texts)
+    with pytest.warns(UserWarning, match="Every validation file of .* repeats training files"):
+        found.setup()
+    assert len(found.tokens["val"]) > 0
 
 
 def test_models_by_name():
