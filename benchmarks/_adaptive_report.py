@@ -139,6 +139,8 @@ def model_section(results: Sequence[Result], model: str, comparison: Comparison)
     parts = [f"### {family.title}", f"{family.task[0].upper()}{family.task[1:]}. Learning rate {best:g} ({found})."]
     for ratio in comparison.ratios:
         here = with_ratio(chosen(results, budget), ratio)
+        if not any(result["model"] == model for result in here):
+            continue
         if ratio != 1.0:
             parts.append(f"Embeddings and norms at {ratio:g} times that rate:")
         parts.append(markdown(HEAD, rows_of(here, model, comparison.budgets)))

@@ -17,9 +17,9 @@ _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 def peers() -> Iterator[tuple[str, str, Build]]:
     """Yield the name, PyPI package and builder of each peer, installed or not."""
-    yield "galore", "galore-torch", _galore
-    yield "apollo", "apollo-torch", _apollo
-    yield "apollo_mini", "apollo-torch", _apollo_mini
+    yield "galore_authors", "galore-torch", _galore
+    yield "apollo_authors", "apollo-torch", _apollo
+    yield "apollo_mini_authors", "apollo-torch", _apollo_mini
     yield "adam_mini_authors", "adam-mini", _adam_mini
     yield "adamw_8bit", "torchao", _adamw_8bit
     yield "torch_muon", "torch", _muon

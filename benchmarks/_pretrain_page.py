@@ -43,7 +43,8 @@ def tuned(tuning: Results) -> tuple[list[str], list[list[str]]]:
         runs = [found.get((name, lr)) for lr in lrs]
         best = min((run for run in runs if run), key=loss_or_inf)
         betas = ", ".join(map(str, best["optimizer"]["betas"]))
-        rows.append([name, betas, *(_loss(run) for run in runs), f"{best['lr']:g}"])
+        edge = ", at the edge" if best["lr"] in (lrs[0], lrs[-1]) else ""
+        rows.append([name, betas, *(_loss(run) for run in runs), f"{best['lr']:g}{edge}"])
     return ["optimizer", "betas", *(f"lr {lr:g}" for lr in lrs), "best"], rows
 
 

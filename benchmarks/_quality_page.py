@@ -12,6 +12,7 @@ from _fidelity import RANKS
 from _quality_rows import Result, best_runs, needed, runs_of
 from _report import markdown, origins
 from _studies import RATIO, Row, Study
+from _train import Settings
 from _variants import REFERENCE
 
 # AdamW of torch, and of this package for rates by role.
@@ -174,7 +175,8 @@ rate is tuned for each row with the first seed: half the middle rate, the middle
 is at an edge. The other seeds run at the best rate. Loss: mean over {settings.validation_tokens:,} held-out tokens at
 the end; the curves use the first {settings.curve_tokens:,} of them. "to AdamW" compares it with AdamW's at the same
 ratio and seeds, or else with AdamW's at the ratio {RATIO:g}. "momentum" and
-"state" are shares of AdamW's bytes. "ratio" multiplies the rate of embeddings and norms:
+"state" are shares of AdamW's bytes; the momentum of GaLore, Fira and APOLLO includes their projections and averages of
+squares. "ratio" multiplies the rate of embeddings and norms:
 `overrides={{"embedding": {{"lr_multiplier": {RATIO:g}}}, "vector": {{"lr_multiplier": {RATIO:g}}}}}`. `adamw` is this
 package's AdamW, which equals torch's."""
     return f"# Quality\n\n{_filled(about)}"
@@ -189,8 +191,14 @@ def _setting(study: Study) -> str:
     tokens = settings.steps * settings.batch * settings.length
     return (
         f"{'GPT-2' if settings.model == 'gpt2' else 'LLaMA'}, {settings.steps:,} steps of {settings.batch} x "
-        f"{settings.length} tokens, {tokens / 1e6:.1f} million in all."
+        f"{settings.length} tokens, {tokens / 1e6:.1f} million in all. {_text(settings)}"
     )
+
+
+def _text(settings: Settings) -> str:
+    """Return which text is read, and what of it is held out."""
+    held_out = "Held-out files that repeat training files are left out." if settings.distinct else ""
+    return f"{settings.max_chars / 1e6:g} million characters of text. {held_out}".strip()
 
 
 def _unfinished(study: Study, results: Sequence[Result]) -> str:
@@ -199,7 +207,8 @@ def _unfinished(study: Study, results: Sequence[Result]) -> str:
 
 
 _COST = """State, time of a step as a multiple of fused AdamW's, and temporary memory of a step as a multiple of the
-largest block, on the shapes of a LLaMA with 60 million parameters, from one run on a CPU. Losses are those of the next
+largest block, on the shapes of a LLaMA with 60 million parameters, from one run on a CPU. Times are medians of
+20 steps, without the new subspaces of GaLore and Fira, each an SVD every 200 steps. Losses are those of the next
 section, with rates by role at the best ratio tried."""
 _FIDELITY = """What the runs kept of full Adam's momentum M, averaged over six moments of the training, all roles of
 matrices and all seeds: the share of M's energy in the kept momentum; the cosine between the change of the weights and

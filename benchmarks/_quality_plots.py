@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _quality_page import CONTROLS, Found, mean_loss, shares
 from _quality_rows import Result, best_runs
@@ -30,6 +30,15 @@ NAMES |= {
 }
 NAMES |= {"adam_mini": "Adam-mini", "scale": "SCALE", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}
 NAMES |= {"galore": "GaLore", "fira": "Fira", "muon": "Muon"}
+
+
+class Dot(NamedTuple):
+    """A row in the plot of state."""
+
+    loss: float
+    share: float
+    name: str
+    seeds: int
 
 
 def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
@@ -59,14 +68,16 @@ def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
 
 
 def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
-    """Draw loss against the bytes of state, for one rate and for rates by role."""
+    """Draw loss against the bytes of state, for one rate and for rates by role. Circles have one seed."""
     figure = new_figure(11, 5)
     axes = figure.subplots(1, 2, sharey=True)
-    points: dict[Any, list[tuple[float, float, str]]] = {}
+    points: dict[Any, list[Dot]] = {}
     for axis, by_role, title in ((axes[0], False, "One learning rate"), (axes[1], True, "Learning rates by role")):
         rows = [row for row in study.rows if row.tuned and (row.ratio != 1) is by_role]
         found = [(row.variant, runs) for row in rows if (runs := best_runs(results, row))]
-        dots = [(mean_loss(runs), 100 * shares(runs[0])[1], name) for name, runs in found if name in NAMES]
+        dots = [
+            Dot(mean_loss(runs), 100 * shares(runs[0])[1], name, len(runs)) for name, runs in found if name in NAMES
+        ]
         axis.set_xscale("log")
         axis.set_xticks([1, 3, 10, 30, 100], ["1%", "3%", "10%", "30%", "100%"])
         axis.minorticks_off()
@@ -74,12 +85,13 @@ def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
         finish(axis, title=title, x="optimizer state, share of AdamW's", y="" if by_role else "validation loss")
         points[axis] = dots
     for axis, dots in points.items():  # the axes share their limits, which the last one decides
-        for loss, share, name in dots:
-            axis.plot(share, loss, "o", color=_color(name), markersize=8)
+        for dot in dots:
+            fill = "none" if dot.seeds == 1 else _color(dot.name)
+            axis.plot(dot.share, dot.loss, "o", color=_color(dot.name), markerfacecolor=fill, markersize=8)
     figure.draw_without_rendering()
     for axis, dots in points.items():
         _label_dots(axis, sorted(dots))
-    title = f"{study.title}: rate tuned for each optimizer; blue: this package's recipes"
+    title = f"{study.title}: rate tuned for each optimizer; blue: this package's recipes; circles: one seed"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
@@ -88,16 +100,16 @@ def _color(name: str) -> str:
     return BLACK if "AdamW" in NAMES[name] else COLORS[0] if NAMES[name] == name else COLORS[1]
 
 
-def _label_dots(axis: Any, dots: Sequence[tuple[float, float, str]]) -> None:
-    """Write names beside the dots ``(height, share, name)``: at the first side where nothing else is."""
+def _label_dots(axis: Any, dots: Sequence[Dot]) -> None:
+    """Write names beside the dots: at the first side where nothing else is."""
     sides = {(9, 0): "left", (-9, 0): "right", (0, -13): "center", (0, 13): "center"}
-    centers = [axis.transData.transform((share, height)) for height, share, _ in dots]
+    centers = [axis.transData.transform((dot.share, dot.loss)) for dot in dots]
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centers]
-    for at, (height, share, name) in enumerate(dots):
+    for at, dot in enumerate(dots):
         for offset, anchor in sides.items():
             label = axis.annotate(
-                NAMES[name], (share, height), xytext=offset, textcoords="offset points", color=_color(name),
-                fontsize=SMALL, va="center", ha=anchor,
+                NAMES[dot.name], (dot.share, dot.loss), xytext=offset, textcoords="offset points",
+                color=_color(dot.name), fontsize=SMALL, va="center", ha=anchor,
             )  # fmt: skip
             box = label.get_window_extent()
             others = [other for number, other in enumerate(taken) if number != at]

@@ -187,8 +187,7 @@ class AdaptiveMomentum(Callback):
             self._probe.rest()
         rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
         say(f"AdaptiveMomentum resumes after step {self._probe.steps} with {self._allocator.size()}; {rest}.")
-        same = self._allocator.is_budget(saved.get("budget", self.budget))  # earlier versions did not save it
-        if not same or self._allocator.exceeds_budget():
+        if not self._is_same_aim(saved) or self._allocator.exceeds_budget():
             self._allocate()
         self._running = True
         self._catch_up()  # a callback before this one may have saved when a decision was due
@@ -226,8 +225,8 @@ class AdaptiveMomentum(Callback):
             return dict(self._loaded or {})
         # Before this callback's turn at the end of a batch, the last steps have not been seen yet.
         budget = float(self.budget) if isinstance(self.budget, float) else self.budget  # NumPy's cannot be loaded
-        decided = {"history": list(self.history), "seen": self._seen, "budget": budget}
-        return {**decided, "probe": self._probe.state_dict()}
+        aim = {"budget": budget, "quality": float(self.quality)}
+        return {"history": list(self.history), "seen": self._seen, **aim, "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
@@ -256,6 +255,12 @@ class AdaptiveMomentum(Callback):
                 add_figure(trainer, self._folder, f"allocation{self._suffix()}", self.plot)
 
     # ------------------------------------------------------------------ deciding
+
+    def _is_same_aim(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint was written with this budget, or without one and with this quality."""
+        if not self._allocator.is_budget(saved.get("budget", self.budget)):  # earlier versions saved neither
+            return False
+        return self.budget is not None or saved.get("quality", self.quality) == self.quality
 
     def _until_frozen(self) -> float | None:
         return self._timing.until_frozen(self._probe.steps, self._trainer.global_step)

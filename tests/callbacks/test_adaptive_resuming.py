@@ -131,6 +131,17 @@ def test_another_budget_after_the_freeze(tmp_path, policy):
     assert same.history == saved.history
 
 
+def test_another_quality_after_the_freeze(tmp_path):
+    options = {"budget": None, "freeze_after": 7}
+    fit(Module(), saved := adaptive(quality=0.3, **options), StopsAt(12, path=tmp_path), max_steps=30)
+    for quality in (0.3, 0.9):
+        other = adaptive(quality=quality, **options)
+        fit(Module(), other, max_steps=14, ckpt_path=tmp_path / "12.ckpt")
+        assert (other.history == saved.history) == (quality == 0.3)
+    assert other.history[-1]["step"] == 12
+    assert sum(other.history[-1]["ranks"].values()) > sum(saved.history[-1]["ranks"].values())
+
+
 def test_a_smaller_budget_is_divided_by_the_signals(tmp_path):
     fit(Module(), adaptive(), StopsAt(13, path=tmp_path), max_steps=30)
     lower = adaptive(budget=0.15)
@@ -146,7 +157,7 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path):
     fit(Module(), one := adaptive(), StopsAt(13, path=tmp_path), max_steps=30)
     saved = torch.load(tmp_path / "13.ckpt", weights_only=True)
     state = next(state for key, state in saved["callbacks"].items() if "Adaptive" in key)
-    for key in ("seen", "budget"):
+    for key in ("seen", "budget", "quality"):
         del state[key]
     torch.save(saved, tmp_path / "old.ckpt")
     fit(Module(), other := adaptive(), max_steps=14, ckpt_path=tmp_path / "old.ckpt")

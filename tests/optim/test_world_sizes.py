@@ -55,6 +55,7 @@ RATES: dict[str, dict[str, float]] = {
 }
 VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamSNSM(paper=True)": lambda named: lm.AdamSNSM(named, lr=1e-3, paper=True, **GAP),
+    "AdaGradSNSM(paper=True)": lambda named: lm.AdaGradSNSM(named, lr=1e-3, paper=True, **GAP),
     "rotate, gap 3": lambda named: lm.AdamSNSM(named, lr=1e-2, handover="rotate", **GAP),
     "subset_size": lambda named: lm.AdamSN(named, lr=1e-2, subset_size=5),
     "heads": lambda named: lm.AdamMini(named, lr=1e-2, head_dim=2),
@@ -129,7 +130,7 @@ def facts(optimizer: lm.MemOpt) -> list[dict[str, Any]]:
 
 def cases(mesh: str) -> list[tuple[Callable[..., int], str]]:
     """Return which placements and optimizers are tried on a mesh."""
-    if mesh == "three":
+    if mesh in ("three", "hybrid"):
         return [(by_long_side, name) for name in RECIPES | VARIANTS]
     return [(by_long_side, name) for name in RECIPES]
 

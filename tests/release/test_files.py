@@ -23,11 +23,12 @@ def test_the_version_has_a_section_in_the_changelog():
     ), headings[0]
 
 
-def test_the_version_is_in_one_place():
+def test_the_version_is_in_one_place_and_in_the_citation():
     written = re.compile(rf'version = "?{re.escape(lightning_memopt.__version__)}\b')
     found = [path.name for path in (ROOT / "lightning_memopt").rglob("*.py") if "__version__ = " in path.read_text()]
     assert found == ["_version.py"]
     assert not written.search((ROOT / "pyproject.toml").read_text())
+    assert f"version = {{{lightning_memopt.__version__}}}" in (ROOT / "docs" / "citation.md").read_text()
 
 
 def test_the_citation_names_the_software_and_its_papers():
@@ -47,7 +48,7 @@ def test_the_citation_names_the_software_and_its_papers():
 def test_a_report_of_a_bug_asks_for_what_it_takes_to_reproduce_it():
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text())
     required = {field["id"] for field in form["body"] if field.get("validations", {}).get("required")}
-    assert required == {"what", "script", "doctor", "plan"}
+    assert required == {"what", "script", "doctor"}
 
 
 @in_checkout

@@ -25,7 +25,8 @@ def round_trip(state_dict, path):
 @pytest.mark.parametrize("recipe", lm.recipe_names())
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, make, state_dtype, tmp_path):
     model = make(layers=1)
-    options = {"recipe": recipe, "state_dtype": state_dtype, "gap": 3 if "snsm" in recipe else None}
+    recurs = any("gap" in role.options() for role in lm.load_plan(recipe).roles.values())
+    options = {"recipe": recipe, "state_dtype": state_dtype, "gap": 3 if recurs else None}
     optimizer = lm.MemOpt(model.named_parameters(), **options)
     train_quietly(model, optimizer, 2)
     twin = copy.deepcopy(model)
