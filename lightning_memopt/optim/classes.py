@@ -141,8 +141,8 @@ class MuonLean(RecipeOptimizer):
     vectors as in AdamW.
 
     Defaults: betas (0.9, 0.95), rank 1/32 of the short side, at least 4.
-    State: 2 to 2.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: about eight times AdamW's in the one model
-    measured, with warmup. Each step takes Muon's time, in which
+    State: 2 to 2.5% of AdamW's on LLaMA and GPT-2 shapes. Learning rate: four to eight times AdamW's in the small
+    models measured, with warmup. Each step takes Muon's time, in which
     ``lightning_memopt.kinds.newton_schulz`` multiplies matrices of the short side 17 times.
     Sources: arXiv 2510.09103 (momentum), kellerjordan.github.io/posts/muon (iteration), arXiv 1804.04235 (factors).
     The combination is this package's.
@@ -332,7 +332,8 @@ class Muon(RecipeOptimizer):
 
     All of it follows from the k × k matrix NᵀN of the short side, in float64, so ranks that hold some rows need one
     sum. ``torch.optim.Muon`` makes the same update of matrices, up to its iteration in bfloat16. Embeddings, heads,
-    routers, vectors and weights of unknown role get AdamW's update.
+    routers, vectors and weights of unknown role get AdamW's update, with the same rate, betas and ε; the authors' code
+    gives them a rate of their own, ε = 1e-10, and a β₁ of 0.9 or 0.8.
 
     Defaults: betas (0.95, 0.95).
     State: half of AdamW's for hidden matrices. Learning rate: AdamW's, thanks to the factor (arXiv 2502.16982). With
