@@ -7,6 +7,7 @@ number of processes.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from typing import Any
 
@@ -20,6 +21,14 @@ from examples.options import options, share
 from examples.pretrain.data import TextDataModule
 from examples.pretrain.order import ResumableLoader, data_ranks
 from examples.pretrain.sizes import config_of
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = options("Train a LLaMA with Fabric and compressed optimizer state.", "runs/fabric")
+    parser.add_argument("--devices", type=int, default=torch.cuda.device_count() or 2, help="processes")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches per step and process")
+    return parser.parse_args(given)
 
 
 def loss_of(model: Any, batch: Tensor) -> Tensor:
@@ -38,10 +47,7 @@ def validated(fabric: Fabric, model: Any, loader: Any, most: int = 20) -> float:
 
 def main(given: list[str] | None = None) -> None:
     """Train from the last checkpoint on, or from the beginning; validate."""
-    parser = options("Train a LLaMA with Fabric and compressed optimizer state.", "runs/fabric")
-    parser.add_argument("--devices", type=int, default=torch.cuda.device_count() or 2, help="processes")
-    parser.add_argument("--accumulate", type=int, default=2, help="batches per step and process")
-    args = parser.parse_args(given)
+    args = arguments(given)
     fabric = Fabric(strategy="memopt_fsdp", devices=args.devices)
     fabric.launch()
 

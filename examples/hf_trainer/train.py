@@ -21,6 +21,11 @@ from examples.pretrain.data import TextDataModule
 from examples.pretrain.sizes import config_of
 
 
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    return options("Train a LLaMA with the Trainer and compressed state.", "runs/hf_trainer").parse_args(given)
+
+
 class Sequences(Dataset[dict[str, Tensor]]):
     """Sequences as the Trainer takes them, read where they are needed; the model shifts the labels by itself."""
 
@@ -75,8 +80,7 @@ def optimizer_and_schedule(model: Any, args: argparse.Namespace) -> tuple[lm.Mem
 
 def main(given: list[str] | None = None) -> None:
     """Train from the last checkpoint on, or from the beginning; validate, and save the model."""
-    description = "Train a LLaMA with the Trainer of transformers and compressed optimizer state."
-    args = options(description, "runs/hf_trainer").parse_args(given)
+    args = arguments(given)
     training = settings(args)
     data = TextDataModule(args.root, vocab_size=args.vocab_size, seq_len=args.seq_len, batch_size=args.batch_size)
     with training.main_process_first():
@@ -89,13 +93,8 @@ def main(given: list[str] | None = None) -> None:
     # State is created with the optimizer, on the device of the parameters.
     model.to(training.device)
     optimizer, schedule = optimizer_and_schedule(model, args)
-    trainer = Trainer(
-        model,
-        training,
-        train_dataset=train,
-        eval_dataset=Subset(val, range(min(160, len(val)))),
-        optimizers=(optimizer, schedule),
-    )
+    few = Subset(val, range(min(160, len(val))))
+    trainer = Trainer(model, training, train_dataset=train, eval_dataset=few, optimizers=(optimizer, schedule))
     args.folder.mkdir(parents=True, exist_ok=True)  # the Trainer makes it on its main process alone
     last = get_last_checkpoint(args.folder)
     if trainer.is_world_process_zero():

@@ -28,6 +28,11 @@ from examples.pretrain.order import ResumableLoader
 from examples.pretrain.sizes import config_of
 
 
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    return options("Train a LLaMA with FSDP2 and compressed optimizer state.", "runs/plain_pytorch").parse_args(given)
+
+
 def batches(args: argparse.Namespace, mesh: DeviceMesh) -> ResumableLoader:
     """Return this process's share of the batches, which are the same ones at every number of processes."""
     batch_size = share(args.batch_size, mesh.size())
@@ -43,7 +48,7 @@ def batches(args: argparse.Namespace, mesh: DeviceMesh) -> ResumableLoader:
 
 def main(given: list[str] | None = None) -> None:
     """Train from the last checkpoint on, or from the beginning."""
-    args = options("Train a LLaMA with FSDP2 and compressed optimizer state.", "runs/plain_pytorch").parse_args(given)
+    args = arguments(given)
     if "WORLD_SIZE" not in os.environ:
         sys.exit("Start this with torchrun --nproc-per-node N -m examples.plain_pytorch.train")
     # This joins the processes that torchrun started, and gives each a GPU of its own.
