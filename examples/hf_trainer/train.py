@@ -7,40 +7,45 @@ in ``--folder``. ``torchrun --nproc-per-node 2 -m examples.hf_trainer.train`` tr
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import lightning_memopt as lm
+from examples.options import options, share
 from examples.pretrain.data import TextDataModule
+from examples.pretrain.sizes import config_of
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description="Train a LLaMA with transformers' Trainer and compressed state.")
-    parser.add_argument("--root", help="a folder of text files; without one, Python's standard library")
-    parser.add_argument("--recipe", default="adapm_lean", help=f"one of {', '.join(lm.recipe_names())}")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--steps", type=int, default=100, help="steps of the whole run")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step and process")
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--folder", default="runs/hf_trainer", help="where the checkpoints are")
-    return parser.parse_args(given)
+    return options("Train a LLaMA with the Trainer and compressed state.", "runs/hf_trainer").parse_args(given)
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Sequences as the Trainer takes them, read where they are needed; the model shifts the labels by itself."""
+
+    def __init__(self, tokens: Dataset[Tensor]) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sequence ``[seq_len]``, as input and as labels."""
+        row = self.tokens[index]
+        return {"input_ids": row, "labels": row}
 
 
 def settings(args: argparse.Namespace) -> TrainingArguments:
     """Return what the Trainer does, apart from the optimizer and its schedule."""
-    return TrainingArguments(
-        output_dir=args.folder,
+    training = TrainingArguments(
+        output_dir=str(args.folder),
         max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
         max_grad_norm=1.0,
         logging_steps=10,
         save_steps=args.save_every,
@@ -51,15 +56,9 @@ def settings(args: argparse.Namespace) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
-
-
-def datasets(args: argparse.Namespace, training: TrainingArguments) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Return sequences for training and validation; the model shifts the labels by itself."""
-    data = TextDataModule(args.root, vocab_size=args.vocab_size, seq_len=args.seq_len, batch_size=args.batch_size)
-    with training.main_process_first():
-        data.prepare_data()
-    data.setup()
-    return {split: [{"input_ids": row, "labels": row} for row in tokens] for split, tokens in data.tokens.items()}
+    # The Trainer counts sequences per GPU. One process uses all GPUs unless torchrun starts more.
+    training.per_device_train_batch_size = share(args.batch_size, training.world_size * max(1, training.n_gpu))
+    return training
 
 
 def optimizer_and_schedule(model: Any, args: argparse.Namespace) -> tuple[lm.MemOpt, lm.WarmupSchedule]:
@@ -83,22 +82,20 @@ def main(given: list[str] | None = None) -> None:
     """Train from the last checkpoint on, or from the beginning; validate, and save the model."""
     args = arguments(given)
     training = settings(args)
-    data = datasets(args, training)
+    data = TextDataModule(args.root, vocab_size=args.vocab_size, seq_len=args.seq_len, batch_size=args.batch_size)
+    with training.main_process_first():
+        data.prepare_data()
+    data.setup()
+    train, val = (Sequences(data.tokens[split]) for split in ("train", "val"))
 
     torch.manual_seed(training.seed)
-    size = {"hidden_size": args.hidden_size, "intermediate_size": 3 * args.hidden_size, "num_hidden_layers": 3}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocab_size, num_attention_heads=8, **size))
+    model: Any = LlamaForCausalLM(config_of(args.model, args.vocab_size, args.seq_len))
     # State is created with the optimizer, on the device of the parameters.
     model.to(training.device)
     optimizer, schedule = optimizer_and_schedule(model, args)
-    trainer = Trainer(
-        model,
-        training,
-        train_dataset=data["train"],
-        eval_dataset=data["val"][:160],
-        optimizers=(optimizer, schedule),
-    )
-    Path(args.folder).mkdir(parents=True, exist_ok=True)  # the Trainer makes it on its main process alone
+    few = Subset(val, range(min(160, len(val))))
+    trainer = Trainer(model, training, train_dataset=train, eval_dataset=few, optimizers=(optimizer, schedule))
+    args.folder.mkdir(parents=True, exist_ok=True)  # the Trainer makes it on its main process alone
     last = get_last_checkpoint(args.folder)
     if trainer.is_world_process_zero():
         print(f"continuing from {last}" if last else optimizer.plan_table(), flush=True)

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import os
 import sys
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,54 +22,48 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
 import lightning_memopt as lm
+from examples.options import options, share
 from examples.pretrain.data import TextDataModule
 from examples.pretrain.order import ResumableLoader
-from examples.pretrain.sizes import LLAMA, config_of
+from examples.pretrain.sizes import config_of
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line."""
-    parser = argparse.ArgumentParser(description="Train a LLaMA with FSDP2 and compressed optimizer state.")
-    parser.add_argument("--root", help="a folder of text files; without one, Python's standard library")
-    parser.add_argument("--model", choices=LLAMA, default="llama-3m")
-    parser.add_argument("--recipe", choices=lm.recipe_names(), default="adapm_lean")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--steps", type=int, default=100, help="steps of the whole run")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences per step, over all processes")
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--folder", type=Path, default=Path("runs/plain_pytorch"), help="where the checkpoints are")
-    return parser.parse_args(given)
+    return options("Train a LLaMA with FSDP2 and compressed optimizer state.", "runs/plain_pytorch").parse_args(given)
 
 
 def batches(args: argparse.Namespace, mesh: DeviceMesh) -> ResumableLoader:
-    """Return this process's share of the batches, which are the same ones at every number of processes.
-
-    Raises:
-        ValueError: If processes cannot have equal shares.
-    """
-    if args.batch_size % mesh.size():
-        raise ValueError(f"`--batch-size` {args.batch_size} must be a multiple of the {mesh.size()} processes.")
-    data = TextDataModule(args.root, seq_len=args.seq_len, batch_size=args.batch_size)
+    """Return this process's share of the batches, which are the same ones at every number of processes."""
+    batch_size = share(args.batch_size, mesh.size())
+    data = TextDataModule(args.root, vocab_size=args.vocab_size, seq_len=args.seq_len, batch_size=batch_size)
+    # Tokens of a large text take longer than processes wait for each other elsewhere.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if dist.get_node_local_rank() == 0:  # one process of each machine makes the tokens
         data.prepare_data()
-    dist.barrier()
+    dist.barrier(patient)
     data.setup()
-    return ResumableLoader(data.tokens["train"], args.batch_size // mesh.size(), mesh.size(), mesh.get_local_rank())
+    return ResumableLoader(data.tokens["train"], batch_size, mesh.size(), mesh.get_rank())
 
 
-def train(args: argparse.Namespace, mesh: DeviceMesh) -> None:
+def main(given: list[str] | None = None) -> None:
     """Train from the last checkpoint on, or from the beginning."""
+    args = arguments(given)
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit("Start this with torchrun --nproc-per-node N -m examples.plain_pytorch.train")
+    # This joins the processes that torchrun started, and gives each a GPU of its own.
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (int(os.environ["WORLD_SIZE"]),))
     data = batches(args, mesh)
+
     torch.manual_seed(0)  # all processes create the same weights
-    model: Any = LlamaForCausalLM(config_of(args.model, 2048, args.seq_len, {})).train()
+    model: Any = LlamaForCausalLM(config_of(args.model, args.vocab_size, args.seq_len)).train()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # After sharding, so that the optimizer's state is sharded with the weights.
     optimizer = lm.MemOpt(model.named_parameters(), recipe=args.recipe, lr=args.lr).bind(model)
     # Without a warm-up, the first steps of low-rank momentum are too long.
-    schedule = lm.WarmupSchedule(optimizer, 20, "constant")
+    schedule = lm.WarmupSchedule(optimizer, 20, total_steps=args.steps)
 
     weights, states = get_state_dict(model, optimizer)
     run: dict[str, Any] = {"model": weights, "optimizer": states, "schedule": schedule, "data": data, "step": 0}
@@ -101,10 +95,5 @@ def train(args: argparse.Namespace, mesh: DeviceMesh) -> None:
 
 
 if __name__ == "__main__":
-    args = arguments()
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit("Start this with torchrun --nproc-per-node N -m examples.plain_pytorch.train")
-    # This joins the processes that torchrun started, and gives each a GPU of its own.
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (int(os.environ["WORLD_SIZE"]),))
-    train(args, mesh)
+    main()
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ class LanguageModel(LightningModule):
 
     The class has no ``configure_optimizers``, because the command line supplies the optimizer. In Python, assign one::
 
-        module.configure_optimizers = lambda: lightning_memopt.AdaPMLean(module.named_parameters(), lr=3e-3)
+        module.configure_optimizers = lambda: lightning_memopt.AdaPMLean(module.named_parameters(), lr=2e-3)
 
     Args:
         model: Name of a size, from ``llama-1m`` to ``llama-7b`` and from ``gpt2-1m`` to ``gpt2-1558m``.
@@ -37,7 +37,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = AutoModelForCausalLM.from_config(config_of(model, vocab_size, seq_len, config or {}))
+        self.model = AutoModelForCausalLM.from_config(config_of(model, vocab_size, seq_len, config))
         if activation_checkpointing:
             newer = getattr(self.model, "activation_checkpointing_enable", None)
             (newer or self.model.gradient_checkpointing_enable)()

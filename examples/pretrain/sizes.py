@@ -28,7 +28,7 @@ GPT2 = {
 }
 
 
-def config_of(name: str, vocab_size: int, seq_len: int, changes: dict[str, Any]) -> PretrainedConfig:
+def config_of(name: str, vocab_size: int, seq_len: int, changes: dict[str, Any] | None = None) -> PretrainedConfig:
     """Return the configuration of a model, without dropout.
 
     Args:
@@ -40,14 +40,15 @@ def config_of(name: str, vocab_size: int, seq_len: int, changes: dict[str, Any])
     Raises:
         ValueError: If there is no such name.
     """
+    others = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, **(changes or {})}
     if name in LLAMA:
         width, inside, layers, heads = LLAMA[name]
         given = {"hidden_size": width, "intermediate_size": inside, "num_hidden_layers": layers}
         given |= {"num_attention_heads": heads, "max_position_embeddings": seq_len}
-        return LlamaConfig(**{**given, "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, **changes})
+        return LlamaConfig(**{**given, **others})
     if name in GPT2:
         width, layers, heads = GPT2[name]
         given = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": seq_len}
         given |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(**{**given, "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0, **changes})
+        return GPT2Config(**{**given, **others})
     raise ValueError(f"There is no model {name!r}; use one of {', '.join([*LLAMA, *GPT2])}.")

@@ -1,4 +1,5 @@
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from tests.strategy._training import Spawned
 
 pytestmark = pytest.mark.slow
 
+SMALL = ("--model=llama-1m", "--vocab-size=300", "--seq-len=16", "--batch-size=8", "--steps=20", "--save-every=10")
+
 
 def sequences(texts: Path) -> int:
     """Return how many training sequences there are."""
@@ -23,22 +26,38 @@ def sequences(texts: Path) -> int:
     return len(data.tokens["train"])
 
 
-def test_fabric_trains_on_two_processes_and_continues_on_one(texts, capsys, monkeypatch):
+def printed(text: str) -> dict[str, float]:
+    """Return the printed losses, by what stands before them."""
+    return {name: float(loss) for name, loss in re.findall(r"^(.*) loss (\d+\.\d{4})$", text, flags=re.MULTILINE)}
+
+
+def test_two_processes_then_one_train_as_two_do(texts, tmp_path, capsys, monkeypatch):
     from examples.fabric.train import main
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the second process, which Fabric starts
-    args = [f"--root={texts}", "--vocab-size=300", "--seq-len=16", "--batch-size=2", "--hidden-size=16"]
-    first = run_python("-m", "examples.fabric.train", *args, "--steps=20", "--devices=2")
+    recipe = ROOT / "examples" / "pretrain" / "recipe.yaml"
+    args = [f"--root={texts}", *SMALL, f"--recipe={recipe}"]
+    first = run_python("-m", "examples.fabric.train", *args, "--devices=2", f"--folder={tmp_path / 'whole'}")
     assert first.returncode == 0, first.stderr[-3000:]
-    assert re.search(r"step    20  loss \d\.\d+\nvalidation loss \d\.\d+\nsaved to runs/fabric.ckpt", first.stdout)
-    assert first.stdout.count("embed_tokens") == first.stdout.count("validation loss") == 1, "rank 0 alone prints"
-    # 20 steps of 2 batches of 2 sequences on each of 2 processes. Each of them has given out its own.
-    place = torch.load(Path("runs") / "fabric.ckpt" / "meta.pt", weights_only=True)["data"]
-    per_epoch = 4 * (sequences(texts) // 4)
-    assert place["epoch"] * per_epoch + place["examples"] == 160
-    main([*args, "--steps=22", "--devices=1"])
-    assert capsys.readouterr().out.startswith("continuing after step 20\nvalidation loss")
-    assert "model.embed_tokens.weight" in lm.load_weights(Path("runs") / "fabric.ckpt")
+    losses = printed(first.stdout)
+    assert list(losses) == ["step    10 ", "step    20 ", "validation"]
+    assert first.stdout.count("embed_tokens") == first.stdout.count("validation") == 1, "rank 0 alone prints"
+    assert re.search(r"layers.0.self_attn.q_proj.weight .* dense +factored ", first.stdout), "as the recipe file says"
+    halfway, end = (tmp_path / "whole" / f"step-000000{step}.ckpt" for step in (10, 20))
+    # 10 steps of 8 sequences.
+    place = torch.load(halfway / "meta.pt", weights_only=True)["data"]
+    assert place["epoch"] * (4 * (sequences(texts) // 4)) + place["examples"] == 80
+
+    moved = tmp_path / "moved"
+    shutil.copytree(halfway, moved / halfway.name)
+    capsys.readouterr()
+    main([*args, "--devices=1", f"--folder={moved}"])
+    second = capsys.readouterr().out
+    assert second.startswith("continuing after step 10\nstep    20  loss ")
+    assert printed(second)["step    20 "] == pytest.approx(losses["step    20 "], abs=1.5e-4), "the last digit at most"
+    torch.testing.assert_close(lm.load_weights(moved / end.name), lm.load_weights(end), rtol=1e-4, atol=1e-5)
+    before, after = (lm.load_weights(path)["lm_head.weight"] for path in (halfway, end))
+    assert not torch.allclose(before, after, atol=1e-3)
 
 
 def shares(rank: int, world_size: int) -> list[dict[str, int]]:

@@ -163,7 +163,7 @@ def test_models_by_name():
     from examples.pretrain.sizes import GPT2, LLAMA, config_of
 
     for name in (*LLAMA, *GPT2):
-        config_of(name, 300, 16, {})
+        config_of(name, 300, 16)
     module = LanguageModel("llama-1m", 300, 16, config={"num_key_value_heads": 2}, activation_checkpointing=True)
     assert module.model.config.num_key_value_heads == 2
     assert module.model.is_gradient_checkpointing
