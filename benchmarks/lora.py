@@ -48,7 +48,7 @@ def tokens_of_headers(settings: Settings) -> dict[str, dict[str, Tensor]]:
     headers = Texts(Path(torch.__file__).parent / "include" / "ATen", "**/*.h", 0.1, 2_000_000)
     assert data.tokenizer is not None
     encoded = {
-        split: torch.cat([torch.tensor(data.tokenizer.encode(text).ids) for text in headers.read(split)])
+        split: torch.cat([torch.tensor(data.tokenizer(text).input_ids) for text in headers.read(split)])
         for split in ("train", "val")
     }
     return {

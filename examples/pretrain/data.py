@@ -1,28 +1,31 @@
-"""A data module for any folder of text files, with a vocabulary trained on the training files."""
+"""A data module for any folder of text files, with a vocabulary trained on them, or a given one."""
 
 from __future__ import annotations
 
-import tokenizers
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.pretrain.tokens import Tokens, cached, load
+from examples.pretrain.vocabulary import given_tokenizer, trained_tokenizer
 
 
 class TextDataModule(ResumableDataModule):
     """Token sequences from a folder of text files, divided by file into training and validation (`Texts`).
 
     Validation files of which more than half of the long lines are in training files are left out: a model knows them.
-    The byte-level BPE vocabulary is trained on the training files only. Vocabulary and tokens are cached under a name
-    made from the files and the settings, and mapped into memory. A resumed run continues with the next sequences.
+    Unless a tokenizer is given, a byte-level BPE vocabulary is trained on the training files only. It is cached with
+    the tokens, under a name made from the files and the settings. Tokens are mapped into memory. A resumed run
+    continues with the next sequences.
 
     Args:
         root: A folder, searched with its subfolders. None: the source code of Python's standard library.
         pattern: Files to read, as in ``Path.glob``. None: all files, or ``**/*.py`` for the standard library.
-        vocab_size: Size of the vocabulary; a small text may yield fewer tokens.
+        vocab_size: Size of the vocabulary; a small text may yield fewer tokens. That of the tokenizer if one is given.
+        tokenizer: A folder that a tokenizer's ``save_pretrained`` wrote, to use it instead of training one.
         seq_len: Tokens per sequence.
         batch_size: Sequences per batch and process.
         val_fraction: Share of the files used for validation.
@@ -32,7 +35,8 @@ class TextDataModule(ResumableDataModule):
         seed: Of the order of the sequences.
 
     Raises:
-        ValueError: If a setting is out of range.
+        FileNotFoundError: If ``tokenizer`` is not such a folder.
+        ValueError: If a setting is out of range, or does not fit the tokenizer.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TextDataModule(ResumableDataModule):
         root: str | None = None,
         pattern: str | None = None,
         vocab_size: int = 2048,
+        tokenizer: str | None = None,
         seq_len: int = 128,
         batch_size: int = 8,
         val_fraction: float = 0.1,
@@ -49,9 +54,9 @@ class TextDataModule(ResumableDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        # 256 bytes and the end of the text are in every vocabulary.
+        # 256 bytes and the end of the text are in every vocabulary that is trained here.
         for name, value, least in (
-            ("vocab_size", vocab_size, 257),
+            ("vocab_size", vocab_size, 257 if tokenizer is None else 1),
             ("seq_len", seq_len, 2),
             ("batch_size", batch_size, 1),
         ):
@@ -64,7 +69,8 @@ class TextDataModule(ResumableDataModule):
         self.val_fraction, self.max_chars = val_fraction, max_chars
         self.num_workers, self.seed = num_workers, seed
         self.cache_dir = cache_folder(cache_dir)
-        self.tokenizer: tokenizers.Tokenizer | None = None
+        self._given = None if tokenizer is None else given_tokenizer(tokenizer, vocab_size)
+        self.tokenizer: PreTrainedTokenizerFast | None = None
         self.tokens: dict[str, Tokens] = {}
 
     def prepare_data(self) -> None:
@@ -72,7 +78,7 @@ class TextDataModule(ResumableDataModule):
         if self.tokens:
             return
         texts = self._texts()
-        folder, known = cached(texts, self.vocab_size, self.cache_dir)
+        folder, known = cached(texts, self.vocab_size, self.cache_dir, self._given)
         rank_zero_info(
             f"{type(self).__name__}: {sum(map(len, texts.files.values())):,} files in {self.root}, "
             f"{len(texts.files['val']):,} of them for validation; tokens {'from' if known else 'saved to'} {folder}"
@@ -86,8 +92,8 @@ class TextDataModule(ResumableDataModule):
         """
         if self.tokens:
             return
-        folder, _ = cached(self._texts(), self.vocab_size, self.cache_dir)
-        tokenizer, tokens = load(folder, self.seq_len)
+        folder, _ = cached(self._texts(), self.vocab_size, self.cache_dir, self._given)
+        tokens = load(folder, self.seq_len)
         for split, needed in (("train", self.batch_size), ("val", 1)):
             if len(tokens[split]) < needed:
                 raise ValueError(
@@ -95,7 +101,8 @@ class TextDataModule(ResumableDataModule):
                     f"{needed} x {self.seq_len} ({'one batch' if split == 'train' else 'one sequence'}). Use more "
                     "text, or a smaller `seq_len`, `batch_size` or `vocab_size`."
                 )
-        known = tokenizer.get_vocab_size()
+        tokenizer = trained_tokenizer(folder / "tokenizer.json") if self._given is None else self._given
+        known = len(tokenizer)
         if known < self.vocab_size:
             rank_zero_warn(
                 f"The training files of {self.root} yield {known:,} different tokens, fewer than `vocab_size` "

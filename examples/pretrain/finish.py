@@ -10,11 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 import lightning_memopt as lm
 from examples.pretrain.decoding import decode
-from examples.pretrain.tokens import END_OF_TEXT
 
 
 class SampleText(Callback):
@@ -74,7 +72,7 @@ class SampleText(Callback):
 
     def _tokens(self, trainer: Trainer) -> list[int]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        return data.tokenizer.encode(self.prompt).ids
+        return data.tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
 
 
 def _longest(module: LightningModule) -> int:
@@ -85,6 +83,9 @@ def _longest(module: LightningModule) -> int:
 class SaveTransformers(Callback):
     """Save model and tokenizer as a folder for transformers' ``from_pretrained``, at the end of the training.
 
+    The model is the module's ``model``. Of one with peft's adapters, the adapters alone are saved. The tokenizer is the
+    module's ``tokenizer``, or that of the data module if the module has none.
+
     Args:
         dirpath: The folder. Files of an earlier run in it are replaced, which is said when the training starts.
     """
@@ -93,23 +94,25 @@ class SaveTransformers(Callback):
         self.dirpath = Path(dirpath)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say whose model will be replaced, while it is still there."""
-        earlier = self.dirpath / "config.json"
-        if stage == "fit" and earlier.is_file():
-            date = datetime.fromtimestamp(earlier.stat().st_mtime)
-            rank_zero_info(
-                f"{type(self).__name__}: {self.dirpath} holds a model of {date:%Y-%m-%d %H:%M}, which the end of this "
-                "training replaces. To keep it, move the folder before."
-            )
+        """Say what will be replaced, while it is still there."""
+        for name, what in (("config.json", "a model"), ("adapter_config.json", "an adapter")):
+            earlier = self.dirpath / name
+            if stage == "fit" and earlier.is_file():
+                date = datetime.fromtimestamp(earlier.stat().st_mtime)
+                rank_zero_info(
+                    f"{type(self).__name__}: {self.dirpath} holds {what} of {date:%Y-%m-%d %H:%M}, which the end of "
+                    "this training replaces. To keep it, move the folder before."
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the weights from all processes; the first one writes them."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        source: Any = pl_module.model
-        weights = lm.full_state_dict(source)
+        model: Any = pl_module.model
+        holder: Any = pl_module if hasattr(pl_module, "tokenizer") else trainer.datamodule  # type: ignore[attr-defined]
+        # The frozen weights beside adapters may not fit into the memory of one process.
+        has_adapters = hasattr(model, "peft_config")
+        weights = lm.full_state_dict(model, ignore_frozen_params=has_adapters)
         if trainer.is_global_zero:
-            source.save_pretrained(self.dirpath, state_dict=weights)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=data.tokenizer, eos_token=END_OF_TEXT)
-            tokenizer.save_pretrained(self.dirpath)
-            print(f"Saved model and tokenizer to {self.dirpath}")
-        trainer.strategy.barrier()
+            model.save_pretrained(self.dirpath, state_dict=weights)
+            holder.tokenizer.save_pretrained(self.dirpath)
+            print(f"Saved {'adapter' if has_adapters else 'model'} and tokenizer to {self.dirpath}")
+        trainer.strategy.barrier()  # afterwards, the folder is there for every process

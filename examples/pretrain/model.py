@@ -24,7 +24,6 @@ class LanguageModel(LightningModule):
         vocab_size: Number of tokens, at least that of the data.
         seq_len: Longest sequence.
         config: Other arguments of transformers' configuration, such as ``{"num_key_value_heads": 2}``.
-        activation_checkpointing: Whether to compute activations again in the backward pass, which saves memory.
     """
 
     def __init__(
@@ -33,14 +32,10 @@ class LanguageModel(LightningModule):
         vocab_size: int = 2048,
         seq_len: int = 128,
         config: dict[str, Any] | None = None,
-        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = AutoModelForCausalLM.from_config(config_of(model, vocab_size, seq_len, config))
-        if activation_checkpointing:
-            newer = getattr(self.model, "activation_checkpointing_enable", None)
-            (newer or self.model.gradient_checkpointing_enable)()
         # Models from transformers start in evaluation mode, and Lightning keeps that mode.
         self.model.train()
         self.val_loss = MeanMetric()
@@ -61,6 +56,11 @@ class LanguageModel(LightningModule):
                 raise ValueError(
                     f"The data's `{name}` is {given}, the model's only {limit}: set the model's `{name}` to {given}."
                 )
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is not None:
+            # What separates texts in the data begins and ends a generation, too.
+            for config in (self.model.config, self.model.generation_config):
+                config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
 
     def loss(self, batch: Tensor) -> Tensor:
         """Return the mean negative log-likelihood per predicted token, in nats."""

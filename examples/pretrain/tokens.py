@@ -18,11 +18,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from examples.pretrain.copies import without_copies
 from examples.pretrain.texts import Texts
+from examples.pretrain.vocabulary import END_OF_TEXT, train_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 TEXTS_AT_A_TIME = 256
 VERSION = 2  # of the cache: the same texts made other tokens before
 
@@ -49,32 +50,44 @@ class Tokens(Dataset[Tensor]):
         return torch.from_numpy(self._sequences[index].astype(np.int64))
 
 
-def cached(texts: Texts, vocab_size: int, cache_dir: Path) -> tuple[Path, bool]:
-    """Return the folder with vocabulary and tokens of texts, and whether it was there before.
+def cached(
+    texts: Texts, vocab_size: int, cache_dir: Path, given: PreTrainedTokenizerFast | None = None
+) -> tuple[Path, bool]:
+    """Return the folder with the tokens of texts and the trained vocabulary, and whether it was there before.
 
     Validation texts that repeat training texts are left out. The folder's name is made from the files and the settings.
     It appears when it is complete.
+
+    Args:
+        texts: The files.
+        vocab_size: Size of the vocabulary to train.
+        cache_dir: Where the folder is.
+        given: A tokenizer to use instead of training one.
     """
-    settings = (VERSION, texts.fingerprint, vocab_size, tokenizers.__version__)
+    vocabulary = vocab_size if given is None else (given.backend_tokenizer.to_str(), given.eos_token)
+    settings = (VERSION, texts.fingerprint, vocabulary, tokenizers.__version__)
     folder = cache_dir / f"tokens-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder, True
     cache_dir.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache_dir, prefix="unfinished-"))
     try:
-        tokenizer = train_tokenizer(texts.read("train"), vocab_size)
-        tokenizer.save(str(temporary / "tokenizer.json"))
+        if given is None:
+            tokenizer, end = train_tokenizer(texts.read("train"), vocab_size), END_OF_TEXT
+            tokenizer.save(str(temporary / "tokenizer.json"))
+        else:
+            tokenizer, end = given.backend_tokenizer, given.eos_token
         dtype = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
         (temporary / "tokens.json").write_text(json.dumps({"dtype": dtype}))
         held_out = without_copies(texts.read("val"), texts.read("train"))
         for split, chosen in (("train", texts.read("train")), ("val", held_out)):
-            write(encode(tokenizer, chosen), temporary / f"{split}.bin", dtype)
+            write(encode(tokenizer, chosen, end), temporary / f"{split}.bin", dtype)
         if not (temporary / "val.bin").stat().st_size:
             rank_zero_warn(
                 f"Every validation file of {texts.root} repeats training files, so the validation loss says little "
                 "about other text. Add files of another kind, or another `root`."
             )
-            write(encode(tokenizer, texts.read("val")), temporary / "val.bin", dtype)
+            write(encode(tokenizer, texts.read("val"), end), temporary / "val.bin", dtype)
         try:
             os.replace(temporary, folder)
         except OSError:
@@ -92,31 +105,15 @@ def write(tokens: Iterable[list[int]], path: Path, dtype: str) -> None:
             file.write(np.array(ids, dtype).tobytes())
 
 
-def load(folder: Path, seq_len: int) -> tuple[tokenizers.Tokenizer, dict[str, Tokens]]:
-    """Return the vocabulary and the sequences of ``"train"`` and ``"val"`` in a folder that `cached` made."""
+def load(folder: Path, seq_len: int) -> dict[str, Tokens]:
+    """Return the sequences of ``"train"`` and ``"val"`` in a folder that `cached` made."""
     facts: dict[str, Any] = json.loads((folder / "tokens.json").read_text())
-    tokens = {split: Tokens(folder / f"{split}.bin", facts["dtype"], seq_len) for split in ("train", "val")}
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), tokens
+    return {split: Tokens(folder / f"{split}.bin", facts["dtype"], seq_len) for split in ("train", "val")}
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Train a byte-level BPE vocabulary."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
-    """Yield the tokens of every text, with the end of the text."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+def encode(tokenizer: tokenizers.Tokenizer, texts: Iterator[str], end: str) -> Iterator[list[int]]:
+    """Yield the tokens of every text, and the one that ends it, without other special tokens."""
+    last = tokenizer.token_to_id(end)
     while some := list(islice(texts, TEXTS_AT_A_TIME)):
-        for encoding in tokenizer.encode_batch(some):
-            yield [*encoding.ids, end]
+        for encoding in tokenizer.encode_batch(some, add_special_tokens=False):
+            yield [*encoding.ids, last]

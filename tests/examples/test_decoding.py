@@ -69,11 +69,15 @@ def sample(model, tokens, **options):
 
     printed = []
     module = SimpleNamespace(model=model, device="cpu", print=printed.append)
-    tokenizer = SimpleNamespace(
-        encode=lambda text: SimpleNamespace(ids=tokens),
-        decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)),
-    )
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=tokenizer))
+
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": tokens}
+
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=Tokenizer()))
     callback = SampleText(**options)
     callback.setup(trainer, module, "fit")
     callback.on_train_end(trainer, module)

@@ -103,7 +103,7 @@ def test_a_text_with_fewer_tokens_than_the_vocabulary_is_told_of_once(texts):
     found = data(texts, vocab_size=2048, seq_len=2)
     with pytest.warns(UserWarning, match="yield .* different tokens, fewer than `vocab_size` 2,048") as caught:
         found.setup()
-    known = found.tokenizer.get_vocab_size()
+    known = len(found.tokenizer)
     assert known < 300
     (message,) = (str(warning.message) for warning in caught)
     assert f"{2048 - known:,} rows" in message
@@ -144,7 +144,7 @@ def test_validation_files_that_repeat_training_files_are_left_out(texts):
     first = held_out[0].read_text()
     found = data(texts, val_fraction=0.3)
     found.setup()
-    tokens = found.tokenizer.encode(first + "<|endoftext|>").ids
+    tokens = found.tokenizer(first + "<|endoftext|>").input_ids
     assert found.tokens["val"].count == len(tokens)
     assert found.tokens["val"][:].flatten().tolist() == tokens[: len(tokens) // 16 * 16]
 
@@ -164,9 +164,8 @@ def test_models_by_name():
 
     for name in (*LLAMA, *GPT2):
         config_of(name, 300, 16)
-    module = LanguageModel("llama-1m", 300, 16, config={"num_key_value_heads": 2}, activation_checkpointing=True)
+    module = LanguageModel("llama-1m", 300, 16, config={"num_key_value_heads": 2})
     assert module.model.config.num_key_value_heads == 2
-    assert module.model.is_gradient_checkpointing
     with pytest.raises(ValueError, match="There is no model 'llama-2m'; use one of llama-1m, "):
         LanguageModel("llama-2m")
 
@@ -292,9 +291,63 @@ def test_tokens_are_cached_and_decode_to_the_text(texts, monkeypatch):
     assert not list(second.cache_dir.glob("unfinished-*"))
 
 
+@pytest.fixture
+def other_tokenizer(transformers_folder, tmp_path):
+    """Return a folder with a tokenizer of 275 tokens that begins texts with one, ends them with another, and cuts."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(transformers_folder)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_a_given_tokenizer_is_used_and_saved(other_tokenizer, texts, small, fit, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny = ["--model.model=llama-1m", "--model.vocab_size=275", "--model.seq_len=16", "--data.vocab_size=275"]
+    cli = fit(*configs(BASE), *small, *tiny, f"--data.tokenizer={other_tokenizer}")
+    first = texts_of(texts)["train"][0]
+    expected = AutoTokenizer.from_pretrained(other_tokenizer)
+    tokens = [*expected(first, add_special_tokens=False).input_ids, 274]
+    assert cli.datamodule.tokens["train"][:].flatten()[: len(tokens)].tolist() == tokens
+    saved = AutoTokenizer.from_pretrained("runs/pretrain/model")
+    assert (saved.eos_token_id, saved.chat_template) == (274, expected.chat_template)
+    model = AutoModelForCausalLM.from_pretrained("runs/pretrain/model")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == 274
+    trained = data(texts, vocab_size=275)
+    trained.setup()
+    assert trained.tokens["train"].count != cli.datamodule.tokens["train"].count, "the tokenizer is in the cache's key"
+
+
+def test_tokenizers_that_cannot_be_used(other_tokenizer, texts, tmp_path):
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    with pytest.raises(FileNotFoundError, match="'nowhere' has no tokenizer_config.json"):
+        data(texts, tokenizer="nowhere")
+    with pytest.raises(
+        ValueError, match=r"is 300, but .* has 275 tokens: add --data.vocab_size 275 --model.vocab_size"
+    ):
+        data(texts, tokenizer=str(other_tokenizer))
+    endless = AutoTokenizer.from_pretrained(other_tokenizer)
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="endless' has no `eos_token`, which ends every text: use another one"):
+        data(texts, tokenizer=str(tmp_path / "endless"))
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    with pytest.raises(ValueError, match="slow' has no fast version, made with `tokenizers`: use another one"):
+        data(texts, tokenizer=str(tmp_path / "slow"))
+
+
 def test_the_vocabulary_is_trained_without_validation_text(texts):
     from examples.pretrain.texts import Texts
-    from examples.pretrain.tokens import cached, train_tokenizer
+    from examples.pretrain.tokens import cached
+    from examples.pretrain.vocabulary import train_tokenizer
 
     found = Texts(texts, "**/*", 0.1, None)
     folder, _ = cached(found, 300, texts.parent / "cache")
