@@ -8,7 +8,7 @@
 Every run is the example's own command on one CPU process. Results are appended to ``examples.jsonl`` as they arrive,
 and a run recorded there is not repeated. The rate of the example's file, half and twice of it are tried with the first
 seed, and further ones while the best is at an edge. The other seeds run at the best rate. ``sft``, ``lora``, ``dpo``
-and ``remax`` start from the models that their READMEs pretrain, which are kept in ``runs/examples``.
+and ``remax`` start from the models that their READMEs pretrain, which are kept in ``runs/examples``, a folder each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Example:
         config: Its file.
         title: For the page.
         second: A metric besides the loss: its name in the log, and its title.
-        base: Options of the pretraining that it continues; None if it starts from nothing.
+        base: Configs of the pretraining that it continues, the last of which names its folder; empty if it starts from
+            nothing.
         has_order: Whether the order of its data has a seed of its own.
         reward: The metric whose distance from 1 is the loss; None for ``val_loss``.
         prefix: What the files of its recipes begin with.
@@ -55,7 +56,7 @@ class Example:
     config: str
     title: str
     second: tuple[str, str]
-    base: tuple[str, ...] | None
+    base: tuple[str, ...]
     has_order: bool = True
     reward: str | None = None
     prefix: str = ""
@@ -65,15 +66,18 @@ class Example:
         """What the loss is called."""
         return f"1 - {self.reward}" if self.reward else "validation loss"
 
+    @property
+    def base_name(self) -> str:
+        """The folder below ``runs`` in which it looks for the model that it continues; empty if there is none."""
+        return self.base[-1].split("/")[0] if self.base else ""
 
-# The model of the README of preferences: smaller, and trained for longer, so that it writes functions.
-LONGER = (
-    "--model.model=llama-1m", "--data.max_chars=null", "--trainer.max_steps=2500", "--trainer.val_check_interval=500",
-)  # fmt: skip
+
+PRETRAIN = ("pretrain/pretrain.yaml",)
+LONGER = (*PRETRAIN, "preference/pretrain.yaml")
 EXAMPLES = {
-    "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), None),
-    "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), ()),
-    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), (), prefix="lora_"),
+    "pretrain": Example("pretrain", "pretrain.yaml", "Pretraining", ("val_perplexity", "perplexity"), ()),
+    "sft": Example("sft", "sft.yaml", "Supervised fine-tuning", ("parses", "answers that parse"), PRETRAIN),
+    "lora": Example("sft", "lora.yaml", "LoRA", ("parses", "answers that parse"), PRETRAIN, prefix="lora_"),
     "dpo": Example("preference", "dpo.yaml", "Preferences (DPO)", ("val_accuracy", "accuracy"), LONGER, prefix="dpo_"),
     "remax": Example(
         "preference",
@@ -84,7 +88,7 @@ EXAMPLES = {
         reward="val_reward",
         prefix="remax_",
     ),
-    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), None, False),
+    "vision": Example("vision", "vit.yaml", "Images", ("val_accuracy", "accuracy"), (), False),
 }
 _INTRODUCTION = """# Examples
 
@@ -112,9 +116,9 @@ def train(example: Example, run: Run, base: Path, trial: bool) -> Result:
     """
     folder = ROOT / "examples" / example.folder
     with tempfile.TemporaryDirectory(prefix="example-") as place:
-        if example.base is not None:
+        if example.base:
             (Path(place) / "runs").mkdir()
-            (Path(place) / "runs" / "pretrain").symlink_to(base)
+            (Path(place) / "runs" / example.base_name).symlink_to(base)
         fit(place, [folder / example.config, folder / f"{example.prefix}{run.variant}.yaml"], [
             f"--optimizer.lr={run.lr}", f"--seed_everything={run.seed}",
             *([f"--data.seed={run.seed}"] if example.has_order else []), f"--trainer.default_root_dir={place}/out",
@@ -156,14 +160,15 @@ def logged(place: Path, example: Example) -> dict[str, Any]:
     }
 
 
-def make_base_model(base: Path, options: Sequence[str], trial: bool) -> None:
-    """Pretrain a model that others start from, unless an earlier call has."""
+def make_base_model(base: Path, example: Example, trial: bool) -> None:
+    """Pretrain the model that an example starts from, unless an earlier call has."""
     if (base / "model" / "config.json").is_file():
         return
     base.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="example-", dir=base.parent) as place:
-        fit(place, [ROOT / "examples" / "pretrain" / "pretrain.yaml"], TRIAL if trial else options)
-        (Path(place) / "runs" / "pretrain").rename(base)
+        configs = [ROOT / "examples" / name for name in example.base]
+        fit(place, configs, [*TRIAL, "--data.max_chars=1000000"] if trial else ())
+        (Path(place) / "runs" / example.base_name).rename(base)
 
 
 def run_all(names: Iterable[str], path: Path, args: argparse.Namespace) -> None:
@@ -172,9 +177,9 @@ def run_all(names: Iterable[str], path: Path, args: argparse.Namespace) -> None:
     folder = path.parent if args.trial else ROOT / "runs" / "examples"
     for name in names:
         example = EXAMPLES[name]
-        base = folder / ("longer" if example.base else "pretrain")
-        if example.base is not None:
-            make_base_model(base, example.base, args.trial)
+        base = folder / example.base_name
+        if example.base:
+            make_base_model(base, example, args.trial)
         running: dict[Future[Result], Run] = {}
         with ThreadPoolExecutor(args.jobs) as pool:
             while True:

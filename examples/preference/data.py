@@ -6,12 +6,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from examples.pretrain.order import ResumableDataModule
 from examples.pretrain.texts import Texts, cache_folder, check_shares, source_folder
 from examples.sft.functions import Pair, read_pairs
-from examples.sft.model import check_folder
 
 
 class PreferenceDataModule(ResumableDataModule):
@@ -24,8 +22,9 @@ class PreferenceDataModule(ResumableDataModule):
     the epoch alone: a step has the same examples on any number of ranks if ``batch_size`` times the ranks is the same.
     In validation, Lightning repeats examples until all ranks have as many.
 
+    The tokenizer is that of the model, a module with the attribute ``tokenizer``.
+
     Args:
-        path: A folder with the tokenizer of the pretrained model.
         root: A folder of Python files. None: Python's standard library.
         batch_size: Examples per batch and rank.
         val_fraction: Share of the files used for validation.
@@ -38,7 +37,6 @@ class PreferenceDataModule(ResumableDataModule):
 
     def __init__(
         self,
-        path: str = "runs/pretrain/model",
         root: str | None = None,
         batch_size: int = 8,
         val_fraction: float = 0.1,
@@ -49,8 +47,8 @@ class PreferenceDataModule(ResumableDataModule):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         check_shares(val_fraction)
-        self.path, self.root = path, source_folder(root)
-        self.batch_size, self.val_fraction, self.seed = batch_size, val_fraction, seed
+        self.root, self.val_fraction = source_folder(root), val_fraction
+        self.batch_size, self.seed = batch_size, seed
         self.cache_dir = cache_folder(cache_dir)
         self.examples: dict[str, list[Any]] = {}
 
@@ -66,7 +64,8 @@ class PreferenceDataModule(ResumableDataModule):
         """
         if self.examples:
             return
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(check_folder(self.path), local_files_only=True)
+        assert self.trainer is not None
+        self.tokenizer: Any = self.trainer.lightning_module.tokenizer
         pairs = self._pairs()
         examples = {
             split: [made for pair in found if (made := self.example(pair)) is not None]

@@ -41,7 +41,7 @@ class DPO(PolicyAndReference):
         ValueError: If ``beta`` is not positive.
     """
 
-    def __init__(self, path: str = "runs/pretrain/model", beta: float = 0.1) -> None:
+    def __init__(self, path: str = "runs/preference/model", beta: float = 0.1) -> None:
         if beta <= 0:
             raise ValueError(f"`beta` must be positive, got {beta}.")
         super().__init__(path)
@@ -51,7 +51,7 @@ class DPO(PolicyAndReference):
     def setup(self, stage: str) -> None:
         """Check that the pairs fit the model."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.check_fits(data, data.seq_len)
+        self.check_fits(data.max_length)
 
     def training_step(self, batch: Sequences, batch_idx: int) -> Tensor:
         """Return the mean loss of the pairs, and log it with their reward margin."""

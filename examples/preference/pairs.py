@@ -28,18 +28,18 @@ class PairDataModule(PreferenceDataModule):
     The fault follows from the seed and the prompt, so it is the same in every epoch and on every rank.
 
     Args:
-        seq_len: The most tokens of a prompt with a completion. Longer functions are left out.
+        max_length: Tokens of a prompt with a completion; longer functions are left out.
         **kwargs: As in `PreferenceDataModule`.
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
-    def __init__(self, seq_len: int = 128, **kwargs: Any) -> None:
-        if seq_len < 3:
-            raise ValueError(f"`seq_len` must be at least 3, got {seq_len}.")
+    def __init__(self, max_length: int = 128, **kwargs: Any) -> None:
+        if max_length < 3:
+            raise ValueError(f"`max_length` must be at least 3, got {max_length}.")
         super().__init__(**kwargs)
-        self.seq_len = seq_len
+        self.max_length = max_length
 
     def example(self, pair: Pair) -> Preference | None:
         """Return the preference made from a function, or None if it is too long or cannot be corrupted."""
@@ -50,7 +50,7 @@ class PairDataModule(PreferenceDataModule):
         completions = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (pair.body, rejected))
         made = Preference(self.tokenizer(pair.prompt).input_ids, *completions)
         longest = len(made.prompt) + max(len(made.chosen), len(made.rejected))
-        return made if longest <= self.seq_len else None
+        return made if longest <= self.max_length else None
 
     def collate(self, examples: list[Preference]) -> Sequences:
         """Return the pairs ``[2 * pairs, longest]``: chosen, rejected, chosen and so on, padded on the right."""

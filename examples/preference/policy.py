@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from examples.sft.model import check_folder
 
@@ -27,29 +27,29 @@ class PolicyAndReference(LightningModule):
 
     def __init__(self, path: str) -> None:
         super().__init__()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(check_folder(path), local_files_only=True)
         self.model = load_model(path).eval()
         self.reference = load_model(path).eval().requires_grad_(False)
 
-    def check_fits(self, data: Any, length: int) -> None:
+    def check_fits(self, length: int) -> None:
         """Check that the data fit the model, because an index out of range crashes a GPU without a clear error.
 
         Args:
-            data: The data module.
             length: The most tokens of a sequence.
 
         Raises:
             ValueError: If the vocabulary or the sequences exceed those of the model.
         """
         config: Any = self.model.config
-        if len(data.tokenizer) > config.vocab_size:
+        if len(self.tokenizer) > config.vocab_size:
             raise ValueError(
-                f"The tokenizer has {len(data.tokenizer)} tokens, the model only {config.vocab_size}: give both the "
-                "same folder, as --model.path and --data.path."
+                f"The tokenizer has {len(self.tokenizer)} tokens, the model of the same folder only "
+                f"{config.vocab_size}: give the folder the tokenizer that the model was trained with."
             )
         if length > config.max_position_embeddings:
             raise ValueError(
                 f"Sequences have up to {length} tokens, but the model's `max_position_embeddings` is "
-                f"{config.max_position_embeddings}: lower the lengths of the data, or pretrain with a longer `seq_len`."
+                f"{config.max_position_embeddings}: lower the lengths of the data, or pretrain with a larger `seq_len`."
             )
 
 

@@ -21,7 +21,7 @@ class ReMax(PolicyAndReference):
 
     Args:
         path: A folder that transformers' ``save_pretrained`` wrote, with the tokenizer.
-        new_tokens: Tokens to draw per completion, the same number for all, on all ranks.
+        max_new_tokens: Tokens to draw for every completion, on all ranks, wherever in them it ends.
         kl_coefficient: Weight of the divergence from the reference, in units of reward per nat.
         seed: Of the sampling.
 
@@ -32,24 +32,23 @@ class ReMax(PolicyAndReference):
 
     def __init__(
         self,
-        path: str = "runs/pretrain/model",
-        new_tokens: int = 48,
+        path: str = "runs/preference/model",
+        max_new_tokens: int = 48,
         kl_coefficient: float = 0.01,
         seed: int = 0,
     ) -> None:
-        if new_tokens < 1:
-            raise ValueError(f"`new_tokens` must be at least 1, got {new_tokens}.")
+        if max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
         if kl_coefficient < 0:
             raise ValueError(f"`kl_coefficient` must not be negative, got {kl_coefficient}.")
         super().__init__(path)
         self.save_hyperparameters()
-        self.new_tokens, self.kl_coefficient, self.seed = new_tokens, kl_coefficient, seed
+        self.max_new_tokens, self.kl_coefficient, self.seed = max_new_tokens, kl_coefficient, seed
 
     def setup(self, stage: str) -> None:
         """Check that prompts and completions fit the model."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.check_fits(data, data.max_prompt_tokens + self.new_tokens)
-        self.tokenizer = data.tokenizer
+        self.check_fits(data.max_prompt_tokens + self.max_new_tokens)
 
     def training_step(self, batch: Prompts, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log rewards and divergence."""
@@ -82,11 +81,11 @@ class ReMax(PolicyAndReference):
             batch: The prompts.
             step: Which random numbers to use.
         """
-        randoms = uniforms(self.seed, step, batch.texts, self.new_tokens)
+        randoms = uniforms(self.seed, step, batch.texts, self.max_new_tokens)
         sampled, greedy = sample_and_decode_greedily(self.model, batch.tokens, batch.attended, randoms)
         lengths, reward = self._score(batch.texts, sampled)
         _, baseline = self._score(batch.texts, greedy)
-        within = torch.arange(self.new_tokens, device=sampled.device) < lengths.unsqueeze(-1)
+        within = torch.arange(self.max_new_tokens, device=sampled.device) < lengths.unsqueeze(-1)
         sequences = Sequences(
             tokens=torch.cat([batch.tokens, sampled], dim=-1),
             attended=torch.cat([batch.attended, torch.ones_like(sampled)], dim=-1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lightning_memopt as lm
 from examples.sft.chat import CHAT_TEMPLATE
 from examples.sft.packing import IGNORED
 
@@ -21,26 +20,22 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class SFTModule(LightningModule):
-    """Train all weights of a model that ``save_pretrained`` wrote, and save it in the same way at the end.
+    """Train all weights of a model that ``save_pretrained`` wrote.
 
     A tokenizer without a chat template gets :data:`~examples.sft.chat.CHAT_TEMPLATE`.
 
     Args:
         path: Folder with a model and its tokenizer, as the pretraining example leaves it.
-        save_dir: Folder for the trained model and its tokenizer. What an earlier run saved there is replaced.
         dtype: Dtype in which weights are loaded. Training in another one is the trainer's ``precision``.
 
     Raises:
         FileNotFoundError: If ``path`` is not such a folder.
     """
 
-    def __init__(
-        self, path: str = "runs/pretrain/model", save_dir: str = "runs/sft/model", dtype: Dtype = "float32"
-    ) -> None:
+    def __init__(self, path: str = "runs/pretrain/model", dtype: Dtype = "float32") -> None:
         super().__init__()
         self.save_hyperparameters()
         folder = check_folder(path)
-        self.save_dir = Path(save_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokenizer.chat_template = self.tokenizer.chat_template or CHAT_TEMPLATE
         # Not flash attention, which finds the borders of packed examples only in batches of one row.
@@ -81,18 +76,6 @@ class SFTModule(LightningModule):
         self.val_loss.update(loss / tokens.clamp(min=1), weight=tokens)
         self.log("val_loss", self.val_loss, prog_bar=True)
 
-    def full_weights(self) -> dict[str, Any]:
-        """Return the weights to save on the first rank, and nothing on the others. All ranks must call this method."""
-        return lm.full_state_dict(self.model)
-
-    def on_train_end(self) -> None:
-        """Save the model for transformers; all ranks give their parts of the weights to the first one."""
-        weights = self.full_weights()
-        if self.trainer.is_global_zero:
-            self.model.save_pretrained(self.save_dir, state_dict=weights)
-            self.tokenizer.save_pretrained(self.save_dir)
-        self.trainer.strategy.barrier()  # afterwards, the folder is there for every rank
-
 
 def check_folder(path: str) -> Path:
     """Return the folder of a pretrained model.
@@ -106,6 +89,6 @@ def check_folder(path: str) -> Path:
         state = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(
             f"`path` must be a folder with a model and its tokenizer, but {str(folder)!r} {state}: run the pretraining "
-            "example first, or give a folder that transformers' save_pretrained wrote."
+            "with which the example's README begins, or give a folder that transformers' save_pretrained wrote."
         )
     return folder

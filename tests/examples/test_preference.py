@@ -50,9 +50,9 @@ def sources(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(transformers_folder: Path, sources: Path) -> dict[str, list[str]]:
     """Return the arguments that make the two methods quick."""
-    both = [f"--model.path={transformers_folder}", f"--data.path={transformers_folder}", f"--data.root={sources}",
+    both = [f"--model.path={transformers_folder}", f"--data.root={sources}",
             "--data.batch_size=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=3"]  # fmt: skip
-    return {"dpo": [*both, "--data.seq_len=96"], "remax": [*both, "--model.new_tokens=6"]}
+    return {"dpo": [*both, "--data.max_length=96"], "remax": [*both, "--model.max_new_tokens=6"]}
 
 
 @pytest.fixture
@@ -60,6 +60,15 @@ def tokenizer(transformers_folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(transformers_folder)
+
+
+def attached(data: Any, tokenizer: Any, ranks: int = 1, rank: int = 0) -> Any:
+    """Return a data module as a Trainer with a model's tokenizer sets it up, on one of some ranks."""
+    sampler = {"num_replicas": ranks, "rank": rank}
+    module = SimpleNamespace(tokenizer=tokenizer)
+    data.trainer = SimpleNamespace(lightning_module=module, distributed_sampler_kwargs=sampler)
+    data.setup()
+    return data
 
 
 # ---------------------------------------------------------------------- runs
@@ -70,6 +79,8 @@ def tokenizer(transformers_folder: Path):
     [*((method, None) for method in METHODS), *itertools.product(METHODS, RECIPES)],
 )
 def test_every_config_trains(method, recipe, small, fit):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     files = [f"preference/{method}.yaml", *([f"preference/{method}_{recipe}.yaml"] if recipe else [])]
     cli = fit(*configs(*files), *small[method])
     assert cli.trainer.global_step == 3
@@ -89,10 +100,29 @@ def test_every_config_trains(method, recipe, small, fit):
     for param, before in zip(cli.model.reference.parameters(), started.parameters(), strict=True):
         whole = param.full_tensor() if isinstance(param, DTensor) else param
         torch.testing.assert_close(whole, before.detach(), rtol=0, atol=0)
+    # What is left for transformers is the policy, not the reference.
+    saved = AutoModelForCausalLM.from_pretrained(f"runs/{method}/model").state_dict()
+    for name, value in lm.full_state_dict(cli.model.model).items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(f"runs/{method}/model").get_vocab() == cli.model.tokenizer.get_vocab()
     # Weights of one process: the policy's and the reference's.
     bytes_of_one = sum(param.numel() * param.element_size() for param in started.parameters())
     written = json.loads(next(Path(f"runs/{method}").rglob("memory.json")).read_text())
     assert written["history"][-1]["parameter_bytes"] == 2 * bytes_of_one
+
+
+def test_both_start_from_the_model_that_the_first_command_pretrains(small, sources, fit):
+    tiny = ["--data.vocab_size=300", "--model.vocab_size=300", "--trainer.limit_val_batches=0"]
+    tiny += [f"--data.root={sources}", "--data.batch_size=2", "--trainer.max_steps=1"]
+    pretraining = fit(*configs("pretrain/pretrain.yaml", "preference/pretrain.yaml"), *tiny)
+    assert pretraining.datamodule.max_chars is None
+    pretrained = lm.full_state_dict(pretraining.model.model)
+    for method in METHODS:
+        given = [arg for arg in small[method] if not arg.startswith("--model.path")]
+        policy = fit(*configs(f"preference/{method}.yaml"), *given, "--trainer.max_steps=1").model
+        for name, weight in lm.full_state_dict(policy.reference).items():
+            torch.testing.assert_close(weight, pretrained[name], rtol=0, atol=0)
+    assert not Path("runs/pretrain").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,8 +163,8 @@ def drawn(folder: str, sources: str, ranks: int, plugins: Sequence[Any] = ()) ->
             return super().training_step(batch, batch_idx)
 
     seen: list = []
-    module = Watched(folder, new_tokens=5)
-    data = PromptDataModule(path=folder, root=sources, batch_size=4 // ranks)
+    module = Watched(folder, max_new_tokens=5)
+    data = PromptDataModule(root=sources, batch_size=4 // ranks)
     module.configure_optimizers = lambda: lm.AdaPMLean(module.parameters(), lr=1e-3)
     trainer = Trainer(accelerator="cpu", devices=ranks, strategy="memopt_fsdp", plugins=list(plugins), **QUIET_TRAINER)
     trainer.fit(module, data)
@@ -242,10 +272,10 @@ def test_remax_learns_what_is_rewarded(transformers_folder, sources, monkeypatch
         return torch.full((len(texts),), completions.shape[1]), (completions % 2 == 0).float().mean(-1)
 
     monkeypatch.setattr(ReMax, "_score", evens)
-    module = ReMax(str(transformers_folder), new_tokens=2)
+    module = ReMax(str(transformers_folder), max_new_tokens=2)
     module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=3e-2)
     trainer = Trainer(accelerator="cpu", **{**QUIET_TRAINER, "max_steps": 40})
-    trainer.fit(module, PromptDataModule(path=str(transformers_folder), root=str(sources), batch_size=16))
+    trainer.fit(module, PromptDataModule(root=str(sources), batch_size=16))
     assert trainer.callback_metrics["train_reward"] > 0.9
 
 
@@ -380,11 +410,10 @@ def test_comments_alone_are_no_difference():
     assert {corrupt("    pass  # one\n    # two\n", seed) for seed in range(20)} == {None}
 
 
-def test_pairs_mask_prompts_and_padding(transformers_folder, sources, tokenizer):
+def test_pairs_mask_prompts_and_padding(sources, tokenizer):
     from examples.preference.pairs import PairDataModule
 
-    data = PairDataModule(path=str(transformers_folder), root=str(sources), batch_size=4, seq_len=96)
-    data.setup()
+    data = attached(PairDataModule(root=str(sources), batch_size=4, max_length=96), tokenizer)
     batch = next(iter(data.val_dataloader()))
     for number, pair in enumerate(data.examples["val"][:4]):
         assert pair.chosen != pair.rejected
@@ -394,16 +423,13 @@ def test_pairs_mask_prompts_and_padding(transformers_folder, sources, tokenizer)
             assert ast.parse(tokenizer.decode([*pair.prompt, *pair.chosen]))
 
 
-def test_a_step_has_the_same_data_on_any_number_of_ranks(transformers_folder, sources):
+def test_a_step_has_the_same_data_on_any_number_of_ranks(sources, tokenizer):
     from examples.preference.prompts import PromptDataModule
 
     def steps(ranks):
         found = []
         for rank in range(ranks):
-            data = PromptDataModule(path=str(transformers_folder), root=str(sources), batch_size=4 // ranks)
-            given = {"num_replicas": ranks, "rank": rank}
-            data.trainer = SimpleNamespace(distributed_sampler_kwargs=given)
-            data.setup()
+            data = attached(PromptDataModule(root=str(sources), batch_size=4 // ranks), tokenizer, ranks, rank)
             found.append([batch.texts for batch in data.train_dataloader()])
         return [{text for texts in step for text in texts} for step in zip(*found, strict=True)]
 
@@ -411,12 +437,11 @@ def test_a_step_has_the_same_data_on_any_number_of_ranks(transformers_folder, so
     assert len(steps(1)) >= 5
 
 
-def test_a_file_keeps_its_side(transformers_folder, sources):
+def test_a_file_keeps_its_side(sources, tokenizer):
     from examples.preference.prompts import PromptDataModule
 
     def sides():
-        data = PromptDataModule(path=str(transformers_folder), root=str(sources), batch_size=2, val_fraction=0.3)
-        data.setup()
+        data = attached(PromptDataModule(root=str(sources), batch_size=2, val_fraction=0.3), tokenizer)
         return {split: {text for text, _ in rows} for split, rows in data.examples.items()}
 
     before = sides()
@@ -429,38 +454,43 @@ def test_a_file_keeps_its_side(transformers_folder, sources):
 # ---------------------------------------------------------------------- errors
 
 
-def test_folders_that_do_not_exist(tmp_path, transformers_folder, sources):
+def test_folders_that_do_not_exist(tmp_path, tokenizer, sources):
     from examples.preference.dpo import DPO
     from examples.preference.pairs import PairDataModule
 
-    with pytest.raises(FileNotFoundError, match="'runs/pretrain/model' does not exist: run the pretraining"):
+    with pytest.raises(FileNotFoundError, match="'runs/preference/model' does not exist: run the pretraining"):
         DPO()
-    with pytest.raises(FileNotFoundError, match="run the pretraining example first"):
-        PairDataModule(root=str(sources)).setup()
     with pytest.raises(NotADirectoryError, match="nowhere"):
-        PairDataModule(path=str(transformers_folder), root=str(tmp_path / "nowhere")).setup()
+        attached(PairDataModule(root=str(tmp_path / "nowhere")), tokenizer)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="needs at least two non-empty text files; .* has 0 files"):
-        PairDataModule(path=str(transformers_folder), root=str(tmp_path / "empty")).setup()
+        attached(PairDataModule(root=str(tmp_path / "empty")), tokenizer)
     both = r"3\d train functions make 0 of at least 8 examples and \d val functions make 0 of at least 1 examples"
     with pytest.raises(ValueError, match=both):
-        PairDataModule(path=str(transformers_folder), root=str(sources), seq_len=5).setup()
+        attached(PairDataModule(root=str(sources), max_length=5), tokenizer)
 
 
-def test_data_that_do_not_fit_the_model(small, fit, monkeypatch):
+def test_data_that_do_not_fit_the_model(small, fit, transformers_folder, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(transformers_folder).save_pretrained(tmp_path / "larger")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(301 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ValueError, match="The tokenizer has 301 tokens, the model of the same folder only 300: give"):
+        fit(*configs("preference/dpo.yaml"), *small["dpo"], f"--model.path={tmp_path / 'larger'}")
     with pytest.raises(ValueError, match=r"up to 400 tokens, but the model's `max_position_embeddings` is 128"):
-        fit(*configs("preference/dpo.yaml"), *small["dpo"], "--data.seq_len=400")
+        fit(*configs("preference/dpo.yaml"), *small["dpo"], "--data.max_length=400")
     with pytest.raises(ValueError, match=r"up to 164 tokens, but"):
-        fit(*configs("preference/remax.yaml"), *small["remax"], "--model.new_tokens=100")
+        fit(*configs("preference/remax.yaml"), *small["remax"], "--model.max_new_tokens=100")
 
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
         ("dpo.DPO", "beta", 0.0),
-        ("remax.ReMax", "new_tokens", 0),
+        ("remax.ReMax", "max_new_tokens", 0),
         ("remax.ReMax", "kl_coefficient", -1.0),
-        ("pairs.PairDataModule", "seq_len", 2),
+        ("pairs.PairDataModule", "max_length", 2),
         ("pairs.PairDataModule", "batch_size", 0),
         ("prompts.PromptDataModule", "val_fraction", 1.0),
         ("prompts.PromptDataModule", "max_prompt_tokens", 0),

@@ -32,13 +32,18 @@ def functions(tmp_path):
 
 
 @pytest.fixture
-def small(functions, transformers_folder, tmp_path):
+def small(functions, transformers_folder):
     """Return arguments that make a config quick: three steps, then a validation."""
     return [
-        f"--data.root={functions}", f"--model.path={transformers_folder}", f"--model.save_dir={tmp_path / 'saved'}",
+        f"--data.root={functions}", f"--model.path={transformers_folder}",
         "--data.seq_len=256", "--data.batch_size=4", "--trainer.val_check_interval=3",
         "--trainer.check_val_every_n_epoch=null", "--trainer.logger=false",
     ]  # fmt: skip
+
+
+def saved_by(names):
+    """Return the folder that a config leaves for transformers."""
+    return Path("runs") / Path(names[0]).stem / "model"
 
 
 def whole(folder):
@@ -47,28 +52,44 @@ def whole(folder):
 
 
 @pytest.mark.parametrize("names", [SFT, LORA, *OVERLAYS], ids=lambda names: Path(names[-1]).stem)
-def test_every_config_trains(names, small, fit, transformers_folder, tmp_path):
+def test_every_config_trains(names, small, fit, transformers_folder, tmp_path, monkeypatch):
+    gathered, gather = [], lm.full_state_dict
+    monkeypatch.setattr(
+        lm, "full_state_dict", lambda *args, **how: gathered.append(gather(*args, **how)) or gathered[0]
+    )
     cli = fit(*configs(*names), *small)
+    saved = saved_by(names)
     assert cli.trainer.global_step == 3
     assert cli.trainer.callback_metrics["val_loss"].isfinite()
     assert "parses" in cli.trainer.callback_metrics
     (optimizer,) = cli.trainer.optimizers
-    before, after = whole(transformers_folder), whole(tmp_path / "saved")
+    before, after = whole(transformers_folder), whole(saved)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert isinstance(optimizer, torch.optim.AdamW if names[-1].endswith("adamw.yaml") else lm.MemOpt)
     if names[0] == LORA[0]:
         if isinstance(optimizer, lm.MemOpt):
             assert {block.role for block in optimizer.snapshot().blocks} == {"lora"}
         # transformers loads the model that was adapted, and adds the adapter.
-        assert (tmp_path / "saved" / "adapter_config.json").is_file()
+        assert (saved / "adapter_config.json").is_file()
         assert not changed
         assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
-        assert all("lora_" in name for name in cli.model.full_weights())
+        assert all("lora_" in name for name in gathered[0]), "frozen weights are not gathered"
     else:
         assert changed == set(before)
-    template = AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
+    template = AutoTokenizer.from_pretrained(saved).chat_template
     assert template == cli.model.tokenizer.chat_template
-    assert (tmp_path / "runs" / names[0][4:-5] / "checkpoints" / "last.ckpt").exists()
+    assert (saved.parent / "checkpoints" / "last.ckpt").exists()
+
+
+def test_an_adapter_that_will_be_replaced_is_told_of_before(small, fit, caplog):
+    told = []
+    for _ in range(2):
+        caplog.clear()
+        fit(*configs(*LORA), *small, "--trainer.max_steps=1")
+        told.append([text for text in caplog.messages if "SaveTransformers" in text])
+    assert told[0] == []
+    (text,) = told[1]
+    assert "runs/lora/model holds an adapter of " in text
 
 
 def test_an_epoch_that_ends_leaves_a_checkpoint(small, fit, monkeypatch):
@@ -96,40 +117,38 @@ def on_ranks(rank, world_size, commands, folder):
 
 
 def test_two_ranks_train_and_report_as_one_process(small, fit, tmp_path, monkeypatch):
+    def callbacks(num_tasks, dirpath):
+        rate = {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": num_tasks}}
+        save = {"class_path": "examples.pretrain.finish.SaveTransformers", "init_args": {"dirpath": dirpath}}
+        return f"--trainer.callbacks={json.dumps([rate, save])}"
+
     # Of one task, the second rank gets none; of three, it gets one.
-    rates = {n: {"class_path": "examples.sft.generation.ParseRate", "init_args": {"num_tasks": n}} for n in (1, 3)}
-    few = {n: f"--trainer.callbacks={json.dumps([rate])}" for n, rate in rates.items()}
     small = [*small, "--data.batch_size=2"]
-    lora = [*configs(*LORA), *small, few[1]]
-    commands = [[*lora, "--model.save_dir=adapter"]]
+    lora, lean = [*configs(*LORA), *small], [*configs(*LEAN), *small]
+    commands = [[*lora, callbacks(1, "adapter")]]
     commands += [[*configs(*names), *small] for names in OVERLAYS if names != LEAN]
-    commands += [[*configs(*LEAN), *small, few[3]]]
+    commands += [[*lean, callbacks(3, "sharded")]]
     found, other = run_ranks(on_ranks, 2, commands, str(tmp_path))
     assert found == other
     assert all(run["steps"] == 3 and run["sharded"] == 1 for run in found)
     assert found[0]["metrics"]["parses"] in (0, 1)
-    sharded = whole(tmp_path / "saved")
     monkeypatch.setattr("examples.sft.generation.parses", passes)
-    fit(*lora, "--model.save_dir=alone", "--data.batch_size=4")
+    fit(*lora, callbacks(1, "alone"), "--data.batch_size=4")
     adapter, expected = (load_file(Path(name) / "adapter_model.safetensors") for name in ("adapter", "alone"))
     assert all("lora_" in name for name in adapter)
     torch.testing.assert_close(adapter, expected, rtol=1e-3, atol=1e-4)
-    alone = {
-        name: value.item() for name, value in fit(*commands[-1], "--data.batch_size=4").trainer.callback_metrics.items()
-    }
+    cli = fit(*lean, callbacks(3, "whole"), "--data.batch_size=4")
+    alone = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     assert found[-1]["metrics"] == pytest.approx(alone, rel=1e-4)
     assert 0 < alone["parses"] < 1
-    for name, tensor in whole(tmp_path / "saved").items():
-        torch.testing.assert_close(
-            sharded[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, of=name: f"{of}: {text}"
-        )
+    torch.testing.assert_close(whole("sharded"), whole("whole"), rtol=1e-3, atol=1e-4)
 
 
 def test_a_folder_that_is_no_model(small, fit, transformers_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"'nowhere' does not exist: run the pretraining example first, or give a"):
+    with pytest.raises(ValueError, match=r"'nowhere' does not exist: run the pretraining with which the example's"):
         fit(*configs(*SFT), *small, "--model.path=nowhere")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"has no tokenizer_config.json: run the pretraining example first"):
+    with pytest.raises(ValueError, match=r"has no tokenizer_config.json: run the pretraining with which"):
         fit(*configs(*SFT), *small, f"--model.path={tmp_path}")
 
 
@@ -149,4 +168,4 @@ def test_a_template_of_the_folder_is_used(small, fit, transformers_folder, tmp_p
     cli = fit(*configs(*SFT), *small, f"--model.path={folder}")
     example = cli.datamodule.examples["train"][0]
     assert tokenizer.decode(example.prompt) == f"[user]{example.pair.task}<|endoftext|>[assistant]"
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == theirs
+    assert AutoTokenizer.from_pretrained(saved_by(SFT)).chat_template == theirs
