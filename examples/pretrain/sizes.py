@@ -32,7 +32,8 @@ def config_of(name: str, vocab_size: int, seq_len: int, changes: dict[str, Any] 
     """Return the configuration of a model, without dropout.
 
     Args:
-        name: One of ``LLAMA`` or ``GPT2``. Names count parameters with usual vocabularies, without them up to 10m.
+        name: One of ``LLAMA`` or ``GPT2``. The numbers in the names count all parameters; up to 10m, those without
+            embedding and head.
         vocab_size: Number of tokens.
         seq_len: Longest sequence.
         changes: Other arguments of transformers' configuration, which replace those of the name.
