@@ -83,8 +83,10 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
     data.setup("fit")
     train, validation = data.tokens["train"][:].flatten(), data.tokens["val"][:].flatten()
     if not settings.distinct:
+        assert data.tokenizer is not None
         held_out = Texts(data.root, data.pattern, data.val_fraction, data.max_chars).read("val")
-        validation = torch.tensor([id for ids in encode(data.tokenizer, held_out) for id in ids])
+        encoded = encode(data.tokenizer.backend_tokenizer, held_out, data.tokenizer.eos_token)
+        validation = torch.tensor([id for ids in encoded for id in ids])
     return {"train": train, "validation": validation}
 
 
