@@ -62,7 +62,7 @@ def plot_curves(results: Sequence[Result], study: Study, path: Path) -> None:
         finish(axis, title=title, x="tokens (millions)", y="validation loss")
     _zoom(right, curves, order, styles)
     rest = f"; the best {SHOWN - 1} and AdamW" if len(curves) > len(order) else ""
-    title = f"{study.title}: validation loss, rate tuned for each optimizer, mean of seeds{rest}"
+    title = f"Validation loss, rate tuned for each optimizer, mean of seeds{rest}"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
@@ -73,7 +73,7 @@ def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     points: dict[Any, list[Dot]] = {}
     for axis, by_role, title in ((axes[0], False, "One learning rate"), (axes[1], True, "Learning rates by role")):
-        rows = [row for row in study.rows if row.tuned and (row.ratio != 1) is by_role]
+        rows = [row for row in study.rows if (row.ratio != 1) is by_role]
         found = [(row.variant, runs) for row in rows if (runs := best_runs(results, row))]
         dots = [
             Dot(mean_loss(runs), 100 * shares(runs[0])[1], name, len(runs)) for name, runs in found if name in NAMES
@@ -91,7 +91,7 @@ def plot_state(results: Sequence[Result], study: Study, path: Path) -> None:
     figure.draw_without_rendering()
     for axis, dots in points.items():
         _label_dots(axis, sorted(dots))
-    title = f"{study.title}: rate tuned for each optimizer; blue: this package's recipes; circles: one seed"
+    title = "Rates tuned for each optimizer; blue: this package's recipes; circles: one seed"
     figure.suptitle(title, fontsize=TITLE)
     figure.savefig(path, dpi=DPI)
 
