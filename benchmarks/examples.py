@@ -95,7 +95,8 @@ _INTRODUCTION = """# Examples
 The examples of [examples/](../../examples/README.md) as their files define them, on one CPU process, with AdamW and
 three recipes. The rate is tuned for each: that of the example's file, half and twice of it with the first seed, and
 further while the best is at an edge. The other seeds run at the best rate. Loss is that of the validation data at the
-end, and for ReMax the distance of the mean reward from 1. The column before the state is a second metric, the mean of
+end, and for ReMax the distance of the mean reward from 1. The betas are (0.9, 0.95), and (0.9, 0.999) for `adam_snsm`.
+The column before the state is a second metric, the mean of
 the seeds. Peak is the largest resident memory of the process, most of which is PyTorch and the data. These are short
 runs of small models: they show that a recipe works for a task, not what it is worth at scale."""
 TRIAL = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2")
