@@ -197,8 +197,8 @@ def _setting(study: Study) -> str:
 
 def _text(settings: Settings) -> str:
     """Return which text is read, and what of it is held out."""
-    held_out = "Held-out files that repeat training files are left out." if settings.distinct else ""
-    return f"{settings.max_chars / 1e6:g} million characters of text. {held_out}".strip()
+    copies = "are left out" if settings.distinct else "are a quarter of the held-out tokens"
+    return f"{settings.max_chars / 1e6:g} million characters of text; files that repeat training files {copies}."
 
 
 def _unfinished(study: Study, results: Sequence[Result]) -> str:

@@ -29,7 +29,7 @@ NAMES |= {
     "adafactor": "Adafactor",
 }
 NAMES |= {"adam_mini": "Adam-mini", "scale": "SCALE", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}
-NAMES |= {"galore": "GaLore", "fira": "Fira", "muon": "Muon"}
+NAMES |= {"galore": "GaLore", "fira": "Fira", "muon": "Muon", "muon, beta1 0.9": "Muon, β₁ 0.9"}
 
 
 class Dot(NamedTuple):
