@@ -197,8 +197,8 @@ def _setting(study: Study) -> str:
 
 def _text(settings: Settings) -> str:
     """Return which text is read, and what of it is held out."""
-    copies = "are left out" if settings.distinct else "are a quarter of the held-out tokens"
-    return f"{settings.max_chars / 1e6:g} million characters of text; files that repeat training files {copies}."
+    copies = "left out" if settings.distinct else "kept"
+    return f"{settings.max_chars / 1e6:g} million characters; held-out files that repeat training files are {copies}."
 
 
 def _unfinished(study: Study, results: Sequence[Result]) -> str:
