@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def load_tokens(settings: Settings, root: str | None) -> Tokens:
         assert data.tokenizer is not None
         held_out = Texts(data.root, data.pattern, data.val_fraction, data.max_chars).read("val")
         encoded = encode(data.tokenizer.backend_tokenizer, held_out, data.tokenizer.eos_token)
-        validation = torch.tensor([id for ids in encoded for id in ids])
+        validation = torch.tensor(list(chain.from_iterable(encoded)))
     return {"train": train, "validation": validation}
 
 
