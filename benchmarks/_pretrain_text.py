@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from _report import ROOT
 from _train import Settings, Tokens
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,8 +70,11 @@ def _texts(roots: Sequence[Path], most: int) -> tuple[dict[str, list[str]], str]
     """Return different texts for each split, up to ``most`` characters, and a digest of them all.
 
     Hashes decide what is read first, and what is held out: of the path, and of the content, so that no copy of a file
-    that is held out is trained on.
+    that is held out is trained on. Held-out texts that repeat most lines of others are left out, unless all do.
     """
+    sys.path.insert(0, str(ROOT))
+    from examples.pretrain.copies import without_copies
+
     texts: dict[str, list[str]] = {"train": [], "validation": []}
     seen: set[bytes] = set()
     left, everything = most, hashlib.sha256()
@@ -87,6 +91,7 @@ def _texts(roots: Sequence[Path], most: int) -> tuple[dict[str, list[str]], str]
             break
     if not texts["validation"] and len(texts["train"]) > 1:  # by chance, of a few files
         texts["validation"].append(texts["train"].pop())
+    texts["validation"] = list(without_copies(texts["validation"], texts["train"])) or texts["validation"]
     return texts, everything.hexdigest()[:8]
 
 

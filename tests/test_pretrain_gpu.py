@@ -103,3 +103,32 @@ def test_what_does_not_fit_into_the_time_is_skipped(called):
     assert len(results(short)) == 1
     assert "skipped, does not fit into the time that is left" in output
     assert "No long run has ended yet." in (short / "pretrain_gpu.md").read_text()
+
+
+TEXTS = """
+import sys
+sys.path.insert(0, "benchmarks")
+import _pretrain_text
+from pathlib import Path
+
+_pretrain_text.HELD_OUT = 0.5
+texts, _ = _pretrain_text._texts([Path(sys.argv[1])], 1_000_000)
+print(sum("shared" in text for text in texts["validation"]), sum("shared" in text for text in texts["train"]),
+      sum("alone" in text for text in texts["validation"]))
+"""
+
+
+def test_held_out_text_repeats_no_training_text(tmp_path):
+    """All files differ, but half of them in one line alone."""
+    for number in range(20):
+        lines = [f"this line is shared by many files: {line}" for line in range(5)]
+        (tmp_path / f"shared{number}.py").write_text("\n".join([*lines, f"and this is the file number {number}"]))
+        (tmp_path / f"alone{number}.py").write_text(f"this file stands alone, and its number is {number}")
+    done = subprocess.run(
+        [sys.executable, "-c", TEXTS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr
+    held_out, trained_on, alone = map(int, done.stdout.split())
+    assert held_out == 0
+    assert trained_on > 0
+    assert alone > 0
