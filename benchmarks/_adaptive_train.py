@@ -115,7 +115,7 @@ COMPARISONS = {
     "4096": Comparison(
         "4,096 tokens a step",
         "_4096",
-        AdaptiveSettings(steps=300, batch=32, validation_tokens=65536),
+        AdaptiveSettings(steps=300, batch=32, validation_tokens=65536, distinct=True),
         models=("llama",),
         policies=(UNIFORM, "fidelity", "energy", "benefit"),
         budgets=(0.015, 0.025, 0.05),

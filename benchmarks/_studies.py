@@ -66,6 +66,7 @@ _ORTHOGONAL = (
     "muon_lean", *(f"muon_lean, {change}" for change in ("rank 1", "rank 16", "no momentum", "subspace 1/8", "dense")),
     "muon", "muon, beta1 0.9",
 )  # fmt: skip
+ALLOCATED = ("adapm_lean, mlp, value, output", "adapm_lean, rank 6: mlp, value, output")
 BITS = ("", ", to nearest", ", 24 bits", ", 32 bits")
 _LONG = {"steps": 1000, "batch": 32, "max_chars": 16_000_000}
 
@@ -81,21 +82,32 @@ STUDIES: dict[str, Study] = {
                 ("AdamW, beta1 0.8", 2e-3),
                 ("muon, beta1 0.9", 1.6e-2),
                 ("galore", 6.4e-2),
-                ("galore, gap 10", 6.4e-2),
                 ("fira", 8e-3),
-                ("fira, gap 10", 8e-3),
                 ("apollo", 1.6e-2),
-                ("apollo, gap 10", 1.6e-2),
                 ("scale", 1e-3),
                 ("apollo_mini", 4e-3),
                 ("adapm", 2e-3),
                 ("adam_snsm", 4e-3),
+                tuned=False,
+            ),
+            *_rows(
+                ("galore, gap 10", 6.4e-2),
+                ("fira, gap 10", 8e-3),
+                ("apollo, gap 10", 1.6e-2),
                 ("muon", 8e-3),
                 ("adafactor", 2e-3),
+                *((name, 2e-3) for name in ALLOCATED),
                 tuned=False,
                 seeds=(0,),
             ),
-            *_rows(("adamw, beta1 0.7", 2.8e-3), ("adamw, beta1 0.6", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
+            *_rows(
+                ("adamw, beta1 0.7", 2.8e-3),
+                ("adamw, beta1 0.6", 2.8e-3),
+                *((name, 4e-3) for name in ALLOCATED),
+                ratio=RATIO,
+                tuned=False,
+                seeds=(0,),
+            ),
         ),
     ),
     "4k": Study(
@@ -140,8 +152,8 @@ STUDIES: dict[str, Study] = {
         ),
     ),
     "512": Study(
-        "512 tokens a step",
-        Settings(steps=300, batch=4, every=50),
+        "512 tokens a step, held-out text without copies",
+        Settings(steps=300, batch=4, every=50, distinct=True),
         (*_OURS, *_WITH_RATIO, *_rows(*_MUONS)),
     ),
     "parts": Study(
@@ -163,19 +175,14 @@ STUDIES: dict[str, Study] = {
         for size, tokens, lr in (("512", 512, 1e-3), ("4k", 4096, 2e-3), ("16k", 16384, 4e-3))
     },
     "1000 steps": Study(
-        "1,000 steps of 4,096 tokens",
-        Settings(**_LONG, every=100),
+        "1,000 steps of 4,096 tokens, held-out text without copies",
+        Settings(**_LONG, every=100, distinct=True),
         (
-            *_rows(("AdamW", 2e-3), *_MUONS, tuned=False, seeds=(0,)),
+            *_rows(("AdamW", 2e-3), ("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
             *_rows(*_BEST, ("adamw, beta1 0.8", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
         ),
     ),
     "gpt2": Study(
-        "GPT-2, 4,096 tokens a step",
-        Settings(model="gpt2", steps=300, batch=32, every=50),
-        tuple(_rows(("AdamW", 2e-3), ("muon_lean", 1.6e-2), ("adapm_lean", 2e-3), ("muon", 8e-3), seeds=(0,))),
-    ),
-    "gpt2, distinct": Study(
         "GPT-2, 4,096 tokens a step, held-out text without copies",
         Settings(model="gpt2", steps=300, batch=32, every=50, distinct=True),
         (
@@ -218,8 +225,8 @@ STUDIES: dict[str, Study] = {
     ),
     **{
         f"{share} tokens": Study(
-            f"{share} of the tokens, 4,096 tokens a step",
-            Settings(steps=steps, batch=32, every=steps // 3),
+            f"{share} of the tokens, 4,096 tokens a step, held-out text without copies",
+            Settings(steps=steps, batch=32, every=steps // 3, distinct=True),
             (
                 *_rows(("AdamW", 2e-3), ("adam_snsm", 4e-3), ("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
                 *_rows(*_BEST[:2], ratio=RATIO, tuned=False, seeds=(0,)),
