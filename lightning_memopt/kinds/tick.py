@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass, replace
 
 _MASK = (1 << 63) - 1
-_STEP_STRIDE = 0x9E3779B97F4A7C15
 
 
 def block_key(seed: int, name: str) -> int:
@@ -44,8 +43,11 @@ class Tick:
         return replace(self, step=(self.step + self.index % gap) // gap)
 
     def salted(self, purpose: str = "") -> int | tuple[int, ...]:
-        """Return a 63-bit number that depends only on the block, the step and the purpose; one per block of a batch."""
-        salt = (block_key(self.step, purpose) if purpose else 0) + self.step * _STEP_STRIDE
+        """Return a 63-bit number that depends only on the block, the step and the purpose; one per block of a batch.
+
+        The step is hashed. Numbers that differ by a multiple of the noise's stride would draw shifted copies.
+        """
+        salt = block_key(self.step, purpose)
         if isinstance(self.key, int):
             return (self.key + salt) & _MASK
         return tuple((key + salt) & _MASK for key in self.key)

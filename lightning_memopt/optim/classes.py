@@ -390,8 +390,9 @@ class GaLore(RecipeOptimizer):
 
     Differences from the authors' package: blocks take turns with new subspaces, where the package renews all of them at
     steps 1, ``gap`` + 1, 2 ``gap`` + 1; signs of singular vectors are fixed, where the package has LAPACK's, so M
-    continues otherwise in a new subspace; directions without a gradient do not move, where the package divides rounding
-    noise by its own size; weight decay acts before the update.
+    continues otherwise in a new subspace; where G has fewer directions than k, P is filled with random ones, where the
+    package takes what its decomposition returns; weight decay acts before the update; no element changes by more than
+    ``max_update`` · η.
     """
 
     _recipe = "galore"
@@ -437,7 +438,9 @@ class Apollo(RecipeOptimizer):
     Differences from the authors' package: ``scale`` is the factor itself, where the package takes the root of its
     option; P comes from another generator, and all matrices of a stack share it; blocks take turns with new
     projections; no 1e-8 is added to norms; a step without a gradient leaves the limiter as it is; weight decay acts
-    before the update. Whether the limiter comes before or after the scale (``scale_front``) changes nothing.
+    before the update; no element changes by more than ``max_update`` · η, which cuts the largest elements of
+    :class:`ApolloMini` where inputs differ much in size. Whether the limiter comes before or after the scale
+    (``scale_front``) changes nothing.
     """
 
     _recipe = "apollo"

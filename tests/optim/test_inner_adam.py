@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_a_block_without_a_first_gradient_does_not_wait_for_its_next_subspace(ki
     assert_equal(state[kind.keys[0]], before)
 
 
+@pytest.mark.parametrize("projection", ["svd", "power", "random"])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_gradient_of_low_rank_leaves_no_direction_without_a_basis(kind, shape, projection):
+    """What is outside of the basis does not move until the next one, which may be 200 steps away."""
+    kind, layout = replace(kind, rank=6, gap=200, projection=projection), layout_of(shape)
+    state = kind.init(layout)
+    step(kind, gradient((shape[0], 2), 0) @ gradient((2, shape[1]), 1), state, layout, tick_at(1))
+    basis = state[kind.projection_keys[0]].double()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_momentum_of_low_rank_leaves_no_direction_without_a_basis(kind):
+    momentum = gradient((20, 2), 0) @ gradient((2, 12), 1)
+    state = replace(kind, rank=6).from_moments(momentum, momentum.square(), layout_of((20, 12)))
+    basis = state[kind.projection_keys[0]].double()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
 # --- random projections ----------------------------------------------------------------------------------------------
 
 
@@ -204,6 +225,16 @@ def test_a_projection_lasts_until_the_next_is_due():
             before = drawn
 
 
+def test_projections_of_successive_periods_are_independent():
+    """Two subspaces of k in n dimensions share k/n of their directions on average."""
+    layout, shares = layout_of((400, 64)), []
+    for number in range(12):
+        one, other = (projection(layout, -1, 16, Tick(each, 5, 0)).double() for each in (number, number + 1))
+        shares.append(float((torch.linalg.qr(one)[0].mT @ torch.linalg.qr(other)[0]).square().sum()) / 16)
+    assert max(shares) < 0.35
+    assert sum(shares) / len(shares) == pytest.approx(1 / 4, abs=0.03)
+
+
 def test_blocks_of_a_batch_have_projections_of_their_own_and_stacks_share_one():
     layout = layout_of((2, *SHAPE))
     single = projection(layout, -1, 4, Tick(1, 5, 0))
@@ -211,7 +242,7 @@ def test_blocks_of_a_batch_have_projections_of_their_own_and_stacks_share_one():
     both = projection(layout.batched(2), -1, 4, Tick(1, (5, 6), 0))
     assert_equal(both[0], single)
     assert relative_error(both[1], single) > 1
-    large = projection(layout_of((3, 4000)), -2, 3, Tick(1, 5, 0))
+    large = projection(layout_of((400, 4000)), -2, 3, Tick(1, 5, 0))
     assert float(large.square().mean()) == pytest.approx(1 / 3, rel=0.3)
 
 

@@ -58,15 +58,19 @@ def check_gap(gap: Any) -> None:
         raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {gap!r}.")
 
 
-def axes(basis: Tensor, layout: Layout, short: int) -> Tensor:
-    """Return this rank's part of the first unit vectors, as many as a basis has columns."""
-    rows = torch.arange(basis.shape[-2], device=basis.device) + layout.offset[short]
-    columns = torch.arange(basis.shape[-1], device=basis.device)
-    return (rows.unsqueeze(-1) == columns).to(basis.dtype)
+def filled(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Basis:
+    """Put random directions in place of zero columns, orthonormal to all others.
+
+    A gradient of low rank has fewer directions than a basis has columns.
+    """
+    (alive,) = yield from request(Sum(basis.square().sum(-2, keepdim=True), layout, short))
+    drawn = torch.where(alive > 0, basis, _draw(basis, layout, short, tick, "filled"))
+    (square,) = yield from request(Sum(gram(drawn), layout, short))
+    return torch.where(alive > 0, basis, orthonormalize(drawn, square))
 
 
-def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
-    noise = Noise.like(layout, (short, basis.shape[-1]), tick)
+def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick, purpose: str = "") -> Tensor:
+    noise = Noise.like(layout, (short, basis.shape[-1]), tick, purpose)
     return noise.normal(basis.shape, basis.device).to(basis.dtype)
 
 
