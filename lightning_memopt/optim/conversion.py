@@ -103,7 +103,10 @@ def _started(old: Block, new: Block, momentum: State, state: Mapping[str, Tensor
         return new.recipe.momentum.init(after)
     square = {key: full_tensor(state[old.prefix + key]) for key in second_moment.keys}
     return new.recipe.momentum.from_moments(
-        before.to_dense(momentum, layout), second_moment.to_dense(square, layout), after
+        before.to_dense(momentum, layout),
+        second_moment.to_dense(square, layout),
+        after,
+        Tick(int(state["step"]) + 1, new.key, new.index),
     )
 
 

@@ -82,9 +82,10 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
             new = old.changed(change)
         for old_kind, new_kind in zip(old.kinds, new.kinds, strict=True):
             if not old_kind.restorable and not new_kind.keeps_state_of(old_kind, old.layout):
+                other = "another rank" if new_kind.name == old_kind.name else repr(new_kind.name)
                 raise ValueError(
-                    f"The block {name!r} has kind {old_kind.name!r}, which keeps no state that {new_kind.name!r} could "
-                    "continue from; create a new optimizer instead."
+                    f"The block {name!r} has kind {old_kind.name!r}, which keeps no state that {other} could continue "
+                    "from; create a new optimizer instead."
                 )
         require_squares(old, new)
         new.check()

@@ -12,7 +12,13 @@ from lightning_memopt._registry import unknown
 from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import matmul, row_square_sums, store_
 from lightning_memopt.kinds.momentum.base import MOMENTA, Direction, State
-from lightning_memopt.kinds.momentum.inner_adam import InnerAdam, check_above, norm_ratio, square_sums
+from lightning_memopt.kinds.momentum.inner_adam import (
+    InnerAdam,
+    check_above,
+    norm_ratio,
+    projected_squares,
+    square_sums,
+)
 from lightning_memopt.kinds.momentum.projections import sides
 from lightning_memopt.kinds.noise import Noise
 from lightning_memopt.kinds.tick import Tick
@@ -100,15 +106,13 @@ class ApolloMomentum(InnerAdam):
         gains = (gains * factor).mul_(self.scale * correction).to(layout.dtype)
         return Direction(grad, gains=gains if long == -2 else gains.mT)
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout) -> State:
-        """Start M from zero, and V from what a projection of such gradients has on average.
-
-        The next projection is not known here. Starting from zero, the update grows to its size in 1/(1−β₁) steps.
-        """
-        state = self.init(layout)
-        squares = (square if sides(layout)[0] == -2 else square.mT).to(layout.dtype)
-        rank = state["apollo_v"].shape[-1]
-        store_(state["apollo_v"], (squares.sum(-1, keepdim=True) / rank).expand(*squares.shape[:-1], rank))
+    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
+        """Start M and V from what the next step's projection makes of the averages."""
+        state, (long, short) = self.init(layout), sides(layout)
+        tall, squares = ((each if long == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
+        basis = projection(layout, short, state["apollo_m"].shape[-1], tick.of_period(self.gap))
+        for key, value in zip(self.averages, (tall @ basis, projected_squares(tall, squares, basis)), strict=True):
+            store_(state[key], value)
         return state
 
 

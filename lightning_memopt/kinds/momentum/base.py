@@ -62,10 +62,10 @@ class Momentum(Kind):
         left, right = factors
         return left @ right
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout) -> State:
+    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
         """Return the state that best approximates M and V, if the kind averages squares.
 
-        State and layout describe a whole block on one process.
+        State and layout describe a whole block on one process. The tick is that of the next step.
         """
         raise NotImplementedError
 

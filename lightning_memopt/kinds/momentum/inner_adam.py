@@ -126,12 +126,20 @@ class InnerAdam(Momentum):
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
         """Return state of a momentum whose squares are all that is known of V, which is at least that large."""
-        return self.from_moments(momentum, momentum.square(), layout)
+        return self.from_moments(momentum, momentum.square(), layout, Tick(1, 0, 0))
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> Self:
         """Infer the rank from the first of the state tensors, which all have it."""
         kind = replace(self, rank=max(1, int(state[self.keys[0]].shape[-1])))
         return Momentum.infer(kind, state, layout)
+
+
+def projected_squares(momentum: Tensor, square: Tensor, basis: Tensor) -> Tensor:
+    """Return the average squares of R = G P, from the averages of G and G².
+
+    Elements of G vary on their own, and their means add up: V ← (V − M²) P² + (M P)².
+    """
+    return (square - momentum.square()).clamp_(min=0) @ basis.square() + (momentum @ basis).square()
 
 
 def norm_ratio(scaled: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import leading_triplets, matmul, store_
 from lightning_memopt.kinds.momentum.base import State
-from lightning_memopt.kinds.momentum.inner_adam import InnerAdam
+from lightning_memopt.kinds.momentum.inner_adam import InnerAdam, projected_squares
 from lightning_memopt.kinds.momentum.projections import NEED_SHORT_SIDE_WHOLE, PROJECTIONS, filled, scratch, sides
 from lightning_memopt.kinds.tick import Tick
 from lightning_memopt.sharding.collectives import Sum, finished, request
@@ -72,14 +72,13 @@ class SubspaceAdam(InnerAdam):
         basis, momentum = (state[key].to(layout.dtype) for key in (*self.projection_keys, self.averages[0]))
         return (momentum, basis.mT) if sides(layout)[0] == -2 else (basis, momentum.mT)
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout) -> State:
-        """Keep the part of the momentum that its leading singular vectors P span, and V P², with the squares of P."""
-        state = self.init(layout)
-        tall, squares = ((each if sides(layout)[0] == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
+    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
+        """Keep the part of the momentum that its leading singular vectors P span, and the squares that R has there."""
+        state, (long, short) = self.init(layout), sides(layout)
+        tall, squares = ((each if long == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
         basis = leading_triplets(tall, state[self.averages[0]].shape[-1])[2].mT.to(layout.dtype)
-        basis = finished(filled(basis, layout, sides(layout)[1], Tick(0, 0, 0)))
-        for key, value in zip(
-            (*self.projection_keys, *self.averages), (basis, tall @ basis, squares @ basis.square()), strict=True
-        ):
+        basis = finished(filled(basis, layout, short, tick))
+        values = (basis, tall @ basis, projected_squares(tall, squares, basis))
+        for key, value in zip((*self.projection_keys, *self.averages), values, strict=True):
             store_(state[key], value)
         return state

@@ -13,7 +13,14 @@ from lightning_memopt.optim.binding import Binding, params_of
 from lightning_memopt.optim.block import initial_state
 from lightning_memopt.optim.checkpoint.names import arranged, places, saved_names, warn_of_positions
 from lightning_memopt.optim.checkpoint.resume import facts, tell, tell_of_bits_apart, tell_of_dropped_bits
-from lightning_memopt.optim.checkpoint.saved_state import allocated, examine, loaded, loaded_groups, require_known_state
+from lightning_memopt.optim.checkpoint.saved_state import (
+    allocated,
+    examine,
+    loaded,
+    loaded_groups,
+    of_betas,
+    require_known_state,
+)
 from lightning_memopt.optim.checkpoint.values import Share, Values, check_structure
 from lightning_memopt.optim.gradients import follow
 from lightning_memopt.optim.weights import dropped_bits
@@ -102,7 +109,8 @@ def _load(
         convert = theirs.get("recipe", "adamw") != group["recipe"]
         for param in group["params"]:
             if saved[param]:
-                blocks[param], states[param] = loaded(binding.blocks[param], saved[param], convert=convert)
+                entries = of_betas(saved[param], theirs["betas"], group["betas"]) if convert else saved[param]
+                blocks[param], states[param] = loaded(binding.blocks[param], entries, convert=convert)
                 was_converted |= convert
             elif param.requires_grad:
                 states[param] = initial_state(binding.blocks[param])

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_memopt.kinds.momentum import MOMENTA
 from lightning_memopt.optim.block import Block, all_layers
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.sharding.consensus import rank
@@ -98,6 +99,8 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
     )
     if after.scheduled and any(change.startswith("lr ") for change in groups):
         own += " A scheduler sets `lr` again at its next step: set its `base_lrs` as well."
+    if fixed := _fixed(before, after):
+        own += f" State of {' and '.join(fixed)} fits no other kind or rank: start yours with a new optimizer."
     if any("state in" in change for change in blocks):
         own += " The dtype of state follows the checkpoint."
     notify(f"{optimizer} resumes from step {step} of {_source.get()}{made}{decided}.{own}")
@@ -183,6 +186,8 @@ def _block_calls(before: Facts, after: Facts) -> list[str]:
     wanted: dict[str, dict[str, Any]] = {}
     for name, ours in before.blocks.items():
         theirs = after.blocks.get(name, ours)
+        if not _convertible(theirs):
+            continue
         change: dict[str, Any] = {"momentum": ours[0]} if ours[0] != theirs[0] else {}
         change |= {"rank": ours[1]} if ours[1] is not None and ours[:2] != theirs[:2] else {}
         change |= {"second_moment": ours[2]} if ours[2] != theirs[2] else {}
@@ -192,6 +197,16 @@ def _block_calls(before: Facts, after: Facts) -> list[str]:
     for key, change in wanted.items():
         calls.setdefault(str(change), []).append(key)
     return [f"`optimizer.reformat({_mapping(keys, change)})`" for change, keys in calls.items()]
+
+
+def _fixed(before: Facts, after: Facts) -> list[str]:
+    """Return the momentum kinds that a checkpoint has brought and that cannot become the configured ones."""
+    changed = [theirs for name, theirs in after.blocks.items() if theirs[:3] != before.blocks.get(name, theirs)[:3]]
+    return list(dict.fromkeys(repr(theirs[0]) for theirs in changed if not _convertible(theirs)))
+
+
+def _convertible(block: tuple[str, int | None, str, str]) -> bool:
+    return MOMENTA.get(block[0]).restorable
 
 
 def _widest(name: str, configured: Facts) -> str:

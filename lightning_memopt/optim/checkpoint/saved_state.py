@@ -116,6 +116,27 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
     return blocks if convert else theirs, state
 
 
+def of_betas(saved: Mapping[str, Any], theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """Return AdamW's averages as they would be after the same steps with other betas.
+
+    An average that starts from zero is short by 1 − βᵗ, which bias correction makes up for. With β₂ = 1, squares are
+    added up. Without this, the next steps would be too large by the root of what is missing, up to √t times.
+    """
+    step = float(saved["step"])
+    if not step:
+        return dict(saved)
+    short = [_weight(beta, step) for beta in map(float, theirs)]
+    wanted = [_weight(beta, step) for beta in map(float, ours)]
+    factors = {key: mine / other for key, mine, other in zip(("exp_avg", "exp_avg_sq"), wanted, short, strict=True)}
+    found = {key: factors.get(key.rpartition(".")[2], 1.0) for key in saved}
+    return {key: value if found[key] == 1 else value * found[key] for key, value in saved.items()}
+
+
+def _weight(beta: float, step: float) -> float:
+    """Return the sum of the weights of an average of this many gradients."""
+    return step if beta == 1 else 1 - beta**step
+
+
 def relocated(blocks: Blocks, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of a parameter after it moved. Before the first step, state is initialized again.
 

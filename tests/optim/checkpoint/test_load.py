@@ -103,6 +103,25 @@ def test_torchs_adamw_continues_on_fused_and_channels_last_weights():
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("recipe", ["muon", "adagrad_snsm", "rmsprop_sn", "adapm"])
+def test_averages_of_adamw_count_the_steps_under_betas_of_another_recipe(recipe):
+    """20 equal gradients leave 2% of their square under β₂ = 0.999, which 0.95 would take for 64%."""
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((6,), (8, 6))]
+    saved = torch.optim.AdamW(weights, lr=1e-3)
+    optimizer = lm.MemOpt(zip(("norm.weight", "embed_tokens.weight"), weights, strict=True), recipe, lr=1e-3)
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    for _ in range(20):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, 0.5)
+        saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    wanted = {"exp_avg": 0.5 * (1 - beta1**20), "exp_avg_sq": 0.25 * (20 if beta2 == 1 else 1 - beta2**20)}
+    found = {key: value for state in optimizer.state.values() for key, value in state.items() if key in wanted}
+    assert found
+    for key, value in found.items():
+        torch.testing.assert_close(value, torch.full_like(value, wanted[key]))
+
+
 def test_the_dtype_of_state_comes_back_from_the_checkpoint():
     model = tiny_llama()
     optimizer = lm.AdaPMLean(model.named_parameters(), state_dtype="bfloat16")
@@ -320,6 +339,8 @@ def test_adamw_is_continued_with_every_recipe(trained, recipe):
     assert optimizer.param_groups[0]["lr"] == 1e-3
     assert {float(state["step"]) for state in optimizer.state.values()} == {8.0}
     norm = model.model.norm.weight
-    assert_equal(optimizer.state[norm]["exp_avg_sq"], adamw.state[norm]["exp_avg_sq"])
+    beta2 = optimizer.param_groups[0]["betas"][1]
+    counted = adamw.state[norm]["exp_avg_sq"] * ((8 if beta2 == 1 else 1 - beta2**8) / (1 - 0.999**8))
+    torch.testing.assert_close(optimizer.state[norm]["exp_avg_sq"], counted)
     losses += train(model, optimizer, 4, seed=1)
     assert max(losses[8:]) < losses[0] + 0.2

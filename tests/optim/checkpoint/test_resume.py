@@ -128,6 +128,22 @@ def test_kinds_and_dtypes_are_told():
     assert line.endswith("in 4 blocks. The dtype of state follows the checkpoint.")
 
 
+def test_a_rank_that_cannot_be_changed_is_not_offered():
+    def galore(rank: int) -> lm.MemOpt:
+        torch.manual_seed(0)
+        optimizer = lm.GaLore([("layers.0.mlp.up_proj.weight", nn.Parameter(torch.randn(20, 12)))], rank=rank)
+        fill_grads(params_of(optimizer), 0)
+        optimizer.step()
+        return optimizer
+
+    optimizer = galore(5)
+    (line,) = said(lambda: optimizer.load_state_dict(galore(3).state_dict()))
+    assert "rank 3 instead of 5 in 1 block" in line
+    assert line.endswith("State of 'galore' fits no other kind or rank: start yours with a new optimizer.")
+    with pytest.raises(ValueError, match="which keeps no state that another rank could continue from"):
+        optimizer.reformat({"mlp": {"rank": 5}})
+
+
 def test_a_scheduler_that_sets_the_rate_again_is_told():
     saved, ours = linear(lr=1e-3), linear(lr=1e-2)
     for optimizer in (saved, ours):
