@@ -98,8 +98,10 @@ class AdaptiveMomentum(Callback):
         for name, value in whole.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if not 0 < quality <= 1:
+        if isinstance(quality, bool) or not isinstance(quality, int | float) or not 0 < quality <= 1:
             raise ValueError(f"`quality` must be a share of momentum's energy in (0, 1], got {quality!r}.")
+        if optimizer_idx is not None and (type(optimizer_idx) is not int or optimizer_idx < 0):
+            raise ValueError(f"`optimizer_idx` must be an index from 0 on, or None, got {optimizer_idx!r}.")
         check_freeze(freeze_after)
         if dropped not in DROPPED:
             raise ValueError(unknown("value of `dropped`", dropped, list(DROPPED)))
@@ -113,6 +115,7 @@ class AdaptiveMomentum(Callback):
         self.optimizer_idx, self.log, self.figures = optimizer_idx, log, figures
         self.history: list[dict[str, Any]] = []
         self._loaded: Mapping[str, Any] | None = None
+        self._fits = True
         self._allocator: Any = None
         self._probe: Any = None
         self._names: set[str] = set()
@@ -138,13 +141,25 @@ class AdaptiveMomentum(Callback):
         """Key of the saved state, one per optimizer."""
         return self._generate_state_key(optimizer_idx=self.optimizer_idx)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a state that no training has continued from. Lightning loads one after this, also to validate."""
+        self._fits = stage == "fit"
+        if self._fits:
+            self._loaded = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer.
 
         Raises:
-            ValueError: If no optimizer can be adapted, or several can.
+            ValueError: If no optimizer can be adapted, or several can, or another callback adapts it.
         """
         optimizer = adaptable(trainer.optimizers, self.optimizer_idx)
+        others = [each for each in trainer.callbacks if isinstance(each, AdaptiveMomentum) and each is not self]  # type: ignore[attr-defined]
+        if any(adaptable(trainer.optimizers, each.optimizer_idx) is optimizer for each in others):
+            raise ValueError(
+                "Two AdaptiveMomentum callbacks adapt the same optimizer: remove one, or give each another "
+                "`optimizer_idx`."
+            )
         self._allocator = Allocator(
             optimizer,
             compressed_kind(optimizer),
@@ -164,7 +179,9 @@ class AdaptiveMomentum(Callback):
         """
         self._trainer, self._probe = trainer, Probe(self._allocator.optimizer)
         self._frozen, self._seen = False, 0
-        timing = self.every_n_steps, self.start, self.freeze_after, length_of(trainer), len(trainer.optimizers)
+        steps = 0 if self._loaded is None else self._loaded["probe"]["steps"]
+        before = trainer.global_step // len(trainer.optimizers) - steps
+        timing = self.every_n_steps, self.start, self.freeze_after, length_of(trainer), len(trainer.optimizers), before
         self._timing, self._folder = Timing(*timing), log_folder(trainer)
         if isinstance(self.freeze_after, float) and not self._timing.is_known:
             rank_zero_warn(
@@ -225,11 +242,13 @@ class AdaptiveMomentum(Callback):
             return dict(self._loaded or {})
         # Before this callback's turn at the end of a batch, the last steps have not been seen yet.
         budget = float(self.budget) if isinstance(self.budget, float) else self.budget  # NumPy's cannot be loaded
-        aim = {"budget": budget, "quality": float(self.quality)}
+        aim = {"budget": budget, "quality": float(self.quality), "policy": report.policy_name(self.policy)}
         return {"history": list(self.history), "seen": self._seen, **aim, "probe": self._probe.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
+        if not self._fits:
+            return
         self._loaded = state_dict or None
         # Earlier versions did not record what was dense.
         self.history = [{"dense": [], **entry} for entry in state_dict.get("history", [])]
@@ -247,8 +266,8 @@ class AdaptiveMomentum(Callback):
         """Print a summary and draw the allocation. No rank waits for another one."""
         self._running = False
         self._probe.stop()
-        once = decides_once(self._decider(), self._allocator.budget_bytes())
-        missed = "" if once else report.too_early(self.start, self._frozen)
+        was_due = not self._frozen and self._timing.decisions(self._seen) > 0
+        missed = "" if self._decides_once() or was_due else report.too_early(self.start, self._frozen)
         say(f"AdaptiveMomentum {how} with {self._allocator.size()}: {report.closing(self.history, missed)}.")
         if self.figures and self.history and self._folder is not None:
             with warn_on_failed_write(self, self._folder):
@@ -257,8 +276,15 @@ class AdaptiveMomentum(Callback):
     # ------------------------------------------------------------------ deciding
 
     def _is_same_aim(self, saved: Mapping[str, Any]) -> bool:
-        """Return whether a checkpoint was written with this budget, or without one and with this quality."""
-        if not self._allocator.is_budget(saved.get("budget", self.budget)):  # earlier versions saved neither
+        """Return whether a checkpoint was written with this budget, or without one and with this quality.
+
+        A policy that changes nothing later must have divided the budget itself.
+        """
+        # Earlier versions did not save them.
+        if not self._allocator.is_budget(saved.get("budget", self.budget)):
+            return False
+        policy = report.policy_name(self.policy)
+        if self._decides_once() and saved.get("policy", policy) != policy:
             return False
         return self.budget is not None or saved.get("quality", self.quality) == self.quality
 
@@ -318,8 +344,13 @@ class AdaptiveMomentum(Callback):
         """Return the policy, or None if a subclass decides."""
         return self.policy if type(self).propose is AdaptiveMomentum.propose else None
 
+    def _decides_once(self) -> bool:
+        return decides_once(self._decider(), self._allocator.budget_bytes())
+
     def _later(self) -> str:
         """Return what this callback does after the start, in words."""
+        if self._is_over():
+            return "changes nothing later: training is past `freeze_after`"
         end, freezes = self._timing.end
         timing: dict[str, Any] = {"every": self.every_n_steps, "start": self.start, "end": end, "freezes": freezes}
         return report.later(self._decider(), self._allocator.budget_bytes(), **timing, max_moves=self.max_moves)

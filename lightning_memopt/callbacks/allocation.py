@@ -13,6 +13,7 @@ import torch
 from lightning_memopt.callbacks.policies import Candidate
 from lightning_memopt.optim.block import Block
 from lightning_memopt.optim.memopt import MemOpt
+from lightning_memopt.optim.reformat import by_block
 from lightning_memopt.optim.signals import BlockSignals
 
 Changes = dict[str, dict[str, Any]]
@@ -56,7 +57,9 @@ def _reason_against(optimizer: torch.optim.Optimizer) -> str:
     blocks = list(trained_matrices(optimizer))
     if not blocks:
         return "it trains no matrix"
-    inner = next((block for block in blocks if block.recipe.momentum.averages_squares), None)
+    # Blocks that are frozen may train later.
+    matrices = (block for *_, block in optimizer.blocks() if not block.layout.vector)
+    inner = next((block for block in matrices if block.recipe.momentum.averages_squares), None)
     if inner is not None:
         return (
             f"the momentum {inner.recipe.momentum.name!r} of {inner.name!r} holds a second moment as well, which no "
@@ -118,9 +121,9 @@ def change_to(block: Candidate, rank: int, compressed: str) -> dict[str, Any]:
 
 def momentum_bytes(optimizer: MemOpt, changes: Mapping[str, Any]) -> int:
     """Return the bytes of momentum of all blocks, over all ranks, after changes."""
-    total = 0
+    total, wanted = 0, by_block((block for *_, block in optimizer.blocks()), changes)
     for block in _holders(optimizer):
-        changed = block.changed(changes[block.name]) if block.name in changes else block
+        changed = block.changed(wanted[block.name]) if block.name in wanted else block
         total += changed.recipe.momentum.nbytes(block.layout)
     return total
 

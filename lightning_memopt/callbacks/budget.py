@@ -68,7 +68,11 @@ def _of_text(budget: str, momentum_of_adamw: int) -> int:
         size = parse_bytes(budget)
     except ValueError:
         raise _refusal(budget) from None
-    return _without_unit(size, budget) if budget.strip().isdecimal() else _positive(size, budget)
+    if budget.strip().isdecimal():
+        return _without_unit(size, budget)
+    if not budget.strip()[-1].isalpha():  # a share is a float, or has its sign
+        raise _refusal(budget)
+    return _positive(size, budget)
 
 
 def _without_unit(size: int, budget: object) -> int:

@@ -18,6 +18,7 @@ class Timing:
         freeze_after: A fraction of the training, or a number of steps; None means never.
         length: Number of steps of all optimizers in the whole training; infinity if it is unknown.
         optimizers: Number of optimizers.
+        before: Steps of the training before the first one that is counted.
     """
 
     every: int
@@ -25,6 +26,7 @@ class Timing:
     freeze_after: int | float | None
     length: float
     optimizers: int
+    before: int = 0
 
     def decisions(self, steps: int) -> int:
         """Return the number of decisions that are due in the first ``steps`` steps."""
@@ -57,8 +59,11 @@ class Timing:
     def end(self) -> tuple[float, bool]:
         """The step after which nothing changes, infinity if it is unknown, and whether the allocation freezes then."""
         length = self.length / self.optimizers
-        freeze = self.freeze_after if isinstance(self.freeze_after, int) else (self.freeze_after or 1.0) * length
-        return min(freeze, length), self.freeze_after is not None and freeze <= length < math.inf
+        share = self.freeze_after if isinstance(self.freeze_after, float) else 1.0
+        length, freeze = length - self.before, share * length - self.before
+        if isinstance(self.freeze_after, int):
+            freeze = self.freeze_after
+        return min(freeze, length), self.freeze_after is not None and freeze <= length and freeze < math.inf
 
 
 def check_freeze(freeze_after: int | float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,14 +69,8 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
             f"`changes` must map blocks, roles or patterns to changes, as {{'query': {{'rank': 8}}}}, got {changes!r}."
         )
     places = {block.name: (group, param, block) for group, param, block in binding.entries(optimizer)}
-    wanted: dict[str, Any] = {}
-    for key, change in changes.items():
-        names = [key] if key in places else [name for name, (*_, block) in places.items() if _applies(key, block)]
-        if not names:
-            raise ValueError(unknown_block(key, list(places)))
-        wanted.update(dict.fromkeys(names, change))
     planned = []
-    for name, change in wanted.items():
+    for name, change in by_block((block for *_, block in places.values()), changes).items():
         group, param, old = places[name]
         with located(f"the change of {name!r}"):
             new = old.changed(change)
@@ -92,6 +86,22 @@ def _planned(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
         if new.recipe != old.recipe:
             planned.append((group, param, old, new))
     return planned
+
+
+def by_block(blocks: Iterable[Block], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the change of every block that changes of blocks, roles or patterns cover; later ones win.
+
+    Raises:
+        ValueError: If one covers no block.
+    """
+    known = {block.name: block for block in blocks}
+    wanted: dict[str, Any] = {}
+    for key, change in changes.items():
+        names = [key] if key in known else [name for name, block in known.items() if _applies(key, block)]
+        if not names:
+            raise ValueError(unknown_block(key, list(known)))
+        wanted.update(dict.fromkeys(names, change))
+    return wanted
 
 
 def _applies(key: str, block: Block) -> bool:

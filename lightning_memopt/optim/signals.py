@@ -90,6 +90,7 @@ class Probe:
         """Track an optimizer from its next step on."""
         self.steps = 0
         self._optimizer, self._follows = optimizer, True
+        self._fresh = 0  # the number of steps from which M is that of the optimizer
         self._skipped = optimizer.skipped
         self._rows: dict[str, _Row] = {}
         self._held = {name: torch.zeros(0, size, dtype=dtype) for name, (size, dtype) in _TABLES.items()}
@@ -187,9 +188,9 @@ class Probe:
     def read(self) -> dict[str, BlockSignals]:
         """Return the signals of every block with a gradient so far. All ranks call it together, with equal results.
 
-        While the probe rests, these are the signals of its last reading.
+        While the probe rests, and until it has caught up afterwards, these are the signals of its last reading.
         """
-        if not (self._follows and self._rows):
+        if not (self._follows and self._rows) or self.steps < self._fresh:
             return self._known()
         kept = kept_momentum(
             self._matrices(), self._optimizer.state, {name: row.index for name, row in self._rows.items()}
@@ -266,6 +267,7 @@ class Probe:
         average, square = self._over_ranks(mine).cpu().split(SAMPLE, dim=1)
         return {
             "steps": self.steps,
+            "fresh": self._fresh if self._follows else None,
             "blocks": list(self._rows),
             "average": average,
             "square": square,
@@ -280,9 +282,14 @@ class Probe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on any number of ranks. Blocks that no longer exist are left out.
 
-        Earlier versions did not save V, nor what is lost. V starts again from the mean of all squares.
+        Earlier versions did not save V, nor what is lost. V starts again from the mean of all squares. A probe that
+        rested has an old M, which counts again when its weight has fallen to 1%.
         """
         self.steps = int(state["steps"])
+        self._fresh = state.get("fresh", 0)
+        if self._fresh is None:
+            beta1 = max((float(group["betas"][0]) for group, *_ in self._matrices()), default=0.0)
+            self._fresh = self.steps + (math.ceil(math.log(0.01) / math.log(beta1)) if beta1 > 0 else 0)
         self._readings = {name: [list(pair) for pair in pairs] for name, pairs in state["readings"].items()}
         self._lost = {name: list(pair) for name, pair in state.get("lost", {}).items()}
         blocks = {block.name: block for *_, block in self._matrices()}

@@ -116,9 +116,13 @@ def test_a_subclass_that_proposes_wrongly_is_told_so():
         def propose(self, snapshot: Any, signals: Any) -> Any:
             return None
 
+    class Greedier(AdaptiveMomentum):
+        def propose(self, snapshot: Any, signals: Any) -> dict[str, Any]:
+            return {"mlp": {"rank": 16}, "*lm_head*": {"momentum": "dense"}}
+
     over_budget = r"changes that need .* of momentum, but the budget is .*\. Return smaller ranks, or raise"
     nothing = r"propose\(\) must return a mapping from names of blocks to changes.*, got None"
-    for kind, match in ((Greedy, over_budget), (Mistaken, "model.lm_h"), (Forgetful, nothing)):
+    for kind, match in ((Greedy, over_budget), (Greedier, over_budget), (Mistaken, "model.lm_h"), (Forgetful, nothing)):
         module, callback = Module(), kind(0.25, every_n_steps=2, freeze_after=None)
         made = trainer(callback, max_steps=4)
         with pytest.raises((ValueError, TypeError), match=match):
@@ -178,6 +182,20 @@ def test_after_an_exception_the_optimizer_is_let_go():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def frozen_galore(module: Module) -> lm.MemOpt:
+    """It could train later."""
+    module.model.lm_head.requires_grad_(False)
+    kinds = {"momentum": "galore", "second_moment": "none"}
+    return lm.AdaPMLean(module.named_parameters(), overrides={"*lm_head*": kinds})
+
+
+def test_two_on_one_optimizer_are_refused():
+    for options in ({}, {"optimizer_idx": 0}):
+        first, second = AdaptiveMomentum(0.15, **options), AdaptiveMomentum(0.3, max_moves=4)
+        with pytest.raises((ValueError, RuntimeError), match="adapt the same optimizer|state_key|more than one"):
+            fit(Module(), first, second)
+
+
 @pytest.mark.parametrize(
     ("configure", "options", "match"),
     [
@@ -187,10 +205,10 @@ def test_after_an_exception_the_optimizer_is_let_go():
         (lambda m: lm.AdaPMLean(m.model.norm.named_parameters()), {}, "it trains no matrix"),
         (lambda m: lm.AdaPMLean(list(m.parameters())), {}, "bind"),
         (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": 1}, "`optimizer_idx` is 1, but the module"),
-        (lambda m: lm.AdaPMLean(m.named_parameters()), {"optimizer_idx": -1}, "`optimizer_idx` is -1"),
+        (frozen_galore, {}, "the momentum 'galore' of 'model.lm_head.weight' holds a second moment"),
         (lambda m: None, {}, "_MockOptimizer is not an optimizer of lightning_memopt"),
     ],
-    ids=["AdamW", "adafactor", "beta1", "vectors", "names", "index", "negative index", "none"],
+    ids=["AdamW", "adafactor", "beta1", "vectors", "names", "index", "inner Adam, frozen", "none"],
 )
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers.*returned.*None")
 def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatch):
@@ -212,6 +230,12 @@ def test_optimizers_that_cannot_be_adapted(configure, options, match, monkeypatc
         ({"min_rank": 1.5}, "`min_rank` must be"),
         ({"max_moves": True}, "`max_moves` must be"),
         ({"quality": 0}, "`quality` must be"),
+        ({"quality": "0.5"}, "`quality` must be"),
+        ({"quality": True}, "`quality` must be"),
+        ({"optimizer_idx": -1}, "`optimizer_idx` must be an index from 0 on, or None, got -1"),
+        ({"optimizer_idx": "0"}, "`optimizer_idx` must be"),
+        ({"budget": "1.0"}, "`budget` must be"),
+        ({"budget": "1500.0"}, "`budget` must be"),
         ({"freeze_after": 0}, "`freeze_after` must be"),
         ({"freeze_after": 1}, "`freeze_after` 1 could mean one step or the whole training: write 1.0"),
         ({"freeze_after": True}, "`freeze_after` must be"),

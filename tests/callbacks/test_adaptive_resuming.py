@@ -15,7 +15,7 @@ import lightning_memopt as lm
 from lightning_memopt import AdaptiveMomentum
 from lightning_memopt.optim.signals import Probe
 from tests._compare import assert_equal
-from tests.callbacks._adaptive import Module, StopsAt, Watch, dense_bytes, fit, moved, steps_of, weights
+from tests.callbacks._adaptive import Module, StopsAt, Watch, dense_bytes, fit, moved, steps_of, trainer, weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,6 +140,71 @@ def test_another_quality_after_the_freeze(tmp_path):
         assert (other.history == saved.history) == (quality == 0.3)
     assert other.history[-1]["step"] == 12
     assert sum(other.history[-1]["ranks"].values()) > sum(saved.history[-1]["ranks"].values())
+
+
+def test_another_policy_that_divides_once_divides_at_once(tmp_path):
+    fit(Module(), adaptive("energy"), StopsAt(12, path=tmp_path), max_steps=30)
+    for policy in ("uniform", "energy"):
+        other = adaptive(policy)
+        fit(Module(), other, max_steps=20, ckpt_path=tmp_path / "12.ckpt")
+        assert (12 in steps_of(other)) == (policy == "uniform")
+        if policy == "uniform":
+            assert other.history[-1]["ranks"] == evenly(0.25)
+            assert not any(entry["moves"] for entry in other.history if entry["step"] > 12)
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "adapm_lean"])
+def test_signals_of_the_freeze_last_until_the_probe_has_caught_up(tmp_path, recipe):
+    """Its M is that of the freeze, the optimizer's is later."""
+    options = {"every_n_steps": 2, "budget": 0.9}
+    fit(Module(recipe), adaptive(**options, freeze_after=6), StopsAt(9, path=tmp_path), max_steps=40)
+    other = adaptive(**options, freeze_after=None)
+    fit(Module(recipe), other, max_steps=60, ckpt_path=tmp_path / "9.ckpt")
+    after = {entry["step"]: entry["residual"] for entry in other.history if entry["step"] >= 4}
+    assert after[10] == after[52]  # 44 steps to catch up
+    assert after[54] != after[10]
+
+
+def test_a_checkpoint_that_is_only_validated_changes_nothing(tmp_path):
+    fit(Module(), StopsAt(6, path=tmp_path), adaptive(), max_steps=12)
+    plain, fresh = adaptive(), adaptive()
+    fit(Module(), plain, max_steps=10)
+    made = trainer(fresh, max_steps=10, limit_val_batches=1)
+    made.validate(module := Module(), ckpt_path=tmp_path / "6.ckpt", verbose=False)
+    assert fresh.history == []
+    made.fit(module)
+    assert steps_of(fresh) == steps_of(plain)
+    before = list(fresh.history)
+    made.validate(module, ckpt_path=tmp_path / "6.ckpt", verbose=False)
+    assert fresh.history == before
+
+
+def test_a_training_that_fails_before_its_first_step_leaves_nothing_behind(tmp_path):
+    class Fails(Callback):
+        def on_train_start(self, *args: Any) -> None:
+            raise RuntimeError("not yet")
+
+    fit(Module(), StopsAt(6, path=tmp_path), adaptive(), max_steps=12)
+    callback, plain = adaptive(), adaptive()
+    with pytest.raises(RuntimeError, match="not yet"):
+        fit(Module(), Fails(), callback, max_steps=10, ckpt_path=tmp_path / "6.ckpt")
+    fit(Module(), callback, max_steps=10)
+    fit(Module(), plain, max_steps=10)
+    assert callback.history == plain.history
+
+
+def test_a_callback_that_is_added_after_the_freeze_says_so(tmp_path, capsys):
+    fit(Module(), StopsAt(8, path=tmp_path), max_steps=24)
+    for freeze_after, words in (
+        (0.3, "changes nothing later: training is past `freeze_after`."),
+        (0.5, "from step 2 until step 4."),
+    ):
+        capsys.readouterr()
+        callback = adaptive(freeze_after=freeze_after)
+        fit(Module(), callback, max_steps=24, ckpt_path=tmp_path / "8.ckpt")
+        first = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("AdaptiveMomentum"))
+        assert first.endswith(words)
+        assert steps_of(callback) == ([0] if freeze_after == 0.3 else [0, 2])
 
 
 def test_a_smaller_budget_is_divided_by_the_signals(tmp_path):

@@ -73,18 +73,18 @@ class Problem:
 # Returns the rank of every block by name: 0, or a rank from `min_rank` to the block's `dense_rank`.
 Policy = Callable[[Problem], Mapping[str, int]]
 POLICIES: Registry[Policy] = Registry("policy")
-_ONCE: set[Policy] = set()
+_ONCE: list[Policy] = []
 
 
 def once(policy: Policy) -> Policy:
     """Mark a policy whose division of a budget depends on neither signals nor progress."""
-    _ONCE.add(policy)
+    _ONCE.append(policy)
     return policy
 
 
 def divides_once(policy: Policy | None) -> bool:
     """Return whether a policy's division of a budget depends on neither signals nor progress; not known for None."""
-    return policy in _ONCE
+    return any(policy is each for each in _ONCE)
 
 
 def decides_once(policy: Policy | None, budget: int | None) -> bool:
