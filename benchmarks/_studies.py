@@ -178,8 +178,8 @@ STUDIES: dict[str, Study] = {
         "1,000 steps of 4,096 tokens, held-out text without copies",
         Settings(**_LONG, every=100, distinct=True),
         (
-            *_rows(("AdamW", 2e-3), ("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
             *_rows(*_BEST, ("adamw, beta1 0.8", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
+            *_rows(("muon_lean", 1.6e-2), ("AdamW", 2e-3), tuned=False, seeds=(0,)),
         ),
     ),
     "gpt2": Study(
