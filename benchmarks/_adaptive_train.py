@@ -25,7 +25,7 @@ from lightning_memopt.optim.signals import Probe
 
 ADAMW, LEAN, UNIFORM = "AdamW", "adapm_lean", "uniform"
 REFERENCES = (ADAMW, LEAN)
-POLICIES = (UNIFORM, "energy", "benefit", "fidelity", "schedule", "paper")
+POLICIES = (UNIFORM, "energy", "benefit", "fidelity", "schedule", "paper", "roles")
 PLOTTED = "llama"  # the model whose ranks are drawn block by block
 WARM_UP = 5  # steps that are not timed
 BETAS = (0.9, 0.95)  # adapm_lean's
@@ -117,7 +117,7 @@ COMPARISONS = {
         "_4096",
         AdaptiveSettings(steps=300, batch=32, validation_tokens=65536, distinct=True),
         models=("llama",),
-        policies=(UNIFORM, "fidelity", "energy", "benefit"),
+        policies=(UNIFORM, "roles", "fidelity", "energy", "benefit"),
         budgets=(0.015, 0.025, 0.05),
         lrs=(2e-3,),
         ratios=(1.0, 11.3),

@@ -48,8 +48,8 @@ class AdaptiveMomentum(Callback):
     Args:
         budget: Bytes of momentum over all ranks, projections included: a fraction of AdamW's momentum, a number of
             bytes, or text such as ``"512MiB"`` or ``"5%"``. None selects the smallest allocation that keeps `quality`.
-        policy: ``uniform``, ``energy``, ``benefit``, ``fidelity``, ``schedule``, ``paper``, or a function
-            (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
+        policy: ``uniform``, ``energy``, ``benefit``, ``fidelity``, ``schedule``, ``paper``, ``roles``, or a
+            function (:data:`~lightning_memopt.callbacks.policies.base.Policy`).
         every_n_steps: Number of steps between two decisions.
         start: Step after which the first decision is made; None means `every_n_steps`.
         freeze_after: When the allocation freezes: a fraction of the training in (0, 1], or a number of steps from 2 on;

@@ -295,6 +295,15 @@ def test_paper_gives_values_twice_the_rank_where_dense_does_not_fit():
     assert decide("paper", blocks, 11 * 128) == {"embedding": 0, "mlp": 2, "value": 8, "head": 1}
 
 
+def test_roles_that_do_without_momentum_get_none():
+    blocks = [block(role, role=role) for role in ROLES if role != "vector"]
+    spared = {"embedding": 0, "query": 0, "key": 0, "head": 0}
+    paid = [role for role in ROLES if role not in (*spared, "vector")]
+    assert decide("roles", blocks, 3 * len(paid) * 128) == {**dict.fromkeys(ROLES[:-2], 3), "other": 3, **spared}
+    some = [block("query", role="query"), block("head", role="head")]
+    assert decide("roles", some, 4 * 128) == {"query": 2, "head": 2}
+
+
 def test_paper_quality():
     blocks = [block("embedding", role="embedding"), block("value", role="value")]
     blocks.append(block("mlp", spectrum=(4, 2, 1, 1), energy=8))

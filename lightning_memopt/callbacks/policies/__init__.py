@@ -5,6 +5,7 @@ from lightning_memopt.callbacks.policies.benefit import benefit
 from lightning_memopt.callbacks.policies.energy import energy
 from lightning_memopt.callbacks.policies.fidelity import fidelity
 from lightning_memopt.callbacks.policies.paper import paper
+from lightning_memopt.callbacks.policies.roles import roles
 from lightning_memopt.callbacks.policies.schedule import schedule
 from lightning_memopt.callbacks.policies.uniform import uniform
 
@@ -17,6 +18,7 @@ __all__ = [
     "energy",
     "fidelity",
     "paper",
+    "roles",
     "schedule",
     "uniform",
 ]
