@@ -115,7 +115,7 @@ class AdaptiveMomentum(Callback):
         self.optimizer_idx, self.log, self.figures = optimizer_idx, log, figures
         self.history: list[dict[str, Any]] = []
         self._loaded: Mapping[str, Any] | None = None
-        self._fits = True
+        self._is_fitting = True
         self._allocator: Any = None
         self._probe: Any = None
         self._names: set[str] = set()
@@ -143,9 +143,9 @@ class AdaptiveMomentum(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget a state that no training has continued from. Lightning loads one after this, also to validate."""
-        self._fits = stage == "fit"
-        if self._fits:
-            self._loaded = None
+        self._is_fitting = stage == "fit"
+        if self._is_fitting:
+            self._loaded = self._probe = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer.
@@ -202,9 +202,11 @@ class AdaptiveMomentum(Callback):
         self._frozen = self._is_over()
         if self._frozen:
             self._probe.rest()
+        divides = not self._is_same_aim(saved) or self._allocator.exceeds_budget()
         rest = "frozen" if self._frozen else f"policy {report.policy_name(self.policy)} {self._later()}"
+        rest += "; the budget is divided again" * divides
         say(f"AdaptiveMomentum resumes after step {self._probe.steps} with {self._allocator.size()}; {rest}.")
-        if not self._is_same_aim(saved) or self._allocator.exceeds_budget():
+        if divides:
             self._allocate()
         self._running = True
         self._catch_up()  # a callback before this one may have saved when a decision was due
@@ -247,7 +249,7 @@ class AdaptiveMomentum(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`. The allocation itself is part of the optimizer's state."""
-        if not self._fits:
+        if not self._is_fitting:
             return
         self._loaded = state_dict or None
         # Earlier versions did not record what was dense.

@@ -28,6 +28,7 @@ def converted(
     keep: bool = False,
     on_loss: Loss | None = None,
     group: Mapping[str, Any] | None = None,
+    betas: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, Tensor]:
     """Return state for ``new`` that continues from the state of ``old``. Needs memory for one block's dense state.
 
@@ -40,6 +41,7 @@ def converted(
         keep: Whether the result may share unchanged tensors with ``state`` instead of copying them.
         on_loss: Called with the whole momentum state before and after, if the rank becomes smaller.
         group: Hyperparameters. If given, bound momentum that the steps of the new block will not bound.
+        betas: Of the averages in ``state``, for momentum that has to start from both of them.
     """
     require_squares(old, new)
     result: dict[str, Tensor] = {}
@@ -49,7 +51,7 @@ def converted(
         if not stays:
             whole = {key: full_tensor(value) for key, value in source.items()}
             if new.recipe.momentum.averages_squares and isinstance(after, Momentum):
-                source = _started(old, new, whole, state)
+                source = _started(old, new, whole, state, betas)
             else:
                 source = _carried(before, after, whole, old.layout.whole(), new.layout.whole())
             if on_loss is not None and _rank(after, source, new.layout) < _rank(before, whole, old.layout):
@@ -95,19 +97,26 @@ def require_squares(old: Block, new: Block) -> None:
         )
 
 
-def _started(old: Block, new: Block, momentum: State, state: Mapping[str, Tensor]) -> State:
+def _started(old: Block, new: Block, momentum: State, state: Mapping[str, Tensor], betas: tuple[float, float]) -> State:
     """Return the whole state of a momentum that averages squares, which starts from both averages of the old block."""
     before, second_moment = old.kinds
     layout, after = old.layout.whole(), new.layout.whole()
     if old.layout.empty:
         return new.recipe.momentum.init(after)
     square = {key: full_tensor(state[old.prefix + key]) for key in second_moment.keys}
+    steps = int(state["step"])
     return new.recipe.momentum.from_moments(
         before.to_dense(momentum, layout),
         second_moment.to_dense(square, layout),
         after,
-        Tick(int(state["step"]) + 1, new.key, new.index),
+        Tick(steps + 1, new.key, new.index),
+        (weight_of(betas[0], max(1, steps)), weight_of(betas[1], max(1, steps))),
     )
+
+
+def weight_of(beta: float, steps: float) -> float:
+    """Return the weight of all gradients in an average of this many. With a β of 1, they are added up."""
+    return steps if beta == 1 else 1 - beta**steps
 
 
 def _limited(

@@ -34,7 +34,7 @@ def reformat(optimizer: Optimizer, binding: Binding, changes: Mapping[str, Any],
         if state:
             nothing_to_release = dropped == "discard" or float(state["step"]) == 0
             on_loss = None if nothing_to_release else release(old, new, param, state, group, watch)
-            fresh = converted(old, new, state, keep=True, on_loss=on_loss, group=group)
+            fresh = converted(old, new, state, keep=True, on_loss=on_loss, group=group, betas=group["betas"])
             for kind in old.kinds:
                 for key in kind.keys:
                     del state[old.prefix + key]
@@ -92,7 +92,7 @@ def by_block(blocks: Iterable[Block], changes: Mapping[str, Any]) -> dict[str, A
     """Return the change of every block that changes of blocks, roles or patterns cover; later ones win.
 
     Raises:
-        ValueError: If one covers no block.
+        ValueError: If a change covers no block.
     """
     known = {block.name: block for block in blocks}
     wanted: dict[str, Any] = {}

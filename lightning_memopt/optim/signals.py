@@ -145,7 +145,8 @@ class Probe:
         short, full = new * inverse * of_average, average * inverse
         sums = [(new * old).sum(1), new.square().sum(1), old.square().sum(1), share]
         sums += [(short * full).sum(1), short.square().sum(1), full.square().sum(1)]
-        held["latest"][rows] += torch.stack(sums, dim=1).double()
+        if self.steps >= self._fresh:
+            held["latest"][rows] += torch.stack(sums, dim=1).double()
 
     def _constants(self, seen: list[tuple[tuple[float, float], _Row]]) -> tuple[Tensor, ...]:
         """Return places, rows, shares and rates of these blocks: the same tensors as long as nothing changes.

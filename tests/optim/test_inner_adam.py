@@ -74,7 +74,9 @@ def test_the_squares_of_a_subspace_come_from_those_of_the_elements(kind, shape):
     """Independent elements of variance σ² have R of variance Σ σ² P²."""
     layout = layout_of(shape)
     variance = gradient(shape, 1).square()
-    state = kind.from_moments(gradient(shape, 2), gradient(shape, 2).square() + variance, layout, tick_at(5))
+    state = kind.from_moments(
+        gradient(shape, 2), gradient(shape, 2).square() + variance, layout, tick_at(5), (1.0, 1.0)
+    )
     tall = shape[-2] >= shape[-1]
     basis, found = state[kind.keys[0]], state[kind.averages[1]]
     draws = torch.randn((4000, *shape), generator=torch.Generator().manual_seed(0)) * variance.sqrt() + gradient(
@@ -91,21 +93,22 @@ def test_the_squares_of_a_subspace_come_from_those_of_the_elements(kind, shape):
 def test_a_sketch_starts_from_the_next_projection_of_both_averages(shape):
     kind, layout, tick = ApolloMomentum(rank=3, gap=5), layout_of(shape), tick_at(10)
     mean, variance = gradient(shape, 2), gradient(shape, 1).square()
-    state = kind.from_moments(mean, mean.square() + variance, layout, tick)
+    state = kind.from_moments(0.5 * mean, 0.25 * (mean.square() + variance), layout, tick, (0.5, 0.25))
     basis = projection(layout, -1 if shape[0] > shape[1] else -2, 3, tick.of_period(5))
     draws = torch.randn((4000, *shape), generator=torch.Generator().manual_seed(0)) * variance.sqrt() + mean
     sketches = (draws if shape[0] > shape[1] else draws.mT) @ basis
-    assert relative_error(state["apollo_v"], sketches.square().mean(0)) < 0.05
-    assert relative_error(state["apollo_m"], (mean if shape[0] > shape[1] else mean.mT) @ basis) < 1e-5
+    assert relative_error(state["apollo_v"], 0.25 * sketches.square().mean(0)) < 0.05
+    assert relative_error(state["apollo_m"], 0.5 * (mean if shape[0] > shape[1] else mean.mT) @ basis) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [20, 100, 300])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_they_take_steps_of_their_usual_size_after_adamw_where_gradients_agree(recipe):
+def test_they_take_steps_of_their_usual_size_after_adamw_where_gradients_agree(recipe, steps):
     """The limiter lets norms grow by 1% per step, so a first update that is too small would last."""
     fresh, param = trained(recipe, 0)
     model = nn.Parameter(torch.zeros(SHAPE))
     adamw = torch.optim.AdamW([model], lr=1.0)
-    for number in range(300):
+    for number in range(steps):
         for each in (param, model):
             each.grad = gradient(SHAPE, number) + 2 * gradient(SHAPE, 1000)
         fresh.step()
@@ -116,10 +119,10 @@ def test_they_take_steps_of_their_usual_size_after_adamw_where_gradients_agree(r
         sizes = []
         for one, weight in ((optimizer, other), (fresh, param)):
             before = weight.detach().clone()
-            weight.grad = gradient(SHAPE, 300 + number) + 2 * gradient(SHAPE, 1000)
+            weight.grad = gradient(SHAPE, steps + number) + 2 * gradient(SHAPE, 1000)
             one.step()
             sizes.append(float((weight.detach() - before).norm()))
-        assert sizes[0] == pytest.approx(sizes[1], rel=0.5)
+        assert 0.6 < sizes[0] / sizes[1] < 1.6
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -232,9 +235,22 @@ def test_a_gradient_of_low_rank_leaves_no_direction_without_a_basis(kind, shape,
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_momentum_of_low_rank_leaves_no_direction_without_a_basis(kind):
     momentum = gradient((20, 2), 0) @ gradient((2, 12), 1)
-    state = replace(kind, rank=6).from_moments(momentum, momentum.square(), layout_of((20, 12)), tick_at(5))
+    state = replace(kind, rank=6).from_moments(momentum, momentum.square(), layout_of((20, 12)), tick_at(5), (1.0, 1.0))
     basis = state[kind.projection_keys[0]].double()
     torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_directions_that_die_before_others_are_replaced(kind):
+    """The second gradient has other inputs than the first, whose columns of the basis come first."""
+    kind, layout = replace(kind, rank=6, gap=3, projection="power"), layout_of((20, 12))
+    state = kind.init(layout)
+    for number, inputs in ((1, slice(0, 3)), (3, slice(3, 12))):
+        grad = torch.zeros(20, 12)
+        grad[:, inputs] = gradient((20, 12), number)[:, inputs]
+        step(kind, grad, state, layout, tick_at(number, index=0))
+        basis = state[kind.projection_keys[0]].double()
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 # --- random projections ----------------------------------------------------------------------------------------------

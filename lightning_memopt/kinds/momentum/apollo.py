@@ -106,12 +106,15 @@ class ApolloMomentum(InnerAdam):
         gains = (gains * factor).mul_(self.scale * correction).to(layout.dtype)
         return Direction(grad, gains=gains if long == -2 else gains.mT)
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
+    def from_moments(
+        self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick, weights: tuple[float, float]
+    ) -> State:
         """Start M and V from what the next step's projection makes of the averages."""
         state, (long, short) = self.init(layout), sides(layout)
         tall, squares = ((each if long == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
         basis = projection(layout, short, state["apollo_m"].shape[-1], tick.of_period(self.gap))
-        for key, value in zip(self.averages, (tall @ basis, projected_squares(tall, squares, basis)), strict=True):
+        values = tall @ basis, projected_squares(tall, squares, basis, weights)
+        for key, value in zip(self.averages, values, strict=True):
             store_(state[key], value)
         return state
 

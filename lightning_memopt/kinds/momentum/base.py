@@ -62,10 +62,13 @@ class Momentum(Kind):
         left, right = factors
         return left @ right
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
+    def from_moments(
+        self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick, weights: tuple[float, float]
+    ) -> State:
         """Return the state that best approximates M and V, if the kind averages squares.
 
-        State and layout describe a whole block on one process. The tick is that of the next step.
+        State and layout describe a whole block on one process. The tick is that of the next step. The weights are those
+        of all gradients in M and V, 1 − β₁ᵗ and 1 − β₂ᵗ.
         """
         raise NotImplementedError
 

@@ -125,8 +125,8 @@ class InnerAdam(Momentum):
         return factor
 
     def from_dense(self, momentum: Tensor, layout: Layout) -> State:
-        """Return state of a momentum whose squares are all that is known of V, which is at least that large."""
-        return self.from_moments(momentum, momentum.square(), layout, Tick(1, 0, 0))
+        """Return state of a momentum whose squares are all that is known of V, for a block without a name or a step."""
+        return self.from_moments(momentum, momentum.square(), layout, Tick(1, 0, 0), (1.0, 1.0))
 
     def infer(self, state: Mapping[str, Tensor], layout: Layout) -> Self:
         """Infer the rank from the first of the state tensors, which all have it."""
@@ -134,12 +134,13 @@ class InnerAdam(Momentum):
         return Momentum.infer(kind, state, layout)
 
 
-def projected_squares(momentum: Tensor, square: Tensor, basis: Tensor) -> Tensor:
-    """Return the average squares of R = G P, from the averages of G and G².
+def projected_squares(momentum: Tensor, square: Tensor, basis: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Return the average squares of R = G P, from the averages of G and G² and their weights.
 
-    Elements of G vary on their own, and their means add up: V ← (V − M²) P² + (M P)².
+    Elements of G vary on their own, and their means add up: with M and V corrected, V ← (V − M²) P² + (M P)².
     """
-    return (square - momentum.square()).clamp_(min=0) @ basis.square() + (momentum @ basis).square()
+    mean, square = momentum / weights[0], square / weights[1]
+    return ((square - mean.square()).clamp_(min=0) @ basis.square() + (mean @ basis).square()).mul_(weights[1])
 
 
 def norm_ratio(scaled: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:

@@ -56,13 +56,15 @@ class SubspaceAdam(InnerAdam):
         if not tick.due(self.gap):
             return old, *(yield from request(Sum(matmul(tall, old), layout, short), *more))
         new = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
-        # What is outside of the basis does not move until the next one, so no column may be zero.
-        whole = yield from filled(new, layout, short, tick)
-        alive, was_alive = yield from request(
-            *(Sum(basis.square().sum((-2, -1), keepdim=True), layout, short) for basis in (new, old))
+        squares = yield from request(
+            *(Sum(basis.square().sum(-2, keepdim=True), layout, short) for basis in (new, old))
         )
+        alive, was_alive = (square > 0 for square in squares)
+        # What is outside of the basis does not move until the next one, so no column may be zero.
+        whole = yield from filled(new, alive, layout, short, tick)
         # A gradient of zero has no subspace.
-        basis = torch.where((alive == 0) & (was_alive > 0), old, whole)
+        keeps = was_alive.any(-1, keepdim=True) & ~alive.any(-1, keepdim=True)
+        basis = torch.where(keeps, old, whole)
         projected, *rest = yield from request(Sum(matmul(tall, basis), layout, short), *more)
         store_(state[key], basis, self.rounding(layout, tick, key))
         return basis, projected, *rest
@@ -72,13 +74,15 @@ class SubspaceAdam(InnerAdam):
         basis, momentum = (state[key].to(layout.dtype) for key in (*self.projection_keys, self.averages[0]))
         return (momentum, basis.mT) if sides(layout)[0] == -2 else (basis, momentum.mT)
 
-    def from_moments(self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick) -> State:
+    def from_moments(
+        self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick, weights: tuple[float, float]
+    ) -> State:
         """Keep the part of the momentum that its leading singular vectors P span, and the squares that R has there."""
         state, (long, short) = self.init(layout), sides(layout)
         tall, squares = ((each if long == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
         basis = leading_triplets(tall, state[self.averages[0]].shape[-1])[2].mT.to(layout.dtype)
-        basis = finished(filled(basis, layout, short, tick))
-        values = (basis, tall @ basis, projected_squares(tall, squares, basis))
+        basis = finished(filled(basis, basis.any(-2, keepdim=True), layout, short, tick))
+        values = (basis, tall @ basis, projected_squares(tall, squares, basis, weights))
         for key, value in zip((*self.projection_keys, *self.averages), values, strict=True):
             store_(state[key], value)
         return state

@@ -110,7 +110,9 @@ def _load(
         for param in group["params"]:
             if saved[param]:
                 entries = of_betas(saved[param], theirs["betas"], group["betas"]) if convert else saved[param]
-                blocks[param], states[param] = loaded(binding.blocks[param], entries, convert=convert)
+                blocks[param], states[param] = loaded(
+                    binding.blocks[param], entries, convert=convert, betas=group["betas"]
+                )
                 was_converted |= convert
             elif param.requires_grad:
                 states[param] = initial_state(binding.blocks[param])

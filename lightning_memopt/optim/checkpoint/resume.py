@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_memopt.kinds.momentum import MOMENTA
+from lightning_memopt.kinds.second_moment import SECOND_MOMENTS
 from lightning_memopt.optim.block import Block, all_layers
 from lightning_memopt.optim.groups import NAMES
 from lightning_memopt.sharding.consensus import rank
@@ -100,7 +101,10 @@ def tell(optimizer: str, before: Facts, after: Facts, *, step: int, converted: b
     if after.scheduled and any(change.startswith("lr ") for change in groups):
         own += " A scheduler sets `lr` again at its next step: set its `base_lrs` as well."
     if fixed := _fixed(before, after):
-        own += f" State of {' and '.join(fixed)} fits no other kind or rank: start yours with a new optimizer."
+        own += (
+            f" State of {' and '.join(fixed)} fits no other kind or rank: to use yours, create a new optimizer and "
+            "load the weights only."
+        )
     if any("state in" in change for change in blocks):
         own += " The dtype of state follows the checkpoint."
     notify(f"{optimizer} resumes from step {step} of {_source.get()}{made}{decided}.{own}")
@@ -184,38 +188,51 @@ def _group_calls(before: Facts, after: Facts) -> list[str]:
 def _block_calls(before: Facts, after: Facts) -> list[str]:
     """Return the code that gives blocks their configured kinds again, by role or for all layers where that says it."""
     wanted: dict[str, dict[str, Any]] = {}
+    stuck = _stuck(before, after)
     for name, ours in before.blocks.items():
         theirs = after.blocks.get(name, ours)
-        if not _convertible(theirs):
+        if name in stuck:
             continue
         change: dict[str, Any] = {"momentum": ours[0]} if ours[0] != theirs[0] else {}
         change |= {"rank": ours[1]} if ours[1] is not None and ours[:2] != theirs[:2] else {}
         change |= {"second_moment": ours[2]} if ours[2] != theirs[2] else {}
         if change:
-            wanted.setdefault(_widest(name, before), {}).update(change)
+            wanted.setdefault(_widest(name, before, stuck), {}).update(change)
     calls: dict[str, list[str]] = {}
     for key, change in wanted.items():
         calls.setdefault(str(change), []).append(key)
     return [f"`optimizer.reformat({_mapping(keys, change)})`" for change, keys in calls.items()]
 
 
+def _stuck(before: Facts, after: Facts) -> dict[str, list[str]]:
+    """Return the kinds of each block that a checkpoint has brought and that cannot become the configured ones."""
+    found = {}
+    for name, ours in before.blocks.items():
+        theirs = after.blocks.get(name, ours)
+        needs_squares = ours[0] != theirs[0] and MOMENTA.get(ours[0]).averages_squares
+        kinds = [theirs[0]] * (ours[:2] != theirs[:2] and not MOMENTA.get(theirs[0]).restorable)
+        kinds += [theirs[2]] * (
+            (ours[2] != theirs[2] or needs_squares) and not SECOND_MOMENTS.get(theirs[2]).restorable
+        )
+        if kinds:
+            found[name] = kinds
+    return found
+
+
 def _fixed(before: Facts, after: Facts) -> list[str]:
-    """Return the momentum kinds that a checkpoint has brought and that cannot become the configured ones."""
-    changed = [theirs for name, theirs in after.blocks.items() if theirs[:3] != before.blocks.get(name, theirs)[:3]]
-    return list(dict.fromkeys(repr(theirs[0]) for theirs in changed if not _convertible(theirs)))
+    return list(dict.fromkeys(repr(kind) for kinds in _stuck(before, after).values() for kind in kinds))
 
 
-def _convertible(block: tuple[str, int | None, str, str]) -> bool:
-    return MOMENTA.get(block[0]).restorable
+def _widest(name: str, configured: Facts, stuck: Mapping[str, Any]) -> str:
+    """Return the role, the pattern for all layers, or the name: the first that covers blocks of the same kinds only.
 
-
-def _widest(name: str, configured: Facts) -> str:
-    """Return the role, the pattern for all layers, or the name: the first that covers blocks of the same kinds only."""
+    It covers none of those whose state cannot change.
+    """
     role, pattern = configured.roles[name], all_layers(name)
     alike = [other for other, its in configured.roles.items() if its == role]
     layers = [other for other in configured.blocks if fnmatchcase(other, pattern)]
     for key, covered in ((role, alike), (pattern, layers)):
-        if len({configured.blocks[other][:3] for other in covered}) == 1:
+        if len({configured.blocks[other][:3] for other in covered}) == 1 and stuck.keys().isdisjoint(covered):
             return key
     return name
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memopt.kinds.ranges import check_betas
 from lightning_memopt.optim.block import OF_PARAMETERS, Block, initial_state
 from lightning_memopt.optim.checkpoint.values import Values, check_kind, check_step, state_of
-from lightning_memopt.optim.conversion import converted
-from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain_group
+from lightning_memopt.optim.conversion import converted, weight_of
+from lightning_memopt.optim.groups import NAMES, TORCHS_OWN, check_group, plain, plain_group
 from lightning_memopt.optim.weights import LOW_BITS, LOW_DTYPES, carried_bits
 from lightning_memopt.plans.roles import ROLES
 from lightning_memopt.sharding.state import like_param
@@ -89,6 +90,7 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
             )
         left_out = {"params", "recipe", NAMES, *(() if "recipe" in theirs else TORCHS_OWN)}
         kept = {key: value for key, value in theirs.items() if key not in left_out}
+        check_betas(numbers(theirs["betas"]), f"parameter group {position} of the state dict")
         kept = plain_group({**mine, **copy.deepcopy(kept)})
         betas = mine["betas"] if recipe != mine["recipe"] else kept["betas"]
         kept["betas"] = tuple(betas) if isinstance(betas, list | tuple) else betas
@@ -97,13 +99,23 @@ def loaded_groups(saved: Sequence[Mapping[str, Any]], ours: Sequence[dict[str, A
     return groups
 
 
-def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[Blocks, dict[str, Tensor]]:
+def numbers(betas: Any) -> Any:
+    """Return decay rates that may be tensors as numbers. What is no pair stays, to be refused."""
+    if not isinstance(betas, list | tuple):
+        return betas
+    return tuple(beta.item() if isinstance(beta, Tensor) and beta.numel() == 1 else plain(beta) for beta in betas)
+
+
+def loaded(
+    blocks: Blocks, saved: Mapping[str, Any], *, convert: bool, betas: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Blocks, dict[str, Tensor]]:
     """Return the blocks of one parameter as its saved state implies them, and that state placed like the parameter.
 
     Args:
         blocks: The current blocks.
         saved: Key → tensor. Tensors are whole, or DTensors of any placement.
         convert: Whether to keep the recipes of the current blocks and convert the saved state to them.
+        betas: Of the saved averages, needed to convert them to other kinds.
 
     Raises:
         ValueError: If the state does not fit the blocks.
@@ -111,7 +123,7 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
     theirs, saved = inferred(blocks, saved)
     state = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).detach().cpu().reshape(()).clone()}
     for old, new in zip(theirs, blocks, strict=True):
-        state.update(converted(old, new if convert else old, saved))
+        state.update(converted(old, new if convert else old, saved, betas=betas))
     state.update(carried_bits(saved, blocks[0].layout, blocks[0].bits))
     return blocks if convert else theirs, state
 
@@ -119,22 +131,19 @@ def loaded(blocks: Blocks, saved: Mapping[str, Any], *, convert: bool) -> tuple[
 def of_betas(saved: Mapping[str, Any], theirs: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     """Return AdamW's averages as they would be after the same steps with other betas.
 
-    An average that starts from zero is short by 1 − βᵗ, which bias correction makes up for. With β₂ = 1, squares are
-    added up. Without this, the next steps would be too large by the root of what is missing, up to √t times.
+    An average that starts from zero has a weight of 1 − βᵗ, which bias correction makes up for. With β₂ = 1, squares
+    are added up. Without this, the next steps would be too large by the root of what is missing, up to √t times.
+    State that is already compressed stays as it is.
     """
     step = float(saved["step"])
     if not step:
         return dict(saved)
-    short = [_weight(beta, step) for beta in map(float, theirs)]
-    wanted = [_weight(beta, step) for beta in map(float, ours)]
-    factors = {key: mine / other for key, mine, other in zip(("exp_avg", "exp_avg_sq"), wanted, short, strict=True)}
+    saved_weights, wanted = ([weight_of(beta, step) for beta in numbers(betas)] for betas in (theirs, ours))
+    factors = {
+        key: mine / other for key, mine, other in zip(("exp_avg", "exp_avg_sq"), wanted, saved_weights, strict=True)
+    }
     found = {key: factors.get(key.rpartition(".")[2], 1.0) for key in saved}
     return {key: value if found[key] == 1 else value * found[key] for key, value in saved.items()}
-
-
-def _weight(beta: float, step: float) -> float:
-    """Return the sum of the weights of an average of this many gradients."""
-    return step if beta == 1 else 1 - beta**step
 
 
 def relocated(blocks: Blocks, state: dict[str, Tensor]) -> dict[str, Tensor]:

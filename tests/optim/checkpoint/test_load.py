@@ -122,6 +122,19 @@ def test_averages_of_adamw_count_the_steps_under_betas_of_another_recipe(recipe)
         torch.testing.assert_close(value, torch.full_like(value, wanted[key]))
 
 
+@pytest.mark.parametrize("betas", [[0.9], None, "x", (0.9, float("nan")), (1.5, 0.9)], ids=str)
+def test_betas_of_another_recipe_are_checked_before_anything_changes(betas):
+    weight = torch.nn.Parameter(torch.zeros(8, 6))
+    adamw = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    adamw.step()
+    saved = adamw.state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    optimizer = lm.AdaPMLean([("up_proj.weight", weight)])
+    with pytest.raises((ValueError, TypeError), match="In parameter group 0 of the state dict: `betas"):
+        optimizer.prepare_load(saved)
+
+
 def test_the_dtype_of_state_comes_back_from_the_checkpoint():
     model = tiny_llama()
     optimizer = lm.AdaPMLean(model.named_parameters(), state_dtype="bfloat16")
