@@ -57,11 +57,16 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamSNSM(paper=True)": lambda named: lm.AdamSNSM(named, lr=1e-3, paper=True, **GAP),
     "AdaGradSNSM(paper=True)": lambda named: lm.AdaGradSNSM(named, lr=1e-3, paper=True, **GAP),
     "rotate, gap 3": lambda named: lm.AdamSNSM(named, lr=1e-2, handover="rotate", **GAP),
+    "GaLore, power": lambda named: lm.GaLore(named, lr=1e-2, projection="power", **GAP),
     "subset_size": lambda named: lm.AdamSN(named, lr=1e-2, subset_size=5),
     "heads": lambda named: lm.AdamMini(named, lr=1e-2, head_dim=2),
     "maximize": lambda named: lm.AdaPMLean(named, lr=1e-2, maximize=True),
     "rates": lambda named: lm.AdaPMLean(named, lr=1e-2, weight_decay=0.1, overrides=RATES),
 }
+
+
+# More than five collectives: the root of a direction follows the momentum's sums, and a basis is filled when it is known.
+MOST = {"muon_lean": 6, "GaLore, power": 7}
 
 
 # What one process finds, by name: computed once, and read by all ranks.
@@ -145,7 +150,7 @@ def on_a_rank(rank: int, world: int, expected: bytes) -> dict[str, Any]:
             continue
         for choose, name in cases(label):
             key = f"{label}, {choose.__name__}, {name}"
-            most = 6 if name == "muon_lean" else 5  # the root of a direction follows the momentum's sums
+            most = MOST.get(name, 5)
             found[key] = attempt(compare, mesh, choose, (RECIPES | VARIANTS)[name], EXPECTED[name], most)
         for check in CHECKS if label in ("three", "hybrid") else ():
             found[f"{label}, {check.__name__}"] = attempt(check, mesh)
