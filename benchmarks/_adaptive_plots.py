@@ -16,7 +16,7 @@ from lightning_memopt.figures.style import COLORS, DPI, SMALL, STRONG, TITLE, fi
 
 # Colors and markers of policies do not depend on which of them a figure shows.
 _STYLED = (*(policy for policy in POLICIES if policy != "fidelity"), "fidelity")
-MARKERS = dict(zip(_STYLED, "osD^vP", strict=True))
+MARKERS = dict(zip(_STYLED, "osD^vPX", strict=True))
 LINES = dict(zip(_STYLED, COLORS[:6], strict=True))
 
 

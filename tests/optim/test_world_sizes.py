@@ -65,7 +65,7 @@ VARIANTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-# More than five collectives: the root of a direction follows the momentum's sums, and a basis is filled when it is known.
+# More than five collectives: the root of a direction follows the momentum's sums; a basis is filled when it is known.
 MOST = {"muon_lean": 6, "GaLore, power": 7}
 
 
