@@ -9,7 +9,7 @@ from typing import Any
 
 from _adaptive_models import FAMILIES
 from _adaptive_report import Result, by_seed, chosen, mean_of, middle, spread, with_ratio
-from _adaptive_train import ADAMW, LEAN, PLOTTED, UNIFORM, Comparison
+from _adaptive_train import ADAMW, LEAN, PLOTTED, POLICIES, UNIFORM, Comparison
 
 from lightning_memopt.figures.heat_map import figure_size, heat_map
 from lightning_memopt.figures.style import COLORS, DPI, SMALL, STRONG, TITLE, finish, new_figure
@@ -17,7 +17,7 @@ from lightning_memopt.figures.style import COLORS, DPI, SMALL, STRONG, TITLE, fi
 # Colors and markers of policies do not depend on which of them a figure shows.
 _STYLED = (UNIFORM, "energy", "benefit", "schedule", "paper", "fidelity", "roles")
 MARKERS = dict(zip(_STYLED, "osD^vPX", strict=True))
-LINES = dict(zip(_STYLED, COLORS[:7], strict=True))
+LINES = dict(zip(_STYLED, (*COLORS, STRONG), strict=True))
 
 
 def finished(runs: Mapping[int, Result]) -> list[Result]:
