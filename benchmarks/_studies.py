@@ -194,7 +194,6 @@ STUDIES: dict[str, Study] = {
             *_rows(("adamw", 5.6e-3), ("adapm_lean", 4e-3), ratio=RATIO),
             # The best of the first seed, and half of it: 8e-3 is near the edge of what AdamW bears.
             *_rows(("AdamW", 8e-3), ("AdamW", 4e-3), ("adapm_lean", 4e-3), ("adapm_lean", 2e-3), tuned=False),
-            *_rows((ALLOCATED[1], 2e-3), ratio=RATIO, tuned=False),
             *_rows(("snsm_lean", 4e-3), ratio=RATIO, seeds=(0,)),
             *_rows(("snsm_lean", 4e-3), seeds=(0,)),
             *_rows(("muon_lean", 3.2e-2), tuned=False, seeds=(0,)),
