@@ -113,7 +113,7 @@ class Comparison:
 # Weights, batches, schedule and validation of the large one are those of _train.py at its batch and number of steps.
 COMPARISONS = {
     "4096": Comparison(
-        "4,096 tokens a step",
+        "4,096 tokens a step, held-out text without copies",
         "_4096",
         AdaptiveSettings(steps=300, batch=32, validation_tokens=65536, distinct=True),
         models=("llama",),

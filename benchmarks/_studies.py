@@ -180,11 +180,11 @@ STUDIES: dict[str, Study] = {
         for size, tokens, lr in (("512", 512, 1e-3), ("4k", 4096, 2e-3), ("16k", 16384, 4e-3))
     },
     "1000 steps": Study(
-        "1,000 steps of 4,096 tokens, held-out text without copies",
-        Settings(**_LONG, every=100, distinct=True),
+        "1,000 steps of 4,096 tokens",
+        Settings(**_LONG, every=100),
         (
+            *_rows(("AdamW", 2e-3), *_MUONS, tuned=False, seeds=(0,)),
             *_rows(*_BEST, ("adamw, beta1 0.8", 2.8e-3), ratio=RATIO, tuned=False, seeds=(0,)),
-            *_rows(("muon_lean", 1.6e-2), tuned=False, seeds=(0,)),
         ),
     ),
     "gpt2": Study(
