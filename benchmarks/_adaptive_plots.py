@@ -47,12 +47,14 @@ def plot_losses(results: Sequence[Result], comparison: Comparison, path: Path) -
 
 
 def _losses(axis: Any, results: Sequence[Result], model: str, budgets: Sequence[float], rates: str) -> None:
-    for index, policy in enumerate(POLICIES):
-        rows = [runs for b in sorted(budgets) if (runs := finished(by_seed(results, model, policy, b)))]
+    shown = {
+        policy: rows
+        for policy in POLICIES
+        if (rows := [runs for b in sorted(budgets) if (runs := finished(by_seed(results, model, policy, b)))])
+    }
+    for index, (policy, rows) in enumerate(shown.items()):
         # Equal bytes would put all markers on top of each other.
-        shift = 1 + 0.035 * (index - (len(POLICIES) - 1) / 2)
-        if not rows:
-            continue
+        shift = 1 + 0.035 * (index - (len(shown) - 1) / 2)
         _points(axis, rows, shift, color=LINES[policy], marker=MARKERS[policy], label=policy, alpha=0.9)
     if lean := finished(by_seed(results, model, LEAN, None)):
         _points(axis, [lean], 1.0, color=STRONG, marker="*", markersize=12, label=f"{LEAN} without callback")

@@ -390,9 +390,9 @@ class GaLore(RecipeOptimizer):
 
     Differences from the authors' package: blocks take turns with new subspaces, where the package renews all of them at
     steps 1, ``gap`` + 1, 2 ``gap`` + 1; signs of singular vectors are fixed, where the package has LAPACK's, so M
-    continues otherwise in a new subspace; where G has fewer directions than k, P is filled with random ones, where the
-    package takes what its decomposition returns; weight decay acts before the update; no element changes by more than
-    ``max_update`` · η.
+    continues otherwise in a new subspace; directions that G lacks when P is chosen do not move until the next P, where
+    the package divides rounding noise by its own size; weight decay acts before the update; no element changes by more
+    than ``max_update`` · η.
     """
 
     _recipe = "galore"

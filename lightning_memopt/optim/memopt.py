@@ -214,8 +214,6 @@ class MemOpt(torch.optim.Optimizer):
         """Update a layer in the backward pass."""
         self._update(params, released=True)
 
-    # Dynamo cannot trace generators that wait for collectives. torch.compiler.disable would import it now.
-    @torch._disable_dynamo
     def _update(self, params: Sequence[Tensor], *, released: bool = False) -> None:
         """Update those of the parameters that have a gradient; errors as for :meth:`step`."""
         # Write nothing before all ranks agree that they can take the step.

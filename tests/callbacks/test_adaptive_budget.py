@@ -45,7 +45,8 @@ def test_no_budget_but_a_quality():
         for quality in (0.1, 0.95):
             callback = AdaptiveMomentum(None, policy, quality=quality, every_n_steps=2, freeze_after=None, max_moves=99)
             fit(Module(), callback, max_steps=4)
-            sizes.append(callback.history[-1]["momentum_bytes"])
+            at = 1 if policy == "schedule" else -1  # which ends with little in any case
+            sizes.append(callback.history[at]["momentum_bytes"])
         assert 0 < sizes[0] < sizes[1] <= dense_bytes(Module()), policy
         assert sizes[1] < dense_bytes(Module()) or policy == "fidelity", "such a cosine takes all of the momentum"
 

@@ -68,7 +68,9 @@ def test_float32_equals_the_reference(kind, sequence):
         if shape in ((), (1,)):
             continue  # a single number may pass through zero: there is no norm to compare with
         found, _ = errors(kind, gradients(sequence, shape), layout_of(shape), index=2)
-        bound = AMPLIFIED if kind.name == "orthogonal" and sequence == "rank 2" else FP32
+        # A row's product with a single random vector may be near 0.
+        cancels = kind.name == "apollo" and kind.rank == 1
+        bound = AMPLIFIED if cancels or (kind.name == "orthogonal" and sequence == "rank 2") else FP32
         assert max(found) <= bound, f"shape {shape}, step {found.index(max(found)) + 1}: {max(found):.1e}"
 
 

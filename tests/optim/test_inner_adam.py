@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -218,39 +217,6 @@ def test_a_block_without_a_first_gradient_does_not_wait_for_its_next_subspace(ki
     before = state[kind.keys[0]].clone()
     step(kind, torch.zeros(SHAPE), state, layout, tick_at(6))  # another is due
     assert_equal(state[kind.keys[0]], before)
-
-
-@pytest.mark.parametrize("projection", ["svd", "power", "random"])
-@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_a_gradient_of_low_rank_leaves_no_direction_without_a_basis(kind, shape, projection):
-    """What is outside of the basis does not move until the next one, which may be 200 steps away."""
-    kind, layout = replace(kind, rank=6, gap=200, projection=projection), layout_of(shape)
-    state = kind.init(layout)
-    step(kind, gradient((shape[0], 2), 0) @ gradient((2, shape[1]), 1), state, layout, tick_at(1))
-    basis = state[kind.projection_keys[0]].double()
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_momentum_of_low_rank_leaves_no_direction_without_a_basis(kind):
-    momentum = gradient((20, 2), 0) @ gradient((2, 12), 1)
-    state = replace(kind, rank=6).from_moments(momentum, momentum.square(), layout_of((20, 12)), tick_at(5), (1.0, 1.0))
-    basis = state[kind.projection_keys[0]].double()
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_directions_that_die_before_others_are_replaced(kind):
-    """The second gradient has other inputs than the first, whose columns of the basis come first."""
-    kind, layout = replace(kind, rank=6, gap=3, projection="power"), layout_of((20, 12))
-    state = kind.init(layout)
-    for number, inputs in ((1, slice(0, 3)), (3, slice(3, 12))):
-        grad = torch.zeros(20, 12)
-        grad[:, inputs] = gradient((20, 12), number)[:, inputs]
-        step(kind, grad, state, layout, tick_at(number, index=0))
-        basis = state[kind.projection_keys[0]].double()
-        torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 # --- random projections ----------------------------------------------------------------------------------------------

@@ -367,17 +367,3 @@ def test_a_one_dimensional_convolution_is_one_matrix():
     assert lm.AdaPMLean(model.named_parameters()).state[model[0].weight]["low_rank_q"].shape == (64, 4)
     experts = {"experts": nn.Parameter(torch.ones(4, 32, 64))}
     assert lm.AdaPMLean(experts.items()).state[experts["experts"]]["low_rank_q"].shape == (4, 32, 4)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_runs_eagerly():
-    pair = [nn.TransformerEncoderLayer(16, 2, 32) for _ in range(2)]
-    pair[1].load_state_dict(pair[0].state_dict())
-    plain, compiled = (lm.AdaPMLean(module.named_parameters(), lr=1e-2) for module in pair)
-    step = torch.compile(compiled.step, backend="eager")
-    for seed in range(3):
-        for module in pair:
-            fill_grads(list(module.parameters()), seed)
-        plain.step()
-        step()
-    assert_same_weights(*pair)

@@ -58,29 +58,15 @@ def check_gap(gap: Any) -> None:
         raise ValueError(f"`gap` must be an integer of at least 1 (steps), got {gap!r}.")
 
 
-def filled(basis: Tensor, alive: Tensor, layout: Layout, short: int, tick: Tick) -> Basis:
-    """Put random directions in place of zero columns, orthonormal to all others.
-
-    A gradient of low rank has fewer directions than a basis has columns.
-
-    Args:
-        basis: Orthonormal or zero columns, of which this rank holds a part.
-        alive: Whether a whole column is not zero, ``[..., 1, k]``.
-        layout: The layout.
-        short: The short dimension.
-        tick: The current step.
-    """
-    drawn = torch.where(alive, basis, _draw(basis, layout, short, tick, "filled"))
-    # Gram and Schmidt leave the first columns as they are.
-    order = alive.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
-    drawn = drawn.gather(-1, order.expand_as(drawn))
-    (square,) = yield from request(Sum(gram(drawn), layout, short))
-    whole = orthonormalize(drawn, square).gather(-1, order.argsort(-1).expand_as(drawn))
-    return torch.where(alive, basis, whole)
+def axes(basis: Tensor, layout: Layout, short: int) -> Tensor:
+    """Return this rank's part of the first unit vectors, as many as a basis has columns."""
+    rows = torch.arange(basis.shape[-2], device=basis.device) + layout.offset[short]
+    columns = torch.arange(basis.shape[-1], device=basis.device)
+    return (rows.unsqueeze(-1) == columns).to(basis.dtype)
 
 
-def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick, purpose: str = "") -> Tensor:
-    noise = Noise.like(layout, (short, basis.shape[-1]), tick, purpose)
+def _draw(basis: Tensor, layout: Layout, short: int, tick: Tick) -> Tensor:
+    noise = Noise.like(layout, (short, basis.shape[-1]), tick)
     return noise.normal(basis.shape, basis.device).to(basis.dtype)
 
 

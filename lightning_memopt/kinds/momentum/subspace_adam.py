@@ -13,9 +13,9 @@ from lightning_memopt.kinds.batch import Large
 from lightning_memopt.kinds.linalg import leading_triplets, matmul, store_
 from lightning_memopt.kinds.momentum.base import State
 from lightning_memopt.kinds.momentum.inner_adam import InnerAdam, projected_squares
-from lightning_memopt.kinds.momentum.projections import NEED_SHORT_SIDE_WHOLE, PROJECTIONS, filled, scratch, sides
+from lightning_memopt.kinds.momentum.projections import NEED_SHORT_SIDE_WHOLE, PROJECTIONS, axes, scratch, sides
 from lightning_memopt.kinds.tick import Tick
-from lightning_memopt.sharding.collectives import Sum, finished, request
+from lightning_memopt.sharding.collectives import Sum, request
 from lightning_memopt.sharding.layout import Layout
 
 
@@ -56,16 +56,14 @@ class SubspaceAdam(InnerAdam):
         if not tick.due(self.gap):
             return old, *(yield from request(Sum(matmul(tall, old), layout, short), *more))
         new = yield from PROJECTIONS.get(self.projection)(tall, old, layout, long, short, tick)
-        squares = yield from request(
-            *(Sum(basis.square().sum(-2, keepdim=True), layout, short) for basis in (new, old))
+        projected, alive, was_alive, *rest = yield from request(
+            Sum(matmul(tall, new), layout, short),
+            *(Sum(basis.square().sum((-2, -1), keepdim=True), layout, short) for basis in (new, old)),
+            *more,
         )
-        alive, was_alive = (square > 0 for square in squares)
-        # What is outside of the basis does not move until the next one, so no column may be zero.
-        whole = yield from filled(new, alive, layout, short, tick)
-        # A gradient of zero has no subspace.
-        keeps = was_alive.any(-1, keepdim=True) & ~alive.any(-1, keepdim=True)
-        basis = torch.where(keeps, old, whole)
-        projected, *rest = yield from request(Sum(matmul(tall, basis), layout, short), *more)
+        # A gradient of zero has no subspace, and R is zero in any. With none at all, nothing would move until the next
+        # refresh.
+        basis = torch.where(alive > 0, new, torch.where(was_alive > 0, old, axes(new, layout, short)))
         store_(state[key], basis, self.rounding(layout, tick, key))
         return basis, projected, *rest
 
@@ -78,10 +76,9 @@ class SubspaceAdam(InnerAdam):
         self, momentum: Tensor, square: Tensor, layout: Layout, tick: Tick, weights: tuple[float, float]
     ) -> State:
         """Keep the part of the momentum that its leading singular vectors P span, and the squares that R has there."""
-        state, (long, short) = self.init(layout), sides(layout)
-        tall, squares = ((each if long == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
+        state = self.init(layout)
+        tall, squares = ((each if sides(layout)[0] == -2 else each.mT).to(layout.dtype) for each in (momentum, square))
         basis = leading_triplets(tall, state[self.averages[0]].shape[-1])[2].mT.to(layout.dtype)
-        basis = finished(filled(basis, basis.any(-2, keepdim=True), layout, short, tick))
         values = (basis, tall @ basis, projected_squares(tall, squares, basis, weights))
         for key, value in zip((*self.projection_keys, *self.averages), values, strict=True):
             store_(state[key], value)
