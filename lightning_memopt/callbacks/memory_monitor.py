@@ -83,6 +83,7 @@ class OptimizerMemoryMonitor(Callback):
             raise ImportError("figures=True needs matplotlib: pip install matplotlib.")
         self.every_n_steps, self.figures = every_n_steps, figures
         self._loaded: Mapping[str, Any] = {}
+        self._is_fitting = True
         self._begin()
 
     def _begin(self) -> None:
@@ -102,6 +103,12 @@ class OptimizerMemoryMonitor(Callback):
         self._written = 0.0
 
     # ------------------------------------------------------------------ Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a state that no training has continued from. Lightning loads one after this, also to validate."""
+        self._is_fitting = stage == "fit"
+        if self._is_fitting:
+            self._loaded = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resume from a checkpoint."""
@@ -178,6 +185,8 @@ class OptimizerMemoryMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of :meth:`state_dict`."""
+        if not self._is_fitting:
+            return
         self._loaded = state_dict
         self.history = [dict(entry) for entry in state_dict["history"]]
 

@@ -92,6 +92,20 @@ def test_what_it_saves_loads_as_tensors_and_plain_values(tmp_path):
     assert again["allocation"].keys() == state["allocation"].keys()
 
 
+def test_a_checkpoint_that_no_training_continues_from_leaves_nothing_behind(tmp_path):
+    """Lightning loads callbacks to validate, too."""
+    made = fit(lean, OptimizerMemoryMonitor(2), max_steps=4)
+    made.save_checkpoint(tmp_path / "saved.ckpt", weights_only=False)
+    state = torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["OptimizerMemoryMonitor"]
+    for stage, expected in (("validate", []), ("fit", [0, 2, 4])):
+        callback = OptimizerMemoryMonitor(3)
+        callback.setup(made, made.lightning_module, stage)
+        callback.load_state_dict(state)
+        assert steps(callback) == expected
+        fit(lean, callback, max_steps=4)  # from the beginning
+        assert steps(callback) == [0, 3, 4]
+
+
 def test_a_checkpoint_callback_saves_what_was_measured(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     fit(lean, OptimizerMemoryMonitor(2), checkpoint, enable_checkpointing=True, max_steps=6, default_root_dir=tmp_path)
